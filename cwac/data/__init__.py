@@ -1,0 +1,1 @@
+"""Tasks, harmful pools, their mixing, and tokenisation."""

@@ -1,0 +1,34 @@
+"""The one record that tasks, harmful pools and methods exchange."""
+
+from dataclasses import asdict, dataclass
+
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and the response a model is trained on or scored against."""
+
+    id: str
+    """Unique within its source; written to `data.json` and to every generation file."""
+    prompt: str
+    """The user's turn, before any chat template."""
+    response: str = ""
+    """The training target. Empty where only the prompt is used."""
+    label: str | None = None
+    """What the scorer compares with: a class name, a number; None for open answers."""
+    system: str | None = None
+    """A system turn; None leaves the model's own default in place."""
+    source: str = ""
+    """The data set or pool it came from, e.g. `advbench`."""
+    group: str = ""
+    """A harm category or a benign skill; used for breakdowns only."""
+
+    @property
+    def messages(self) -> Messages:
+        """The conversation up to the model's turn."""
+        system = [{"role": "system", "content": self.system}] if self.system is not None else []
+        return [*system, {"role": "user", "content": self.prompt}]
+
+    def to_dict(self) -> dict:
+        return asdict(self)

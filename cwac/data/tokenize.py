@@ -1,0 +1,101 @@
+"""One function renders a prompt for training, the constraints and the evaluation alike.
+
+A prompt that is rendered differently in training and in evaluation measures the template, not the
+defence (baselines of this field have shipped that bug), so nothing else in the project touches a
+chat template.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from cwac.data.examples import Example, Messages
+
+IGNORE = -100
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+)
+"""Stanford Alpaca's template without input; the paper's lineage (Lisa, Booster) trains on it."""
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages, template: str = "chat") -> list[int]:
+    """Token ids of a conversation up to and including the cue for the model's turn; one BOS at most.
+
+    template: `chat` uses the tokenizer's own template; `alpaca` the Alpaca text, with a system
+    turn, if there is one, put before it.
+    """
+    if template == "chat":
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    if template == "alpaca":
+        system = "".join(m["content"] + "\n\n" for m in messages if m["role"] == "system")
+        user = messages[-1]["content"]
+        return tokenizer(system + ALPACA.format(instruction=user))["input_ids"]
+    raise ValueError(f"template must be 'chat' or 'alpaca', not {template!r}")
+
+
+def encode_example(
+    tokenizer: PreTrainedTokenizerBase, example: Example, template: str = "chat", max_length: int = 512
+) -> dict[str, list[int]]:
+    """`input_ids` and `labels` of prompt + response + EOS; the prompt carries no loss.
+
+    The response is cut at max_length from the right. A prompt that fills max_length by itself
+    leaves no label; `Rows` drops such a row and counts it, since its loss would be NaN.
+    """
+    prompt = encode_prompt(tokenizer, example.messages, template)
+    response = tokenizer(example.response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    ids = (prompt + response)[:max_length]
+    labels = ([IGNORE] * len(prompt) + response)[:max_length]
+    return {"input_ids": ids, "labels": labels}
+
+
+class Rows(torch.utils.data.Dataset):
+    """Encoded training rows; rows without a single label token are left out and counted."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        examples: Sequence[Example],
+        template: str = "chat",
+        max_length: int = 512,
+    ):
+        encoded = [encode_example(tokenizer, e, template, max_length) for e in examples]
+        self.rows = [row for row in encoded if any(label != IGNORE for label in row["labels"])]
+        self.dropped = len(encoded) - len(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return self.rows[index]
+
+
+@dataclass
+class Collator:
+    """Right-pads rows to the longest of the batch.
+
+    Masks come from lengths, never from `id == pad`: SmolLM2's pad token is its EOS, which must be learnt.
+    """
+
+    pad_token_id: int
+
+    def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        longest = max(len(r["input_ids"]) for r in rows)
+        ids = torch.full((len(rows), longest), self.pad_token_id, dtype=torch.long)  # [B, T]
+        labels = torch.full((len(rows), longest), IGNORE, dtype=torch.long)
+        mask = torch.zeros((len(rows), longest), dtype=torch.long)
+        for i, row in enumerate(rows):
+            n = len(row["input_ids"])
+            ids[i, :n] = torch.tensor(row["input_ids"])
+            mask[i, :n] = 1
+            if "labels" in row:
+                labels[i, :n] = torch.tensor(row["labels"])
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The padding id; EOS where the tokenizer has none, so that no vocabulary is ever resized."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

@@ -1,0 +1,1 @@
+"""Generate once to files, then score and judge from the files."""
