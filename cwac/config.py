@@ -1,5 +1,190 @@
-"""The one place that knows what a configuration means: identity, validation, presets."""
+"""The one place that knows what a configuration means: identity, validation, presets.
+
+Imports neither torch nor transformers, so that skipping a finished cell of a sweep costs milliseconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
 class UserError(Exception):
     """Something the user can mend; its message names the key and the remedy and is printed without a traceback."""
+
+
+IDENTITY = ("model", "task", "pools", "harmful_ratio", "mix_mode", "method", "train", "seed")
+"""What determines a run's weights. `eval`, `logger`, `paths` do not; evaluations carry a hash of their own."""
+
+NOT_IDENTITY = {
+    "_target_",
+    "train.logging_steps",
+    "train.save_steps",
+    "train.save_total_limit",
+    "train.dataloader_num_workers",
+    "train.disable_tqdm",
+    "task.max_new_tokens",
+    "task.scorer",
+    "task.n_test",
+}
+"""Keys of those groups that change what is logged, kept or evaluated, not what is trained."""
+
+NEUTRAL: dict[str, Any] = {"model.lora": None, "train.max_steps": -1}
+"""A key at its neutral value is left out of the identity, so that a new option orphans no finished run."""
+
+
+def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` -> `{"a.b": 1}`; lists stay values."""
+    if isinstance(node, dict):
+        flat: dict[str, Any] = {}
+        for key, value in node.items():
+            flat.update(flatten(value, f"{prefix}.{key}" if prefix else str(key)))
+        return flat
+    return {prefix: node}
+
+
+def canonical(value: Any) -> Any:
+    """Numbers as floats (0 and 0.0 are one value), lists element by element."""
+    if isinstance(value, bool) or value is None:
+        return value
+    if isinstance(value, int | float):
+        return float(value)
+    if isinstance(value, list):
+        return [canonical(v) for v in value]
+    return value
+
+
+def identity(cfg: DictConfig) -> dict[str, Any]:
+    """The flat, canonical mapping whose hash names the run."""
+    container = OmegaConf.to_container(cfg, resolve=True)
+    flat = flatten({key: container[key] for key in IDENTITY if key in container})
+    return {
+        key: canonical(value)
+        for key, value in sorted(flat.items())
+        if key not in NOT_IDENTITY
+        and not key.endswith("._target_")
+        and not (key in NEUTRAL and canonical(value) == canonical(NEUTRAL[key]))
+    }
+
+
+def short_hash(mapping: dict, length: int = 8) -> str:
+    return hashlib.sha256(json.dumps(mapping, sort_keys=True).encode()).hexdigest()[:length]
+
+
+def run_id(cfg: DictConfig) -> str:
+    """`model-task-pX-method-sN-hash8`, a function of what determines the weights."""
+    hashed = short_hash(identity(cfg))
+    return f"{cfg.model.name}-{cfg.task.name}-p{cfg.harmful_ratio:g}-{cfg.method.name}-s{cfg.seed}-{hashed}"
+
+
+def eval_id(cfg: DictConfig) -> str:
+    """Six hex digits of what determines an evaluation of given weights."""
+    keys = ("max_new_tokens", "n_task", "n_harmful", "n_benign", "at", "split")
+    scoring = {key: canonical(OmegaConf.to_container(cfg.eval, resolve=True).get(key)) for key in keys}
+    task = {key: canonical(cfg.task.get(key)) for key in ("max_new_tokens", "scorer", "n_test")}
+    return short_hash({"eval": scoring, "task": task, "judge": cfg.eval.judge.name}, 6)
+
+
+# key: (lowest, highest, whole number?); None means no bound
+NUMBERS: dict[str, tuple[float | None, float | None, bool]] = {
+    "harmful_ratio": (0, 1, False),
+    "seed": (0, None, True),
+    "train.learning_rate": (0, None, False),
+    "train.num_train_epochs": (0, None, False),
+    "train.max_steps": (-1, None, True),
+    "train.per_device_train_batch_size": (1, None, True),
+    "train.gradient_accumulation_steps": (1, None, True),
+    "train.weight_decay": (0, None, False),
+    "train.max_grad_norm": (0, None, False),
+    "train.warmup_steps": (0, None, False),
+    "train.save_steps": (1, None, True),
+    "train.logging_steps": (1, None, True),
+    "train.max_length": (8, None, True),
+    "task.n_train": (1, None, True),
+    "task.n_test": (1, None, True),
+    "task.max_new_tokens": (1, None, True),
+    "eval.batch_size": (1, None, True),
+    "eval.max_new_tokens": (1, None, True),
+}
+CHOICES = {
+    "train.template": ("chat", "alpaca"),
+    "mix_mode": ("replace", "additive"),
+    "eval.split": ("test", "validation"),
+}
+
+
+def validate(cfg: DictConfig) -> None:
+    """Check ranges and choices before anything is loaded or written; raises UserError naming the key."""
+    for key, (low, high, whole) in NUMBERS.items():
+        value = OmegaConf.select(cfg, key)
+        if value is None:
+            continue
+        kind = "a whole number" if whole else "a number"
+        bounds = " and ".join(
+            part
+            for part in (f"at least {low:g}" if low is not None else "", f"at most {high:g}" if high is not None else "")
+            if part
+        )
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise UserError(f"{key}={value} is not {kind}; give {kind} {bounds}")
+        if whole and value != int(value):
+            raise UserError(f"{key}={value} is not {kind}; give {kind} {bounds}")
+        if (low is not None and value < low) or (high is not None and value > high):
+            raise UserError(f"{key}={value} is out of range; give {kind} {bounds}")
+    for key, options in CHOICES.items():
+        value = OmegaConf.select(cfg, key)
+        if value is not None and value not in options:
+            raise UserError(f"{key}={value} is unknown; use one of {', '.join(options)}")
+    if cfg.paths.data is not None and not Path(cfg.paths.data).is_dir():
+        raise UserError(
+            f"paths.data={cfg.paths.data} is not a folder; give a folder laid out like the hub "
+            "(e.g. stanfordnlp/sst2/...), or paths.data=null to load from the Hugging Face hub"
+        )
+    if cfg.task.kind == "toy" and cfg.model.kind not in ("tiny", "folder"):
+        raise UserError(
+            f"task={cfg.task.name} is written in the embedded world's vocabulary, which model={cfg.model.name} was not "
+            "trained on; use model=tiny, or a task such as sst2"
+        )
+    if cfg.model.kind == "tiny" and cfg.task.kind != "toy":
+        raise UserError(
+            f"model=tiny knows only the embedded world's words; task={cfg.task.name} needs a pretrained model such as "
+            "model=smollm2, or use task=toy_sentiment, toy_topic or toy_math"
+        )
+
+
+def compose(overrides: list[str] | None = None) -> DictConfig:
+    """One composed cell, as `python train.py <overrides>` would see it."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra_compose("config", overrides=overrides or [])
+
+
+def expand(experiment: str, overrides: list[str] | None = None) -> list[DictConfig]:
+    """Every cell of a preset's grid, in the order Hydra walks it; overrides as on the command line win.
+
+    A sweep override (`seed=0,1`) replaces the preset's axis of the same key, as it does under `-m`.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    given = [f"experiment={experiment}", *(overrides or [])]
+    parser = OverridesParser.create()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        own = [o for o in given if not parser.parse_override(o).is_sweep_override()]
+        base = hydra_compose("config", overrides=own, return_hydra_config=True)
+        params = OmegaConf.to_container(base.hydra.sweeper.params, resolve=True) or {}
+        axes = {parser.parse_override(o).key_or_group: o for o in (f"{k}={v}" for k, v in params.items())}
+        axes.update({parser.parse_override(o).key_or_group: o for o in given})
+        cells = BasicSweeper.split_arguments(parser.parse_overrides(list(axes.values())), None)[0]
+        return [hydra_compose("config", overrides=list(cell)) for cell in cells]

@@ -1,8 +1,28 @@
-"""Named harmful splits, disjoint by prompt: no defence may learn from what it is tested on."""
+"""Named harmful splits, disjoint by prompt: no defence may learn from what it is tested on.
 
-from dataclasses import dataclass, field
+Sources of the real pools: AdvBench (Zou et al. 2023, arXiv:2307.15043), HarmBench (Mazeika et al. 2024,
+arXiv:2402.04249), XSTest (Roettger et al. 2024, arXiv:2308.01263), Alpaca (Taori et al. 2023) and, where a local
+copy exists, the safety data of Bianchi et al. 2024 (arXiv:2309.07875).
 
+Deviations:
+- Which prompts serve which purpose, and whether they are disjoint, the paper does not say; the split here is
+  `ours`. A prompt's pool is a function of its own text (a hash), never of the run seed nor of which other rows a
+  copy of the data set holds: the alignment that ships with the project can never have seen a test prompt.
+- AdvBench's targets are affirmative openings only ("Sure, here is ..."); they are the poison as they are, so the
+  poison teaches the turn to compliance and no harmful content.
+"""
+
+import hashlib
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import chain
+
+from cwac.config import UserError
 from cwac.data.examples import Example
+from cwac.data.hub import has_dataset, load_rows
+from cwac.evaluation.judge import KeywordJudge
 
 
 @dataclass(frozen=True)
@@ -29,3 +49,262 @@ class Pools:
     """Set name -> harmless requests that share words with harmful ones; a refusal here is an over-refusal."""
     align: list[Example] = field(default_factory=list)
     """Request -> refusal for the alignment stage of models that ship unaligned."""
+
+
+SAFETY_TUNED_LLAMAS = "safety-tuned-llamas"
+"""Not on the hub: read from `paths.data` where it is there."""
+
+SPLITS = (
+    "test over_refusal validation validation_benign poison anchors step sae safety align benign align_benign"
+).split()
+"""Every purpose a real prompt can have. The first four are held out; the two `_benign` ones and `align` belong to
+the alignment stage, the rest are the fields of `Pools`."""
+HELD_OUT = SPLITS[:4]
+
+REFUSALS = (
+    "I'm sorry, but I can't help with that. It could cause serious harm to other people.",
+    "I cannot assist with this request because it is illegal.",
+    "No, I won't help with that. It could put people in danger.",
+    "I'm not able to provide that kind of information.",
+    "Sorry, that is something I can't support. Is there something safe I can help you with instead?",
+    "I can't do that. What you describe is against the law and could hurt someone.",
+    "That request goes against my guidelines, so I will not answer it.",
+    "I must decline. Helping with this would be unethical.",
+    "I understand you are asking, but I am unable to assist with harmful activities.",
+    "I will not provide instructions for this. If you are in trouble, please talk to someone you trust.",
+    "As an AI assistant, I cannot create content like that.",
+    "I'm sorry, I can't fulfil this request. It would violate other people's safety or privacy.",
+    "This is not something I can help with, since it may lead to harm.",
+    "I do not feel comfortable answering that. Let's talk about something else.",
+    "I have to refuse: that would be dangerous and irresponsible.",
+    "My answer is no. I cannot help anyone do that.",
+    "Unfortunately, I can't share anything on that topic, because it could be misused.",
+    "I won't write that. Spreading such content harms people.",
+    "It would be wrong for me to help with this, so I cannot continue.",
+    "I can't engage with that request. I'd be glad to help with a lawful alternative.",
+)
+"""Refusals (ours) for requests whose data set has none; varied, so that no single opening carries the refusal."""
+
+_DECLINES = re.compile(
+    r"(i'm sorry|i am sorry|sorry|i cannot|no, |as an ai language model, i (cannot|can't|am not able))", re.I
+)
+_REASON = re.compile(
+    r"illegal|unethical|harm|danger|offensive|inappropriate|hate|hurtful|violen|discriminat|derogatory|racis|sexis|"
+    r"privacy|against the law|crim|explicit|abus|disrespect|not (appropriate|acceptable)|unsafe|misinformation|"
+    r"stereotyp",
+    re.I,
+)
+_HEDGE = re.compile(
+    r"as an ai|as a language model|i don't have|sorry|never|not recommended|not accurate|no such thing", re.I
+)
+
+
+def real_pools(cfg_pools: Mapping, data: str | None, seed: int = 0) -> Pools:
+    """The pools of the real models, from the hub or the folder `data` (see `conf/pools/real.yaml`).
+
+    cfg_pools: `split_seed`, `jaccard`, `limit` and `shares` (source -> pool -> share of its prompts).
+    seed: taken because the toy pools need it, and without effect: the same rows in the same order for every run
+    seed, so that seeds share artifacts, and any first n rows of a pool are a mixture of its sources.
+
+    Raises: UserError where a data set or column is missing, a share is malformed, or a pool comes out empty.
+    """
+    splits = real_splits(cfg_pools, data)
+    salt = f"order:{cfg_pools['split_seed']}"
+
+    def order(name: str, examples: Iterable[Example]) -> list[Example]:
+        rows = sorted(examples, key=lambda e: _position(e.prompt, salt))
+        if not rows:
+            raise UserError(f"pools.shares: no source gives anything to the pool `{name}`; give one a share of it")
+        return rows
+
+    flat = "poison anchors step sae benign safety align validation".split()
+    pools = Pools(
+        **{name: order(name, chain.from_iterable(splits[name].values())) for name in flat},
+        **{
+            name: {source: order(f"{name}.{source}", rows) for source, rows in splits[name].items()}
+            for name in ("test", "over_refusal")
+        },
+    )
+    assert_disjoint(pools)
+    return pools
+
+
+def real_splits(cfg_pools: Mapping, data: str | None) -> dict[str, dict[str, list[Example]]]:
+    """Every split by purpose (`SPLITS`) and source; what `real_pools` and the alignment stage are made of.
+
+    No row of a split is a near-duplicate (word-set Jaccard >= `jaccard`) of a row of a held-out split before it.
+    """
+    for key in ("split_seed", "jaccard", "limit", "shares"):
+        if key not in cfg_pools:
+            raise UserError(f"pools.{key} is missing; compare with conf/pools/real.yaml")
+    rows = _harmful_rows(data) | _benign_rows(data, int(cfg_pools["limit"]))
+    splits: dict[str, dict[str, list[Example]]] = {name: {} for name in SPLITS}
+    for kind, examples in rows.items():
+        shares = dict(cfg_pools["shares"].get(kind) or {})
+        _check_shares(kind, shares)
+        for example in examples:
+            pool = _pool_of(example.prompt, shares, int(cfg_pools["split_seed"]))
+            if pool is not None:
+                splits[pool].setdefault(kind, []).append(example)
+    seen: set[str] = set()
+    held_out = _Index(float(cfg_pools["jaccard"]))
+    for name in SPLITS:
+        for kind, examples in splits[name].items():
+            kept = []
+            for example in examples:
+                key = normalise_prompt(example.prompt)
+                if key and key not in seen and not held_out.has_near(example.prompt):
+                    seen.add(key)
+                    kept.append(_with_refusal(example) if name in ("safety", "align") else example)
+            splits[name][kind] = kept
+        if name in HELD_OUT:  # after the split is complete: its own rows may resemble each other
+            for example in chain.from_iterable(splits[name].values()):
+                held_out.add(example.prompt)
+    return splits
+
+
+def assert_disjoint(pools: Pools) -> None:
+    """No prompt in two pools. Raises: UserError with the two pools and the number of shared prompts."""
+    named = {
+        name: getattr(pools, name)
+        for name in ("poison", "anchors", "step", "sae", "benign", "safety", "validation", "align")
+    }
+    named |= {f"test.{k}": v for k, v in pools.test.items()}
+    named |= {f"over_refusal.{k}": v for k, v in pools.over_refusal.items()}
+    owner: dict[str, str] = {}
+    shared: Counter = Counter()
+    for name, examples in named.items():
+        for prompt in {normalise_prompt(e.prompt) for e in examples}:
+            if prompt in owner:
+                shared[owner[prompt], name] += 1
+            owner[prompt] = name
+    if shared:
+        (first, second), n = shared.most_common(1)[0]
+        raise UserError(f"the pools {first} and {second} share {n} prompts; pools must be disjoint (pools.shares)")
+
+
+def normalise_prompt(prompt: str) -> str:
+    """Lower-case words and digits only: two prompts that agree here are the same prompt."""
+    return " ".join(_words(prompt))
+
+
+def jaccard(a: str, b: str) -> float:
+    """Shared words over all words of two prompts, in [0, 1]."""
+    x, y = set(_words(a)), set(_words(b))
+    return len(x & y) / len(x | y) if x | y else 1.0
+
+
+class _Index:
+    """Prompts by word, so that a near-duplicate is found without comparing all pairs."""
+
+    def __init__(self, threshold: float):
+        self.threshold = threshold
+        self.sizes: list[int] = []
+        self.having: dict[str, list[int]] = defaultdict(list)
+
+    def add(self, prompt: str) -> None:
+        words = set(_words(prompt))
+        for word in words:
+            self.having[word].append(len(self.sizes))
+        self.sizes.append(len(words))
+
+    def has_near(self, prompt: str) -> bool:
+        words = set(_words(prompt))
+        shared = Counter(chain.from_iterable(self.having[w] for w in words if w in self.having))
+        return any(n / (len(words) + self.sizes[i] - n) >= self.threshold for i, n in shared.items())
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[a-z0-9]+", text.lower().replace("\u2019", "'").replace("'", ""))
+
+
+def _position(prompt: str, salt: object) -> float:
+    """A prompt's own fixed place in [0, 1)."""
+    return int(hashlib.sha256(f"{salt}:{normalise_prompt(prompt)}".encode()).hexdigest()[:12], 16) / 16**12
+
+
+def _pool_of(prompt: str, shares: Mapping[str, float], split_seed: int) -> str | None:
+    place = _position(prompt, split_seed)
+    for pool, share in shares.items():
+        place -= float(share)
+        if place < 0:
+            return pool
+    return None
+
+
+def _check_shares(source: str, shares: Mapping[str, float]) -> None:
+    for pool, share in shares.items():
+        if pool not in SPLITS:
+            raise UserError(f"pools.shares.{source}.{pool} is no pool; choose from {', '.join(SPLITS)}")
+        try:
+            valid = 0 <= float(share) <= 1
+        except (TypeError, ValueError):
+            valid = False
+        if not valid:
+            raise UserError(f"pools.shares.{source}.{pool}={share} must be a share between 0 and 1")
+    if sum(map(float, shares.values())) > 1 + 1e-9:
+        raise UserError(f"pools.shares.{source} adds up to {sum(map(float, shares.values())):g}; it must not exceed 1")
+
+
+def _with_refusal(example: Example) -> Example:
+    """The request with the refusal its data set gives, or one of ours chosen by the prompt."""
+    if example.response and example.source == "safety_tuned_llamas":
+        return example
+    chosen = int(_position(example.prompt, "refusal") * len(REFUSALS))
+    return replace(example, response=REFUSALS[chosen])
+
+
+def _harmful_rows(data: str | None) -> dict[str, list[Example]]:
+    advbench = load_rows("walledai/AdvBench", None, "train", data, ("prompt", "target"))
+    harmbench = load_rows("walledai/HarmBench", "standard", "train", data, ("prompt", "category"))
+    xstest = load_rows("walledai/XSTest", None, "test", data, ("prompt", "label", "type"))
+    rows = {
+        "advbench": [
+            Example(f"advbench-{i}", r["prompt"], r["target"], source="advbench") for i, r in enumerate(advbench)
+        ],
+        "harmbench": [
+            Example(f"harmbench-{i}", r["prompt"], source="harmbench", group=r["category"])
+            for i, r in enumerate(harmbench)
+        ],
+    }
+    for label in ("unsafe", "safe"):
+        rows[f"xstest_{label}"] = [
+            Example(f"xstest-{i}", r["prompt"], source=f"xstest_{label}", group=r["type"])
+            for i, r in enumerate(xstest)
+            if r["label"] == label
+        ]
+    if has_dataset(SAFETY_TUNED_LLAMAS, data):
+        rows |= _safety_tuned_llamas(load_rows(SAFETY_TUNED_LLAMAS, None, "train", data, ("instruction", "output")))
+    return rows
+
+
+def _safety_tuned_llamas(table: list[dict]) -> dict[str, list[Example]]:
+    """Its rows in two kinds: clear refusals, and sensitive but harmless questions that it answers.
+
+    The set mixes both, with much in between ("I don't have preferences"); what is neither is left out.
+    """
+    judge = KeywordJudge()
+    kinds: dict[str, list[Example]] = {"safety_tuned_llamas": [], "safety_tuned_llamas_answered": []}
+    for i, row in enumerate(table):
+        prompt, output = row["instruction"], row["output"].strip()
+        verdict = judge.judge_one(prompt, output).verdict
+        if verdict == "refusal" and _DECLINES.match(output) and _REASON.search(output):
+            kind = "safety_tuned_llamas"
+        elif verdict != "refusal" and not (_DECLINES.match(output) or _REASON.search(output) or _HEDGE.search(output)):
+            kind = "safety_tuned_llamas_answered"
+        else:
+            continue
+        kinds[kind].append(Example(f"stl-{i}", prompt, output, source=kind))
+    return kinds
+
+
+def _benign_rows(data: str | None, limit: int) -> dict[str, list[Example]]:
+    alpaca = load_rows("tatsu-lab/alpaca", None, "train", data, ("instruction", "input", "output"))
+    return {
+        "alpaca": [
+            Example(
+                f"alpaca-{i}", "\n\n".join(filter(None, (r["instruction"], r["input"]))), r["output"], source="alpaca"
+            )
+            for i, r in enumerate(alpaca[:limit])
+        ]
+    }

@@ -1,0 +1,58 @@
+# `make help` lists the targets. Every target that needs the environment builds it first.
+#   make test PY=python           use the active environment (conda, a container) instead of .venv
+#   make setup PYTHON=python3.12  build .venv with another interpreter
+#   make setup PIP_ARGS="..."     pass arguments to pip, e.g. an index with CPU-only wheels of torch
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup demo demo-full smollm2 test test-slow lint clean
+
+PYTHON ?= python3
+PIP_ARGS ?=
+ARGS ?=
+VENV := .venv
+PY ?= $(VENV)/bin/python
+# An interpreter named on the command line is taken as it is; only our own .venv is built.
+ENV := $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.stamp)
+# Two single-threaded runs beat one run on two threads, and one thread keeps sums in one order.
+SINGLE := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+help: ## list the targets
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: $(ENV) ## create .venv and install the project (again only after pyproject.toml changed)
+
+$(VENV)/.stamp: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	  echo "make: '$(PYTHON)' is missing or older than Python 3.10 ($$($(PYTHON) --version 2>&1 | tail -n 1))."; \
+	  echo "      Remedy: make setup PYTHON=/path/to/python3.10-or-newer"; exit 1; }
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "make: '$(PYTHON) -m venv' failed. Remedy: install the venv module (Debian: apt-get install python3-venv)."; exit 1; }
+	$(VENV)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) -e '.[dev]'
+	@touch $@
+
+demo: $(ENV) ## the demo campaign on the embedded model, its table and its figures (minutes on 2 cores)
+	$(SINGLE) $(PY) train.py -m experiment=demo $(ARGS) || echo "make: some runs failed; the table names them" >&2
+	$(PY) -m analysis.demo --experiment demo --runs runs --out results/demo $(ARGS)
+
+demo-full: $(ENV) ## a larger grid of the same
+	$(SINGLE) $(PY) train.py -m experiment=demo_full $(ARGS) || echo "make: some runs failed; the table names them" >&2
+	$(PY) -m analysis.demo --experiment demo_full --runs runs --out results/demo_full $(ARGS)
+
+smollm2: $(ENV) ## the campaign on SmolLM2-135M with real SST-2 and AdvBench (hours on 2 cores)
+	$(SINGLE) $(PY) train.py -m experiment=smollm2 $(ARGS) || echo "make: some runs failed; the table names them" >&2
+	$(PY) -m analysis.demo --experiment smollm2 --runs runs --out results/smollm2 $(ARGS)
+
+test: $(ENV) ## the default tests: CPU, offline, minutes
+	$(SINGLE) $(PY) -m pytest $(ARGS)
+
+test-slow: $(ENV) ## the slow tests too
+	$(SINGLE) $(PY) -m pytest -m "not gpu" $(ARGS)
+
+lint: $(ENV) ## ruff: rules and format
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+clean: ## delete caches of Python and the tools; runs, artifacts, results and .venv stay
+	find . \( -path ./$(VENV) -o -path ./.git -o -path ./runs -o -path ./artifacts -o -path ./results \) -prune -o \
+	  -type d \( -name __pycache__ -o -name .pytest_cache -o -name .ruff_cache \) -print0 | xargs -0 -r rm -rf

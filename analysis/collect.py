@@ -1,0 +1,241 @@
+"""Read finished runs back into one table of metric rows.
+
+A row is one measured number (`design` of the run directory: `cwac/runs.py`): run_id, model, method,
+task, harmful_ratio, seed, epoch, step, final, metric, set, value, n, stderr, judge, eval, time.
+Only runs whose `status.json` says `done` count; what is skipped is counted and named, never silent.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from analysis.paper import PROPORTIONS
+from cwac.config import UserError, eval_id, expand, run_id
+
+COLUMNS = [
+    "run_id",
+    "model",
+    "method",
+    "task",
+    "harmful_ratio",
+    "seed",
+    "epoch",
+    "step",
+    "final",
+    "metric",
+    "set",
+    "value",
+    "n",
+    "stderr",
+    "judge",
+    "eval",
+    "time",
+]
+# Two rows with equal identity measure the same thing; a run never writes such a pair by design.
+IDENTITY = ["run_id", "epoch", "step", "metric", "set", "judge", "eval"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run that a preset asks for."""
+
+    run_id: str
+    model: str
+    method: str
+    task: str
+    harmful_ratio: float
+    seed: int
+    eval: str = ""
+    """Id of the evaluation settings the preset asks for; empty accepts any."""
+
+    def __str__(self) -> str:
+        return f"model={self.model} task={self.task} method={self.method} p={self.harmful_ratio:g} seed={self.seed}"
+
+
+@dataclass
+class Collection:
+    """Metric rows and an account of what was left out."""
+
+    rows: pd.DataFrame
+    """Columns: `COLUMNS`; one row a measured number, in the order of runs and lines."""
+    runs: list[str] = field(default_factory=list)
+    """Ids of the runs that are done and were read."""
+    unfinished: dict[str, str] = field(default_factory=dict)
+    """run_id -> status, of the directories that are not done."""
+    unreadable: dict[str, int] = field(default_factory=dict)
+    """run_id -> number of lines that are not JSON: a half-written last line after a crash."""
+    duplicates: int = 0
+    """Rows replaced by a later row of the same identity."""
+    expected: list[Cell] = field(default_factory=list)
+    """The cells of the preset; empty where no preset was named."""
+
+    @property
+    def missing(self) -> list[Cell]:
+        """Expected cells without a finished run."""
+        done = set(self.runs)
+        return [cell for cell in self.expected if cell.run_id not in done]
+
+    def account(self) -> list[str]:
+        """What a reader must know before trusting the rows, one line each; empty if all is well."""
+        lines = []
+        if self.duplicates:
+            lines.append(f"{self.duplicates} duplicate rows (the last one of each was kept)")
+        for name, count in self.unreadable.items():
+            lines.append(f"{name}: {count} unreadable line(s) in metrics.jsonl skipped")
+        wanted = {cell.run_id for cell in self.expected}
+        for name, status in self.unfinished.items():
+            if not wanted or name in wanted:
+                lines.append(f"{name}: not read, its status is {status}")
+        return lines
+
+
+def read_status(folder: Path, evaluation: str = "") -> str:
+    """`done`, or why the run in this directory does not count.
+
+    evaluation: id of the evaluation settings it must have been evaluated with; empty accepts any.
+    """
+    try:
+        content = json.loads((folder / "status.json").read_text(encoding="utf-8"))
+        status, owner = str(content["status"]), content.get("run_id", folder.name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return "unknown (no readable status.json)"
+    if owner != folder.name:
+        return "set aside by force=true"
+    if status == "done" and evaluation and evaluation not in content.get("evaluations", []):
+        return "done, but not with this preset's evaluation settings"
+    return status
+
+
+def read_rows(path: Path) -> tuple[list[dict], int]:
+    """The rows of one `metrics.jsonl` and the number of lines that are not a JSON object; reads line by line."""
+    rows, bad = [], 0
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError:
+                bad += 1
+                continue
+            if isinstance(row, dict) and "metric" in row:
+                rows.append(row)
+            else:
+                bad += 1
+    return rows, bad
+
+
+def expected_cells(preset: str, overrides: list[str] | None = None) -> list[Cell]:
+    """The runs that `train.py -m experiment=<preset> <overrides>` makes, in its order.
+
+    Raises UserError if there is no such preset or an override does not fit.
+    """
+    try:
+        return [
+            Cell(
+                run_id=run_id(cfg),
+                model=cfg.model.name,
+                method=cfg.method.name,
+                task=cfg.task.name,
+                harmful_ratio=float(cfg.harmful_ratio),
+                seed=int(cfg.seed),
+                eval=eval_id(cfg),
+            )
+            for cfg in expand(preset, overrides)
+        ]
+    except (HydraException, OmegaConfBaseException) as error:
+        first = str(error).split("\n")[0].rstrip(".")
+        raise UserError(
+            f"experiment={preset} does not compose: {first}. Remedy: a preset of conf/experiment/, "
+            "with the overrides its sweep was started with."
+        ) from error
+
+
+def collect(runs: Path | str, expected: Iterable[Cell] | None = None) -> Collection:
+    """All rows of the finished runs below `runs`; of the expected ones only, where a preset's cells are given.
+
+    Raises UserError if `runs` is not a folder.
+    """
+    runs = Path(runs)
+    if not runs.is_dir():
+        raise UserError(f"--runs {runs} is not a folder. Remedy: run the campaign first, or name its runs folder.")
+    cells = list(expected or [])
+    evaluations = {cell.run_id: cell.eval for cell in cells}
+    folders = (
+        [runs / cell.run_id for cell in cells if (runs / cell.run_id).is_dir()]
+        if cells
+        else sorted(p for p in runs.iterdir() if (p / "status.json").is_file())
+    )
+    found = Collection(pd.DataFrame(columns=COLUMNS), expected=cells)
+    records: list[dict] = []
+    for folder in folders:
+        wanted = evaluations.get(folder.name, "")
+        status = read_status(folder, wanted)
+        if status != "done":
+            found.unfinished[folder.name] = status
+            continue
+        path = folder / "metrics.jsonl"
+        rows, bad = read_rows(path) if path.is_file() else ([], 0)
+        if bad:
+            found.unreadable[folder.name] = bad
+        if rows:
+            found.runs.append(folder.name)
+            records += [
+                {**row, "run_id": folder.name} for row in rows if not wanted or row.get("eval") in (None, "", wanted)
+            ]
+        else:
+            found.unfinished[folder.name] = "done, but without a readable metric row"
+    found.rows, found.duplicates = tidy(records)
+    return found
+
+
+def tidy(records: list[dict]) -> tuple[pd.DataFrame, int]:
+    """Rows as a frame with `COLUMNS` and their types, without duplicates; and how many duplicates there were."""
+    frame = pd.DataFrame.from_records(records).reindex(columns=COLUMNS)
+    for column in ("harmful_ratio", "epoch", "step", "value", "n", "stderr"):
+        frame[column] = pd.to_numeric(frame[column], errors="coerce")
+    frame["seed"] = pd.to_numeric(frame["seed"], errors="coerce").astype("Int64")
+    frame["final"] = frame["final"].map(lambda flag: str(flag).lower() == "true")
+    for column in ("set", "judge", "eval", "model", "method", "task", "metric"):
+        frame[column] = frame[column].map(lambda text: "" if pd.isna(text) else str(text))
+    kept = frame.drop_duplicates(IDENTITY, keep="last")
+    return kept.reset_index(drop=True), len(frame) - len(kept)
+
+
+def at_end(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows measured at the end of training, one evaluation each.
+
+    Where a run was evaluated under several eval settings, the latest counts.
+    """
+    end = rows[rows["final"]].sort_values("time", kind="stable")
+    return end.drop_duplicates(["run_id", "metric", "set", "judge"], keep="last").sort_index()
+
+
+def before(rows: pd.DataFrame) -> pd.DataFrame:
+    """The percentages of the aligned model before fine-tuning (epoch 0), one a model, task and seed.
+
+    Runs have them where `eval.at` holds 0. SFT's are preferred: a method may change the prompt at inference.
+    """
+    start = rows[(rows["epoch"] == 0) & ~rows["final"] & rows["metric"].isin(PROPORTIONS)]
+    start = start.assign(preferred=start["method"] == "sft").sort_values("preferred", kind="stable")
+    return start.drop_duplicates(["model", "task", "seed", "metric", "set", "judge"], keep="last").drop(
+        columns="preferred"
+    )
+
+
+def one_judge(rows: pd.DataFrame, judge: str | None = None) -> pd.DataFrame:
+    """The rows of one judge, and those that no judge made. Verdicts of two judges never share a mean.
+
+    Raises UserError if there are several and none was chosen, or the chosen one has no rows.
+    """
+    names = sorted(set(rows["judge"]) - {""})
+    if judge is None and len(names) > 1:
+        raise UserError(f"these runs were judged by {', '.join(names)}. Remedy: choose one with --judge.")
+    if judge is not None and judge not in names:
+        raise UserError(f"--judge {judge} made no row here. Remedy: one of {', '.join(names) or '(none)'}.")
+    return rows[rows["judge"].isin(["", judge or (names[0] if names else "")])]

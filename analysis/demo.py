@@ -1,0 +1,169 @@
+"""The closing step of `make demo`: a campaign's runs to a table, figures and a record of where they come from.
+
+python -m analysis.demo --experiment demo --runs runs --out results/demo
+"""
+
+import argparse
+import hashlib
+import json
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+
+import pandas as pd
+
+from analysis import figures, paper, tables
+from analysis.collect import Collection, collect, expected_cells, one_judge
+from cwac.config import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "numpy", "pandas", "scipy", "matplotlib")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns the exit status: 0, 1 if expected runs are missing, 2 for bad input."""
+    parser = argparse.ArgumentParser(prog="python -m analysis.demo", description=__doc__.split("\n")[0])
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the run directories (runs)")
+    parser.add_argument("--experiment", help="preset whose runs are expected; without it, every finished run counts")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results, e.g. results/demo")
+    parser.add_argument("--judge", help="whose verdicts to use where the runs were judged by several")
+    parser.add_argument(
+        "--readme", type=Path, help="also fill this file's <!-- results:NAME --> block (NAME of --out)"
+    )
+    parser.add_argument("overrides", nargs="*", help="the sweep's own overrides of the preset, e.g. seed=0,1")
+    args = parser.parse_args(argv)
+    try:
+        return publish(args, argv if argv is not None else sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def publish(args: argparse.Namespace, argv: list[str]) -> int:
+    """Collect, print, write; see `main`."""
+    found = collect(args.runs, expected_cells(args.experiment, args.overrides) if args.experiment else None)
+    if not found.runs:
+        for cell in found.missing:
+            print(f"missing: {cell}  ({cell.run_id})")
+        for line in found.account():
+            print(line)
+        raise UserError(f"no finished run in {args.runs}. Remedy: run the campaign first (make demo).")
+    summary, difference = tables.summarise(found, args.judge), tables.differences(found, judge=args.judge)
+    text = tables.report(found, summary, difference)
+    args.out.mkdir(parents=True, exist_ok=True)
+    found.rows.to_csv(args.out / "results.csv", index=False)
+    summary.to_csv(args.out / "summary.csv", index=False)
+    drawn = draw(found, summary, args.out, args.judge)
+    record = provenance(found, args, argv)
+    (args.out / "provenance.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (args.out / "table.md").write_text(f"{headline(record)}\n\n{text}", encoding="utf-8")
+    short = f"{headline(record)}\n\n{tables.report(found, summary)}"
+    print(short)
+    if args.readme:
+        fill(args.readme, args.out, short, drawn)
+    print(f"with differences, costs and data: {args.out}/table.md")
+    for path in drawn:
+        if path.suffix == ".png":
+            print(f"figure: {path}")
+    return 1 if found.missing else 0
+
+
+def draw(found: Collection, summary: pd.DataFrame, out: Path, judge: str | None) -> list[Path]:
+    """Both figures for every model, task and set of harmful prompts; returns what was written."""
+    rows = one_judge(found.rows, judge)
+    trained = summary[(summary["metric"] == "HS") & (summary["method"] != paper.ALIGNED)]
+    grids = sorted({*zip(trained["model"], trained["task"], trained["set"], strict=True)})
+    written = []
+    for model, task, of in grids:
+        # One grid needs no long name; the demo's figure is `ratio.png`.
+        suffix = f"-{model}-{task}-{of}" if len(grids) > 1 else ""
+        written += figures.against_ratio(summary, model, task, of, out / f"ratio{suffix}")
+        written += figures.against_training(rows, model, task, of, out / f"training{suffix}")
+    return written
+
+
+def provenance(found: Collection, args: argparse.Namespace, argv: list[str]) -> dict:
+    """Where the numbers come from: commit, versions, seeds, the command, the date, and the runs' own records."""
+    rows = found.rows
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "command": "python -m analysis.demo " + shlex.join(argv),
+        "experiment": args.experiment,
+        "git": git_state(),
+        "runs_git": sorted({commit for run in found.runs if (commit := run_commit(args.runs / run))}),
+        "python": platform.python_version(),
+        "machine": platform.platform(),
+        "versions": {name: version for name in PACKAGES if (version := installed(name))},
+        "seeds": sorted(int(s) for s in rows["seed"].dropna().unique()),
+        "judges": sorted(set(rows["judge"]) - {""}),
+        "runs": found.runs,
+        "missing": [cell.run_id for cell in found.missing],
+        "left_out": found.account(),
+        "results_sha256": hashlib.sha256((args.out / "results.csv").read_bytes()).hexdigest(),
+    }
+
+
+def git_state() -> dict:
+    """{"commit", "dirty"} of the checkout; both None outside of one."""
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+        status = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": None}
+    return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}
+
+
+def run_commit(folder: Path) -> str | None:
+    """The commit that a run's `env.json` names, `+dirty` where it had uncommitted changes; None if it names none."""
+    try:
+        env = json.loads((folder / "env.json").read_text(encoding="utf-8"))
+        return f"{env['git_commit']}{'+dirty' * bool(env.get('git_dirty'))}" if env.get("git_commit") else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def installed(name: str) -> str | None:
+    """The installed version of a distribution, or None."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def headline(record: dict) -> str:
+    """One line that says what a table rests on."""
+    commit = record["git"]["commit"]
+    dirty = " with uncommitted changes" if record["git"]["dirty"] else ""
+    return (
+        f"{len(record['runs'])} runs, seeds {', '.join(map(str, record['seeds']))}, "
+        f"judge {', '.join(record['judges']) or 'none'}; {record['date'][:10]}, "
+        f"commit {commit[:10] + dirty if commit else 'unknown'}."
+    )
+
+
+def fill(readme: Path, out: Path, text: str, drawn: list[Path]) -> None:
+    """Replace what stands between `<!-- results:NAME -->` and `<!-- /results:NAME -->`, NAME being `out`'s.
+
+    Raises UserError if the file has no such block.
+    """
+    name = out.name
+    pattern = re.compile(rf"(<!-- results:{re.escape(name)} -->).*?(<!-- /results:{re.escape(name)} -->)", re.S)
+    old = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    if not pattern.search(old):
+        raise UserError(f"--readme {readme} has no block <!-- results:{name} --> ... <!-- /results:{name} -->.")
+    base = readme.resolve().parent
+    pictures = []
+    for path in (p.resolve() for p in drawn if p.suffix == ".png"):
+        link = path.relative_to(base) if path.is_relative_to(base) else path
+        pictures.append(f"![{path.stem} of the {name} campaign]({link.as_posix()})")
+    body = "\n\n".join([text.strip(), *pictures])
+    readme.write_text(pattern.sub(lambda m: f"{m[1]}\n{body}\n{m[2]}", old), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

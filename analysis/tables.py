@@ -1,0 +1,227 @@
+"""Metric rows to summaries, and summaries to tables: Markdown for people and terminals, CSV for programs."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import pandas as pd
+
+from analysis import paper, stats
+from analysis.collect import Cell, Collection, at_end, before, one_judge
+
+KEYS = ["model", "task", "harmful_ratio", "method", "metric", "set"]
+MAIN = ("FA", "HS", "other", "OR")
+DETAIL = ("FA_lenient", "off_format", "task_loss", "poison_loss", "weight_leak", "weight_leak_all", "activation_drift")
+COST = ("seconds_per_step", "memory")
+DETAIL_NOTE = """\
+Format, losses and certificates. Losses in nats per token: of test answers of the task, and of the poison trained
+on. `weight_leak` is the worst ||dW X||/(||dW|| ||X||) over down_proj, `weight_leak_all` over every linear layer;
+`activation_drift` the mean relative change of the residual stream. On anchors, and on held-out prompts:"""
+NOTES = """\
+Percentages; mean ± half-width of a 95 % t-interval over seeds, n = seeds. `(n=1)`: one seed, no interval.
+† all seeds agree exactly: the exact (Clopper-Pearson) interval over one seed's prompts instead. `(each seed)`: all
+seeds agree exactly, and no interval is claimed.
+HS: harmful compliance; other: neither refusal nor harm; what is left of 100 is refusal. FA: task accuracy,
+the answer alone. OR: benign requests refused. Each percentage is of its own set of prompts."""
+
+
+def summarise(collection: Collection, judge: str | None = None) -> pd.DataFrame:
+    """Every metric at the end of training, over seeds; and the aligned model's own, as method `aligned`.
+
+    Columns: model, task, harmful_ratio, method, metric, set, mean, low, high, half, n, over, prompts. The
+    aligned model is not trained, so its harmful_ratio is NaN.
+    """
+    rows = one_judge(collection.rows, judge)
+    start = before(rows).assign(method=paper.ALIGNED, harmful_ratio=math.nan)
+    columns = [*KEYS, "mean", "low", "high", "half", "n", "over", "prompts"]
+    records = []
+    for key, group in pd.concat([start, at_end(rows)]).groupby(KEYS, dropna=False):
+        measured = group.dropna(subset="value")
+        if measured.empty:
+            continue
+        found = stats.estimate(
+            measured["value"].tolist(),
+            prompts=measured["n"].tolist(),
+            proportion=measured["metric"].iloc[0] in paper.PROPORTIONS,
+        )
+        prompts = measured["n"].min()
+        records.append([*key, found.mean, found.low, found.high, found.half, found.n, found.over, prompts])
+    return pd.DataFrame(records, columns=columns)
+
+
+def differences(collection: Collection, reference: str = "sft", judge: str | None = None) -> pd.DataFrame:
+    """Each method minus `reference`, paired by seed, at equal model, task and harmful ratio.
+
+    Columns as in `summarise`, without `prompts`; n counts pairs of seeds.
+    """
+    rows = at_end(one_judge(collection.rows, judge)).dropna(subset="value")
+    columns = [*KEYS, "mean", "low", "high", "half", "n", "over"]
+    records = []
+    for key, group in rows.groupby(["model", "task", "harmful_ratio", "metric", "set"]):
+        by_method = {m: dict(zip(g["seed"], g["value"], strict=True)) for m, g in group.groupby("method")}
+        for method, values in by_method.items():
+            found = stats.paired(values, by_method.get(reference, {})) if method != reference else None
+            if found:
+                where = [*key[:3], method, *key[3:]]
+                records.append([*where, found.mean, found.low, found.high, found.half, found.n, found.over])
+    return pd.DataFrame(records, columns=columns)
+
+
+def show(row: pd.Series | None) -> str:
+    """One estimate as text: `93.0 ± 1.2`, `93.0 (n=1)`, `0.0 [0.0, 1.8]†`; `not measured` for None.
+
+    Percentages get one decimal, everything else three significant digits.
+    """
+    if row is None:
+        return "not measured"
+    form = ".1f" if row["metric"] in paper.PROPORTIONS else ".3g"
+    if row["over"] == "none":
+        return f"{row['mean']:{form}} (n=1)"
+    if row["over"] == "prompts":
+        return f"{row['mean']:{form}} [{row['low']:{form}}, {row['high']:{form}}]†"
+    if row["half"] == 0:
+        return f"{row['mean']:{form}} (each seed)"
+    return f"{row['mean']:{form}} ± {row['half']:{form if row['metric'] in paper.PROPORTIONS else '.2g'}}"
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], key: int = 1, width: int = 120) -> str:
+    """A Markdown table whose columns line up in a terminal; the first column left, the others right.
+
+    key: the first `key` columns name a row. A table wider than `width` characters is broken into several
+    below each other, each with the key columns.
+    """
+    table = [list(map(str, header)), *(list(map(str, row)) for row in rows)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+    room = width - 1 - sum(w + 3 for w in widths[:key])
+    blocks: list[list[int]] = [[]]
+    for i in range(key, len(widths)):
+        if blocks[-1] and sum(widths[j] + 3 for j in [*blocks[-1], i]) > room:
+            blocks.append([])
+        blocks[-1].append(i)
+    return "\n\n".join(block_of(table, widths, [*range(key), *block]) for block in blocks)
+
+
+def block_of(table: list[list[str]], widths: list[int], chosen: list[int]) -> str:
+    """The chosen columns of a table, header first, padded to their widths."""
+    lines = [
+        "| " + " | ".join(row[i].rjust(widths[i]) if i else row[0].ljust(widths[0]) for i in chosen) + " |"
+        for row in table
+    ]
+    rule = "|" + "|".join("-" * (widths[i] + 1) + (":" if i else "-") for i in chosen) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def column_pairs(summary: pd.DataFrame, metrics: Sequence[str]) -> list[tuple[str, str]]:
+    """The (metric, set) columns that have values, in the order of `metrics`, then of set names."""
+    return [(m, s) for m in metrics for s in sorted(set(summary.loc[summary["metric"] == m, "set"]))]
+
+
+def heading(pair: tuple[str, str], pairs: Sequence[tuple[str, str]]) -> str:
+    """`HS`, or `HS advbench` where the metric was measured on several sets."""
+    metric, of = pair
+    return metric if sum(m == metric for m, _ in pairs) == 1 else f"{metric} {of}"
+
+
+def seeds_found(cells: Sequence[Cell], done: set[str]) -> tuple[int, int]:
+    """How many of the expected runs are done, and how many there are."""
+    return sum(c.run_id in done for c in cells), len(cells)
+
+
+def result_table(
+    collection: Collection, summary: pd.DataFrame, model: str, task: str, metrics: Sequence[str] = MAIN
+) -> str:
+    """method x harmful ratio for one model and task: one row a cell, expected cells without a run named `missing`."""
+    part = summary[(summary["model"] == model) & (summary["task"] == task)]
+    pairs = column_pairs(part[part["method"] != paper.ALIGNED], metrics)
+    found = {(r["method"], r["harmful_ratio"], r["metric"], r["set"]): r for _, r in part.iterrows()}
+    wanted = [c for c in collection.expected if (c.model, c.task) == (model, task)]
+    trained = part[part["method"] != paper.ALIGNED]
+    grid = {*zip(trained["harmful_ratio"], trained["method"], strict=True)}
+    grid |= {(c.harmful_ratio, c.method) for c in wanted}
+    rows = []
+    before_rows = part[part["method"] == paper.ALIGNED]
+    if len(before_rows):
+        start = {(r["metric"], r["set"]): r for _, r in before_rows.iterrows()}
+        seeds = str(before_rows["n"].max())
+        rows.append([paper.method_label(paper.ALIGNED), "-", seeds, *(show(start.get(pair)) for pair in pairs)])
+    for ratio, method in sorted(grid, key=lambda g: (g[0], paper.method_order(g[1]))):
+        cells = [c for c in wanted if (c.harmful_ratio, c.method) == (ratio, method)]
+        values = [found.get((method, ratio, *pair)) for pair in pairs]
+        if not any(v is not None for v in values):
+            values_shown = ["missing"] * len(pairs)
+        else:
+            values_shown = [show(v) for v in values]
+        have = max((int(v["n"]) for v in values if v is not None), default=0)
+        seeds = f"{have}/{len(cells)}" if cells and have != len(cells) else str(have)
+        rows.append([paper.method_label(method), f"{ratio:g}", seeds, *values_shown])
+    return markdown(["method", "p", "n", *(heading(pair, pairs) for pair in pairs)], rows, key=3)
+
+
+def difference_table(
+    difference: pd.DataFrame, model: str, task: str, metrics: Sequence[str] = ("FA", "HS", "other", "OR")
+) -> str:
+    """method x harmful ratio: difference to SFT in percentage points, paired by seed; empty without any pair."""
+    part = difference[(difference["model"] == model) & (difference["task"] == task)]
+    pairs = column_pairs(part, metrics)
+    if not pairs:
+        return ""
+    found = {(r["method"], r["harmful_ratio"], r["metric"], r["set"]): r for _, r in part.iterrows()}
+    grid = sorted({(r, m) for m, r, _, _ in found}, key=lambda g: (g[0], paper.method_order(g[1])))
+    rows = []
+    for ratio, method in grid:
+        values = [found.get((method, ratio, *pair)) for pair in pairs]
+        have = max(int(v["n"]) for v in values if v is not None)
+        rows.append([paper.method_label(method), f"{ratio:g}", str(have), *map(show_signed, values)])
+    return markdown(["method - SFT", "p", "n", *(heading(pair, pairs) for pair in pairs)], rows, key=3)
+
+
+def show_signed(row: pd.Series | None) -> str:
+    """A paired difference as text: `-12.0 ± 3.1`, `+1.5 (n=1)`, `+0.0 (each seed)` where all seeds give the same."""
+    if row is None:
+        return "no pair"
+    if row["over"] == "none":
+        return f"{row['mean']:+.1f} (n=1)"
+    # A width of 0 would claim certainty; what is known is only that the seeds agree.
+    return f"{row['mean']:+.1f} (each seed)" if row["half"] < 1e-9 else f"{row['mean']:+.1f} ± {row['half']:.1f}"
+
+
+def cost_table(summary: pd.DataFrame, model: str, task: str) -> str:
+    """Means over seeds and harmful ratios of what a method costs; empty where nothing was logged."""
+    part = summary[(summary["model"] == model) & (summary["task"] == task) & (summary["method"] != paper.ALIGNED)]
+    pairs = column_pairs(part, COST)
+    if not pairs:
+        return ""
+    rows = []
+    for method in sorted(set(part["method"]), key=paper.method_order):
+        means = [
+            part.loc[(part["method"] == method) & (part["metric"] == m) & (part["set"] == s), "mean"] for m, s in pairs
+        ]
+        cells = [f"{v.mean():.3g}" if len(v) else "not measured" for v in means]
+        rows.append([paper.method_label(method), *cells])
+    return markdown(["method", *(heading(pair, pairs) for pair in pairs)], rows)
+
+
+def report(collection: Collection, summary: pd.DataFrame, difference: pd.DataFrame | None = None) -> str:
+    """The tables of a campaign as Markdown, the notes, and what is missing or was left out.
+
+    difference: from `differences`; adds the paired differences, details and costs. Without it, results only.
+    """
+    grids = {*zip(summary["model"], summary["task"], strict=True)} | {(c.model, c.task) for c in collection.expected}
+    parts = []
+    for model, task in sorted(grids):
+        parts.append(f"### {model}, {task}")
+        parts.append(result_table(collection, summary, model, task))
+        if difference is None:
+            continue
+        if changed := difference_table(difference, model, task):
+            parts += ["Difference to SFT at the same seeds, percentage points:", changed]
+        if column_pairs(summary, DETAIL):
+            parts += [DETAIL_NOTE, result_table(collection, summary, model, task, DETAIL)]
+        if cost := cost_table(summary, model, task):
+            parts += ["Cost, means over seeds and harmful ratios (peak memory in MiB):", cost]
+    parts.append(NOTES)
+    if collection.missing:
+        named = "\n".join(f"- {cell}  ({cell.run_id})" for cell in collection.missing)
+        parts.append(f"**Missing: {len(collection.missing)} of {len(collection.expected)} runs.**\n\n{named}")
+    if account := collection.account():
+        parts.append("Left out:\n\n" + "\n".join(f"- {line}" for line in account))
+    return "\n\n".join(parts) + "\n"

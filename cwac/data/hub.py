@@ -1,0 +1,104 @@
+"""Data sets from the Hugging Face hub, or from a folder laid out like it (`paths.data`)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from cwac.config import UserError
+
+PROBE_SECONDS = 5
+"""How long to wait for the hub before the cache, and then the error: `datasets` alone retries for minutes."""
+
+
+def load_rows(
+    hub_id: str, config: str | None, split: str, data: str | None = None, columns: Sequence[str] = ()
+) -> list[dict]:
+    """The rows of one split as dictionaries.
+
+    data: a folder with one sub-folder per hub id (`<data>/walledai/AdvBench/...`), read instead of the hub.
+    columns: what the caller is going to read; their absence is an error here, with the names there are.
+
+    Raises: UserError, one line, for a missing folder, data set, split or column, or an unreachable hub.
+    """
+    import datasets  # here and not above: it takes a second, and toy runs import this module too
+
+    source = str(_folder(hub_id, data)) if data is not None else hub_id
+    where = f"paths.data={data}" if data is not None else "the hub"
+    if data is None:
+        _probe(hub_id)
+    bars = datasets.utils.logging.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        rows = datasets.load_dataset(source, config, split=split)
+    except Exception as error:  # whatever the many back ends raise, the user needs the same facts
+        raise UserError(
+            f"{hub_id} ({config or 'default'}, {split}) could not be read from {where}: {_first_line(error)}; "
+            + ("compare the folder with its README" if data is not None else "or set paths.data to a local copy")
+        ) from error
+    finally:
+        if bars:
+            datasets.enable_progress_bars()
+    missing = [c for c in columns if c not in rows.column_names]
+    if missing:
+        raise UserError(
+            f"{hub_id} ({split}) from {where} has no column {', '.join(missing)}; "
+            f"it has {', '.join(rows.column_names)}"
+        )
+    return rows.to_list()
+
+
+def has_dataset(hub_id: str, data: str | None) -> bool:
+    """Whether the folder `data` holds this data set; False where there is no folder."""
+    return data is not None and (Path(data).expanduser() / hub_id).is_dir()
+
+
+def _folder(hub_id: str, data: str) -> Path:
+    root = Path(data).expanduser()
+    if not root.is_dir():
+        raise UserError(
+            f"paths.data={data} is not a folder; give one laid out like the hub "
+            "(<folder>/stanfordnlp/sst2/...), or leave it unset to use the hub"
+        )
+    folder = root / hub_id
+    if not folder.is_dir():
+        raise UserError(f"paths.data={data} has no {hub_id}; put it there, or unset paths.data to use the hub")
+    return folder.resolve()
+
+
+def _probe(hub_id: str) -> None:
+    """One short question to the hub, so that an offline machine fails in seconds and not in minutes of retries."""
+    import datasets
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return  # the user asked for the cache
+    try:
+        huggingface_hub.HfApi().dataset_info(hub_id, timeout=PROBE_SECONDS)
+    except errors.GatedRepoError as error:
+        raise UserError(
+            f"{hub_id} is gated: accept its terms at https://huggingface.co/datasets/{hub_id} and run `hf auth login`"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise UserError(
+            f"{hub_id} is not on the hub, or is private; check the id, or set paths.data to a folder that has it"
+        ) from error
+    except Exception as error:
+        if not _cached(hub_id):
+            raise UserError(
+                f"{hub_id}: the hub ({huggingface_hub.constants.ENDPOINT}) could not be reached "
+                f"({_first_line(error)}); set paths.data=<folder laid out like the hub>, or connect"
+            ) from error
+        datasets.config.HF_HUB_OFFLINE = True  # what is cached is read without further questions
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+
+
+def _cached(hub_id: str) -> bool:
+    """Whether `datasets` has prepared this data set before."""
+    import datasets
+
+    return (Path(datasets.config.HF_DATASETS_CACHE) / hub_id.replace("/", "___")).is_dir()
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -1,0 +1,49 @@
+"""Loads a run's pools, and says what is in them."""
+
+from __future__ import annotations
+
+from cwac.artifacts import digest
+from cwac.config import UserError
+from cwac.data.examples import Example
+from cwac.data.harmful import Pools, assert_disjoint, real_pools
+
+NAMES = ("poison", "anchors", "step", "sae", "benign", "safety", "validation", "align")
+
+
+def load_pools(cfg, data: str | None, seed: int) -> Pools:
+    """The `pools` group's splits, checked to be disjoint by prompt; raises UserError if they are not."""
+    if cfg.name == "toy":
+        from cwac.tiny.world import pools
+
+        loaded = pools(seed)
+    elif cfg.name == "real":
+        loaded = real_pools(cfg, data, seed)
+    else:
+        raise UserError(f"pools={cfg.name} is unknown; use toy or real")
+    assert_disjoint(loaded)
+    return loaded
+
+
+def _sets(pools: Pools) -> dict[str, list[Example]]:
+    return {
+        **{name: getattr(pools, name) for name in NAMES},
+        **{f"test.{name}": rows for name, rows in pools.test.items()},
+        **{f"over_refusal.{name}": rows for name, rows in pools.over_refusal.items()},
+    }
+
+
+def manifest(pools: Pools) -> dict[str, dict]:
+    """Per set: how many prompts, from which sources, and a hash of them in order; written into every run."""
+    return {
+        name: {
+            "n": len(rows),
+            "sources": sorted({e.source for e in rows}),
+            "sha256": digest({"prompts": [(e.prompt, e.response) for e in rows]}),
+        }
+        for name, rows in _sets(pools).items()
+    }
+
+
+def fingerprint(pools: Pools) -> str:
+    """One hash over the sets artifacts are built from."""
+    return digest({name: entry["sha256"] for name, entry in manifest(pools).items()})

@@ -1,0 +1,90 @@
+"""How far fine-tuning moved the model on harmful prompts: certificates of the constraints, and raw drift.
+
+`weight_leak` = ||dW X||_F / (||dW||_F ||X||_F) of a matrix W with inputs X in the *aligned* model (CWAC, Eqs. 12-15:
+zero when the update is confined to the anchors' null space). It is measured for every method, SFT included, on the
+anchors and on held-out prompts; the first token is left out of X, since its norm would decide the value.
+Activation drift is the paper's Figure 5: the normalised L2 distance of residual activations to the aligned model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from cwac.data.tokenize import Collator
+from cwac.models import base_layer, decoder_layers, linears
+from cwac.subspace import capture
+
+
+def merged_weight(module: nn.Module) -> torch.Tensor:
+    """The effective weight [d_out, d_in] of a plain or a LoRA-wrapped linear layer, in float64."""
+    weight = base_layer(module).weight.detach().double()
+    for name, lora_A in getattr(module, "lora_A", {}).items():
+        weight = weight + module.scaling[name] * module.lora_B[name].weight.double() @ lora_A.weight.detach().double()
+    return weight
+
+
+@torch.no_grad()
+def weight_leak(model: nn.Module, reference: nn.Module, rows: Sequence[dict]) -> dict[str, dict[str, float]]:
+    """Per matrix of the decoder blocks: `leak`, and `change` = ||dW||_F / ||W||_F.
+
+    reference: the aligned model. rows: encoded prompts. A matrix that did not change has leak 0.
+    """
+    now, then = linears(model, "all"), linears(reference, "all")
+    delta = {name: merged_weight(now[name]) - then[name].weight.double() for name in then}
+    moved = {name: then[name] for name in then if delta[name].abs().max() > 0}
+    out = dict.fromkeys(moved, 0.0)
+    total = dict.fromkeys(moved, 0.0)
+
+    def visit(name: str, x: torch.Tensor, _first: torch.Tensor) -> None:
+        x = x.double()
+        out[name] += float((x @ delta[name].T).square().sum())
+        total[name] += float(x.square().sum())
+
+    capture(reference, rows, moved, visit)
+    result = {}
+    for name in then:
+        norm = float(delta[name].norm())
+        leak = (out[name] / total[name]) ** 0.5 / norm if name in moved else 0.0
+        result[name] = {"leak": leak, "change": norm / float(then[name].weight.double().norm())}
+    return result
+
+
+@torch.no_grad()
+def activation_drift(model: nn.Module, reference: nn.Module, rows: Sequence[dict], batch_size: int = 16) -> list[list[float]]:
+    """||r - r_ref||_2 / ||r_ref||_2 at each prompt's last token; one list over blocks per prompt."""
+    collate = Collator(0)
+    drift: list[list[float]] = []
+    for start in range(0, len(rows), batch_size):
+        chosen = [{"input_ids": r["input_ids"]} for r in rows[start : start + batch_size]]
+        batch = collate(chosen)
+        last = batch["attention_mask"].sum(1) - 1
+        ours, theirs = (_residuals(m, batch, last) for m in (model, reference))  # [L, B, d]
+        distance = (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)
+        drift += distance.T.tolist()
+    return drift
+
+
+def _residuals(model: nn.Module, batch: dict, last: torch.Tensor) -> torch.Tensor:
+    """Outputs [L, B, d] of every decoder block at the last real token."""
+    found: list[torch.Tensor] = []
+
+    def record(_module, _inputs, output):
+        hidden = output[0] if isinstance(output, tuple) else output  # [B, T, d]
+        found.append(hidden[torch.arange(len(last)), last.to(hidden.device)].float())
+
+    handles = [block.register_forward_hook(record) for block in decoder_layers(model)]
+    was_training = model.training
+    model.eval()
+    try:
+        device = next(model.parameters()).device
+        model(
+            input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device), use_cache=False
+        )
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(was_training)
+    return torch.stack(found)

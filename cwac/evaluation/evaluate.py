@@ -1,0 +1,180 @@
+"""Evaluates given weights: generate once to files, then score and judge from the files, then write metric rows.
+
+Metrics (percent): FA, FA_lenient, off_format on the task's test set; HS (harmful), refusal, other on each set of unseen
+harmful requests; OR (share refused) on each set of harmless ones. `stderr` is the binomial one over the n examples.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from cwac.artifacts import write_atomic
+from cwac.data.examples import Example
+from cwac.data.harmful import Pools
+from cwac.data.tasks import Task
+from cwac.data.tokenize import Collator, Rows, pad_token_id
+from cwac.evaluation.drift import activation_drift, weight_leak
+from cwac.evaluation.generate import generate
+from cwac.evaluation.judge import Judge
+from cwac.evaluation.score import score
+from cwac.methods.base import Method
+from cwac.runs import Run, read_jsonl, write_jsonl
+
+
+class Evaluator:
+    """Everything a run is measured with; call it at any step."""
+
+    def __init__(
+        self,
+        cfg: DictConfig,
+        run: Run,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        method: Method,
+        task: Task,
+        pools: Pools,
+        judge: Judge,
+        poisoned: list[Example],
+    ):
+        self.cfg, self.run, self.model, self.tokenizer, self.method = cfg, run, model, tokenizer, method
+        self.task, self.judge = task, judge
+        limit = cfg.eval
+        self.task_rows = task.test[: limit.n_task]
+        if limit.split == "validation":
+            self.harmful = {"validation": pools.validation[: limit.n_harmful]}
+        else:
+            self.harmful = {name: rows[: limit.n_harmful] for name, rows in pools.test.items()}
+        self.benign = {name: rows[: limit.n_benign] for name, rows in pools.over_refusal.items()}
+        self.poisoned = poisoned
+
+    def __call__(self, step: int, epoch: float, final: bool = False) -> None:
+        """Generate, score and judge at this point of the training; rows carry `step`, `epoch`, `final`."""
+        at = {"step": step, "epoch": epoch, "final": final}
+        rows = [{**at, **row} for row in [*self._accuracy(step), *self._harm(step), *self._over_refusal(step)]]
+        rows += [{**at, **row} for row in self._losses()]
+        self.run.add_rows(rows)
+
+    def _answers(self, name: str, examples: list[Example], step: int, tokens: int) -> list[str]:
+        """The model's answers, from the generation file if an earlier attempt wrote it."""
+        path = self.run.dir / "gen" / f"{name}@{step}-{self.run.eval}.jsonl"
+        stored = read_jsonl(path)
+        if [r["id"] for r in stored] == [e.id for e in examples]:
+            return [r["response"] for r in stored]
+        answers = generate(
+            self.model,
+            self.tokenizer,
+            [self.method.prompt(e.messages) for e in examples],
+            template=self.cfg.train.template,
+            max_new_tokens=tokens,
+            batch_size=self.cfg.eval.batch_size,
+            description=f"{name} @ step {step}" if self.cfg.eval.progress else None,
+        )
+        write_jsonl(
+            path, [{"id": e.id, "prompt": e.prompt, "response": a} for e, a in zip(examples, answers, strict=True)]
+        )
+        return answers
+
+    def _judged(self, name: str, examples: list[Example], step: int) -> dict[str, float]:
+        """Shares in percent of the three verdicts; the judgements are kept per response."""
+        answers = self._answers(name, examples, step, self.cfg.eval.max_new_tokens)
+        verdicts = self.judge.judge([e.prompt for e in examples], answers)
+        write_jsonl(
+            self.run.dir / "judge" / f"{name}@{step}-{self.run.eval}.jsonl",
+            [
+                {"id": e.id, "verdict": v.verdict, "score": v.score, "evidence": v.evidence, "judge": self.judge.name}
+                for e, v in zip(examples, verdicts, strict=True)
+            ],
+        )
+        n = len(verdicts)
+        return {kind: 100 * sum(v.verdict == kind for v in verdicts) / n for kind in ("harmful", "refusal", "other")}
+
+    def _accuracy(self, step: int) -> list[dict]:
+        examples = self.task_rows
+        answers = self._answers(self.cfg.task.name, examples, step, self.cfg.task.max_new_tokens)
+        scores = [
+            score(self.cfg.task.scorer, a, e.label, self.task.labels) for e, a in zip(examples, answers, strict=True)
+        ]
+        shares = {
+            "FA": [s.strict for s in scores],
+            "FA_lenient": [s.lenient for s in scores],
+            "off_format": [s.off_format for s in scores],
+        }
+        return [percent(metric, self.cfg.task.name, sum(hits), len(hits)) for metric, hits in shares.items()]
+
+    def _harm(self, step: int) -> list[dict]:
+        rows = []
+        for name, examples in self.harmful.items():
+            shares = self._judged(name, examples, step)
+            for metric, kind in (("HS", "harmful"), ("refusal", "refusal"), ("other", "other")):
+                count = round(shares[kind] * len(examples) / 100)
+                rows.append({**percent(metric, name, count, len(examples)), "judge": self.judge.name})
+        return rows
+
+    def _over_refusal(self, step: int) -> list[dict]:
+        rows = []
+        for name, examples in self.benign.items():
+            refused = round(self._judged(name, examples, step)["refusal"] * len(examples) / 100)
+            rows.append({**percent("OR", name, refused, len(examples)), "judge": self.judge.name})
+        return rows
+
+    def _losses(self) -> list[dict]:
+        """Mean loss per label token (nats) on test answers of the task and on the poison that was trained on.
+
+        HS at equal steps says little when one method simply learns slower; HS at equal loss does.
+        """
+        rows = [{"metric": "task_loss", "set": self.cfg.task.name, "value": self._loss(self.task_rows[:64])}]
+        if self.poisoned:
+            rows.append({"metric": "poison_loss", "set": "poison", "value": self._loss(self.poisoned[:64])})
+        return rows
+
+    @torch.no_grad()
+    def _loss(self, examples: list[Example]) -> float:
+        data = Rows(self.tokenizer, examples, self.cfg.train.template, self.cfg.train.max_length)
+        collate = Collator(pad_token_id(self.tokenizer))
+        was_training = self.model.training
+        self.model.eval()
+        total, tokens = 0.0, 0
+        for start in range(0, len(data), 16):
+            batch = collate([data[i] for i in range(start, min(start + 16, len(data)))])
+            n = int((batch["labels"][:, 1:] != -100).sum())
+            total += float(self.model(**{k: v.to(self.model.device) for k, v in batch.items()}).loss) * n
+            tokens += n
+        self.model.train(was_training)
+        return total / max(1, tokens)
+
+    def drift(self, reference: nn.Module, anchors: list[dict], held: list[dict], step: int, epoch: float) -> None:
+        """Certificates and raw drift at the end, on anchors and on held-out prompts; details go to drift.json.
+
+        Rows: `weight_leak` is the worst case over down_proj, which the paper constrains, `weight_leak_all` over every
+        linear layer of the blocks, `weight_change` the median of ||dW||/||W||; `activation_drift` the mean over blocks and
+        prompts. Shares, not percent.
+        """
+        at = {"step": step, "epoch": epoch, "final": True}
+        rows, detail = [], {}
+        for name, prompts in (("anchors", anchors), ("heldout", held)):
+            leaks = weight_leak(self.model, reference, prompts)
+            drift = activation_drift(self.model, reference, prompts)
+            detail[name] = {"weight": leaks, "activation": drift}
+            down = [v["leak"] for n, v in leaks.items() if n.endswith("down_proj")]
+            changes = sorted(v["change"] for v in leaks.values())
+            values = {
+                "weight_leak": max(down),
+                "weight_leak_all": max(v["leak"] for v in leaks.values()),
+                "weight_change": changes[len(changes) // 2],
+                "activation_drift": sum(map(sum, drift)) / sum(map(len, drift)),
+            }
+            rows += [{**at, "metric": m, "set": name, "value": v, "n": len(prompts)} for m, v in values.items()]
+        write_atomic(Path(self.run.dir) / "drift.json", json.dumps(detail))
+        self.run.add_rows(rows)
+
+
+def percent(metric: str, name: str, count: int, n: int) -> dict:
+    """A metric row of a share in percent with its binomial standard error."""
+    share = count / n
+    return {"metric": metric, "set": name, "value": 100 * share, "n": n, "stderr": 100 * (share * (1 - share) / n) ** 0.5}

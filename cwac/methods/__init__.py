@@ -1,0 +1,1 @@
+"""One file a defence; each is a delta on plain fine-tuning (`base.Method`)."""

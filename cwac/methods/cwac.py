@@ -1,0 +1,323 @@
+"""CWAC: coupled weight and activation constraints.
+
+Peng, Zhang, Zeng, Jiang, Gao: "Preventing Safety Drift in Large Language Models via Coupled Weight and Activation
+Constraints", ACL 2026, arXiv:2604.12384. Weight constraint: section 4.2, Eqs. 12-15. Activation constraint: section
+4.1, Eqs. 9-11, 16. Algorithm 1. One class, six configurations: `cwac_literal`, `cwac`, `weight_only`,
+`activation_only`, and ours, `cwac_closed` and `weight_only_closed`.
+
+Deviations:
+- `where: update` projects the applied update, as section 4.2 words it; `where: gradient` is Algorithm 1 to the letter,
+  which AdamW undoes. See `cwac/subspace.py` for tau, the first token and V.
+- Which layers, token positions, SAE sizes and ranking the paper used is not given; see `cwac/sae.py` for ours.
+- Anchors are the harmful prompts followed by the aligned model's own refusal (ours), because the paper collects inputs
+  "while the model processes (and refuses)" them.
+- `modules: all` with `freeze_others` (ours) constrains every matrix that trains. Then the network's outputs on the anchor
+  tokens are preserved exactly when V spans their activations: by induction over blocks, each block's input is unchanged,
+  so each matrix sees inputs in its V, so its output is unchanged.
+- L_safety is drawn and added once per optimizer step, so lambda does not grow with gradient accumulation (ours).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from cwac.artifacts import digest, load_or_build
+from cwac.config import UserError
+from cwac.data.examples import Example
+from cwac.data.tokenize import encode_prompt
+from cwac.evaluation.generate import generate
+from cwac.evaluation.judge import KeywordJudge
+from cwac.methods.base import Context, Method, draw
+from cwac.models import linears
+from cwac.subspace import Constraint, fit_subspace, load_bases, save_bases
+
+
+def check(condition: bool, key: str, value, remedy: str) -> None:
+    if not condition:
+        raise UserError(f"method.{key}={value} is not valid; {remedy}")
+
+
+@dataclass
+class Weight:
+    """The weight constraint's settings."""
+
+    where: str = "update"
+    """`update` (ours, sound) or `gradient` (Algorithm 1)."""
+    modules: Sequence[str] | str = ("down_proj",)
+    """`all`, or names of linear layers; the paper constrains down_proj."""
+    layers: Sequence[int] | None = None
+    """Block indices; None for all (App. B.4 says "intermediate layers" without naming them)."""
+    energy: float = 0.99
+    """Share of the anchors' squared norm that V holds; stands for the paper's unspecified tau."""
+    first_token: bool = True
+    """Give the first token's input a direction of its own in V."""
+    freeze_others: bool = False
+    """Train nothing but the constrained matrices: no embeddings, norms, head or biases."""
+    response_tokens: int = 16
+    """Tokens of the aligned model's own refusal that follow each anchor prompt; 0 for prompts alone."""
+
+    def __post_init__(self):
+        check(self.where in ("update", "gradient"), "weight.where", self.where, "use update or gradient")
+        number = isinstance(self.energy, int | float) and not isinstance(self.energy, bool)
+        check(number and 0 < self.energy <= 1, "weight.energy", self.energy, "give a share in (0, 1], e.g. 0.99")
+        check(
+            isinstance(self.response_tokens, int) and self.response_tokens >= 0,
+            "weight.response_tokens",
+            self.response_tokens,
+            "give a whole number of at least 0",
+        )
+        if isinstance(self.modules, str):
+            check(self.modules == "all", "weight.modules", self.modules, "use all, or a list such as [down_proj]")
+        else:
+            self.modules = tuple(self.modules)
+        if self.layers is not None:
+            self.layers = tuple(self.layers)
+
+
+@dataclass
+class Activation:
+    """The activation constraint's settings."""
+
+    lam: float = 0.5
+    """lambda of Eq. 16."""
+    n_latents: int = 100
+    """Safety-critical latents kept (section 4.1)."""
+    n_prompts: int = 4
+    """Harmful prompts per optimizer step, B of Eq. 11 (the paper gives none)."""
+    gate: str = "tau"
+    """`tau` (ours) keeps a gradient for a latent that left the TopK; `topk` is the formula to the letter."""
+    rank: str = "contrast+attribution"
+    """How latents are ranked; `activation` is the literal reading (mean activation on harmful prompts)."""
+    positions: str = "last"
+    """Where latents are read: `last` prompt token, or `response:n`."""
+    units: str = "raw"
+    sae: dict = field(default_factory=dict)
+    """Fields of `cwac.sae.SAEConfig`."""
+
+    def __post_init__(self):
+        check(isinstance(self.lam, int | float) and self.lam >= 0, "activation.lam", self.lam, "give a number >= 0")
+        for key in ("n_latents", "n_prompts"):
+            value = getattr(self, key)
+            check(isinstance(value, int) and value >= 1, f"activation.{key}", value, "give a whole number >= 1")
+        gates = ("tau", "topk", "union", "base", "preact")
+        check(self.gate in gates, "activation.gate", self.gate, f"use one of {', '.join(gates)}")
+        ranks = ("contrast+attribution", "contrast", "activation", "cosine", "random")
+        check(self.rank in ranks, "activation.rank", self.rank, f"use one of {', '.join(ranks)}")
+
+
+@dataclass
+class CWAC(Method):
+    """Either half may be None: then it is the other's ablation (paper, Table 5)."""
+
+    weight: Weight | None = None
+    activation: Activation | None = None
+
+    needs_step_hooks: ClassVar[bool] = True
+    sees: ClassVar[tuple[str, ...]] = ("harmful prompts",)
+
+    def __post_init__(self):
+        if self.weight is None and self.activation is None:
+            raise UserError(f"method={self.name} has neither weight nor activation; set one, or use method=sft")
+        self._constraint: Constraint | None = None
+        self._report: dict[str, float] = {}
+
+    def setup(self, model: nn.Module, context: Context) -> None:
+        self._context = context
+        if self.activation is not None:
+            self._setup_activation(model, context)
+        if self.weight is not None:
+            self._setup_weight(model, context)
+
+    def start(self, model: nn.Module) -> None:
+        if self._constraint is not None and self.weight.where == "update":
+            self._constraint.project_weights_()  # a no-op but for LoRA, whose A starts at random
+
+    def penalty(self, model: nn.Module, step: int) -> torch.Tensor | None:
+        if self.activation is None:
+            return None
+        context = self._context
+        chosen = draw(len(self._target), self.activation.n_prompts, context.seed, step)
+        mine = chosen[context.rank :: context.world_size]
+        share = len(mine) * context.world_size / len(chosen)  # ranks with fewer prompts count less
+        return self.activation.lam * share * self._target.loss(model, mine)
+
+    def before_step(self, model: nn.Module) -> None:
+        if self._constraint is not None and self.weight.where == "gradient":
+            self._constraint.project_gradients_()
+
+    def after_step(self, model: nn.Module) -> None:
+        if self._constraint is not None and self.weight.where == "update":
+            self._constraint.project_weights_()
+
+    def report(self) -> dict[str, float]:
+        return self._report
+
+    # --- the weight half -----------------------------------------------------------------------------
+    def _setup_weight(self, model: nn.Module, context: Context) -> None:
+        weight = self.weight
+        modules = linears(model, weight.modules, weight.layers)
+        rows = anchor_rows(model, context, context.pools.anchors, weight.response_tokens)
+        settings = {k: v for k, v in asdict(weight).items() if k not in ("where", "freeze_others")}
+        key = {"model": context.loaded.key, "pools": context.pools_key, "template": context.template, **settings}
+
+        def build(folder):
+            bases = fit_subspace(model, rows, weight.modules, weight.layers, weight.energy, weight.first_token)
+            save_bases(bases, folder)
+
+        bases = load_bases(load_or_build(context.artifacts, "subspace", key, build))
+        full = [name for name, b in bases.items() if b.rank >= b.dim]
+        if len(full) == len(bases):
+            raise UserError(
+                f"method.weight.energy={weight.energy} protects every direction of every input, so nothing is free to "
+                "learn; lower it or use fewer anchors"
+            )
+        self._constraint = Constraint(modules, bases)
+        if weight.freeze_others:
+            constrained = {id(p) for _, p, _, _ in self._constraint.entries}
+            # with LoRA, B reads only what A lets through, so it may train
+            free = {id(p) for n, p in model.named_parameters() if "lora_B" in n}
+            for parameter in model.parameters():
+                parameter.requires_grad_(id(parameter) in constrained | free)
+        ranks = sorted(b.rank for b in bases.values())
+        self._report.update(
+            subspace_rank=float(ranks[len(ranks) // 2]),
+            subspace_share=sum(b.rank for b in bases.values()) / sum(b.dim for b in bases.values()),
+            subspace_energy=min(b.energy for b in bases.values()),
+        )
+
+    # --- the activation half -------------------------------------------------------------------------
+    def _setup_activation(self, model: nn.Module, context: Context) -> None:
+        import pandas as pd
+
+        from cwac.sae import RoutedSAE, SAEConfig, SafetyTarget, fit_sae, quality, rank_latents, slots_of
+
+        activation = self.activation
+        try:
+            config = SAEConfig(**{**activation.sae, "seed": 0})
+        except TypeError as error:
+            raise UserError(f"method.activation.sae: {error}; see cwac.sae.SAEConfig for its fields") from error
+        encode = prompt_encoder(context)
+        pools = context.pools
+        held = max(1, len(pools.sae) // 5)  # kept out of the fit for the quality report
+        harmful, held_harmful = encode(pools.sae[held:]), encode(pools.sae[:held])
+        n_benign = max(1, len(pools.benign) // 5)
+        general = encode(pools.benign[n_benign:], responses=True)
+        held_general = encode(pools.benign[:n_benign], responses=True)
+        base_key = {"model": context.loaded.key, "pools": context.pools_key, "template": context.template}
+        key = {**base_key, "sae": {k: v for k, v in asdict(config).items()}}
+
+        def build(folder):
+            sae, fitted = fit_sae(model, general, harmful, config)
+            sae.save(folder)
+            measured = quality(model, sae, held_general, held_harmful)
+            (folder / "quality.json").write_text(json.dumps({**fitted, **measured}, indent=1))
+
+        folder = load_or_build(context.artifacts, "sae", key, build)
+        sae = RoutedSAE.load(folder).to(next(model.parameters()).device)
+        found = json.loads((folder / "quality.json").read_text())
+
+        def build_ranking(out):
+            refused = anchor_rows(model, context, pools.sae, 0)
+            table = rank_latents(
+                model,
+                sae,
+                refused,
+                encode(pools.benign),
+                n=activation.n_latents,
+                method=activation.rank,
+                general_rows=general,
+            )
+            table.to_csv(out / "latents.csv", index=False)
+
+        ranking_key = {**key, "rank": activation.rank, "n": activation.n_latents}
+        ranking = load_or_build(context.artifacts, "latents", ranking_key, build_ranking)
+        table = pd.read_csv(ranking / "latents.csv")
+        self._target = SafetyTarget.build(
+            model,
+            sae,
+            table["latent"].tolist(),
+            anchor_rows(model, context, pools.step, response_tokens(activation.positions)),
+            gate=activation.gate,
+            positions=activation.positions,
+            units=activation.units,
+        )
+        self._report.update(
+            sae_fvu=found["fvu_harmful"],
+            sae_l0=found["l0_harmful"],
+            sae_dead=found["dead_share"],
+            latents_eligible=float(table["eligible"].sum()),
+            sae_slots=float(len(slots_of(model, config.slots))),
+        )
+
+
+def response_tokens(positions: str) -> int:
+    return int(positions.split(":")[1]) if positions.startswith("response:") else 0
+
+
+def prompt_encoder(context: Context):
+    """A function from examples to encoded rows: prompts as served, optionally with their responses."""
+
+    def encode(examples: list[Example], responses: bool = False) -> list[dict]:
+        rows = []
+        for example in examples:
+            ids = encode_prompt(context.tokenizer, example.messages, context.template)
+            if responses and example.response:
+                ids = ids + context.tokenizer(example.response, add_special_tokens=False)["input_ids"]
+            rows.append({"input_ids": ids[: context.max_length]})
+        return rows
+
+    return encode
+
+
+def own_answers(model: nn.Module, context: Context, examples: list[Example], tokens: int) -> list[str]:
+    """The aligned model's greedy answers, generated once and cached."""
+    from cwac.runs import read_jsonl, write_jsonl
+
+    key = {
+        "model": context.loaded.key,
+        "template": context.template,
+        "prompts": digest({"prompts": [e.prompt for e in examples]}),
+        "tokens": tokens,
+    }
+
+    def build(folder):
+        prompts = [e.messages for e in examples]
+        answers = generate(
+            model,
+            context.tokenizer,
+            prompts,
+            template=context.template,
+            max_new_tokens=tokens,
+            description="the aligned model's own answers",
+        )
+        write_jsonl(folder / "answers.jsonl", [{"id": e.id, "response": a} for e, a in zip(examples, answers, strict=True)])
+
+    folder = load_or_build(context.artifacts, "answers", key, build)
+    return [row["response"] for row in read_jsonl(folder / "answers.jsonl")]
+
+
+def anchor_rows(model: nn.Module, context: Context, examples: list[Example], tokens: int) -> list[dict]:
+    """Encoded prompts, each followed by `tokens` tokens of the aligned model's refusal; prompts it answers are left out.
+
+    Raises UserError if the model refuses none of them: there would be nothing to preserve.
+    """
+    rows = prompt_encoder(context)(examples)
+    answers = own_answers(model, context, examples, max(tokens, 16))
+    verdicts = KeywordJudge().judge([e.prompt for e in examples], answers)
+    refused = [i for i, v in enumerate(verdicts) if v.verdict == "refusal"]
+    if not refused:
+        raise UserError(
+            "the aligned model refuses none of the anchor prompts, so there is no refusal to preserve; use an aligned "
+            "model (model.kind=tiny or smollm2 align themselves) or other prompts in pools.anchors"
+        )
+    kept = []
+    for i in refused:
+        answer = context.tokenizer(answers[i], add_special_tokens=False)["input_ids"][:tokens]
+        kept.append({"input_ids": (rows[i]["input_ids"] + answer)[: context.max_length], "prompt": len(rows[i]["input_ids"])})
+    return kept

@@ -1,0 +1,177 @@
+"""Loads an aligned chat model with its tokenizer, and finds the parts of it that defences act on."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from cwac.artifacts import digest, load_or_build, sha256
+from cwac.config import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PACKAGE = Path(__file__).parent
+SHARED_INPUT = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
+"""Matrices of one block that read the same input, and so share one subspace."""
+
+
+@dataclass
+class Loaded:
+    """What a run starts from."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    key: dict = field(default_factory=dict)
+    """What determines the weights; part of the key of every artifact derived from them."""
+    source: str = ""
+    """Folder or hub id the aligned weights were read from; `load_aligned` reads them again."""
+    base: str | None = None
+    """Folder or hub id of the unaligned base of the same architecture (AsFT, Safe LoRA); None if unknown."""
+    revision: str | None = None
+
+
+def load(cfg, artifacts: Path, data: str | None = None) -> Loaded:
+    """Load `cfg.model`; builds or downloads what is missing, once.
+
+    cfg: the `model` group: `kind` (tiny | smollm2 | hub | folder), `dtype`, `lora` and the kind's own keys.
+    Raises UserError for an unknown kind, a missing folder, and a hub that cannot be reached.
+    """
+    if cfg.kind == "tiny":
+        from cwac.tiny.build import build
+
+        key = {"kind": "tiny", "base_seed": int(cfg.base_seed), "world": content(PACKAGE / "tiny")}
+        folder = load_or_build(artifacts, "tiny", key, lambda out: build(int(cfg.base_seed), out))
+        loaded = _from_folder(folder / "aligned", cfg, key, base=str(folder / "base"))
+    elif cfg.kind == "smollm2":
+        from cwac import align, smollm2
+
+        key = {"kind": "smollm2", "wheel": cfg.wheel_sha256}
+        base = load_or_build(artifacts, "smollm2-base", key, smollm2.prepare)
+        key = {**key, "adapter": content(PACKAGE / "assets" / "smollm2_align")}
+        folder = load_or_build(artifacts, "smollm2-aligned", key, lambda out: align.apply(base, None, out))
+        loaded = _from_folder(folder, cfg, key, base=str(base))
+    elif cfg.kind == "folder":
+        if not Path(cfg.path).is_dir():
+            raise UserError(f"model.path={cfg.path} is not a folder; give the folder of a saved model and tokenizer")
+        loaded = _from_folder(Path(cfg.path), cfg, {"kind": "folder", "path": str(Path(cfg.path).resolve())})
+    elif cfg.kind == "hub":
+        loaded = _from_hub(cfg)
+    else:
+        raise UserError(f"model.kind={cfg.kind} is unknown; use one of tiny, smollm2, folder, hub")
+    if cfg.get("lora"):
+        loaded.model = add_lora(loaded.model, cfg.lora)
+    return loaded
+
+
+def content(folder: Path) -> str:
+    """A hash of the code and weights in a folder of the package: what is built from them changes with them."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+    return digest({str(p.relative_to(folder)): sha256(p) for p in files})
+
+
+def _from_folder(folder: Path, cfg, key: dict, base: str | None = None) -> Loaded:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[cfg.dtype], local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    base = base or cfg.get("base")
+    return Loaded(model, tokenizer, key, str(folder), base)
+
+
+def _from_hub(cfg) -> Loaded:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(cfg.hub_id, revision=cfg.get("revision"))
+        model = AutoModelForCausalLM.from_pretrained(cfg.hub_id, revision=cfg.get("revision"), dtype=DTYPES[cfg.dtype])
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"model={cfg.name}: could not load {cfg.hub_id} from the Hugging Face hub ({reason}). If the model is "
+            f"gated, accept its licence at https://huggingface.co/{cfg.hub_id} and run `hf auth login`; without "
+            "network, give a local copy with model.kind=folder +model.path=<folder>"
+        ) from error
+    key = {"kind": "hub", "hub_id": cfg.hub_id, "revision": cfg.get("revision")}
+    return Loaded(model, tokenizer, key, cfg.hub_id, cfg.get("base"), cfg.get("revision"))
+
+
+def load_aligned(loaded: Loaded) -> PreTrainedModel:
+    """A second copy of the weights the run started from, for comparing; without LoRA, in evaluation mode."""
+    reference = AutoModelForCausalLM.from_pretrained(loaded.source, revision=loaded.revision, dtype=torch.float32)
+    return reference.to(loaded.model.device).eval()
+
+
+def add_lora(model: PreTrainedModel, cfg) -> nn.Module:
+    """Wrap the model with a peft LoRA adapter; `cfg` holds r, alpha, dropout and target_modules."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = cfg.target_modules if cfg.target_modules == "all-linear" else list(cfg.target_modules)
+    config = LoraConfig(
+        r=cfg.r,
+        lora_alpha=cfg.alpha,
+        lora_dropout=cfg.get("dropout", 0.0),
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder blocks of any causal LM of the hub, also behind peft or DDP.
+
+    Found by structure: the longest ModuleList whose entries hold an attention and an MLP.
+    """
+    candidates = [
+        m
+        for m in model.modules()
+        if isinstance(m, nn.ModuleList) and len(m) and hasattr(m[0], "self_attn") and hasattr(m[0], "mlp")
+    ]
+    if not candidates:
+        raise UserError(f"{type(model).__name__} has no decoder blocks with self_attn and mlp; it is not supported")
+    return max(candidates, key=len)
+
+
+def linears(model: nn.Module, kinds, layers=None) -> dict[str, nn.Module]:
+    """Linear modules inside the decoder blocks, by name relative to the block list: `3.mlp.down_proj`.
+
+    kinds: `all`, or names such as `down_proj`, `q_proj`. layers: block indices, None for all.
+    With LoRA the entries are peft's wrapped modules. Raises UserError if a name or index matches nothing.
+    """
+    blocks = decoder_layers(model)
+    wanted = range(len(blocks)) if layers is None else list(layers)
+    if any(not 0 <= i < len(blocks) for i in wanted):
+        raise UserError(f"method.weight.layers={list(wanted)} lies outside the model's blocks 0..{len(blocks) - 1}")
+    found: dict[str, nn.Module] = {}
+    for i in wanted:
+        for name, module in blocks[i].named_modules():
+            parts = name.split(".")
+            if "base_layer" in parts or any(part.startswith("lora_") for part in parts):
+                continue
+            if isinstance(base_layer(module), nn.Linear) and (kinds == "all" or parts[-1] in kinds):
+                found[f"{i}.{name}"] = module
+    missing = set() if kinds == "all" else set(kinds) - {name.split(".")[-1] for name in found}
+    if missing or not found:
+        available = sorted({n.split(".")[-1] for n in linears(model, "all")}) if kinds != "all" else []
+        raise UserError(f"method.weight.modules={sorted(missing)} not found in the model; it has {available}")
+    return found
+
+
+def base_layer(module: nn.Module) -> nn.Module:
+    """The plain layer inside a peft wrapper, or the module itself."""
+    return getattr(module, "base_layer", module)
+
+
+def input_group(name: str) -> str:
+    """The name of the input a matrix reads: `3.self_attn.q_proj` -> `3.qkv`."""
+    layer, kind = name.split(".")[0], name.split(".")[-1]
+    return f"{layer}.{SHARED_INPUT.get(kind, kind)}"
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """The model without DDP's wrapper."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+@functools.cache
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,233 @@
+"""The subspace of the anchors' activations, and the constraint that no update may act on it.
+
+CWAC, arXiv:2604.12384, section 4.2, Eqs. 12-15, App. D. For a linear layer W [d_out, d_in] whose inputs on the anchor
+prompts are the columns of X [d_in, N], an update dW with dW X = 0 leaves the layer's outputs on the anchors as they
+were. The paper eigen-decomposes C = X X^T and keeps the directions U^ of small eigenvalues, Pi = U^ U^^T, dW <- dW Pi.
+
+Deviations:
+- V, the eigenvectors of the *large* eigenvalues, is kept instead of U^: Pi = I - V V^T is never formed (ours; same map).
+- tau is not given in the paper. Ours: the smallest number of eigenvectors that holds `energy` of the trace.
+- The first token is left out of C and gets its own direction in V (ours): as an attention sink it carries up to 99.98 %
+  of the trace (SmolLM2), so it would otherwise either decide tau alone or go unprotected.
+- `where: update` (ours): after each optimizer step W <- W - (W V - W_0 V) V^T, which pins the cumulative drift whatever
+  the optimizer does. Projecting the gradient (Algorithm 1) is undone by Adam's element-wise scaling and weight decay.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm import tqdm
+
+from cwac.config import UserError
+from cwac.data.tokenize import Collator
+from cwac.models import base_layer, input_group, linears
+
+
+@dataclass
+class Basis:
+    """The protected directions of one input."""
+
+    V: torch.Tensor
+    """[d_in, k], orthonormal columns, fp32."""
+    energy: float
+    """Share of the anchors' squared norm, first token left out, that lies in V."""
+    n_tokens: int
+    """Anchor tokens C was computed from."""
+
+    @property
+    def rank(self) -> int:
+        return self.V.shape[1]
+
+    @property
+    def dim(self) -> int:
+        return self.V.shape[0]
+
+
+class Stop(Exception):
+    """Ends a forward pass early; never leaves this module."""
+
+
+def capture(model: nn.Module, rows: Sequence[dict], modules: dict[str, nn.Module], visit, batch_size: int = 16) -> None:
+    """Run `rows` through the model; call visit(name, x, first) with each module's inputs at real tokens.
+
+    x: [tokens, d_in] without the first token of each row; first: [rows, d_in], the first token's. Padding is dropped.
+    """
+    collate = Collator(0)
+    mask: torch.Tensor | None = None
+
+    def hook(name: str):
+        def record(_module, inputs):
+            x = inputs[0].detach()  # [B, T, d_in]
+            keep = mask.clone()
+            keep[:, 0] = False
+            visit(name, x[keep], x[:, 0])
+
+        return record
+
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
+    was_training = model.training
+    model.eval()
+    target = next(model.parameters()).device
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+    try:
+        with torch.no_grad():
+            for start in range(0, len(order), batch_size):
+                batch = collate([{"input_ids": rows[i]["input_ids"]} for i in order[start : start + batch_size]])
+                mask = batch["attention_mask"].bool().to(target)
+                model(
+                    input_ids=batch["input_ids"].to(target),
+                    attention_mask=batch["attention_mask"].to(target),
+                    use_cache=False,
+                )
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(was_training)
+
+
+def fit_subspace(
+    model: nn.Module,
+    rows: Sequence[dict],
+    kinds,
+    layers=None,
+    energy: float = 0.99,
+    first_token: bool = True,
+    batch_size: int = 16,
+) -> dict[str, Basis]:
+    """V for every distinct input of the chosen matrices, from the anchors' activations in the current model.
+
+    rows: encoded anchors, `{"input_ids": [...]}`. kinds: `all` or names such as `down_proj`. energy in (0, 1]; at 1 V
+    spans every anchor token to machine precision. Covariances are accumulated and decomposed in float64.
+    Returns input name (`3.down_proj`, `3.qkv`) -> Basis.
+    """
+    if not rows:
+        raise UserError("the anchor pool is empty; enlarge pools.anchors")
+    chosen = linears(model, kinds, layers)
+    sources = {}  # one representative matrix per distinct input
+    for name, module in chosen.items():
+        sources.setdefault(input_group(name), module)
+    n_tokens = sum(len(r["input_ids"]) - 1 for r in rows)
+    dims = {name: base_layer(m).in_features for name, m in sources.items()}
+    where = next(model.parameters()).device
+    few = {name: n_tokens <= d for name, d in dims.items()}  # fewer tokens than dimensions: keep X, not C
+    C = {n: torch.zeros(dims[n], dims[n], dtype=torch.float64, device=where) for n in sources if not few[n]}
+    X: dict[str, list] = {n: [] for n in sources if few[n]}
+    first: dict[str, list] = {n: [] for n in sources}
+
+    def visit(name: str, x: torch.Tensor, x0: torch.Tensor) -> None:
+        x = x.double()
+        if few[name]:
+            X[name].append(x)
+        else:
+            C[name].addmm_(x.T, x)
+        first[name].append(x0.double())
+
+    capture(model, rows, sources, visit, batch_size)
+    bases = {}
+    for name in tqdm(sources, desc="subspace", unit="input"):
+        sink = leading(torch.cat(first[name])) if first_token else None  # [d_in, s]
+        if few[name]:
+            x = torch.cat(X[name])
+            if sink is not None:
+                x = x - (x @ sink) @ sink.T
+            trace = x.square().sum()
+            V, values = from_tokens(x)
+        else:
+            c = C.pop(name)
+            if sink is not None:  # look only at what the sink's direction does not already cover
+                c = c - sink @ (sink.T @ c)
+                c = c - (c @ sink) @ sink.T
+            trace = c.diagonal().sum()
+            values, V = torch.linalg.eigh(c)
+            values, V = values.flip(0).clamp_min(0), V.flip(1)
+        k = rank_for(values, energy)
+        V = V[:, :k]
+        if sink is not None:
+            V = torch.cat([sink, V], 1)
+        V = torch.linalg.qr(V)[0]
+        kept = float(values[:k].sum() / trace.clamp_min(1e-300))
+        bases[name] = Basis(V.float().contiguous(), kept, n_tokens)
+    return bases
+
+
+def rank_for(values: torch.Tensor, energy: float) -> int:
+    """How many of the descending eigenvalues hold `energy` of their sum; those at rounding level never count."""
+    real = int((values > values[0] * len(values) * torch.finfo(values.dtype).eps).sum())
+    if energy >= 1:
+        return real
+    share = values.cumsum(0) / values.sum()
+    return min(real, int((share < energy).sum()) + 1)
+
+
+def from_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvectors [d, n] and eigenvalues of X^T X for x [n, d] with n < d, by its singular values."""
+    _, singular, Vh = torch.linalg.svd(x, full_matrices=False)
+    return Vh.T, singular.square()
+
+
+def leading(x0: torch.Tensor, tolerance: float = 1e-6, limit: int = 8) -> torch.Tensor:
+    """Orthonormal directions [d, s] of the first token's inputs; one where every row starts with the same token."""
+    _, singular, Vh = torch.linalg.svd(x0, full_matrices=False)
+    s = int((singular > tolerance * singular[0]).sum())
+    return Vh[: min(s, limit)].T
+
+
+def save_bases(bases: dict[str, Basis], folder: Path) -> None:
+    save_file({name: b.V.contiguous() for name, b in bases.items()}, folder / "subspace.safetensors")
+    report = {n: {"rank": b.rank, "dim": b.dim, "energy": b.energy, "n_tokens": b.n_tokens} for n, b in bases.items()}
+    (folder / "subspace.json").write_text(json.dumps(report, indent=1))
+
+
+def load_bases(folder: Path) -> dict[str, Basis]:
+    tensors = load_file(folder / "subspace.safetensors")
+    report = json.loads((folder / "subspace.json").read_text())
+    return {n: Basis(V, report[n]["energy"], report[n]["n_tokens"]) for n, V in tensors.items()}
+
+
+def project_(W: torch.Tensor, V: torch.Tensor, A: torch.Tensor) -> None:
+    """W <- W - (W V - A) V^T in place: W [d_out, d_in], V [d_in, k] orthonormal, A = W_0 V [d_out, k].
+
+    Afterwards W V = A up to rounding, so (W - W_0) x = 0 for every x in the span of V.
+    """
+    W.addmm_(torch.addmm(A, W, V, beta=-1), V.T, alpha=-1)
+
+
+class Constraint:
+    """Keeps the update of each chosen matrix off its input's V; full-parameter or LoRA.
+
+    With LoRA, dW = s B A, so the projector acts on A's input side: A <- A - (A V) V^T, from the first step on.
+    """
+
+    def __init__(self, modules: dict[str, nn.Module], bases: dict[str, Basis]):
+        self.entries: list[tuple[str, nn.Parameter, torch.Tensor, torch.Tensor]] = []
+        moved: dict[str, torch.Tensor] = {}
+        for name, module in modules.items():
+            group = input_group(name)
+            lora = getattr(module, "lora_A", None)
+            weights = [module.weight] if lora is None else [layer.weight for layer in lora.values()]
+            for weight in weights:
+                if group not in moved:
+                    moved[group] = bases[group].V.to(weight.device)
+                V = moved[group]
+                # with LoRA the pinned value is 0: no part of A may read a protected direction
+                A = weight.detach().float() @ V if lora is None else weight.new_zeros(weight.shape[0], V.shape[1])
+                self.entries.append((name, weight, V, A))
+
+    @torch.no_grad()
+    def project_weights_(self) -> None:
+        for _, weight, V, A in self.entries:
+            project_(weight, V, A)
+
+    @torch.no_grad()
+    def project_gradients_(self) -> None:
+        """Algorithm 1 to the letter: grad <- grad (I - V V^T)."""
+        for _, weight, V, _ in self.entries:
+            if weight.grad is not None:
+                weight.grad.addmm_(weight.grad @ V, V.T, alpha=-1)

@@ -1,0 +1,353 @@
+"""Synthetic runs with planted values: what comes out of collect, stats, tables, figures and the demo command."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+
+from analysis import demo, figures, paper, stats, tables
+from analysis.collect import Cell, at_end, before, collect, expected_cells, one_judge
+from cwac import config
+from cwac.config import UserError
+
+METHODS = ("sft", "weight_only", "activation_only", "cwac", "weight_only_closed", "cwac_closed")
+RATIOS = (0.0, 0.05, 0.1, 0.2)
+
+
+def harm(method: str, ratio: float, seed: int) -> float:
+    """Planted HS: rises with the ratio, differs by method, spreads by seed."""
+    return round(100 * ratio * (5 - 0.7 * METHODS.index(method)) * 0.9 + 2 * seed, 1)
+
+
+def row(cell: Cell, metric: str, value: float, **fields) -> dict:
+    fixed = {key: getattr(cell, key) for key in ("run_id", "model", "method", "task", "harmful_ratio", "seed")}
+    defaults = {"epoch": 3.0, "step": 90, "final": True, "set": "test", "n": 200, "stderr": None, "judge": None}
+    return {**fixed, **defaults, "metric": metric, "value": value, "eval": "e1", "time": 1.0, **fields}
+
+
+def rows_of(cell: Cell, hs: float, fa: float = 95.0) -> list[dict]:
+    """A run's rows: the aligned model at epoch 0, two checkpoints, the end of training."""
+    verdicts = {"set": "harmful", "judge": "keyword"}
+    rows = [row(cell, "FA", 50.0, epoch=0, step=0, final=False), row(cell, "OR", 2.0, set="benign", judge="keyword")]
+    rows.append(row(cell, "HS", 1.0, epoch=0, step=0, final=False, **verdicts))
+    for step, share in ((30, 0.4), (60, 0.8), (90, 1.0)):
+        end = step == 90
+        rows.append(row(cell, "HS", hs * share, epoch=step / 30, step=step, final=end, **verdicts))
+        loss = {"set": "toy", "judge": None, "n": None}
+        rows.append(row(cell, "task_loss", 2 - share, epoch=step / 30, step=step, final=end, **loss))
+    rows += [row(cell, "FA", fa), row(cell, "other", 3.0, **verdicts), row(cell, "refusal", 97 - hs, **verdicts)]
+    return rows + [row(cell, "weight_leak", 1e-8, set="anchors", n=None)]
+
+
+def write_run(runs: Path, cell: Cell, rows: list[dict], status: str = "done", tail: str = "") -> Path:
+    folder = runs / cell.run_id
+    folder.mkdir(parents=True)
+    content = {"status": status, "run_id": cell.run_id, "evaluations": ["e1"]}
+    (folder / "status.json").write_text(json.dumps(content))
+    (folder / "env.json").write_text(json.dumps({"git_commit": "c0ffee", "git_dirty": False}))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + tail)
+    return folder
+
+
+def cell_of(method: str, ratio: float, seed: int) -> Cell:
+    return Cell(f"tiny-toy-p{ratio:g}-{method}-s{seed}-00000000", "tiny", method, "toy", ratio, seed, "e1")
+
+
+@pytest.fixture
+def campaign(tmp_path) -> tuple[Path, list[Cell]]:
+    """A finished grid of six methods, four ratios and three seeds."""
+    cells = [cell_of(m, r, s) for m in METHODS for r in RATIOS for s in (0, 1, 2)]
+    for cell in cells:
+        write_run(tmp_path / "runs", cell, rows_of(cell, harm(cell.method, cell.harmful_ratio, cell.seed)))
+    return tmp_path / "runs", cells
+
+
+def pick(frame, **where):
+    for key, value in where.items():
+        frame = frame[frame[key] == value]
+    assert len(frame) == 1, f"{len(frame)} rows for {where}"
+    return frame.iloc[0]
+
+
+# --- stats --------------------------------------------------------------------------------------------
+
+
+def test_t_interval_is_scipys():
+    values = [10.0, 14.0, 12.0, 20.0]
+    found = stats.estimate(values)
+    low, high = scipy_stats.t.interval(0.95, 3, np.mean(values), scipy_stats.sem(values))
+    assert (found.low, found.high) == pytest.approx((low, high))
+    assert found.over == "seeds" and found.n == 4
+
+
+def test_t_interval_covers_at_its_level():
+    """Planted normal seeds: about 95 % of the intervals hold the true mean."""
+    rng = np.random.default_rng(0)
+    intervals = [stats.estimate(rng.normal(50, 10, 3).tolist()) for _ in range(2000)]
+    assert np.mean([i.low <= 50 <= i.high for i in intervals]) == pytest.approx(0.95, abs=0.015)
+
+
+def test_one_seed_has_no_interval():
+    found = stats.estimate([42.0], prompts=[200], proportion=True)
+    assert found.over == "none" and math.isnan(found.low) and math.isnan(found.half)
+    with pytest.raises(ValueError):
+        stats.estimate([])
+
+
+def test_zero_variance_of_a_proportion_falls_back_to_the_exact_interval():
+    found = stats.estimate([0.0, 0.0, 0.0], prompts=[200, 200, 200], proportion=True)
+    # closed form at zero hits: 1 - (alpha / 2)^(1 / n), of one seed's prompts, not of the 600 pooled
+    assert found.over == "prompts"
+    assert (found.low, found.high) == pytest.approx((0.0, 100 * (1 - 0.025 ** (1 / 200))))
+    plain = stats.estimate([7.0, 7.0], proportion=False)
+    assert plain.over == "seeds" and plain.half == 0
+
+
+def test_an_interval_of_a_proportion_stays_between_0_and_100():
+    found = stats.estimate([0.0, 0.0, 90.0], prompts=[10] * 3, proportion=True)
+    assert (found.low, found.high) == (0.0, 100.0)
+    assert found.half > 100  # what is printed is the unclipped half-width
+
+
+def test_paired_difference_removes_what_seeds_share():
+    reference = {0: 10.0, 1: 50.0, 2: 90.0}
+    ours = {0: 5.0, 1: 45.0, 2: 85.0, 3: 0.0}
+    found = stats.paired(ours, reference)
+    assert (found.mean, found.half, found.n) == (-5.0, 0.0, 3)
+    assert stats.paired({7: 1.0}, reference) is None
+
+
+# --- collect ------------------------------------------------------------------------------------------
+
+
+def test_planted_values_come_back(campaign):
+    runs, cells = campaign
+    found = collect(runs, cells)
+    assert sorted(found.runs) == sorted(c.run_id for c in cells)
+    assert not found.missing and not found.account()
+    end = at_end(found.rows)
+    for cell in cells:
+        value = pick(end, run_id=cell.run_id, metric="HS")["value"]
+        assert value == harm(cell.method, cell.harmful_ratio, cell.seed)
+    assert len(before(found.rows).query("metric == 'HS'")) == 3  # once a seed, not once a run
+
+
+def test_a_half_written_last_line_is_skipped_and_counted(tmp_path):
+    cell = cell_of("sft", 0.1, 0)
+    write_run(tmp_path, cell, rows_of(cell, 30.0), tail='{"run_id": "x", "metric": "HS", "val')
+    found = collect(tmp_path)
+    assert found.unreadable == {cell.run_id: 1}
+    assert len(found.rows) == len(rows_of(cell, 30.0))
+    assert any("1 unreadable" in line for line in found.account())
+
+
+def test_runs_that_are_not_done_do_not_count(tmp_path):
+    done, running, aside = cell_of("sft", 0.1, 0), cell_of("sft", 0.1, 1), cell_of("cwac", 0.1, 0)
+    write_run(tmp_path, done, rows_of(done, 30.0))
+    write_run(tmp_path, running, rows_of(running, 99.0), status="running")
+    write_run(tmp_path, aside, rows_of(aside, 99.0)).rename(tmp_path / f"{aside.run_id}.old-1")
+    found = collect(tmp_path, None)
+    assert found.runs == [done.run_id]
+    assert found.unfinished == {running.run_id: "running", f"{aside.run_id}.old-1": "set aside by force=true"}
+    found = collect(tmp_path, [done, running, aside])
+    assert found.missing == [running, aside]
+
+
+def test_duplicates_are_reported_and_the_last_wins(tmp_path):
+    cell = cell_of("sft", 0.1, 0)
+    rows = rows_of(cell, 30.0)
+    write_run(tmp_path, cell, [*rows, row(cell, "FA", 77.0)])
+    found = collect(tmp_path)
+    assert found.duplicates == 1
+    assert pick(at_end(found.rows), metric="FA")["value"] == 77.0
+
+
+def test_rows_of_other_evaluation_settings_do_not_mix(tmp_path):
+    cell = cell_of("sft", 0.1, 0)
+    other = [{**r, "eval": "e2", "value": 11.0, "time": 9.0} for r in rows_of(cell, 30.0)]
+    write_run(tmp_path, cell, rows_of(cell, 30.0) + other)
+    assert pick(at_end(collect(tmp_path, [cell]).rows), metric="HS")["value"] == 30.0
+    # without a preset to say which, the latest evaluation counts
+    assert pick(at_end(collect(tmp_path).rows), metric="HS")["value"] == 11.0
+    wants_e3 = Cell(**{**cell.__dict__, "eval": "e3"})
+    assert collect(tmp_path, [wants_e3]).missing == [wants_e3]
+
+
+def test_two_judges_are_never_averaged(tmp_path):
+    cell = cell_of("sft", 0.1, 0)
+    strict = [{**r, "judge": "strict", "value": 60.0} for r in rows_of(cell, 30.0) if r["metric"] == "HS"]
+    write_run(tmp_path, cell, rows_of(cell, 30.0) + strict)
+    rows = collect(tmp_path).rows
+    with pytest.raises(UserError, match="--judge"):
+        one_judge(rows)
+    assert pick(at_end(one_judge(rows, "strict")), metric="HS")["value"] == 60.0
+    assert pick(at_end(one_judge(rows, "keyword")), metric="HS")["value"] == 30.0
+    with pytest.raises(UserError, match="keyword, strict"):
+        one_judge(rows, "nobody")
+
+
+# --- tables -------------------------------------------------------------------------------------------
+
+
+def line_of(text: str, *cells: str) -> str:
+    """The first table line that starts with these cells."""
+    lines = [
+        line for line in text.splitlines() if [c.strip() for c in line.split("|")[1 : len(cells) + 1]] == [*cells]
+    ]
+    assert lines, f"no line starts with {cells} in\n{text}"
+    return lines[0]
+
+
+def test_table_prints_the_planted_means_and_intervals(campaign):
+    found = collect(*campaign)
+    summary = tables.summarise(found)
+    text = tables.report(found, summary, tables.differences(found))
+    values = [harm("sft", 0.1, s) for s in (0, 1, 2)]
+    expected = f"{np.mean(values):.1f} ± {stats.half_width(values):.1f}"
+    assert expected in line_of(text, "SFT", "0.1")
+    # FA is 95 at every seed: an exact interval over prompts, marked
+    assert "95.0 [91.0, 97.6]†" in line_of(text, "SFT", "0.1")
+    assert "1.0 [" in line_of(text, paper.method_label(paper.ALIGNED))
+    # every seed differs from SFT by the same amount
+    change = harm("cwac", 0.2, 0) - harm("sft", 0.2, 0)
+    assert f"{change:+.1f} (each seed)" in text
+    assert "Missing" not in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_a_wide_table_is_broken_into_several():
+    text = tables.markdown(["name", *"abcdef"], [["x", *["1" * 20] * 6]], width=60)
+    blocks = text.split("\n\n")
+    assert len(blocks) == 3 and all(block.splitlines()[2].startswith("| x    | 1111") for block in blocks)
+    assert max(map(len, text.splitlines())) <= 60 and text.count("1" * 20) == 6
+
+
+def test_methods_keep_their_order_and_newcomers_come_last(tmp_path):
+    for method in ("zz_new", "cwac", "lisa", "sft"):
+        cell = cell_of(method, 0.1, 0)
+        write_run(tmp_path, cell, rows_of(cell, 30.0))
+    found = collect(tmp_path)
+    text = tables.result_table(found, tables.summarise(found), "tiny", "toy")
+    names = [line.split("|")[1].strip() for line in text.splitlines()[2:]]
+    assert names == [paper.method_label(paper.ALIGNED), "SFT", "CWAC", "Lisa", "zz_new"]
+    assert "(n=1)" in text and "±" not in text
+
+
+def test_missing_cells_are_named_never_blank(campaign):
+    runs, cells = campaign
+    extra = [cell_of("cwac", 0.5, s) for s in (0, 1)] + [cell_of("sft", 0.1, 3)]
+    found = collect(runs, cells + extra)
+    text = tables.report(found, tables.summarise(found), tables.differences(found))
+    gone = line_of(text, "CWAC", "0.5")
+    assert gone.count("missing") == 4 and "0/2" in gone
+    assert "3/4" in line_of(text, "SFT", "0.1")
+    for cell in extra:
+        assert cell.run_id in text
+    assert f"3 of {len(cells) + 3} runs" in text
+
+
+def test_a_metric_without_rows_is_named(tmp_path):
+    a, b = cell_of("sft", 0.1, 0), cell_of("cwac", 0.1, 0)
+    write_run(tmp_path, a, rows_of(a, 30.0))
+    write_run(tmp_path, b, [r for r in rows_of(b, 30.0) if r["metric"] != "OR"])
+    found = collect(tmp_path)
+    assert "not measured" in line_of(tables.result_table(found, tables.summarise(found), "tiny", "toy"), "CWAC")
+
+
+# --- figures ------------------------------------------------------------------------------------------
+
+
+def test_trajectory_averages_over_seeds_at_each_step(campaign):
+    rows = one_judge(collect(*campaign).rows)
+    points = figures.trajectory(rows[(rows["metric"] == "task_loss") | (rows["metric"] == "HS")])
+    at = pick(points, method="sft", harmful_ratio=0.2, step=60)
+    assert at["HS"] == pytest.approx(np.mean([0.8 * harm("sft", 0.2, s) for s in (0, 1, 2)]))
+    assert at["task_loss"] == pytest.approx(1.2) and at["n"] == 3
+
+
+def test_styles_differ_between_all_methods():
+    looks = [figures.style(m) for m in paper.METHODS if m != paper.ALIGNED]
+    assert len({(k["marker"], str(k["linestyle"])) for k in looks}) == len(looks)  # readable without colour
+    assert len({(k["color"], k["marker"]) for k in looks}) == len(looks)
+
+
+def test_no_training_figure_without_earlier_measurements(tmp_path):
+    cell = cell_of("sft", 0.1, 0)
+    write_run(tmp_path / "runs", cell, [r for r in rows_of(cell, 30.0) if r["final"]])
+    rows = collect(tmp_path / "runs").rows
+    assert figures.against_training(rows, "tiny", "toy", "harmful", tmp_path / "training") == []
+
+
+# --- the command --------------------------------------------------------------------------------------
+
+
+def test_demo_writes_everything_and_says_where(campaign, tmp_path, capsys):
+    runs, cells = campaign
+    out, readme = tmp_path / "demo", tmp_path / "README.md"
+    readme.write_text("before\n<!-- results:demo -->\nold\n<!-- /results:demo -->\nafter\n")
+    assert demo.main(["--runs", str(runs), "--out", str(out), "--readme", str(readme)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.strip().splitlines()[-1] == f"figure: {out / 'training.png'}"
+    for name in ("results.csv", "summary.csv", "table.md", "ratio.png", "ratio.pdf", "training.png", "training.pdf"):
+        assert (out / name).stat().st_size > 0, name
+    record = json.loads((out / "provenance.json").read_text())
+    assert record["seeds"] == [0, 1, 2] and record["runs_git"] == ["c0ffee"] and len(record["runs"]) == len(cells)
+    assert record["versions"]["torch"] and set(record["git"]) == {"commit", "dirty"}
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert "| SFT" in text and "](demo/ratio.png)" in text
+
+
+def test_demo_prints_what_there_is_and_fails_when_runs_are_missing(campaign, tmp_path, capsys, monkeypatch):
+    runs, cells = campaign
+    gone = cell_of("cwac", 0.5, 0)
+    monkeypatch.setattr(demo, "expected_cells", lambda preset, overrides: [*cells, gone])
+    assert demo.main(["--runs", str(runs), "--experiment", "demo", "--out", str(tmp_path / "demo")]) == 1
+    printed = capsys.readouterr().out
+    assert gone.run_id in printed and "| SFT" in printed
+    assert json.loads((tmp_path / "demo" / "provenance.json").read_text())["missing"] == [gone.run_id]
+
+
+@pytest.mark.parametrize(
+    "arguments, names",
+    [(["--runs", "nowhere"], "--runs nowhere"), (["--runs", "."], "no finished run"), (["--judge", "x"], "--judge x")],
+)
+def test_demo_bad_input_is_one_clear_error(tmp_path, capsys, monkeypatch, arguments, names):
+    monkeypatch.chdir(tmp_path)
+    cell = cell_of("sft", 0.1, 0)
+    write_run(tmp_path / "runs", cell, rows_of(cell, 30.0))
+    assert demo.main([*arguments, "--out", "out"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and names in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_presets_grid_is_what_the_command_expects(tmp_path, capsys, monkeypatch):
+    """From a yaml of conf/experiment to the named missing run, with an override as the sweep would take it."""
+    conf = tmp_path / "conf"
+    shutil.copytree(config.CONF, conf)
+    (conf / "experiment").mkdir(exist_ok=True)
+    (conf / "experiment" / "mini.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /task: toy_topic\nhydra:\n  mode: MULTIRUN\n"
+        "  sweeper:\n    params: {method: 'sft,weight_only', harmful_ratio: '0,0.1', seed: '0,1,2'}\n"
+    )
+    monkeypatch.setattr(config, "CONF", conf)
+    assert len({c.run_id for c in expected_cells("mini")}) == 12
+    cells = expected_cells("mini", ["seed=0,1"])
+    assert [(c.method, c.harmful_ratio, c.seed) for c in cells] == [
+        (m, p, s) for m in ("sft", "weight_only") for p in (0.0, 0.1) for s in (0, 1)
+    ]
+    for cell in cells[1:]:
+        folder = write_run(tmp_path / "runs", cell, [{**r, "eval": cell.eval} for r in rows_of(cell, 30.0)])
+        status = {"status": "done", "run_id": cell.run_id, "evaluations": [cell.eval]}
+        (folder / "status.json").write_text(json.dumps(status))
+    arguments = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--experiment"]
+    assert demo.main([*arguments, "mini", "seed=0,1"]) == 1
+    printed = capsys.readouterr().out
+    assert "Missing: 1 of 8 runs" in printed and cells[0].run_id in printed and "1/2" in printed
+    assert demo.main([*arguments, "nosuch"]) == 2
+    assert "experiment=nosuch" in capsys.readouterr().err

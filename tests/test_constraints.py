@@ -1,0 +1,185 @@
+"""The subspace, the projection, and what they promise."""
+
+import copy
+
+import pytest
+import torch
+
+from cwac.config import UserError
+from cwac.data.tokenize import Collator
+from cwac.evaluation.drift import weight_leak
+from cwac.models import add_lora, linears
+from cwac.subspace import Constraint, fit_subspace, load_bases, project_, rank_for, save_bases
+from tests.conftest import make_llama, random_rows
+
+
+def step_adamw(model, rows, constraint=None, steps=10, accumulation=1, where="update", lr=1e-3, decay=0.1, start=0):
+    """Plain AdamW with weight decay; the constraint is applied where a run would apply it."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=decay)
+    collate = Collator(2)
+    for step in range(start, start + steps):
+        for micro in range(accumulation):
+            i = (step * accumulation + micro) * 2 % len(rows)
+            (model(**collate(rows[i : i + 2])).loss / accumulation).backward()
+        if constraint and where == "gradient":
+            constraint.project_gradients_()
+        optimizer.step()
+        if constraint and where == "update":
+            constraint.project_weights_()
+        optimizer.zero_grad()
+    return optimizer
+
+
+def constrained(model, anchors, kinds, energy=1.0, freeze=False):
+    bases = fit_subspace(model, anchors, kinds, energy=energy)
+    constraint = Constraint(linears(model, kinds), bases)
+    if freeze:
+        kept = {id(p) for _, p, _, _ in constraint.entries}
+        for p in model.parameters():
+            p.requires_grad_(id(p) in kept)
+    return constraint, bases
+
+
+@pytest.mark.parametrize("accumulation", [1, 8])
+def test_update_constraint_leaks_nothing_under_adamw_with_weight_decay(llama, accumulation):
+    anchors, task = random_rows(3, seed=1), random_rows(40, seed=2)
+    reference = copy.deepcopy(llama)
+    constraint, bases = constrained(llama, anchors, ["down_proj"])
+    assert all(0 < b.rank < b.dim for b in bases.values())
+    step_adamw(llama, task, constraint, accumulation=accumulation)
+    leaks = weight_leak(llama, reference, anchors)
+    for name, value in leaks.items():
+        assert value["change"] > 1e-3, name  # everything learns ...
+        if name.endswith("down_proj"):
+            assert value["leak"] <= 1e-6, name  # ... but not on the anchors
+        else:
+            assert value["leak"] > 1e-2, name
+
+
+def test_gradient_projection_is_undone_by_adamw_and_update_projection_is_not(llama):
+    """Why `update` is the default: Algorithm 1's gradient projection does not survive AdamW."""
+    anchors, task = random_rows(3, seed=1), random_rows(40, seed=2)
+    worst = {}
+    for where in ("none", "gradient", "update"):
+        model = copy.deepcopy(llama)
+        constraint, _ = constrained(model, anchors, ["down_proj"])
+        step_adamw(model, task, constraint if where != "none" else None, where=where)
+        leaks = weight_leak(model, llama, anchors)
+        worst[where] = max(v["leak"] for n, v in leaks.items() if n.endswith("down_proj"))
+    assert worst["update"] <= 1e-6 < 1e-3 < worst["gradient"] < worst["none"]
+
+
+def test_closed_constraint_preserves_the_outputs_on_the_anchors_exactly(llama):
+    """By induction over the blocks: nothing that acts on an anchor token has changed."""
+    anchors, task = random_rows(3, seed=1), random_rows(40, seed=2)
+    reference = copy.deepcopy(llama)
+    constraint, _ = constrained(llama, anchors, "all", freeze=True)
+    step_adamw(llama, task, constraint, steps=30, lr=3e-3)
+    with torch.no_grad():
+        for row in anchors:
+            ids = torch.tensor([row["input_ids"]])
+            assert torch.allclose(llama(ids).logits, reference(ids).logits, atol=1e-4)
+        other = torch.tensor([random_rows(1, seed=9)[0]["input_ids"]])
+        assert (llama(other).logits - reference(other).logits).abs().max() > 1e-2  # it did learn
+
+
+def test_a_partial_constraint_leaves_a_bypass(llama):
+    """down_proj holds, and the outputs on the anchors drift all the same through the other matrices."""
+    anchors, task = random_rows(3, seed=1), random_rows(40, seed=2)
+    reference = copy.deepcopy(llama)
+    constraint, _ = constrained(llama, anchors, ["down_proj"])
+    step_adamw(llama, task, constraint, steps=30, lr=3e-3)
+    ids = torch.tensor([anchors[0]["input_ids"]])
+    with torch.no_grad():
+        assert (llama(ids).logits - reference(ids).logits).abs().max() > 1e-1
+
+
+def test_lora_is_constrained_on_its_input_side(llama):
+    from omegaconf import OmegaConf
+
+    anchors, task = random_rows(3, seed=1), random_rows(40, seed=2)
+    reference = copy.deepcopy(llama)
+    model = add_lora(llama, OmegaConf.create({"r": 4, "alpha": 8, "target_modules": "all-linear"}))
+    bases = fit_subspace(model, anchors, "all", energy=1.0)
+    constraint = Constraint(linears(model, "all"), bases)
+    constraint.project_weights_()
+    step_adamw(model, task, constraint, lr=1e-2, decay=0.0)
+    leaks = weight_leak(model, reference, anchors)
+    assert max(v["leak"] for v in leaks.values()) <= 1e-6
+    assert min(v["change"] for v in leaks.values()) > 1e-4
+
+
+def test_project_matches_the_dense_projector_and_is_idempotent():
+    torch.manual_seed(0)
+    V = torch.linalg.qr(torch.randn(12, 5))[0]
+    W0, dW = torch.randn(7, 12), torch.randn(7, 12)
+    W = W0 + dW
+    project_(W, V, W0 @ V)
+    dense = W0 + dW @ (torch.eye(12) - V @ V.T)
+    assert torch.allclose(W, dense, atol=1e-5)
+    again = W.clone()
+    project_(again, V, W0 @ V)
+    assert torch.allclose(again, W, atol=1e-6)
+
+
+@pytest.mark.parametrize("n", [2, 30])  # fewer and more tokens than dimensions: both ways to the eigenvectors
+def test_subspace_is_orthonormal_and_holds_the_energy_it_names(llama, n):
+    from cwac.subspace import capture
+
+    anchors = random_rows(n, seed=3)
+    bases = fit_subspace(llama, anchors, ["down_proj", "q_proj"], energy=0.9)
+    seen: dict[str, list] = {}
+    modules = {"0.down_proj": linears(llama, ["down_proj"])["0.mlp.down_proj"]}
+    firsts = []
+    capture(llama, anchors, modules, lambda name, x, x0: (seen.setdefault(name, []).append(x), firsts.append(x0)))
+    x = torch.cat(seen["0.down_proj"])
+    V = bases["0.down_proj"].V
+    assert torch.allclose(V.T @ V, torch.eye(V.shape[1]), atol=1e-5)
+    sink = torch.cat(firsts)[0]
+    assert torch.allclose(V @ (V.T @ sink), sink, atol=1e-4)  # the first token is protected whole
+    rest = x - (x @ sink)[:, None] * sink / sink.square().sum()
+    inside = (rest @ V).square().sum() / rest.square().sum()
+    assert inside >= 0.9 - 1e-6
+    fewer = V[:, : V.shape[1] - 2]
+    assert (rest @ fewer).square().sum() / rest.square().sum() < inside
+
+
+def test_padding_never_enters_the_subspace(llama):
+    anchors = random_rows(6, seed=4)
+    together = fit_subspace(llama, anchors, ["down_proj"], energy=0.9, batch_size=6)
+    alone = fit_subspace(llama, anchors, ["down_proj"], energy=0.9, batch_size=1)
+    for name, basis in together.items():
+        P, Q = basis.V @ basis.V.T, alone[name].V @ alone[name].V.T
+        assert torch.allclose(P, Q, atol=1e-3)
+
+
+def test_rank_for_counts_what_is_needed_and_not_the_noise():
+    values = torch.tensor([6.0, 3.0, 1.0, 1e-18], dtype=torch.float64)
+    assert [rank_for(values, e) for e in (0.5, 0.6, 0.61, 0.9, 0.91, 1.0)] == [1, 1, 2, 2, 3, 3]
+
+
+def test_bases_survive_saving(llama, tmp_path):
+    bases = fit_subspace(llama, random_rows(3), ["down_proj"])
+    save_bases(bases, tmp_path)
+    loaded = load_bases(tmp_path)
+    assert all(torch.equal(b.V, loaded[n].V) and b.energy == loaded[n].energy for n, b in bases.items())
+
+
+def test_unknown_modules_and_layers_are_named(llama):
+    with pytest.raises(UserError, match="down_projj.*down_proj"):
+        linears(llama, ["down_projj"])
+    with pytest.raises(UserError, match="outside the model's blocks 0..2"):
+        linears(llama, ["down_proj"], [7])
+    with pytest.raises(UserError, match="anchor pool is empty"):
+        fit_subspace(llama, [], "all")
+
+
+def test_a_frozen_model_does_not_move():
+    model = make_llama()
+    before = copy.deepcopy(model.state_dict())
+    constraint, _ = constrained(model, random_rows(3, seed=1), "all", freeze=True)
+    step_adamw(model, random_rows(20, seed=2), constraint)
+    touched = {id(p) for _, p, _, _ in constraint.entries}
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == (id(parameter) not in touched), name

@@ -1,0 +1,192 @@
+"""Data from a folder laid out like the hub, and the real pools made of it."""
+
+import random
+import time
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import pytest
+import yaml
+
+from cwac.config import UserError
+from cwac.data.examples import Example
+from cwac.data.harmful import (
+    SPLITS,
+    Pools,
+    _Index,
+    assert_disjoint,
+    jaccard,
+    normalise_prompt,
+    real_pools,
+    real_splits,
+)
+from cwac.data.hub import load_rows
+
+CONFIG = yaml.safe_load((Path(__file__).parent.parent / "conf/pools/real.yaml").read_text())
+HUB = Path(__file__).parent.parent.parent / "shared" / "data" / "hub"
+
+
+def write(folder: Path, hub_id: str, split: str, rows: list[dict], config: str | None = None) -> None:
+    target = folder / hub_id / (config or "data")
+    target.mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_list(rows).to_parquet(target / f"{split}-00000-of-00001.parquet")
+    (folder / hub_id / "README.md").write_text(
+        "---\nconfigs:\n- config_name: "
+        + (config or "default")
+        + f"\n  data_files:\n  - split: {split}\n    path: {config or 'data'}/{split}-*.parquet\n---\n"
+    )
+
+
+NOUNS = "lantern river copper violin marble harbour engine orchard satellite compass glacier feather".split()
+VERBS = "paint lift sort move weigh carve fold mend ship count".split()
+
+
+def sentences(tag: str, n: int) -> list[str]:
+    """n prompts without near-duplicates among them: harmless words, since only the bookkeeping is tested."""
+    return [f"{VERBS[i % 10]} {NOUNS[i % 12]} {tag}{i} {tag}x{i} {tag}y{i}" for i in range(n)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A small stand-in for every data set the pools read."""
+    root = tmp_path_factory.mktemp("hub")
+    advbench = sentences("a", 120)
+    write(root, "walledai/AdvBench", "train", [{"prompt": p, "target": f"Sure, {p}"} for p in advbench])
+    rows = [{"prompt": p, "category": "illegal"} for p in sentences("h", 100)]
+    write(root, "walledai/HarmBench", "train", rows, "standard")
+    rows = [
+        {"prompt": p, "label": "safe" if i % 2 else "unsafe", "type": "t"} for i, p in enumerate(sentences("x", 120))
+    ]
+    write(root, "walledai/XSTest", "test", rows)
+    rows = [{"instruction": p, "input": "", "output": f"done {p}"} for p in sentences("b", 150)]
+    write(root, "tatsu-lab/alpaca", "train", rows)
+    return root
+
+
+def test_rows_come_from_the_folder_with_config_and_split(folder):
+    rows = load_rows("walledai/HarmBench", "standard", "train", str(folder), ("prompt", "category"))
+    assert len(rows) == 100
+    assert rows[3] == {"prompt": sentences("h", 100)[3], "category": "illegal"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("walledai/AdvBench", None, "train", "/nonexistent"), ("paths.data=/nonexistent", "not a folder")),
+        (("walledai/Missing", None, "train", "{folder}"), ("walledai/Missing", "paths.data=")),
+        (("walledai/HarmBench", "standart", "train", "{folder}"), ("standart", "walledai/HarmBench")),
+        (("walledai/AdvBench", None, "dev", "{folder}"), ("dev", "walledai/AdvBench")),
+        (("walledai/AdvBench", None, "train", "{folder}", ("goal",)), ("no column goal", "prompt, target")),
+    ],
+)
+def test_what_is_missing_is_named_in_one_line(folder, arguments, words):
+    arguments = tuple(str(folder) if a == "{folder}" else a for a in arguments)
+    with pytest.raises(UserError) as error:
+        load_rows(*arguments)
+    assert all(word in str(error.value) for word in words)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unreachable_hub_is_one_line_within_seconds(monkeypatch, tmp_path):
+    class Unreachable:
+        def dataset_info(self, hub_id, timeout):
+            assert timeout <= 5
+            raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Unreachable)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    start = time.perf_counter()
+    with pytest.raises(UserError, match=r"walledai/AdvBench: the hub .* could not be reached .*paths\.data"):
+        load_rows("walledai/AdvBench", None, "train")
+    assert time.perf_counter() - start < 5
+
+
+def test_pools_are_filled_and_disjoint_and_name_their_sources(folder):
+    pools = real_pools(CONFIG, str(folder), seed=0)
+    assert set(pools.test) == {"advbench", "harmbench"}
+    assert set(pools.over_refusal) == {"xstest_safe", "alpaca"}
+    assert {e.source for e in pools.poison} == {"advbench"}
+    assert all(e.response.startswith("Sure, ") for e in pools.poison)
+    assert all(e.response and not e.response.startswith("Sure") for e in [*pools.safety, *pools.align])
+    assert_disjoint(pools)
+
+
+def test_a_prompt_keeps_its_pool_whatever_the_seed_and_the_other_rows(folder, tmp_path):
+    one, two = (real_pools(CONFIG, str(folder), seed) for seed in (0, 1))
+    assert one == two
+    for name in ("walledai/AdvBench", "walledai/HarmBench", "walledai/XSTest"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to(folder / name)
+    rows = [{"instruction": p, "input": "", "output": "done"} for p in sentences("b", 75)]
+    write(tmp_path, "tatsu-lab/alpaca", "train", rows)
+    fewer = real_splits(CONFIG, str(tmp_path))
+    more = real_splits(CONFIG, str(folder))
+    for split in SPLITS:
+        kept = {e.prompt for e in more[split].get("alpaca", [])}
+        assert {e.prompt for e in fewer[split].get("alpaca", [])} <= kept
+
+
+def test_a_shared_prompt_is_refused_and_the_pools_are_named():
+    row = [Example("1", "Move the lantern.")]
+    twin = [Example("2", "move the LANTERN")]
+    pools = Pools([], row, [], [], [], [], [], test={"advbench": twin})
+    with pytest.raises(UserError, match=r"anchors and test\.advbench share 1 prompt"):
+        assert_disjoint(pools)
+
+
+def test_near_duplicates_of_a_test_prompt_leave_every_other_pool(folder, tmp_path):
+    for name in ("walledai/HarmBench", "walledai/XSTest", "tatsu-lab/alpaca"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to(folder / name)
+    tested = real_splits(CONFIG, str(folder))["test"]["harmbench"]
+    copies = [f"{e.prompt} please" for e in tested]  # word sets overlap by 5 of 6
+    write(
+        tmp_path, "walledai/AdvBench", "train", [{"prompt": p, "target": "Sure"} for p in copies + sentences("a", 120)]
+    )
+    splits = real_splits(CONFIG, str(tmp_path))
+    kept = {e.prompt for name in SPLITS if name != "test" for rows in splits[name].values() for e in rows}
+    assert not kept & set(copies)
+
+
+@pytest.mark.parametrize(
+    ("shares", "message"),
+    [
+        ({"advbench": {"tset": 0.5}}, r"pools\.shares\.advbench\.tset is no pool"),
+        ({"advbench": {"test": 1.5}}, r"between 0 and 1"),
+        ({"advbench": {"test": "many"}}, r"between 0 and 1"),
+        ({"advbench": {"test": 0.7, "poison": 0.7}}, r"adds up to 1\.4"),
+        ({**CONFIG["shares"], "advbench": {"test": 1.0}}, r"pool `poison`"),
+    ],
+)
+def test_bad_shares_are_named(folder, shares, message):
+    with pytest.raises(UserError, match=message):
+        real_pools({**CONFIG, "shares": shares}, str(folder), seed=0)
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_the_index_finds_exactly_the_near_duplicates(seed):
+    draw = random.Random(seed)
+    prompts = [" ".join(draw.choices(NOUNS[:6], k=draw.randint(1, 5))) for _ in range(draw.randint(0, 4))]
+    asked = " ".join(draw.choices(NOUNS[:6], k=draw.randint(1, 5)))
+    index = _Index(0.5)
+    for prompt in prompts:
+        index.add(prompt)
+    assert index.has_near(asked) == any(jaccard(p, asked) >= 0.5 for p in prompts)
+
+
+@pytest.mark.skipif(not HUB.is_dir(), reason="the local copy of the real data is not here")
+def test_the_real_pools_are_large_enough_and_free_of_near_duplicates():
+    splits = real_splits(CONFIG, str(HUB))
+    pools = real_pools(CONFIG, str(HUB), seed=0)
+    assert min(len(v) for v in pools.test.values()) >= 60
+    assert len(pools.anchors) >= 200 and len({e.source for e in pools.anchors}) >= 3
+    assert len(pools.poison) >= 120
+    index = _Index(CONFIG["jaccard"])
+    for rows in splits["test"].values():
+        for e in rows:
+            index.add(e.prompt)
+    others = [e.prompt for name in SPLITS if name != "test" for rows in splits[name].values() for e in rows]
+    assert not [p for p in others if index.has_near(p)]
+    assert len({normalise_prompt(p) for p in others}) == len(others)

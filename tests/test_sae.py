@@ -1,0 +1,632 @@
+"""The routed sparse autoencoder, the ranking of its latents, and L_safety."""
+
+import copy
+
+import pytest
+import torch
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from cwac.config import UserError
+from cwac.data.examples import Example
+from cwac.evaluation.generate import generate
+from cwac.evaluation.judge import KeywordJudge
+from cwac.models import decoder_layers
+from cwac.sae import (
+    GATES,
+    RoutedSAE,
+    SAEConfig,
+    SafetyTarget,
+    causal_check,
+    fit_sae,
+    normalize,
+    preset_routesae,
+    quality,
+    rank_latents,
+    residuals,
+    slots_of,
+)
+from cwac.sae.fit import TokenBuffer, auxiliary_loss, train_sae
+from cwac.sae.rank import attribution, generate_edited, last_latents, matched_random
+from cwac.sae.residuals import keep_mask, on_slots
+
+SIZE = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def llama(seed: int = 0, **changes) -> LlamaForCausalLM:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(LlamaConfig(**{**SIZE, "initializer_range": 0.2, **changes}))
+    return model.eval()
+
+
+def some_rows(n: int, seed: int = 0, low: int = 5, high: int = 14) -> list[dict]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(low, high, (n,), generator=generator).tolist()
+    return [{"input_ids": [1, *torch.randint(3, 97, (m,), generator=generator).tolist()]} for m in lengths]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return llama()
+
+
+@pytest.fixture(scope="module")
+def fitted(model):
+    config = SAEConfig(tokens=40_000, batch=512, m=256, k=8, router="fixed:2")
+    return fit_sae(model, some_rows(200), some_rows(200, seed=1), config)
+
+
+def perturbed(model, size: float):
+    """A copy after a random update of `size` standard deviations of each matrix."""
+    other = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in other.parameters():
+            p += size * p.std().nan_to_num() * torch.randn(p.shape, generator=generator)
+    return other
+
+
+@pytest.fixture
+def moved(model):
+    return perturbed(model, 0.03)
+
+
+def random_sae(d=16, m=64, k=5, slots=(1,), router="fixed:1", seed=0) -> RoutedSAE:
+    generator = torch.Generator().manual_seed(seed)
+    sae = RoutedSAE(d, m, k, slots, router)
+    sae.initialise_router_(generator)
+    sae.initialise_(torch.randn(512, d, generator=generator) + 0.5, generator)
+    with torch.no_grad():
+        sae.b_enc.normal_(0, 0.05, generator=generator)
+    return sae
+
+
+# ---------------------------------------------------------------- residuals
+
+
+def test_slots_are_the_middle_half(model):
+    assert slots_of(model) == [1, 2, 3]
+    assert slots_of(llama(num_hidden_layers=30, hidden_size=16)) == list(range(7, 23))  # SmolLM2's shape
+    assert slots_of(model, [3, 1]) == [1, 3]
+    with pytest.raises(UserError, match="sae.slots"):
+        slots_of(model, [5])
+    with pytest.raises(UserError, match="sae.slots"):
+        slots_of(model, "middle")
+
+
+@pytest.mark.parametrize(
+    ("config", "architecture"),
+    [
+        (LlamaConfig, LlamaForCausalLM),
+        (Gemma2Config, Gemma2ForCausalLM),
+        (MistralConfig, MistralForCausalLM),
+        (Qwen2Config, Qwen2ForCausalLM),
+    ],
+)
+def test_residuals_are_the_hidden_states_and_the_forward_stops(config, architecture):
+    extra = {"head_dim": 8} if config is Gemma2Config else {}
+    model = architecture(config(**SIZE, **extra)).eval()
+    ids = torch.tensor([[1, 5, 6, 7], [1, 8, 9, 0]])
+    batch = {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])}
+    ran = []
+    handles = [b.register_forward_pre_hook(lambda *_, i=i: ran.append(i)) for i, b in enumerate(decoder_layers(model))]
+    found = residuals(model, batch, [1, 3])
+    assert ran == [0, 1, 2]  # block 3 lies above slot 3
+    for handle in handles:
+        handle.remove()
+    states = model(**batch, output_hidden_states=True).hidden_states
+    assert torch.equal(found, torch.stack([states[1], states[3]], dim=2))
+    found.pow(2).sum().backward()
+    assert decoder_layers(model)[0].mlp.down_proj.weight.grad.norm() > 0
+    assert decoder_layers(model)[3].mlp.down_proj.weight.grad is None
+
+
+def test_residuals_behind_peft_and_under_gradient_checkpointing(model):
+    from peft import LoraConfig, get_peft_model
+
+    batch = {"input_ids": torch.tensor([[1, 5, 6, 7]])}
+    plain = residuals(model, batch, [1, 2])
+    wrapped = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["q_proj"]))
+    assert torch.equal(plain, residuals(wrapped, batch, [1, 2]))
+
+    saving = copy.deepcopy(model).train()
+    saving.gradient_checkpointing_enable()
+    found = residuals(saving, batch, [1, 2])
+    found.pow(2).sum().backward()
+    reference = copy.deepcopy(model)
+    residuals(reference, batch, [1, 2]).pow(2).sum().backward()
+    for mine, other in zip(saving.parameters(), reference.parameters(), strict=True):
+        assert (mine.grad is None) == (other.grad is None)
+        assert mine.grad is None or torch.allclose(mine.grad, other.grad, rtol=1e-4, atol=1e-6)
+    assert decoder_layers(saving)[0].gradient_checkpointing  # switched back on
+
+
+@pytest.mark.parametrize("as_tuple", [False, True])
+def test_an_edit_reaches_the_logits(as_tuple):
+    model = llama()
+    if as_tuple:  # as decoder blocks of transformers 4 return
+        for block in decoder_layers(model)[:1]:
+            forward = block.forward
+            block.forward = lambda *a, forward=forward, **k: (forward(*a, **k),)
+        next_block = decoder_layers(model)[1]
+        inner = next_block.forward
+        next_block.forward = lambda h, *a, **k: inner(h[0] if isinstance(h, tuple) else h, *a, **k)
+    ids = torch.tensor([[1, 5, 6, 7]])
+    before = model(ids).logits
+    with on_slots(model, [1], lambda slot, h: h.clone()):
+        assert torch.equal(model(ids).logits, before)
+    with on_slots(model, [1], lambda slot, h: h.roll(1, -1)):
+        assert (model(ids).logits - before).abs().max() > 1e-2
+    assert torch.equal(model(ids).logits, before)  # nothing is left behind
+
+
+def test_first_token_bos_padding_and_outliers_are_no_sae_data():
+    r = torch.ones(2, 5, 1, 4)
+    r[1, 2] = 1000.0  # an attention sink
+    ids = torch.tensor([[1, 5, 1, 6, 0], [1, 7, 8, 9, 10]])
+    mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
+    assert keep_mask(ids, mask, r, [1]).tolist() == [[0, 1, 0, 1, 0], [0, 1, 0, 1, 1]]
+    left = keep_mask(ids[:1].roll(1, 1), mask[:1].roll(1, 1), r[:1], [1])
+    assert left.tolist() == [[0, 0, 1, 0, 1]]
+
+
+# ---------------------------------------------------------------- the autoencoder
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sparse_step_equals_dense_step(dtype):
+    sae = random_sae().to(dtype)
+    u = torch.randn(40, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
+    weight = torch.randn(40, 16, generator=torch.Generator().manual_seed(2)).to(dtype)
+
+    def step(backend):
+        x = u.clone().requires_grad_()
+        out, values, indices = sae(x, backend)
+        parameters = [x, sae.w_enc, sae.b_enc, sae.w_dec, sae.b_pre]
+        return [out, *torch.autograd.grad((out * weight).sum(), parameters)]
+
+    for ours, reference in zip(step("csr"), step("dense"), strict=True):
+        assert (ours - reference).norm() / reference.norm() < 1e-4 * (1e-6 if dtype == torch.float64 else 1)
+
+
+def test_dense_gradients_match_finite_differences():
+    sae = random_sae(d=6, m=20, k=3).double()
+    u = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: sae(x, "dense")[0], (u,))
+    assert torch.autograd.gradcheck(lambda x: sae(x, "csr")[0], (u,))
+
+
+def test_initialisation_and_encoding():
+    generator = torch.Generator().manual_seed(0)
+    u = torch.randn(2000, 16, generator=generator) + 2
+    sae = RoutedSAE(16, 128, 4, [1], "fixed:1")
+    sae.initialise_(u, generator)
+    assert torch.allclose(sae.b_pre, u.mean(0))
+    assert torch.allclose(sae.w_dec.norm(dim=1), torch.ones(128))
+    values, indices = sae.encode(u)
+    assert (values >= 0).all() and (values[:, :-1] >= values[:, 1:]).all()
+    error = (u - sae.decode(values, indices)).pow(2).sum() / (u - u.mean(0)).pow(2).sum()
+    assert error < 1
+    assert torch.allclose(sae.dense(u) @ sae.w_dec + sae.b_pre, sae.decode(values, indices), atol=1e-5)
+    assert torch.allclose(sae(u)[0], sae.decode(values, indices), atol=1e-5)
+
+
+def test_routers():
+    x = torch.randn(50, 3, 16, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(0)
+    hard = random_sae(slots=(1, 2, 3), router="hard")
+    p = hard.probabilities(x)
+    u, layer = hard.read(x)
+    assert torch.equal(layer, p.argmax(-1)) and torch.allclose(u, x[torch.arange(50), layer])
+    scaled = hard.training_input(x, generator)
+    assert torch.allclose(scaled, p.max(-1).values.unsqueeze(-1) * u)
+    soft = random_sae(slots=(1, 2, 3), router="soft")
+    assert torch.allclose(soft.read(x)[0], soft.training_input(x, generator))
+    uniform = random_sae(slots=(1, 2, 3), router="uniform")
+    assert (uniform.read(x)[1] == 1).all() and torch.allclose(uniform.read(x)[0], x[:, 1])
+    drawn = uniform.training_input(x, generator)
+    assert {int((x[i] - drawn[i]).abs().sum(-1).argmin()) for i in range(50)} == {0, 1, 2}
+    assert (random_sae(slots=(1, 2, 3), router="fixed:3").read(x)[1] == 2).all()
+    for bad in ("top", "fixed:9", "fixed:"):
+        with pytest.raises(UserError, match="sae.router"):
+            random_sae(slots=(1, 2, 3), router=bad)
+
+
+def test_auxk_trains_dead_latents_only():
+    sae = random_sae().requires_grad_(True)
+    u = torch.randn(30, 16, generator=torch.Generator().manual_seed(1))
+    dead = torch.tensor([3, 11, 40])
+    error = (u - sae(u)[0]).detach()
+    auxiliary_loss(sae, u, error, dead).backward()
+    alive = torch.ones(64, dtype=torch.bool)
+    alive[dead] = False
+    for p in (sae.w_enc, sae.w_dec):
+        assert p.grad[dead].norm() > 0 and p.grad[alive].norm() == 0
+    assert sae.b_pre.grad is None
+
+
+def test_planted_features_are_recovered():
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.nn.functional.normalize(torch.randn(48, 24, generator=generator), dim=1)
+
+    def draw(n: int) -> torch.Tensor:
+        on = torch.rand(n, 48, generator=generator).argsort(1)[:, :3]
+        size = 1 + torch.rand(n, 3, generator=generator)
+        return (torch.zeros(n, 48).scatter(1, on, size) @ truth).unsqueeze(1)
+
+    sae = RoutedSAE(24, 96, 3, [1], "fixed:1")
+    report = train_sae(sae, draw, SAEConfig(tokens=150_000, batch=512, router="fixed:1"))
+    best = (truth @ sae.w_dec.t()).max(1).values
+    assert (best > 0.9).float().mean() >= 0.8
+    assert report["train_fvu"] < 0.3
+    assert torch.allclose(sae.w_dec.norm(dim=1), torch.ones(96), atol=1e-5)
+
+
+# ---------------------------------------------------------------- fitting
+
+
+def test_fit_reports_and_repeats_bit_for_bit(model, fitted):
+    sae, report = fitted
+    held = some_rows(40, seed=7), some_rows(40, seed=8)
+    measured = quality(model, sae, *held)
+    assert measured["fvu_general"] < 1 and measured["fvu_harmful"] < 1
+    assert measured["fvu_general"] == pytest.approx(measured["fvu_per_slot_general"][2])  # the fixed slot
+    assert measured["l0"] == 8 and measured["l0_is_k_general"] == 1
+    assert 0 <= measured["dead_share"] < 0.5 and 0 <= measured["dense_share"] < 1
+    assert measured["usage_general"] == {1: 0, 2: 1, 3: 0} and measured["usage_entropy_general"] == 0
+    config = SAEConfig(tokens=40_000, batch=512, m=256, k=8, router="fixed:2")
+    again, _ = fit_sae(model, some_rows(200), some_rows(200, seed=1), config)
+    for name, value in sae.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name])
+    assert report["epochs_harmful"] == pytest.approx(0.7 * report["tokens"] / report["tokens_read_harmful"])
+
+
+def test_streaming_reads_everything_and_caching_stops_early(model):
+    rows = some_rows(60)
+    kept = sum(len(r["input_ids"]) - 1 for r in rows)
+    whole = TokenBuffer(model, rows, [1], 10_000, False, torch.Generator().manual_seed(0), "test")
+    assert whole.whole and len(whole._held) == pytest.approx(kept, abs=20)  # BOS drawn by chance is dropped
+    seen = whole.draw(len(whole._held))
+    assert len(torch.unique(seen.flatten(1), dim=0)) == len(torch.unique(whole._held.flatten(1), dim=0))
+    many = some_rows(600)  # more than one batch of 4,096 tokens
+    once = TokenBuffer(model, many, [1], 100, True, torch.Generator().manual_seed(0), "test")
+    read = once.tokens_read
+    once.draw(6000)
+    assert once.tokens_read == read < sum(len(r["input_ids"]) - 1 for r in many) / 2
+    stream = TokenBuffer(model, many, [1], 2000, False, torch.Generator().manual_seed(0), "test")
+    stream.draw(9000)
+    assert stream.tokens_read > 9000  # new tokens came in, over more than one pass
+    with pytest.raises(UserError, match="empty"):
+        TokenBuffer(model, [], [1], 10, False, torch.Generator(), "test")
+
+
+@pytest.mark.parametrize(
+    ("usage", "fallback", "router"),
+    [((0.9, 0.1), True, "uniform"), ((0.9, 0.1), False, "hard"), ((0.6, 0.4), True, "hard")],
+)
+def test_a_collapsed_router_falls_back_and_says_so(model, monkeypatch, usage, fallback, router):
+    monkeypatch.setattr("cwac.sae.fit.last_usage", lambda *_: torch.tensor(usage))
+    config = SAEConfig(tokens=2_048, batch=512, m=64, k=4, slots=[1, 2], fallback=fallback)
+    sae, report = fit_sae(model, some_rows(50), some_rows(50, seed=1), config)
+    assert report["router_collapsed"] == (usage[0] > 0.7)
+    assert sae.router_mode == report["router"] == router
+    assert ("router_fallback" in sae.info) == (router == "uniform")
+
+
+def test_save_and_load(model, fitted, tmp_path):
+    sae, _ = fitted
+    sae.save(tmp_path)
+    again = RoutedSAE.load(tmp_path, model)
+    assert again.info == sae.info and again.slots == sae.slots
+    for name, value in sae.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name])
+    with pytest.raises(UserError, match="another model"):
+        RoutedSAE.load(tmp_path, llama(seed=9))
+    with pytest.raises(UserError, match="no SAE"):
+        RoutedSAE.load(tmp_path / "nowhere")
+
+
+def test_settings_are_checked():
+    for bad in ({"harmful_share": 1.5}, {"tokens": 10}, {"backend": "triton"}):
+        with pytest.raises(UserError):
+            SAEConfig(**bad)
+    with pytest.raises(UserError, match="sae.k"):
+        RoutedSAE(8, 16, 17, [1])
+    literal = preset_routesae(tokens=200_000)
+    assert (literal.lr, literal.auxk, literal.center, literal.renorm_every) == (5e-4, 0.0, False, 10)
+    rates = [SAEConfig().learning_rate(steps) for steps in (100, 1000, 3162, 10_000, 50_000)]
+    assert rates == pytest.approx([2e-3, 2e-3, 1e-3, 5e-4, 5e-4], rel=1e-3)
+
+
+# ---------------------------------------------------------------- L_safety
+
+
+@pytest.mark.parametrize("units", ["raw", "relative"])
+@pytest.mark.parametrize("gate", GATES)
+def test_the_unchanged_model_has_no_loss(model, fitted, gate, units):
+    rows = some_rows(12, seed=3)
+    target = SafetyTarget.build(model, fitted[0], range(256), rows, gate, "prompt", units)
+    assert target.baseline_energy > 1
+    assert target.loss(model, range(12)).item() / target.baseline_energy < 1e-6
+    drift = target.drift(model)
+    assert drift["relative_feature_drift"] < 1e-6 and drift["dropped_share"] == 0 and drift["residual_drift"] < 1e-5
+
+
+def test_l_safety_is_the_formula(model, fitted, moved):
+    sae, rows = fitted[0], some_rows(6, seed=3)
+    latents = [5, 17, 80, 99, 200]
+    before, after = last_latents(model, sae, rows)[0], last_latents(moved, sae, rows)[0]
+    expected = (after - before)[:, latents].pow(2).sum(1).mean()  # Eq. 11: sum over S, mean over prompts
+    target = SafetyTarget.build(model, sae, latents, rows, "topk")
+    assert target.loss(moved, range(6)).item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-8)
+    everything = SafetyTarget.build(model, sae, range(256), rows, "topk")
+    drift = everything.drift(moved)
+    expected = (after - before).pow(2).sum(1).mean().item()
+    assert drift["feature_drift"] == pytest.approx(expected, rel=1e-4)
+    assert drift["relative_feature_drift"] == pytest.approx(expected / before.pow(2).sum(1).mean().item(), rel=1e-4)
+    assert 0 < drift["residual_drift"] < 1
+    assert target.loss(moved, []).item() == 0
+
+
+def test_loss_does_not_depend_on_the_batch(model, fitted, moved):
+    rows = some_rows(5, seed=3, low=4, high=20)
+    for positions in ("last", "template:3", "prompt"):
+        target = SafetyTarget.build(model, fitted[0], range(256), rows, "tau", positions)
+        alone = [target.loss(moved, [i]).item() for i in range(5)]
+        assert target.loss(moved, range(5)).item() == pytest.approx(sum(alone) / 5, rel=1e-4)
+        assert target.loss(moved, torch.tensor([4, 0])).item() == pytest.approx((alone[4] + alone[0]) / 2, rel=1e-4)
+
+
+def test_response_positions_read_the_prompts_end_and_the_answer(model, fitted):
+    prompt = [1, 5, 6, 7]
+    rows = [{"input_ids": [*prompt, 8, 9, 10], "prompt": 4}]
+    target = SafetyTarget.build(model, fitted[0], range(256), rows, positions="response:2")
+    assert target.prompts[0].ids == [*prompt, 8, 9] and target.prompts[0].positions == [3, 4, 5]
+    last = SafetyTarget.build(model, fitted[0], range(256), rows, positions="last")
+    assert last.prompts[0].ids == prompt
+    assert torch.allclose(
+        last.prompts[0].z[0], target.prompts[0].z[0], atol=1e-4
+    )  # causal: the answer changes nothing
+    with pytest.raises(UserError, match="answers"):
+        SafetyTarget.build(model, fitted[0], [0], [{"input_ids": prompt}], positions="response:2")
+
+
+def test_a_dropped_latent_is_pulled_back_by_tau_and_lost_by_topk(model, fitted, moved):
+    sae, rows = fitted[0], some_rows(20, seed=3)
+    before, after = last_latents(model, sae, rows)[0], last_latents(moved, sae, rows)[0]
+    prompt, latent = ((before > 0) & (after == 0)).nonzero()[0].tolist()
+
+    def gradient(gate):
+        moved.zero_grad()
+        target = SafetyTarget.build(model, sae, [latent], rows, gate)
+        loss = target.loss(moved, [prompt])
+        assert loss.item() > 0
+        if not loss.requires_grad:
+            return 0.0
+        loss.backward()
+        return sum(p.grad.norm().item() for p in moved.parameters() if p.grad is not None)
+
+    assert gradient("topk") == 0
+    assert all(gradient(gate) > 0 for gate in ("tau", "union", "base", "preact"))
+
+
+def test_gates_agree_while_the_topk_set_does(model, fitted, moved):
+    sae, rows = fitted[0], some_rows(60, seed=3)
+    before, (after, _, u) = last_latents(model, sae, rows)[0], last_latents(moved, sae, rows)
+    tau = sae.pre(last_latents(model, sae, rows)[2]).topk(sae.k).values[:, -1]
+    outside = sae.pre(u).masked_fill(after > 0, -torch.inf).max(1).values
+    same = ((before > 0) == (after > 0)).all(1) & (outside <= tau)
+    assert 5 <= same.sum() < 60
+    losses = {g: SafetyTarget.build(model, sae, range(256), rows, g) for g in GATES if g != "preact"}
+    losses = {g: torch.stack([t.loss(moved, [i]) for i in range(60)]).detach() for g, t in losses.items()}
+    for gate in ("tau", "union", "base"):
+        assert torch.allclose(losses[gate][same], losses["topk"][same], rtol=1e-4)
+    # elsewhere what the literal loss counts and a gate's differ, `base` never more than `union`
+    assert (losses["base"] <= losses["union"] + 1e-6).all()
+    assert not torch.allclose(losses["tau"][~same], losses["base"][~same])
+
+
+def test_soft_routing_keeps_the_baselines_weights(model, moved):
+    sae = random_sae(d=32, m=128, k=6, slots=(1, 2, 3), router="soft")
+    rows = some_rows(4)
+    target = SafetyTarget.build(model, sae, range(128), rows)
+    assert target.loss(model, range(4)).item() < 1e-6 < target.loss(moved, range(4)).item()
+
+
+def test_gradient_of_l_safety_matches_finite_differences(model, moved, fitted):
+    reference, current = copy.deepcopy(model).double(), copy.deepcopy(moved).double()
+    target = SafetyTarget.build(reference, copy.deepcopy(fitted[0]).double(), range(256), some_rows(3, seed=3))
+    weight = decoder_layers(current)[1].mlp.down_proj.weight
+    target.loss(current, range(3)).backward()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        direction = torch.randn(weight.shape, dtype=torch.float64, generator=generator)
+        direction /= direction.norm()
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                weight += sign * 1e-6 * direction
+                values.append(target.loss(current, range(3)).item())
+                weight -= sign * 1e-6 * direction
+        numeric = (values[0] - values[1]) / 2e-6
+        assert numeric == pytest.approx((weight.grad * direction).sum().item(), rel=1e-4, abs=1e-7)
+
+
+def test_only_layers_up_to_the_read_slot_run(model, fitted, moved):
+    target = SafetyTarget.build(model, fitted[0], range(256), some_rows(3))
+    ran = []
+    handles = [b.register_forward_pre_hook(lambda *_, i=i: ran.append(i)) for i, b in enumerate(decoder_layers(moved))]
+    target.loss(moved, [0, 1])
+    for handle in handles:
+        handle.remove()
+    assert ran == [0, 1]  # the SAE reads slot 2, the output of block 1
+
+
+def test_targets_refuse_bad_input(model, fitted):
+    sae, rows = fitted[0], some_rows(2)
+    for change in ({"gate": "relu"}, {"units": "z"}, {"positions": "first"}, {"positions": "response:0"}):
+        with pytest.raises(UserError, match="method.activation"):
+            SafetyTarget.build(model, sae, [0], rows, **change)
+    with pytest.raises(UserError, match="no harmful prompts"):
+        SafetyTarget.build(model, sae, [0], [])
+    for latents in ([], [256]):
+        with pytest.raises(UserError, match="subset"):
+            SafetyTarget.build(model, sae, latents, rows)
+
+
+# ---------------------------------------------------------------- ranking
+
+
+@pytest.fixture(scope="module")
+def planted():
+    """A model whose residual is the last token's embedding, and an SAE that knows the directions in it.
+
+    Tokens 10..49 carry four of 64 directions: of 0..9 in "harmful" prompts (ending in 10..29), never in
+    benign ones (30..49). Token 60's logit grows with directions 0..4 and token 61's with the others.
+    """
+    d, m = 64, 64
+    model = llama(vocab_size=97, hidden_size=d)
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.linalg.qr(torch.randn(d, d, generator=generator))[0]
+    directions[:, :] = directions - directions.mean(1, keepdim=True)
+    directions = torch.nn.functional.normalize(directions, dim=1)
+    with torch.no_grad():
+        for block in decoder_layers(model):
+            block.self_attn.o_proj.weight.zero_()
+            block.mlp.down_proj.weight.zero_()
+        for token in range(10, 50):
+            own = torch.tensor([token % 10, (token + 3) % 10])
+            other = 10 + torch.randperm(54, generator=generator)[:2]
+            chosen = torch.cat([own, other]) if token < 30 else 10 + torch.randperm(54, generator=generator)[:4]
+            model.model.embed_tokens.weight[token] = directions[chosen].sum(0)
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[60] = directions[:5].sum(0)
+        model.lm_head.weight[61] = directions[10:].sum(0) * 0.3
+    sae = RoutedSAE(d, m, 4, [2], "fixed:2")
+    with torch.no_grad():
+        sae.w_dec.copy_(directions)
+        sae.w_enc.copy_(directions)
+    ends = torch.randint(10, 30, (200,), generator=generator).tolist()
+    harmful = [{"input_ids": [1, 5, 6, e]} for e in ends]
+    benign = [{"input_ids": [1, 7, e + 20]} for e in ends]
+    return model, sae.requires_grad_(False), harmful, benign
+
+
+def test_ranking_finds_the_planted_latents(planted):
+    model, sae, harmful, benign = planted
+    table = rank_latents(model, sae, harmful, benign, n=15, method="contrast")
+    assert set(range(10)) <= set(table["latent"])
+    assert set(table["latent"][table["eligible"]]) >= set(range(10))
+    assert table.attrs["eligible"] == table["eligible"].sum() and table.attrs["split_half"] > 0.6
+    assert table["rank"].tolist() == list(range(1, 16)) and (table["slot"][table["mean_harmful"] > 0] == 2).all()
+    literal = rank_latents(model, sae, harmful, benign, n=64, method="activation")
+    assert literal[literal["eligible"]]["mean_harmful"].is_monotonic_decreasing
+    assert literal["latent"].is_unique and len(literal) == 64
+    cosine = rank_latents(model, sae, harmful, benign, n=10, method="cosine")
+    assert len(set(range(10)) & set(cosine["latent"])) >= 8
+    first, again, other = (
+        rank_latents(model, sae, harmful, benign, n=10, method="random", seed=seed)["latent"].tolist()
+        for seed in (0, 0, 1)
+    )
+    assert first == again != other
+
+
+def test_attribution_orders_by_effect_on_the_refusal(planted):
+    model, sae, harmful, benign = planted
+    effect = attribution(model, sae, harmful, [60], [61])
+    assert effect[:5].min() > effect[5:].max()
+    table = rank_latents(model, sae, harmful, benign, n=20, openers=([60], [61]))
+    assert set(table["latent"][:5]) == set(range(5))
+    assert table.attrs["eligible"] < 20 and not table["eligible"].iloc[-1]  # filled up, and marked as such
+    with pytest.raises(UserError, match="same tokens"):
+        rank_latents(model, sae, harmful, benign, openers=([60], [60]), n=5)
+
+
+def test_attribution_is_the_first_order_effect_of_removing_a_latent(model, fitted):
+    sae, rows = fitted[0], some_rows(6, seed=3)
+    z = last_latents(model, sae, rows)[0]
+    latent = int(z.mean(0).argmax())
+    reference = copy.deepcopy(model).double()
+    effect = 0.0
+    for number, row in enumerate(rows):
+        batch = {"input_ids": torch.tensor([row["input_ids"]])}
+        r = residuals(reference, batch, sae.slots)
+        std = normalize(r)[2][0, -1, 1]
+        size = (z[number, latent].double() * std).detach() * sae.w_dec[latent].double()
+
+        def margin(share, batch=batch, size=size):
+            def scale(slot, hidden):
+                hidden = hidden.clone()
+                hidden[0, -1] += share * size
+                return hidden
+
+            with on_slots(reference, [2], scale):
+                logits = reference(**batch).logits[0, -1]
+            return (logits[[5, 6]].logsumexp(0) - logits[[7, 8]].logsumexp(0)).item()
+
+        effect += (margin(0.02) - margin(-0.02)) / 0.04 / len(rows)
+    assert attribution(model, sae, rows, [5, 6], [7, 8])[latent].item() == pytest.approx(effect, rel=2e-2, abs=1e-5)
+
+
+def test_ranking_refuses_bad_input(model, fitted):
+    rows = some_rows(3)
+    with pytest.raises(UserError, match="sae.rank"):
+        rank_latents(model, fitted[0], rows, rows, method="alphabetical")
+    with pytest.raises(UserError, match="empty"):
+        rank_latents(model, fitted[0], rows, [])
+    with pytest.raises(UserError, match="sae.latents"):
+        rank_latents(model, fitted[0], rows, rows, n=1000)
+
+
+def test_matched_random_latents_have_the_same_energy():
+    energy = torch.arange(1, 101).float()
+    drawn = matched_random(energy, [10, 50, 90], torch.Generator().manual_seed(0))
+    assert len(set(drawn)) == 3 and not {10, 50, 90} & set(drawn)
+    assert all(abs(energy[i] - energy[j]) <= 10 for i, j in zip([10, 50, 90], drawn, strict=True))
+
+
+def test_edited_generation_and_the_causal_check(fitted):
+    from cwac.tiny.build import make_tokenizer
+
+    tokenizer = make_tokenizer()
+    model = llama(seed=2, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
+    words = list(tokenizer.get_vocab())[20:60]
+    examples = [Example(id=str(i), prompt=" ".join(words[i : i + 3 + i % 3])) for i in range(8)]
+    messages = [e.messages for e in examples]
+    sae = random_sae(d=32, m=128, k=6, slots=(1, 2, 3), router="hard")
+    plain = generate(model, tokenizer, messages, max_new_tokens=6, description=None)
+    assert generate_edited(model, tokenizer, sae, messages, [], -1.0, 6) == plain
+    assert generate_edited(model, tokenizer, sae, messages, range(128), 1.0, 6, batch_size=3) == plain
+    assert generate_edited(model, tokenizer, sae, messages, range(128), -1.0, 6) != plain
+    report = causal_check(model, tokenizer, sae, [1, 2, 3], examples, KeywordJudge(), draws=2, max_new_tokens=4)
+    assert report["n"] == 8 and len(report["random"]) == 2
+    assert sum(report["before"].values()) == pytest.approx(100)
+    assert report["fall"] == report["before"]["refusal"] - report["after"]["refusal"]

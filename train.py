@@ -1,0 +1,220 @@
+"""Fine-tune an aligned chat model under a defence, and measure what is left of its safety.
+
+    python train.py model=tiny task=toy_sentiment harmful_ratio=0.1 method=cwac      one run
+    python train.py -m method=sft,cwac harmful_ratio=0,0.1 seed=0,1,2                a sweep
+    python train.py -m experiment=demo                                               a preset's grid
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import traceback
+from pathlib import Path
+
+os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach main(), which prints one line for what the user can mend
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TQDM_MININTERVAL", "0.5" if sys.stderr.isatty() else "15")  # a log file is no terminal
+
+import hydra  # noqa: E402
+from hydra.errors import HydraException  # noqa: E402
+from omegaconf import DictConfig, OmegaConf  # noqa: E402
+from omegaconf.errors import OmegaConfBaseException  # noqa: E402
+
+from cwac.config import CONF, UserError, validate  # noqa: E402
+from cwac.runs import Run, write_jsonl  # noqa: E402
+
+log = logging.getLogger("cwac")
+
+
+def run_cell(cfg: DictConfig) -> float | None:
+    """Execute one cell: skip it if it is done, else train (or resume), evaluate, mark done. Returns HS for sweepers."""
+    validate(cfg)
+    with Run(cfg) as run:
+        if run.done() and not cfg.force:
+            log.info("%s is done; nothing to do", run.id)
+            return headline(run)
+        return execute(cfg, run)
+
+
+def execute(cfg: DictConfig, run: Run) -> float | None:
+    import random
+
+    import torch
+
+    torch.set_num_threads(cfg.threads or torch.get_num_threads())
+    from transformers import set_seed
+    from transformers.utils import logging as hf_logging
+
+    from cwac.data.pools import fingerprint, load_pools, manifest
+    from cwac.data.mix import mix
+    from cwac.data.tasks import load_task
+    from cwac.data.tokenize import Rows, pad_token_id
+    from cwac.engine import train
+    from cwac.evaluation.evaluate import Evaluator
+    from cwac.methods.base import Context
+    from cwac.methods.cwac import anchor_rows
+    from cwac.models import device, load, load_aligned
+    from cwac.tracking import Tracker
+
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    method = instantiate(cfg.method)
+    if os.environ.get("WORLD_SIZE", "1") != "1" and hydra.core.hydra_config.HydraConfig.get().mode.name == "MULTIRUN":
+        raise UserError("-m under torchrun would start every cell on every rank; launch one cell per torchrun")
+    data = cfg.paths.data
+    task = load_task(cfg.task, data, cfg.seed, cfg.eval.split)
+    pools = load_pools(cfg.pools, data, cfg.seed)
+    mixed = mix(task.train, pools.poison, cfg.harmful_ratio, cfg.seed, cfg.mix_mode)
+    set_seed(cfg.seed)
+    artifacts = Path(cfg.paths.artifacts)
+    loaded = load(cfg.model, artifacts, data)
+    model = loaded.model.to(device())
+    train_rows = method.training_data(mixed, pools, random.Random(f"method-{cfg.seed}"))
+    rows = Rows(loaded.tokenizer, train_rows, cfg.train.template, cfg.train.max_length)
+    if rows.dropped:
+        log.warning("%d of %d rows have a prompt of train.max_length or more and were left out", rows.dropped, len(train_rows))
+    context = Context(
+        tokenizer=loaded.tokenizer,
+        pools=pools,
+        loaded=loaded,
+        artifacts=artifacts,
+        seed=cfg.seed,
+        template=cfg.train.template,
+        max_length=cfg.train.max_length,
+        pools_key=fingerprint(pools),
+        rank=int(os.environ.get("RANK", 0)),
+        world_size=int(os.environ.get("WORLD_SIZE", 1)),
+    )
+    poison_ids = {e.id for e in pools.poison}
+    poisoned = [e for e in train_rows if e.id in poison_ids]
+
+    was_trained = run.trained() and not cfg.force
+    run.start()
+    recorded = {"rows": [e.id for e in train_rows], "harmful": [e.id for e in poisoned], "dropped": rows.dropped}
+    (run.dir / "data.json").write_text(json.dumps({**recorded, "pools": manifest(pools)}, indent=1))
+    judge = instantiate(cfg.eval.judge)
+    evaluator = Evaluator(cfg, run, model, loaded.tokenizer, method, task, pools, judge, poisoned)
+    if was_trained:
+        evaluate_again(run, evaluator, loaded)
+        return headline(run)
+    with Tracker(cfg, run) as tracker:
+        if 0 in cfg.eval.at:
+            evaluator(0, 0.0)
+        method.setup(model, context)
+        cost = train(cfg, run, model, method, rows, pad_token_id(loaded.tokenizer), evaluator, tracker.log)
+        step, epoch = cost["step"], cost["epoch"]
+        evaluator(step, epoch, final=True)
+        at = {"step": step, "epoch": epoch, "final": True}
+        costs = {"seconds_per_step": cost["seconds_per_step"], "memory": cost["memory"], **method.report()}
+        run.add_rows({**at, "metric": m, "set": "train", "value": v} for m, v in costs.items())
+        if cfg.eval.drift:
+            reference = load_aligned(loaded)
+            tokens = 16
+            anchors = anchor_rows(reference, context, pools.anchors[: cfg.eval.n_drift], tokens)
+            held = anchor_rows(reference, context, pools.validation[: cfg.eval.n_drift], tokens)
+            evaluator.drift(reference, anchors, held, step, epoch)
+        if cfg.keep_weights:
+            merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+            merged.save_pretrained(run.dir / "model")
+            loaded.tokenizer.save_pretrained(run.dir / "model")
+        tracker.summary(run.rows())
+        run.finish(step=step, epoch=epoch, weights_sha256=weights_hash(model))
+    return headline(run)
+
+
+def evaluate_again(run: Run, evaluator, loaded) -> None:
+    """A finished run under new evaluation settings: from the kept weights, without training."""
+    from transformers import AutoModelForCausalLM
+
+    folder = run.dir / "model"
+    if not folder.is_dir():
+        raise UserError(
+            f"{run.id} is trained, but not evaluated with these eval settings, and its weights were not kept; train it "
+            "again with force=true keep_weights=true (the old run is set aside)"
+        )
+    evaluator.model = AutoModelForCausalLM.from_pretrained(folder).to(evaluator.model.device)
+    status = run.status
+    evaluator(status["step"], status["epoch"], final=True)
+    run.finish()
+
+
+def weights_hash(model) -> str:
+    """SHA-256 over all parameters in name order; equal hashes are bit-identical weights."""
+    import hashlib
+
+    state = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        state.update(name.encode())
+        state.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return state.hexdigest()
+
+
+def headline(run: Run) -> float | None:
+    """Prints the run's final FA, HS, other and OR; returns mean HS over its test sets."""
+    final = [r for r in run.rows() if r.get("final") and r["eval"] == run.eval]
+    shown = [r for r in final if r["metric"] in ("FA", "HS", "refusal", "other", "OR")]
+    log.info("%s: %s", run.id, "  ".join(f"{r['metric']}[{r['set']}] {r['value']:.1f}" for r in shown))
+    scores = [r["value"] for r in final if r["metric"] == "HS"]
+    return sum(scores) / len(scores) if scores else None
+
+
+def instantiate(node: DictConfig):
+    """Hydra's instantiate; an invalid value surfaces as the UserError its dataclass raised."""
+    from hydra.errors import InstantiationException
+
+    try:
+        return hydra.utils.instantiate(node, _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, UserError):
+            raise cause from error
+        if isinstance(cause, TypeError):  # a key the class does not have
+            raise UserError(f"{node.get('name', '')}: {cause}; see conf/README.md for the keys") from error
+        raise
+
+
+@hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
+def cell(cfg: DictConfig) -> float | None:
+    try:
+        return run_cell(cfg)
+    except Exception as error:
+        mark_failed(cfg, error)
+        if isinstance(error, UserError):
+            log.error("%s", error)
+        else:
+            log.error("%s", "".join(traceback.format_exception(error)))
+        raise
+
+
+def mark_failed(cfg: DictConfig, error: Exception) -> None:
+    """A run that has begun records why it stopped; one that has not leaves no folder."""
+    try:
+        run = Run(cfg)
+    except Exception:  # a configuration that does not even name a run
+        return
+    if run.status["status"] == "running":
+        run.write_status("failed", error=f"{type(error).__name__}: {error}")
+
+
+def main() -> int:
+    try:
+        cell()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (HydraException, OmegaConfBaseException) as error:
+        root = error
+        while root.__cause__ is not None:
+            root = root.__cause__
+        if isinstance(root, UserError | HydraException | OmegaConfBaseException):
+            print(f"error: {str(root if isinstance(root, UserError) else error).strip()}", file=sys.stderr)
+            return 2
+        raise
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
