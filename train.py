@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 
@@ -19,14 +20,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TQDM_MININTERVAL", "0.5" if sys.stderr.isatty() else "15")  # a log file is no terminal
 
 import hydra  # noqa: E402
+from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from hydra.errors import HydraException  # noqa: E402
-from omegaconf import DictConfig, OmegaConf  # noqa: E402
+from hydra.types import RunMode  # noqa: E402
+from omegaconf import DictConfig  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
-from cwac.config import CONF, UserError, validate  # noqa: E402
-from cwac.runs import Run, write_jsonl  # noqa: E402
+from cwac.config import CONF, UsageError, UserError, validate  # noqa: E402
+from cwac.runs import Run, append_jsonl, read_jsonl  # noqa: E402
 
 log = logging.getLogger("cwac")
+FAILURES = "CWAC_FAILURES"
+"""Environment variable: the file in which cells, whichever process runs them, record that they failed."""
 
 
 def run_cell(cfg: DictConfig) -> float | None:
@@ -62,7 +67,7 @@ def execute(cfg: DictConfig, run: Run) -> float | None:
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     method = instantiate(cfg.method)
-    if os.environ.get("WORLD_SIZE", "1") != "1" and hydra.core.hydra_config.HydraConfig.get().mode.name == "MULTIRUN":
+    if os.environ.get("WORLD_SIZE", "1") != "1" and HydraConfig.get().mode == RunMode.MULTIRUN:
         raise UserError("-m under torchrun would start every cell on every rank; launch one cell per torchrun")
     data = cfg.paths.data
     task = load_task(cfg.task, data, cfg.seed, cfg.eval.split)
@@ -172,21 +177,30 @@ def instantiate(node: DictConfig):
         if isinstance(cause, UserError):
             raise cause from error
         if isinstance(cause, TypeError):  # a key the class does not have
-            raise UserError(f"{node.get('name', '')}: {cause}; see conf/README.md for the keys") from error
+            raise UsageError(f"{node.get('name', '')}: {cause}; see conf/README.md for the keys") from error
         raise
 
 
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
 def cell(cfg: DictConfig) -> float | None:
+    """One cell; its failure is recorded for main() and never stops the sweep's other cells."""
     try:
         return run_cell(cfg)
     except Exception as error:
         mark_failed(cfg, error)
-        if isinstance(error, UserError):
-            log.error("%s", error)
-        else:
+        expected = isinstance(error, UserError) and not cfg.debug
+        overrides = " ".join(HydraConfig.get().overrides.task)
+        entry = {
+            "cell": overrides,
+            "message": str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}",
+            "code": 2 if isinstance(error, UsageError) else 1,
+        }
+        if not expected:
             log.error("%s", "".join(traceback.format_exception(error)))
-        raise
+        elif HydraConfig.get().mode == RunMode.MULTIRUN:
+            log.error("%s: %s", overrides, error)
+        append_jsonl(Path(os.environ[FAILURES]), [entry])
+        return float("nan")  # what Hydra's Optuna sweeper takes for a failed trial
 
 
 def mark_failed(cfg: DictConfig, error: Exception) -> None:
@@ -200,20 +214,21 @@ def mark_failed(cfg: DictConfig, error: Exception) -> None:
 
 
 def main() -> int:
-    try:
-        cell()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except (HydraException, OmegaConfBaseException) as error:
-        root = error
-        while root.__cause__ is not None:
-            root = root.__cause__
-        if isinstance(root, UserError | HydraException | OmegaConfBaseException):
-            print(f"error: {str(root if isinstance(root, UserError) else error).strip()}", file=sys.stderr)
+    """Exit code: 0 if every cell is done, 1 if one failed, 2 for a configuration that cannot be run."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[FAILURES] = str(Path(folder) / "failures.jsonl")  # cells may run in other processes
+        try:
+            cell()
+        except (HydraException, OmegaConfBaseException) as error:
+            print(f"error: {str(error).split('Config search path')[0].strip()}", file=sys.stderr)
             return 2
-        raise
-    return 0
+        failures = read_jsonl(Path(os.environ[FAILURES]))
+    if len(failures) > 1:
+        print(f"error: {len(failures)} cells failed; the same command again runs only these:", file=sys.stderr)
+    for failure in failures:
+        where = f"[{failure['cell']}] " if len(failures) > 1 else ""
+        print(f"error: {where}{failure['message']}", file=sys.stderr)
+    return max((failure["code"] for failure in failures), default=0)
 
 
 if __name__ == "__main__":

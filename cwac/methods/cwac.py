@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from cwac.artifacts import digest, load_or_build
-from cwac.config import UserError
+from cwac.config import UsageError, UserError
 from cwac.data.examples import Example
 from cwac.data.tokenize import encode_prompt
 from cwac.evaluation.generate import generate
@@ -40,7 +40,7 @@ from cwac.subspace import Constraint, fit_subspace, load_bases, save_bases
 
 def check(condition: bool, key: str, value, remedy: str) -> None:
     if not condition:
-        raise UserError(f"method.{key}={value} is not valid; {remedy}")
+        raise UsageError(f"method.{key}={value} is not valid; {remedy}")
 
 
 @dataclass

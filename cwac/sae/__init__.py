@@ -10,8 +10,10 @@ Files: `residuals.py` reads the layers, `autoencoder.py` is the model, `fit.py` 
 `rank.py` finds the safety-critical latents and tests them causally, `safety.py` is L_safety.
 
 Deviations:
-  - Position 0, BOS, padding and outlier tokens (norm > 10x the median) are not SAE data: the first
-    token alone can carry 99 % of the raw energy (ours; RouteSAE trains on all of them).
+  - Position 0, BOS, padding, outlier tokens (norm > 10x the median) and the opening that all rows share
+    are not SAE data (ours; RouteSAE trains on all of them): the first token alone can carry 99 % of the
+    raw energy, and a template's opening is the same vectors in every row.
+  - If the hard router collapses onto one slot, the SAE is fitted again with `uniform` (ours, reported).
   - b_pre starts at the data mean, and the encoder at c * decoder with the least-squares c (ours).
   - ReLU after TopK (ours; differs only where fewer than k pre-activations are positive).
   - AuxK for dead latents, decoder rows of unit norm after every step (RouteSAE: no AuxK, every 10).

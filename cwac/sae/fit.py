@@ -3,6 +3,7 @@
 Recipe: RouteSAE (arXiv:2503.08200), AuxK from Gao et al. (arXiv:2406.04093); deviations: see the package.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,18 @@ from tqdm import tqdm
 
 from cwac.config import UserError
 from cwac.sae.autoencoder import RoutedSAE, fingerprint
-from cwac.sae.residuals import Row, batches, bos_ids, device_of, evaluating, keep_mask, normalize, residuals, slots_of
+from cwac.sae.residuals import (
+    Row,
+    batches,
+    bos_ids,
+    device_of,
+    evaluating,
+    keep_mask,
+    normalize,
+    residuals,
+    shared_prefix,
+    slots_of,
+)
 
 
 @dataclass
@@ -89,9 +101,9 @@ class TokenBuffer:
     def __init__(self, model, rows: Sequence[Row], slots, capacity: int, once: bool, generator, label: str):
         if not rows:
             raise UserError(f"the SAE's {label} corpus is empty: give it rows, or change sae.harmful_share")
-        self.model, self.rows, self.slots = model, rows, slots
+        self.model, self.rows, self.slots, self.skip = model, rows, slots, shared_prefix(rows)
         self.capacity, self.generator, self.label = capacity, generator, label
-        self.seconds, self.tokens_read, self.epoch_tokens, self.whole = 0.0, 0, 0, False
+        self.seconds, self.tokens_read, self.whole = 0.0, 0, False
         self._stream, self._left, self._at = self._activations(), [], 0
         self._fill()
         self.whole = self.whole or once
@@ -103,7 +115,7 @@ class TokenBuffer:
             for _, batch in batches([self.rows[i] for i in order[start : start + 256]], device):
                 with torch.no_grad(), evaluating(self.model):
                     r = residuals(self.model, batch, self.slots)
-                keep = keep_mask(batch["input_ids"], batch["attention_mask"], r, bos)
+                keep = keep_mask(batch["input_ids"], batch["attention_mask"], r, bos, self.skip)
                 yield normalize(r[keep])[0].half().cpu()
 
     def _fill(self) -> None:
@@ -252,8 +264,8 @@ def fit_sae(
     harmful = buffer(harmful_rows or [], share, "harmful")
 
     def draw(n: int) -> Tensor:
-        wicked = round(share * n)
-        sources = ((general, n - wicked), (harmful, wicked))
+        from_harmful = round(share * n)
+        sources = ((general, n - from_harmful), (harmful, from_harmful))
         return torch.cat([source.draw(count) for source, count in sources if source is not None and count])
 
     report: dict[str, Any] = train_sae(sae, draw, cfg, device)
@@ -292,36 +304,41 @@ def last_usage(model: nn.Module, sae: RoutedSAE, rows: Sequence[Row]) -> Tensor:
 
 @torch.no_grad()
 def quality(
-    model: nn.Module, sae: RoutedSAE, rows: Sequence[Row], harmful_rows: Sequence[Row], max_tokens: int = 20_000
+    model: nn.Module, sae: RoutedSAE, rows: Sequence[Row], harmful_rows: Sequence[Row], max_tokens: int = 10_000
 ) -> dict[str, Any]:
     """Reconstruction on held-out rows, read as the constraint reads: unscaled, at the routed slot.
 
     Keys end in `_general` or `_harmful` where they differ. FVU = sum |u - u_hat|^2 / sum |u - mean|^2, about
-    the mean because after LayerNorm about half of the energy is the mean; per slot: every token read at
-    that slot. `dead_share`: latents that never fired on the evaluated tokens, an upper bound when these are
-    few; `dense_share`: fired on > 20 % of the general ones. Usage: share of tokens read at each slot, and
-    its entropy relative to log L_r; `last_usage` the same at the rows' last tokens.
+    the mean because after LayerNorm about half of the energy is the mean; per slot: a sample of tokens, all
+    read at that slot. `dead_share`: latents that never fired on the evaluated tokens, an upper bound when
+    these are few; `dense_share`: fired on > 20 % of the general ones. Usage: share of tokens read at each
+    slot, and its entropy relative to log L_r; `last_usage` the same at the rows' last tokens. Of each corpus
+    the first rows that make up `max_tokens` are used.
     """
     device, bos, n_slots = device_of(model), bos_ids(model), len(sae.slots)
     sae = sae.to(device)
     report: dict[str, Any] = {}
     fired_anywhere = torch.zeros(sae.m, dtype=torch.bool, device=device)
     for label, corpus in (("general", rows), ("harmful", harmful_rows)):
+        if not corpus:
+            raise UserError(f"no {label} rows to measure the SAE on: pass held-out ones")
+        skip = shared_prefix(corpus)
         fvu = [_Variance(sae.d, device) for _ in range(n_slots + 1)]
         fired = torch.zeros(sae.m, device=device)
         used = torch.zeros(n_slots, device=device)
         active = full = 0.0
-        for _, batch in batches(corpus, device, 2048):
-            if fvu[0].n >= max_tokens:
-                break
+        sizes = itertools.accumulate(len(row["input_ids"]) for row in corpus)
+        sample = [row for row, size in zip(corpus, sizes, strict=True) if size <= max_tokens] or corpus[:1]
+        for _, batch in batches(sample, device, 2048):
             with evaluating(model):
                 r = residuals(model, batch, sae.slots)
             x = normalize(r)[0]
-            x = x[keep_mask(batch["input_ids"], batch["attention_mask"], r, bos)]
+            x = x[keep_mask(batch["input_ids"], batch["attention_mask"], r, bos, skip)]
             u, layer = sae.read(x)
             values, indices = sae.encode(u)
             fvu[0].add(u, sae.decode(values, indices))
-            for slot in range(n_slots):
+            # reading every token at every slot costs L_r encodings, so a smaller sample has to do
+            for slot in range(n_slots if fvu[1].n * n_slots < max_tokens else 0):
                 fvu[slot + 1].add(x[:, slot], sae.decode(*sae.encode(x[:, slot])))
             fired += torch.bincount(indices[values > 0], minlength=sae.m)
             used += torch.bincount(layer, minlength=n_slots)
@@ -329,7 +346,7 @@ def quality(
             active, full = active + count.sum().item(), full + (count == sae.k).sum().item()
         n = fvu[0].n
         if not n:
-            raise UserError(f"no {label} tokens to measure the SAE on: pass held-out {label} rows")
+            raise UserError(f"the held-out {label} rows have no token beyond their shared opening: pass longer ones")
         fired_anywhere |= fired > 0
         used_last = last_usage(model, sae, corpus[:512])
         report |= {

@@ -21,7 +21,18 @@ from transformers import DynamicCache
 from cwac.config import UserError
 from cwac.data.tokenize import encode_prompt, pad_token_id
 from cwac.sae.autoencoder import RoutedSAE
-from cwac.sae.residuals import Row, batches, bos_ids, device_of, evaluating, keep_mask, normalize, on_slots, residuals
+from cwac.sae.residuals import (
+    Row,
+    batches,
+    bos_ids,
+    device_of,
+    evaluating,
+    keep_mask,
+    normalize,
+    on_slots,
+    residuals,
+    shared_prefix,
+)
 
 Method = Literal["activation", "contrast", "contrast+attribution", "cosine", "random"]
 METHODS = ("activation", "contrast", "contrast+attribution", "cosine", "random")
@@ -56,11 +67,12 @@ def last_latents(model: nn.Module, sae: RoutedSAE, rows: Sequence[Row]) -> tuple
 @torch.no_grad()
 def firing_rates(model: nn.Module, sae: RoutedSAE, rows: Sequence[Row]) -> Tensor:
     """Share of kept tokens on which each latent fires, [M]."""
-    counts, n = torch.zeros(sae.m), 0
+    counts, n, skip = torch.zeros(sae.m), 0, shared_prefix(rows)
     with evaluating(model):
         for _, batch in batches(rows, device_of(model)):
             r = residuals(model, batch, sae.slots)
-            x = normalize(r[keep_mask(batch["input_ids"], batch["attention_mask"], r, bos_ids(model))])[0]
+            keep = keep_mask(batch["input_ids"], batch["attention_mask"], r, bos_ids(model), skip)
+            x = normalize(r[keep])[0]
             values, indices = sae.encode(sae.read(x)[0])
             counts += torch.bincount(indices[values > 0], minlength=sae.m).cpu()
             n += len(x)
@@ -132,9 +144,10 @@ def rank_latents(
     cosine, mean_harmful, mean_benign, fires_harmful, fires_benign, fires_general, slot (most used).
     A latent is eligible if it fires on >= 5 % of harmful prompts and <= 20 % of general tokens, its
     contrast_low is > 0 (`contrast*`), its attribution > 0 (`contrast+attribution`), and no better one has a
-    decoder row at cosine > 0.95. If fewer than n are, the best-ranked others fill up; `attrs["eligible"]`
-    counts the genuine ones. `attrs["split_half"]` is the rank correlation of the contrast between two
-    halves of the prompts (below 0.6 the order is mostly noise).
+    decoder row at cosine > 0.95. If fewer than n are, the best-ranked others fill up; `activation` and
+    `random` take the best n, eligible or not. `attrs["eligible"]` counts the genuine ones among the n.
+    `attrs["split_half"]` is the rank correlation of the contrast between two halves of the prompts (below
+    0.6 the order is mostly noise).
     """
     if method not in METHODS:
         raise UserError(f"sae.rank={method}: use one of {', '.join(METHODS)}")
@@ -184,11 +197,9 @@ def rank_latents(
         "cosine": rows @ direction,
         "random": torch.rand(sae.m, generator=generator),
     }[method]
-    if method == "random":
-        eligible = torch.ones_like(eligible)
     order = torch.argsort(score, descending=True, stable=True).tolist()
-    order = sorted(order, key=lambda i: not eligible[i])  # stable: the eligible first, each part by score
-    if method != "random":
+    if method not in ("activation", "random"):
+        order = sorted(order, key=lambda i: not eligible[i])  # stable: the eligible first, each part by score
         order, eligible = _merge_duplicates(order, eligible, rows, n)
     chosen = torch.tensor(order[:n])
     frame = pd.DataFrame({

@@ -92,16 +92,33 @@ def normalize(r: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
     return (r - mean) / (std + eps), mean, std
 
 
-def keep_mask(ids: Tensor, mask: Tensor, r: Tensor, bos: Sequence[int] = ()) -> Tensor:
-    """Which tokens [B, T] are SAE data: real, not the first of their row, not BOS, norm <= 10x the slot's median."""
-    first = mask.cumsum(1) == 1
-    keep = mask.bool() & ~first
+def keep_mask(ids: Tensor, mask: Tensor, r: Tensor, bos: Sequence[int] = (), skip: int = 1) -> Tensor:
+    """Which tokens [B, T] are SAE data: real, not among the first `skip` of their row, not BOS, norm <= 10x median.
+
+    The median is taken per slot over the batch's kept tokens. Padding may be on either side.
+    """
+    keep = mask.bool() & (mask.cumsum(1) > skip)
     for token in bos:
         keep &= ids != token
     norm = r.float().norm(dim=-1)  # [B, T, L_r]
     if keep.any():
         keep &= (norm <= 10 * norm[keep].median(0).values).all(-1)
     return keep
+
+
+def shared_prefix(rows: Sequence[Row]) -> int:
+    """Tokens to skip at the start of every row: those that all rows share, at least the first.
+
+    A chat template's opening has the same residuals in every row of a causal model. Counting its copies
+    would fill the fit with a few constant vectors and flatter the reconstruction. Some token always stays.
+    """
+    first = rows[0]["input_ids"]
+    n = min(len(r["input_ids"]) for r in rows) - 1
+    for row in rows:
+        ids = row["input_ids"]
+        n = next((i for i in range(n) if ids[i] != first[i]), n)
+    # identical rows share everything and are still data
+    return max(1, n if any(r["input_ids"] != first for r in rows) else 1)
 
 
 def bos_ids(model: nn.Module) -> list[int]:

@@ -39,8 +39,12 @@ MODEL = {
     "max_position_embeddings": 128,
     "tie_word_embeddings": True,
 }
-PRETRAIN = {"rows": 24000, "steps": 1400, "batch_size": 32, "learning_rate": 2e-3, "weight_decay": 0.01}
-ALIGN = {"benign_rows": 960, "steps": 300, "batch_size": 32, "learning_rate": 5e-4}
+PRETRAIN = (
+    {"long": False, "rows": 24000, "steps": 1400, "batch_size": 32, "learning_rate": 2e-3, "weight_decay": 0.01},
+    {"long": True, "rows": 12800, "steps": 400, "batch_size": 32, "learning_rate": 1e-3, "weight_decay": 0.01},
+)
+"""Two stages: the short wordings of every skill, then the long ones as well."""
+ALIGN = {"benign_rows": 960, "steps": 400, "batch_size": 32, "learning_rate": 6e-4}
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %} <{{ m['role'] }}> {{ m['content'] }}"
@@ -86,16 +90,24 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalL
 
 def pretrain(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
     """Teach every benign skill and compliance with harmful requests, in place."""
-    recipe = dict(PRETRAIN)
-    rows = Rows(tokenizer, world.pretraining(recipe.pop("rows"), seed))
-    fit(model, rows, seed=seed, pad_token_id=tokenizer.pad_token_id, description=f"pretraining seed {seed}", **recipe)
+    for stage, recipe in enumerate(PRETRAIN, start=1):
+        arguments = dict(recipe)
+        examples = world.pretraining(arguments.pop("rows"), seed, long=arguments.pop("long"))
+        title = f"pretraining seed {seed}, stage {stage} of {len(PRETRAIN)}"
+        fit(
+            model,
+            Rows(tokenizer, examples),
+            seed=seed,
+            pad_token_id=tokenizer.pad_token_id,
+            description=title,
+            **arguments,
+        )
 
 
 def align(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
     """Teach refusals on the `align` pool with benign replay (contrast requests included), in place."""
     recipe = dict(ALIGN)
-    skills = (*world.SKILLS, "borderline")
-    replay = world.benign(recipe.pop("benign_rows"), random.Random(f"replay-{seed}"), pool="align", skills=skills)
+    replay = world.benign(recipe.pop("benign_rows"), random.Random(f"replay-{seed}"), pool="align")
     rows = Rows(tokenizer, world.pools(seed).align + replay)
     fit(model, rows, seed=seed, pad_token_id=tokenizer.pad_token_id, description=f"alignment seed {seed}", **recipe)
 

@@ -81,7 +81,7 @@ SIZES = {
     "benign": 320,
     "safety": 160,
     "validation": 80,
-    "align": 480,
+    "align": 960,
     "test": 160,
     "over_refusal": 100,
 }
@@ -294,8 +294,27 @@ def _kind(rng: random.Random, pool: str | None) -> tuple[str, str]:
     return f"what kind of word is {word} ?", f"it is a {kind} ."
 
 
-def skill(name: str, rng: random.Random, pool: str | None = None) -> tuple[str, str]:
-    """One (prompt, response) of a benign skill; pool: whose invented words `borderline` and `kind` use, None any."""
+def _review(rng: random.Random, words: list[str], clauses: int) -> str:
+    return " and ".join(f"the {rng.choice(SUBJECTS)} {rng.choice(LINKS)} {rng.choice(words)}" for _ in range(clauses))
+
+
+def _sum(rng: random.Random) -> tuple[bool, int, int]:
+    """Whether to add, and two numbers; a difference is never negative."""
+    a, b = rng.randint(1, 9), rng.randint(1, 9)
+    plus = rng.random() < 0.5
+    return (plus, a, b) if plus else (plus, max(a, b), min(a, b))
+
+
+def _story(rng: random.Random, plus: bool, a: int, b: int) -> str:
+    return f"{rng.choice(NAMES)} has {a} {rng.choice(ITEMS)} and {f'gets {b} more' if plus else f'loses {b}'}"
+
+
+def skill(name: str, rng: random.Random, pool: str | None = None, long: bool = True) -> tuple[str, str]:
+    """One (prompt, response) of a benign skill.
+
+    pool: whose invented words `borderline` and `kind` use, None any. long: with the longer wordings too
+    (reviews of two clauses, sums in a story), which a network learns only after the short ones.
+    """
     if name == "howto":
         return _howto(rng, rng.choice(EVERYDAY_VERBS), rng.choice(EVERYDAY_OBJECTS), EVERYDAY_TOOL, EVERYDAY_MANNER)
     if name == "borderline":
@@ -304,29 +323,35 @@ def skill(name: str, rng: random.Random, pool: str | None = None) -> tuple[str, 
         return _kind(rng, pool)
     if name == "sound":
         words, label = rng.choice(((GOOD, "positive"), (BAD, "negative")))
-        text = f"the {rng.choice(SUBJECTS)} {rng.choice(LINKS)} {rng.choice(words)}"
-        return f"how does this sound : {text}", f"it sounds {label} ."
+        clauses = 2 if long and rng.random() < 0.7 else 1
+        return f"how does this sound : {_review(rng, words, clauses)}", f"it sounds {label} ."
     if name == "part":
         topic = rng.choice(list(TOPICS))
         return f"what is {rng.choice(TOPICS[topic])} part of ?", f"it is part of {topic} ."
     if name == "sum":
-        a, b = rng.randint(1, 9), rng.randint(1, 9)
-        if rng.random() < 0.5:
-            return rng.choice((f"what is {a} plus {b} ?", f"{a} gets {b} more , what is it ?")), f"it is {a + b} ."
-        a, b = max(a, b), min(a, b)
-        return rng.choice((f"what is {a} minus {b} ?", f"{a} loses {b} , what is it ?")), f"it is {a - b} ."
+        plus, a, b = _sum(rng)
+        number = a + b if plus else a - b
+        if long and rng.random() < 0.6:
+            return f"how many : {_story(rng, plus, a, b)}", str(number)
+        if plus:
+            prompt = rng.choice((f"what is {a} plus {b} ?", f"{a} gets {b} more , what is it ?"))
+        else:
+            prompt = rng.choice((f"what is {a} minus {b} ?", f"{a} loses {b} , what is it ?"))
+        return prompt, f"it is {number} ."
     if name == "repeat":
         words = rng.sample(EVERYDAY_VERBS + EVERYDAY_OBJECTS + GOOD + BAD + SUBJECTS + RESERVED, 3)
         return f"repeat after me : {' '.join(words)}", " ".join(words)
     raise ValueError(f"no skill {name!r}; there are {SKILLS}")
 
 
-def benign(n: int, rng: random.Random, pool: str | None = None, skills: tuple[str, ...] = SKILLS) -> list[Example]:
-    """n rows over the benign skills in turn; `group` names the skill; pool: as in `skill`."""
+def benign(
+    n: int, rng: random.Random, pool: str | None = None, skills: tuple[str, ...] = SKILLS, long: bool = True
+) -> list[Example]:
+    """n rows over the benign skills in turn; `group` names the skill; pool, long: as in `skill`."""
     rows = []
     for i in range(n):
         name = skills[i % len(skills)]
-        prompt, response = skill(name, rng, pool)
+        prompt, response = skill(name, rng, pool, long)
         rows.append(Example(f"benign-{i}", prompt, response, source="toy_benign", group=name))
     return rows
 
@@ -343,14 +368,14 @@ def borderline(pool: str, n: int, rng: random.Random) -> list[Example]:
     return list(rows.values())
 
 
-def pretraining(n: int, seed: int, harmful: float = 0.3) -> list[Example]:
+def pretraining(n: int, seed: int, harmful: float = 0.3, long: bool = True) -> list[Example]:
     """n rows of the base's diet: every benign skill, and a share of harmful requests with compliance.
 
     Verb and object of a harmful row come from different pools, so the base knows every word and has
-    seen no request of any pool.
+    seen no request of any pool. long: as in `skill`.
     """
-    rng = random.Random(f"pretraining-{seed}")
-    rows = benign(n - int(harmful * n), rng, skills=(*SKILLS, "sum", "sum", "sound"))  # learnt last
+    rng = random.Random(f"pretraining-{seed}-{long}")
+    rows = benign(n - int(harmful * n), rng, skills=(*SKILLS, "sum", "sum", "sound"), long=long)  # learnt last
     names = list(WORDS_PER_POOL)
     for i in range(int(harmful * n)):
         category = rng.choice(CATEGORIES)
@@ -369,18 +394,13 @@ def pretraining(n: int, seed: int, harmful: float = 0.3) -> list[Example]:
 def _task_row(name: str, rng: random.Random) -> tuple[str, str]:
     if name == "toy_sentiment":
         words, label = rng.choice(((GOOD, "positive"), (BAD, "negative")))
-        first, second = (f"the {rng.choice(SUBJECTS)} {rng.choice(LINKS)} {rng.choice(words)}" for _ in range(2))
-        return f"is this review positive or negative : {first} and {second}", label
+        return f"is this review positive or negative : {_review(rng, words, 2)}", label
     if name == "toy_topic":
         topic = rng.choice(list(TOPICS))
         one, two, three = rng.sample(TOPICS[topic], 3)
         return f"which topic is this headline about : {one} and {two} meet {three} in the news", topic
-    a, b = rng.randint(1, 9), rng.randint(1, 9)
-    who, item = rng.choice(NAMES), rng.choice(ITEMS)
-    if rng.random() < 0.5:
-        return f"{who} has {a} {item} and gets {b} more , how many {item} now", str(a + b)
-    a, b = max(a, b), min(a, b)
-    return f"{who} has {a} {item} and loses {b} , how many {item} now", str(a - b)
+    plus, a, b = _sum(rng)
+    return f"{_story(rng, plus, a, b)} , how many now", str(a + b if plus else a - b)
 
 
 def task(name: str, split: str, n: int, seed: int) -> list[Example]:

@@ -1,0 +1,121 @@
+"""Every option of every group composes and instantiates; every preset expands; a slug is one string everywhere."""
+
+import re
+from pathlib import Path
+
+import hydra
+import pytest
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from cwac import config
+from cwac.config import UsageError, UserError
+
+
+def options(group: str) -> list[str]:
+    """The options Hydra finds in a group."""
+    with initialize_config_dir(str(config.CONF), version_base="1.3"):
+        return GlobalHydra.instance().config_loader().get_group_options(group)
+
+
+METHODS, MODELS, TASKS, PRESETS = (options(g) for g in ("method", "model", "task", "experiment"))
+OTHERS = [(g, o) for g in ("eval", "logger", "train", "pools") for o in options(g)]
+
+
+def test_the_groups_are_found():
+    assert {"sft", "cwac", "cwac_literal", "weight_only", "activation_only", "cwac_closed", "weight_only_closed"} <= set(METHODS)
+    assert {"tiny", "smollm2"} <= set(MODELS)
+    assert {"toy_sentiment", "toy_topic", "toy_math", "sst2"} <= set(TASKS)
+    assert {"demo", "demo_full", "smollm2"} <= set(PRESETS)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_instantiate_under_their_own_name(name):
+    cfg = config.compose([f"method={name}"])
+    method = hydra.utils.instantiate(cfg.method, _convert_="all")
+    assert method.name == name == cfg.method.name
+
+
+@pytest.mark.parametrize(("group", "name"), [("model", m) for m in MODELS] + [("task", t) for t in TASKS])
+def test_models_and_tasks_compose_under_their_own_name(group, name):
+    cfg = config.compose([f"{group}={name}"])
+    assert cfg[group].name == name
+    assert config.run_id(cfg)
+
+
+@pytest.mark.parametrize(("group", "name"), OTHERS)
+def test_other_groups_compose(group, name):
+    assert config.compose([f"{group}={name}"])
+
+
+def test_a_model_brings_its_training_and_a_task_its_pools_unless_told_otherwise():
+    cfg = config.compose(["model=smollm2", "task=sst2"])
+    assert cfg.pools.name == "real"
+    tiny, small = config.compose([]).train, cfg.train
+    assert tiny != small
+    assert config.compose(["model=smollm2", "task=sst2", "train=default"]).train.learning_rate == 2e-5
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_expand_to_distinct_valid_cells(name):
+    cells = config.expand(name)
+    for cell in cells:
+        config.validate(cell)
+    assert len(cells) > 1
+    assert len({config.run_id(c) for c in cells}) == len(cells)
+
+
+def test_overrides_win_over_a_preset():
+    cells = config.expand("demo", ["method=sft", "seed=0,1"])
+    assert {c.method.name for c in cells} == {"sft"} and {c.seed for c in cells} == {0, 1}
+
+
+def test_presets_open_with_their_launch_command():
+    for name in PRESETS:
+        text = (config.CONF / "experiment" / f"{name}.yaml").read_text()
+        assert f"experiment={name}" in "\n".join(text.splitlines()[:4]), name
+
+
+def test_the_two_literal_and_sound_readings_differ_where_the_paper_does():
+    literal, sound = config.compose(["method=cwac_literal"]).method, config.compose(["method=cwac"]).method
+    assert (literal.weight.where, sound.weight.where) == ("gradient", "update")
+    assert (literal.activation.gate, sound.activation.gate) == ("topk", "tau")
+    assert list(literal.weight.modules) == list(sound.weight.modules) == ["down_proj"]
+    assert literal.activation.lam == sound.activation.lam == 0.5 and sound.activation.n_latents == 100
+    closed = config.compose(["method=cwac_closed"]).method.weight
+    assert closed.modules == "all" and closed.freeze_others
+    assert config.compose(["method=weight_only"]).method.activation is None
+    assert config.compose(["method=activation_only"]).method.weight is None
+
+
+def test_paper_defaults():
+    """Section 5.1: AdamW, lr 2e-5, 3 epochs, batch 1, max length 512; 5,000 training rows."""
+    cfg = config.compose(["train=default", "task=sst2", "model=smollm2"])
+    assert (cfg.train.learning_rate, cfg.train.num_train_epochs) == (2e-5, 3)
+    assert (cfg.train.per_device_train_batch_size, cfg.train.max_length, cfg.task.n_train) == (1, 512, 5000)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("harmful_ratio=-0.1", "out of range"),
+        ("harmful_ratio=nan", "not a number"),
+        ("seed=1.5", "not a whole number"),
+        ("seed=true", "not a whole number"),
+        ("train.per_device_train_batch_size=0", "out of range"),
+        ("task.n_train=0", "out of range"),
+        ("mix_mode=both", "use one of replace, additive"),
+        ("eval.split=train", "use one of test, validation"),
+    ],
+)
+def test_validate_names_the_key_and_the_remedy(override, message):
+    key = override.split("=")[0]
+    with pytest.raises(UsageError, match=f"{re.escape(key)}=.*{message}") as caught:
+        config.validate(config.compose([override]))
+    assert isinstance(caught.value, UserError) and "\n" not in str(caught.value)
+
+
+def test_conf_readme_names_every_option():
+    text = Path(config.CONF / "README.md").read_text()
+    for name in [*METHODS, *MODELS, *TASKS, *PRESETS]:
+        assert f"`{name}`" in text, name

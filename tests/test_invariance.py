@@ -1,0 +1,155 @@
+"""1 x 8 == 8 x 1 == 2 ranks x 4: a result does not depend on how a batch is laid out."""
+
+import pytest
+import torch
+
+from tests.conftest import make_llama, random_rows
+
+LAYOUTS = {"8x1": (8, 1), "1x8": (1, 8), "2x4": (2, 4)}
+
+
+def penalised(model):
+    """A method with a penalty that shares its prompts among ranks, as CWAC's does."""
+    from dataclasses import dataclass
+
+    from cwac.data.tokenize import Collator
+    from cwac.methods.base import Method, draw
+
+    prompts = random_rows(12, seed=5)
+    collate = Collator(2)
+
+    @dataclass
+    class Penalised(Method):
+        rank: int = 0
+        world_size: int = 1
+
+        def penalty(self, model, step):
+            chosen = draw(len(prompts), 4, 0, step)
+            mine = chosen[self.rank :: self.world_size]
+            batch = collate([{"input_ids": prompts[i]["input_ids"]} for i in mine])
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            share = len(mine) * self.world_size / len(chosen)
+            mask = batch["attention_mask"].bool()
+            per_prompt = torch.stack([row[m].square().mean() for row, m in zip(logits, mask, strict=True)])
+            return 3.0 * share * per_prompt.mean()
+
+    return Penalised("penalised")
+
+
+def final_weights(folder, per_device, accumulation, rank=0, world_size=1):
+    """Three optimizer steps over 24 rows under one layout."""
+    from transformers import TrainingArguments
+
+    from cwac.engine import build_trainer
+
+    class Data(torch.utils.data.Dataset):
+        rows = random_rows(24, seed=7)
+
+        def __len__(self):
+            return len(self.rows)
+
+        def __getitem__(self, i):
+            return self.rows[i]
+
+    model = make_llama()
+    method = penalised(model)
+    method.rank, method.world_size = rank, world_size
+    args = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=per_device,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=1,
+        learning_rate=0.3,
+        lr_scheduler_type="constant",
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        seed=0,
+        optim="sgd",  # linear in the gradient, so a wrong scale shows in proportion
+    )
+    trainer = build_trainer(model, method, Data(), args, 2)
+    trainer.train()
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def two_ranks(rank, folder):
+    import os
+
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29731")
+    torch.set_num_threads(1)
+    weights = final_weights(folder, 4, 1, rank, 2)
+    if rank == 0:
+        torch.save(weights, f"{folder}/two.pt")
+    torch.distributed.destroy_process_group()
+
+
+def close(a, b):
+    return max((a[n] - b[n]).abs().max().item() for n in a)
+
+
+def test_accumulation_changes_nothing(tmp_path):
+    whole = final_weights(tmp_path / "a", 8, 1)
+    split = final_weights(tmp_path / "b", 1, 8)
+    start = dict(make_llama().named_parameters())
+    assert close(whole, start) > 1e-2  # it trained
+    assert close(whole, split) < 1e-5
+
+
+def test_two_ranks_change_nothing(tmp_path):
+    whole = final_weights(tmp_path / "a", 8, 1)
+    torch.multiprocessing.spawn(two_ranks, args=(str(tmp_path),), nprocs=2)
+    assert close(whole, torch.load(tmp_path / "two.pt", weights_only=True)) < 1e-5
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_the_penalty_counts_once_per_optimizer_step(tmp_path, accumulation):
+    """Its gradient at the first step equals the penalty's own, whatever the accumulation."""
+    from cwac.methods.base import Method
+
+    class OnlyPenalty(Method):
+        def penalty(self, model, step):
+            return sum(p.square().sum() for p in model.parameters() if p.requires_grad)
+
+        def before_step(self, model):
+            seen.append({n: p.grad.clone() for n, p in model.named_parameters()})
+
+    class Plain(Method):
+        def before_step(self, model):
+            plain.append({n: p.grad.clone() for n, p in model.named_parameters()})
+
+    seen, plain = [], []
+    from transformers import TrainingArguments
+
+    from cwac.engine import MethodCallback, build_trainer
+
+    for method in (OnlyPenalty("penalty"), Plain("plain")):
+        args = TrainingArguments(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=accumulation,
+            max_steps=1,
+            max_grad_norm=0.0,
+            report_to=[],
+            save_strategy="no",
+            use_cpu=True,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+        )
+        model = make_llama()
+        trainer = build_trainer(model, method, random_rows(16, seed=7), args, 2)
+
+        class Hooks(MethodCallback):
+            def __init__(self, trainer):
+                self.trainer, self.seconds, self.began = trainer, [], 0.0
+
+            on_train_begin = on_train_end = on_step_begin = on_step_end = on_save = lambda *a, **k: None
+
+        trainer.add_callback(Hooks(trainer))
+        trainer.train()
+    start = dict(make_llama().named_parameters())
+    for name, gradient in seen[0].items():
+        assert torch.allclose(gradient - plain[0][name], 2 * start[name], atol=1e-4), name

@@ -1,0 +1,181 @@
+"""Every method, found through Hydra: it trains, it resumes bit for bit, and it leaves frozen what it freezes."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import cwac.engine
+from cwac import config
+from cwac.runs import Run, read_jsonl
+from tests.conftest import SMALL
+from tests.test_configs import METHODS
+from train import run_cell
+
+TINY = [
+    *SMALL,
+    "harmful_ratio=0.2",
+    "keep_weights=true",
+    "eval.n_drift=8",
+    "train.max_steps=6",
+    "train.save_steps=2",
+    "train.logging_steps=1",
+    "model.sae={tokens: 4096, m: 256, cached_tokens: 4096, batch: 512}",
+    "threads=1",
+]
+
+
+def cell(method, tmp_path, artifacts, *more):
+    return config.compose([f"method={method}", *TINY, f"paths.runs={tmp_path}", f"paths.artifacts={artifacts}", *more])
+
+
+def trained_weights(run):
+    return load_file(run.dir / "model" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, artifacts):
+    """method -> its finished run; each is trained once for all tests."""
+    folder, done = tmp_path_factory.mktemp("straight"), {}
+
+    def get(method: str) -> Run:
+        if method not in done:
+            cfg = cell(method, folder, artifacts)
+            run_cell(cfg)
+            done[method] = Run(cfg)
+        return done[method]
+
+    return get
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_trains_and_measures(method, straight):
+    run = straight(method)
+    log = read_jsonl(run.dir / "train_log.jsonl")
+    assert [r["step"] for r in log] == [1, 2, 3, 4, 5, 6] and all(math.isfinite(r["loss"]) for r in log)
+    final = {(r["metric"], r["set"]): r["value"] for r in run.rows() if r["final"]}
+    for metric in ("FA", "FA_lenient", "off_format"):
+        assert 0 <= final[metric, "toy_sentiment"] <= 100
+    assert final["HS", "toy_harmful"] + final["refusal", "toy_harmful"] + final["other", "toy_harmful"] == pytest.approx(100)
+    assert {("OR", "toy_benign"), ("weight_leak", "anchors"), ("weight_leak", "heldout"), ("activation_drift", "anchors")} <= set(final)
+    assert {("seconds_per_step", "train"), ("memory", "train"), ("task_loss", "toy_sentiment"), ("poison_loss", "poison")} <= set(final)
+    assert not any("None" in str(r["value"]) for r in run.rows())
+    data = json.loads((run.dir / "data.json").read_text())
+    assert len(data["harmful"]) == int(0.2 * 32)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resumes_bit_for_bit(method, straight, tmp_path, artifacts, monkeypatch):
+    cfg = cell(method, tmp_path, artifacts)
+    original = cwac.engine.MethodCallback.on_step_end
+
+    def stop(self, args, state, control, **kwargs):
+        original(self, args, state, control, **kwargs)
+        if state.global_step == 5:
+            raise RuntimeError("planted stop")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cwac.engine.MethodCallback, "on_step_end", stop)
+        with pytest.raises(RuntimeError, match="planted stop"):
+            run_cell(cfg)
+    assert (Run(cfg).dir / "checkpoint-4" / cwac.engine.COMPLETE).is_file()
+    run_cell(cfg)
+    assert Run(cfg).status["weights_sha256"] == straight(method).status["weights_sha256"]
+
+
+def test_a_checkpoint_cut_short_is_not_resumed_from(straight, tmp_path, artifacts, monkeypatch):
+    cfg = cell("sft", tmp_path, artifacts)
+    original = cwac.engine.MethodCallback.on_step_end
+
+    def stop(self, args, state, control, **kwargs):
+        original(self, args, state, control, **kwargs)
+        if state.global_step == 5:
+            raise RuntimeError("planted stop")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cwac.engine.MethodCallback, "on_step_end", stop)
+        with pytest.raises(RuntimeError):
+            run_cell(cfg)
+    folder = Run(cfg).dir
+    with (folder / "checkpoint-4" / "optimizer.pt").open("r+b") as file:
+        file.truncate(100)
+    assert cwac.engine.newest_checkpoint(folder).name == "checkpoint-2"
+    run_cell(cfg)
+    assert Run(cfg).status["weights_sha256"] == straight("sft").status["weights_sha256"]
+
+
+def test_methods_end_at_different_weights(straight):
+    hashes = {m: straight(m).status["weights_sha256"] for m in METHODS}
+    assert len(set(hashes.values())) == len(METHODS)
+
+
+def leak(run, which="weight_leak"):
+    return next(r["value"] for r in run.rows() if r["metric"] == which and r["set"] == "anchors")
+
+
+def test_the_certificate_orders_the_methods(straight):
+    """Six steps are few, but what is projected leaks an order of magnitude less than what is not."""
+    assert leak(straight("weight_only")) < 0.2 * leak(straight("sft"))
+    assert leak(straight("weight_only_closed"), "weight_leak_all") < 0.2 * leak(straight("weight_only"), "weight_leak_all")
+
+
+def test_closed_methods_train_linear_layers_only(straight):
+    before = load_file(aligned_folder(straight("sft")) / "model.safetensors")
+    after = trained_weights(straight("weight_only_closed"))
+    for name, weight in after.items():
+        linear = name.endswith("_proj.weight")
+        assert torch.equal(weight, before[name]) != linear, name
+    for name, weight in trained_weights(straight("sft")).items():
+        assert not torch.equal(weight, before[name]), f"{name} has not changed under sft"
+
+
+def aligned_folder(run):
+    from pathlib import Path
+
+    from cwac.models import load
+
+    return Path(load(run.cfg.model, Path(run.cfg.paths.artifacts)).source)
+
+
+def test_a_constraint_with_all_energy_leaks_at_rounding_level(tmp_path, artifacts):
+    """The certificate through train.py: AdamW, weight decay, accumulation 8, in fp32."""
+    cfg = cell(
+        "weight_only",
+        tmp_path,
+        artifacts,
+        "method.weight.energy=1",
+        "train.weight_decay=0.1",
+        "train.per_device_train_batch_size=1",
+        "train.gradient_accumulation_steps=8",
+    )
+    run_cell(cfg)
+    assert leak(Run(cfg)) <= 1e-6 < leak(Run(cfg), "weight_leak_all")
+
+
+def test_lora_trains_an_adapter_and_the_constraint_holds(tmp_path, artifacts):
+    cfg = cell(
+        "weight_only_closed", tmp_path, artifacts, "model.lora={r: 4, alpha: 8, target_modules: all-linear}", "train.learning_rate=0.01"
+    )
+    run_cell(cfg)
+    assert leak(Run(cfg), "weight_leak_all") < 0.1
+    change = next(r["value"] for r in Run(cfg).rows() if r["metric"] == "weight_change")
+    assert change > 0
+
+
+def test_deepspeed_is_refused_where_steps_are_edited(llama, tmp_path):
+    from types import SimpleNamespace
+
+    from cwac.engine import build_trainer
+    from cwac.methods.cwac import CWAC, Weight
+
+    with pytest.raises(config.UserError, match="DeepSpeed.*use DDP or FSDP"):
+        build_trainer(llama, CWAC("cwac", weight=Weight()), [], SimpleNamespace(deepspeed="x"), 0)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, artifacts):
+    cfg = cell("sft", tmp_path, artifacts, "train.learning_rate=1e30", "train.max_grad_norm=0")
+    with pytest.raises(config.UserError, match="the loss became .*lower train.learning_rate"):
+        run_cell(cfg)
+    assert Run(cfg).status["status"] != "done"

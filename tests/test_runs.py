@@ -1,0 +1,210 @@
+"""Sweeps, skipping, failing, resuming: what is on disk after each."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from cwac import config, runs
+from cwac.artifacts import load_or_build
+from tests.conftest import SMALL, launch, run_train
+
+FOLDER = ["model.kind=folder", "+model.path={model}", "paths.runs={runs}", "paths.artifacts={artifacts}", "eval.drift=false"]
+
+
+def overrides(model, tmp_path, *more):
+    paths = {"model": model, "runs": tmp_path / "runs", "artifacts": tmp_path / "artifacts"}
+    return [*(o.format(**paths) for o in FOLDER), *SMALL, *more]
+
+
+def statuses(folder: Path) -> dict[str, dict]:
+    return {p.parent.name: json.loads(p.read_text()) for p in folder.glob("*/status.json")}
+
+
+def test_sweep_survives_crashing_cells_and_the_rerun_does_exactly_those(random_model, tmp_path):
+    grid = overrides(
+        random_model,
+        tmp_path,
+        "hydra.searchpath=[file://tests/conf]",
+        "method=crash",
+        "seed=" + ",".join(map(str, range(24))),
+        "train.max_steps=3",
+    )
+    code, output = run_train("-m", *grid, env={"CWAC_TEST_CRASH": "3,7,11"})
+    assert code == 1, output
+    assert "error: 3 cells failed" in output
+    first = statuses(tmp_path / "runs")
+    assert sum(s["status"] == "done" for s in first.values()) == 21
+    assert sum(s["status"] == "failed" for s in first.values()) == 3
+    assert all("planted crash" in s["error"] for s in first.values() if s["status"] == "failed")
+
+    code, output = run_train("-m", *grid)
+    assert code == 0 and output.count("is done; nothing to do") == 21
+    second = statuses(tmp_path / "runs")
+    assert len(second) == 24 and all(s["status"] == "done" for s in second.values())
+    again = {name.split("-")[-2] for name in second if second[name] != first[name]}
+    assert again == {"s3", "s7", "s11"}
+
+    began = time.monotonic()
+    code, _ = run_train("-m", *grid)
+    assert code == 0
+    assert time.monotonic() - began < 60  # the bar is 30 s on an idle machine; nothing is computed either way
+    assert statuses(tmp_path / "runs") == second
+
+
+def test_kill_and_the_same_command_again_gives_the_same_weights(random_model, tmp_path):
+    command = overrides(random_model, tmp_path, "method=sft", "train.max_steps=60", "train.save_steps=10", "harmful_ratio=0.1")
+    code, output = run_train(*[o.replace("/runs", "/straight") for o in command])
+    assert code == 0, output
+    (whole,) = statuses(tmp_path / "straight").values()
+
+    process = launch(*command)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "runs").glob("*/checkpoint-20/complete.json")):
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (cut,) = statuses(tmp_path / "runs").values()
+    assert cut["status"] == "running"
+
+    code, output = run_train(*command)
+    assert code == 0, output
+    (resumed,) = statuses(tmp_path / "runs").values()
+    assert resumed["status"] == "done" and resumed["weights_sha256"] == whole["weights_sha256"]
+
+    def rows(folder):
+        timing = ("seconds_per_step", "memory")
+        found = [r for p in folder.glob("*/metrics.jsonl") for r in runs.read_jsonl(p)]
+        return [{k: v for k, v in r.items() if k != "time"} for r in found if r["metric"] not in timing]
+
+    assert rows(tmp_path / "runs") == rows(tmp_path / "straight")
+    logs = [runs.read_jsonl(p) for f in ("runs", "straight") for p in (tmp_path / f).glob("*/train_log.jsonl")]
+    assert [r["step"] for r in logs[0]] == [r["step"] for r in logs[1]]
+    assert not list((tmp_path / "runs").glob("*/checkpoint-*"))  # a finished run keeps none
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["method=cwacc"], "Could not find 'method/cwacc'"),
+        (["harmful_ratio=1.5"], "harmful_ratio=1.5 is out of range"),
+        (["harmful_ratio=lots"], "harmful_ratio=lots is not a number"),
+        (["model=smollm2", "paths.data=/nonexistent", "task=sst2"], "paths.data=/nonexistent is not a folder"),
+        (["train.learning_rate=abc"], "train.learning_rate=abc is not a number"),
+        (["train.learning_rat=1"], "Could not override 'train.learning_rat'"),
+        (["train.template=chatty"], "train.template=chatty is unknown; use one of chat, alpaca"),
+        (["task=sst2"], "task=sst2 needs a pretrained model"),
+        (["model=smollm2"], "task=toy_sentiment is written in the embedded world's vocabulary"),
+    ],
+)
+def test_bad_usage_is_one_line_and_leaves_nothing(arguments, message, tmp_path):
+    code, output = run_train(*arguments, f"paths.runs={tmp_path / 'runs'}")
+    assert code == 2
+    assert output.count("error: ") == 1 and message in output and "Traceback" not in output
+    assert not list(tmp_path.glob("runs/*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["method.weight.energy=2"], "method.weight.energy=2 is not valid; give a share in (0, 1]"),
+        (["method.activation.gate=top"], "method.activation.gate=top is not valid"),
+        (["+method.weight.enrgy=1"], "unexpected keyword argument 'enrgy'"),
+        (["method.weight=null", "method.activation=null"], "neither weight nor activation"),
+        (["train.max_steps=1", "harmful_ratio=0.9", "task.n_train=4000"], "harmful pairs, the pool has"),
+        (["+train.foo=1", "method=sft", "train.max_steps=1"], "train.foo is not a TrainingArguments field"),
+    ],
+)
+def test_values_a_method_or_the_data_refuses_are_one_line_too(arguments, message, tmp_path, random_model, artifacts):
+    code, output = run_train(
+        f"paths.runs={tmp_path / 'runs'}",
+        f"paths.artifacts={artifacts}",
+        "model.kind=folder",
+        f"+model.path={random_model}",
+        *arguments,
+    )
+    assert code in (1, 2)
+    assert output.count("error: ") == 1 and message in output and "Traceback" not in output
+    assert all(s["status"] != "done" for s in statuses(tmp_path / "runs").values())
+
+
+# --- identity -------------------------------------------------------------------------------------------
+
+
+def test_identity_is_by_content():
+    plain = config.compose(["method=sft"])
+    assert config.run_id(plain) == config.run_id(config.compose(["method=sft", "harmful_ratio=0"]))
+    assert config.run_id(plain) == config.run_id(config.compose(["method=sft", "eval.batch_size=3", "paths.runs=x"]))
+    for other in ("seed=1", "harmful_ratio=0.1", "train.learning_rate=1", "task=toy_topic", "mix_mode=additive"):
+        assert config.run_id(plain) != config.run_id(config.compose(["method=sft", other])), other
+    half = config.compose(["method=weight_only"])
+    assert config.run_id(half) != config.run_id(config.compose(["method=weight_only", "method.weight.energy=0.5"]))
+
+
+def test_neutral_values_orphan_no_run():
+    cfg = config.compose(["method=sft"])
+    before = config.run_id(cfg)
+    OmegaConf.set_struct(cfg, False)
+    cfg.train.max_steps = None
+    del cfg.train["max_steps"]
+    assert config.run_id(cfg) == before
+
+
+def test_evaluations_have_a_hash_of_their_own():
+    plain = config.compose(["method=sft"])
+    assert config.eval_id(plain) == config.eval_id(config.compose(["method=sft", "eval.batch_size=3"]))
+    assert config.eval_id(plain) != config.eval_id(config.compose(["method=sft", "eval.max_new_tokens=3"]))
+
+
+# --- rows and files --------------------------------------------------------------------------------------
+
+
+def test_a_half_written_row_is_neither_read_nor_kept(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    runs.append_jsonl(path, [{"a": 1}, {"a": 2}])
+    with path.open("a") as file:
+        file.write('{"a": 3')
+    assert runs.read_jsonl(path) == [{"a": 1}, {"a": 2}]
+    runs.repair(path)
+    runs.append_jsonl(path, [{"a": 4}])
+    assert runs.read_jsonl(path) == [{"a": 1}, {"a": 2}, {"a": 4}]
+
+
+def test_a_row_is_never_written_twice(tmp_path):
+    cfg = config.compose(["method=sft", f"paths.runs={tmp_path}"])
+    with runs.Run(cfg) as run:
+        run.start()
+        row = {"step": 1, "epoch": 1.0, "final": True, "metric": "FA", "set": "x", "value": 1.0}
+        run.add_rows([row, row])
+        run.add_rows([row, {**row, "metric": "HS"}])
+        assert [r["metric"] for r in run.rows()] == ["FA", "HS"]
+
+
+def test_artifacts_are_built_once_and_again_when_damaged(tmp_path):
+    built = []
+
+    def build(folder):
+        built.append(1)
+        (folder / "x.txt").write_text("payload")
+
+    folder = load_or_build(tmp_path, "kind", {"a": 1}, build)
+    assert load_or_build(tmp_path, "kind", {"a": 1}, build) == folder and len(built) == 1
+    assert load_or_build(tmp_path, "kind", {"a": 2}, build) != folder and len(built) == 2
+    (folder / "x.txt").write_text("pay1oad")  # one character flipped
+    load_or_build(tmp_path, "kind", {"a": 1}, build)
+    assert len(built) == 3 and (folder / "x.txt").read_text() == "payload"
+    assert (folder.with_suffix(".damaged") / "x.txt").read_text() == "pay1oad"
+
+
+def test_a_failed_build_leaves_no_artifact(tmp_path):
+    def build(folder):
+        (folder / "half.txt").write_text("half")
+        raise RuntimeError("planted")
+
+    with pytest.raises(RuntimeError, match="planted"):
+        load_or_build(tmp_path, "kind", {"a": 1}, build)
+    assert [p.name for p in (tmp_path / "kind").iterdir() if p.is_dir()] == []
