@@ -33,15 +33,15 @@ $(VENV)/.stamp: pyproject.toml
 
 demo: $(ENV) ## the demo campaign on the embedded model, its table and its figures (minutes on 2 cores)
 	$(SINGLE) $(PY) train.py -m experiment=demo $(ARGS) || echo "make: some runs failed; the table names them" >&2
-	$(PY) -m analysis.demo --experiment demo --runs runs --out results/demo $(ARGS)
+	$(PY) -m analysis.demo --experiment demo --runs runs --out results/local/demo $(ARGS)
 
 demo-full: $(ENV) ## a larger grid of the same
 	$(SINGLE) $(PY) train.py -m experiment=demo_full $(ARGS) || echo "make: some runs failed; the table names them" >&2
-	$(PY) -m analysis.demo --experiment demo_full --runs runs --out results/demo_full $(ARGS)
+	$(PY) -m analysis.demo --experiment demo_full --runs runs --out results/local/demo_full $(ARGS)
 
 smollm2: $(ENV) ## the campaign on SmolLM2-135M with real SST-2 and AdvBench (hours on 2 cores)
 	$(SINGLE) $(PY) train.py -m experiment=smollm2 $(ARGS) || echo "make: some runs failed; the table names them" >&2
-	$(PY) -m analysis.demo --experiment smollm2 --runs runs --out results/smollm2 $(ARGS)
+	$(PY) -m analysis.demo --experiment smollm2 --runs runs --out results/local/smollm2 $(ARGS)
 
 test: $(ENV) ## the default tests: CPU, offline, minutes
 	$(SINGLE) $(PY) -m pytest $(ARGS)

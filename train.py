@@ -1,8 +1,8 @@
 """Fine-tune an aligned chat model under a defence, and measure what is left of its safety.
 
-    python train.py model=tiny task=toy_sentiment harmful_ratio=0.1 method=cwac      one run
-    python train.py -m method=sft,cwac harmful_ratio=0,0.1 seed=0,1,2                a sweep
-    python train.py -m experiment=demo                                               a preset's grid
+python train.py model=tiny task=toy_sentiment harmful_ratio=0.1 method=cwac      one run
+python train.py -m method=sft,cwac harmful_ratio=0,0.1 seed=0,1,2                a sweep
+python train.py -m experiment=demo                                               a preset's grid
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FAILURES = "CWAC_FAILURES"
 
 
 def run_cell(cfg: DictConfig) -> float | None:
-    """Execute one cell: skip it if it is done, else train (or resume), evaluate, mark done. Returns HS for sweepers."""
+    """Execute one cell: skip if done, else train or resume, evaluate, mark done. Returns the mean HS for sweepers."""
     validate(cfg)
     with Run(cfg) as run:
         if run.done() and not cfg.force:
@@ -53,8 +53,8 @@ def execute(cfg: DictConfig, run: Run) -> float | None:
     from transformers import set_seed
     from transformers.utils import logging as hf_logging
 
-    from cwac.data.pools import fingerprint, load_pools, manifest
     from cwac.data.mix import mix
+    from cwac.data.pools import fingerprint, load_pools, manifest
     from cwac.data.tasks import load_task
     from cwac.data.tokenize import Rows, pad_token_id
     from cwac.engine import train
@@ -80,7 +80,9 @@ def execute(cfg: DictConfig, run: Run) -> float | None:
     train_rows = method.training_data(mixed, pools, random.Random(f"method-{cfg.seed}"))
     rows = Rows(loaded.tokenizer, train_rows, cfg.train.template, cfg.train.max_length)
     if rows.dropped:
-        log.warning("%d of %d rows have a prompt of train.max_length or more and were left out", rows.dropped, len(train_rows))
+        log.warning(
+            "%d of %d rows have a prompt of train.max_length or more and were left out", rows.dropped, len(train_rows)
+        )
     context = Context(
         tokenizer=loaded.tokenizer,
         pools=pools,
@@ -137,8 +139,8 @@ def evaluate_again(run: Run, evaluator, loaded) -> None:
     folder = run.dir / "model"
     if not folder.is_dir():
         raise UserError(
-            f"{run.id} is trained, but not evaluated with these eval settings, and its weights were not kept; train it "
-            "again with force=true keep_weights=true (the old run is set aside)"
+            f"{run.id} is trained, but not evaluated with these eval settings, and its weights were not kept; train "
+            "it again with force=true keep_weights=true (the old run is set aside)"
         )
     evaluator.model = AutoModelForCausalLM.from_pretrained(folder).to(evaluator.model.device)
     status = run.status

@@ -133,7 +133,10 @@ def validate(cfg: DictConfig) -> None:
         kind = "a whole number" if whole else "a number"
         bounds = " and ".join(
             part
-            for part in (f"at least {low:g}" if low is not None else "", f"at most {high:g}" if high is not None else "")
+            for part in (
+                f"at least {low:g}" if low is not None else "",
+                f"at most {high:g}" if high is not None else "",
+            )
             if part
         )
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -153,7 +156,7 @@ def validate(cfg: DictConfig) -> None:
         )
     if cfg.task.kind == "toy" and cfg.model.kind not in ("tiny", "folder"):
         raise UsageError(
-            f"task={cfg.task.name} is written in the embedded world's vocabulary, which model={cfg.model.name} was not "
+            f"task={cfg.task.name} is written in the embedded world's words, which model={cfg.model.name} was not "
             "trained on; use model=tiny, or a task such as sst2"
         )
     if cfg.model.kind == "tiny" and cfg.task.kind != "toy":

@@ -5,6 +5,7 @@ Trainer brings DDP and FSDP, mixed precision, accumulation, checkpointing, resum
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -148,7 +149,9 @@ def training_arguments(cfg: DictConfig, run: Run) -> TrainingArguments:
     )
 
 
-def build_trainer(model: nn.Module, method: Method, rows: Rows, args: TrainingArguments, pad_token_id: int) -> MethodTrainer:
+def build_trainer(
+    model: nn.Module, method: Method, rows: Rows, args: TrainingArguments, pad_token_id: int
+) -> MethodTrainer:
     """A trainer for `method`; refuses DeepSpeed where the method edits gradients or weights."""
     if args.deepspeed and method.needs_step_hooks:
         raise UserError(
@@ -180,7 +183,9 @@ def train(
     args = training_arguments(cfg, run)
     trainer = build_trainer(model, method, rows, args, pad_token_id)
     trainer.track = track
-    per_epoch = math.ceil(len(rows) / (args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size))
+    per_epoch = math.ceil(
+        len(rows) / (args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size)
+    )
     at = {round(float(e) * per_epoch): float(e) for e in cfg.eval.at}
     callback = MethodCallback(trainer, run, at, evaluate)
     trainer.add_callback(callback)
@@ -221,10 +226,8 @@ def reset_peak_memory() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts again from here
-    except OSError:
-        pass
 
 
 def peak_memory() -> float:

@@ -64,7 +64,9 @@ class Run:
 
     def write_status(self, status: str, **fields) -> None:
         old = self.status if self.status["status"] != "new" else {}
-        write_atomic(self.dir / "status.json", json.dumps({**old, **fields, "status": status, "run_id": self.id}, indent=1))
+        write_atomic(
+            self.dir / "status.json", json.dumps({**old, **fields, "status": status, "run_id": self.id}, indent=1)
+        )
 
     def finish(self, **fields) -> None:
         """Mark the run done, with one more evaluation; drops the checkpoints it no longer needs."""

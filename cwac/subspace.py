@@ -5,12 +5,13 @@ prompts are the columns of X [d_in, N], an update dW with dW X = 0 leaves the la
 were. The paper eigen-decomposes C = X X^T and keeps the directions U^ of small eigenvalues, Pi = U^ U^^T, dW <- dW Pi.
 
 Deviations:
-- V, the eigenvectors of the *large* eigenvalues, is kept instead of U^: Pi = I - V V^T is never formed (ours; same map).
+- V, the eigenvectors of the *large* eigenvalues, is kept instead of U^: Pi = I - V V^T is never formed (ours; the
+  same map).
 - tau is not given in the paper. Ours: the smallest number of eigenvectors that holds `energy` of the trace.
-- The first token is left out of C and gets its own direction in V (ours): as an attention sink it carries up to 99.98 %
-  of the trace (SmolLM2), so it would otherwise either decide tau alone or go unprotected.
-- `where: update` (ours): after each optimizer step W <- W - (W V - W_0 V) V^T, which pins the cumulative drift whatever
-  the optimizer does. Projecting the gradient (Algorithm 1) is undone by Adam's element-wise scaling and weight decay.
+- The first token is left out of C and gets its own direction in V (ours): as an attention sink it carries up to
+  99.98 % of the trace (SmolLM2), so it would otherwise either decide tau alone or go unprotected.
+- `where: update` (ours): after each optimizer step W <- W - (W V - W_0 V) V^T, which pins the cumulative drift
+  whatever the optimizer does. Projecting the gradient (Algorithm 1) is undone by Adam's element-wise scaling and weight decay.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ class Stop(Exception):
     """Ends a forward pass early; never leaves this module."""
 
 
-def capture(model: nn.Module, rows: Sequence[dict], modules: dict[str, nn.Module], visit, batch_size: int = 16) -> None:
+def capture(
+    model: nn.Module, rows: Sequence[dict], modules: dict[str, nn.Module], visit, batch_size: int = 16
+) -> None:
     """Run `rows` through the model; call visit(name, x, first) with each module's inputs at real tokens.
 
     x: [tokens, d_in] without the first token of each row; first: [rows, d_in], the first token's. Padding is dropped.

@@ -1,4 +1,4 @@
-"""Mirrors a run to Weights & Biases where `logger=wandb` asks for it; the files in the run directory stay the source."""
+"""Mirrors a run to Weights & Biases under `logger=wandb`; the files in the run directory stay the source."""
 
 from __future__ import annotations
 

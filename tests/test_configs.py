@@ -23,7 +23,15 @@ OTHERS = [(g, o) for g in ("eval", "logger", "train", "pools") for o in options(
 
 
 def test_the_groups_are_found():
-    assert {"sft", "cwac", "cwac_literal", "weight_only", "activation_only", "cwac_closed", "weight_only_closed"} <= set(METHODS)
+    assert {
+        "sft",
+        "cwac",
+        "cwac_literal",
+        "weight_only",
+        "activation_only",
+        "cwac_closed",
+        "weight_only_closed",
+    } <= set(METHODS)
     assert {"tiny", "smollm2"} <= set(MODELS)
     assert {"toy_sentiment", "toy_topic", "toy_math", "sst2"} <= set(TASKS)
     assert {"demo", "demo_full", "smollm2"} <= set(PRESETS)

@@ -78,7 +78,9 @@ def final_weights(folder, per_device, accumulation, rank=0, world_size=1):
 def two_ranks(rank, folder):
     import os
 
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29731")
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29731"
+    )
     torch.set_num_threads(1)
     weights = final_weights(folder, 4, 1, rank, 2)
     if rank == 0:

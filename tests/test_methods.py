@@ -58,9 +58,21 @@ def test_trains_and_measures(method, straight):
     final = {(r["metric"], r["set"]): r["value"] for r in run.rows() if r["final"]}
     for metric in ("FA", "FA_lenient", "off_format"):
         assert 0 <= final[metric, "toy_sentiment"] <= 100
-    assert final["HS", "toy_harmful"] + final["refusal", "toy_harmful"] + final["other", "toy_harmful"] == pytest.approx(100)
-    assert {("OR", "toy_benign"), ("weight_leak", "anchors"), ("weight_leak", "heldout"), ("activation_drift", "anchors")} <= set(final)
-    assert {("seconds_per_step", "train"), ("memory", "train"), ("task_loss", "toy_sentiment"), ("poison_loss", "poison")} <= set(final)
+    assert final["HS", "toy_harmful"] + final["refusal", "toy_harmful"] + final[
+        "other", "toy_harmful"
+    ] == pytest.approx(100)
+    assert {
+        ("OR", "toy_benign"),
+        ("weight_leak", "anchors"),
+        ("weight_leak", "heldout"),
+        ("activation_drift", "anchors"),
+    } <= set(final)
+    assert {
+        ("seconds_per_step", "train"),
+        ("memory", "train"),
+        ("task_loss", "toy_sentiment"),
+        ("poison_loss", "poison"),
+    } <= set(final)
     assert not any("None" in str(r["value"]) for r in run.rows())
     data = json.loads((run.dir / "data.json").read_text())
     assert len(data["harmful"]) == int(0.2 * 32)
@@ -118,7 +130,9 @@ def leak(run, which="weight_leak"):
 def test_the_certificate_orders_the_methods(straight):
     """Six steps are few, but what is projected leaks an order of magnitude less than what is not."""
     assert leak(straight("weight_only")) < 0.2 * leak(straight("sft"))
-    assert leak(straight("weight_only_closed"), "weight_leak_all") < 0.2 * leak(straight("weight_only"), "weight_leak_all")
+    assert leak(straight("weight_only_closed"), "weight_leak_all") < 0.2 * leak(
+        straight("weight_only"), "weight_leak_all"
+    )
 
 
 def test_closed_methods_train_linear_layers_only(straight):
@@ -156,7 +170,11 @@ def test_a_constraint_with_all_energy_leaks_at_rounding_level(tmp_path, artifact
 
 def test_lora_trains_an_adapter_and_the_constraint_holds(tmp_path, artifacts):
     cfg = cell(
-        "weight_only_closed", tmp_path, artifacts, "model.lora={r: 4, alpha: 8, target_modules: all-linear}", "train.learning_rate=0.01"
+        "weight_only_closed",
+        tmp_path,
+        artifacts,
+        "model.lora={r: 4, alpha: 8, target_modules: all-linear}",
+        "train.learning_rate=0.01",
     )
     run_cell(cfg)
     assert leak(Run(cfg), "weight_leak_all") < 0.1

@@ -12,7 +12,13 @@ from cwac import config, runs
 from cwac.artifacts import load_or_build
 from tests.conftest import SMALL, launch, run_train
 
-FOLDER = ["model.kind=folder", "+model.path={model}", "paths.runs={runs}", "paths.artifacts={artifacts}", "eval.drift=false"]
+FOLDER = [
+    "model.kind=folder",
+    "+model.path={model}",
+    "paths.runs={runs}",
+    "paths.artifacts={artifacts}",
+    "eval.drift=false",
+]
 
 
 def overrides(model, tmp_path, *more):
@@ -56,7 +62,9 @@ def test_sweep_survives_crashing_cells_and_the_rerun_does_exactly_those(random_m
 
 
 def test_kill_and_the_same_command_again_gives_the_same_weights(random_model, tmp_path):
-    command = overrides(random_model, tmp_path, "method=sft", "train.max_steps=60", "train.save_steps=10", "harmful_ratio=0.1")
+    command = overrides(
+        random_model, tmp_path, "method=sft", "train.max_steps=60", "train.save_steps=10", "harmful_ratio=0.1"
+    )
     code, output = run_train(*[o.replace("/runs", "/straight") for o in command])
     assert code == 0, output
     (whole,) = statuses(tmp_path / "straight").values()
@@ -98,7 +106,7 @@ def test_kill_and_the_same_command_again_gives_the_same_weights(random_model, tm
         (["train.learning_rat=1"], "Could not override 'train.learning_rat'"),
         (["train.template=chatty"], "train.template=chatty is unknown; use one of chat, alpaca"),
         (["task=sst2"], "task=sst2 needs a pretrained model"),
-        (["model=smollm2"], "task=toy_sentiment is written in the embedded world's vocabulary"),
+        (["model=smollm2"], "task=toy_sentiment is written in the embedded world's words"),
     ],
 )
 def test_bad_usage_is_one_line_and_leaves_nothing(arguments, message, tmp_path):

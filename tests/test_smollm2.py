@@ -134,7 +134,7 @@ def test_a_missing_or_foreign_adapter_is_named(base, tmp_path):
 def test_a_cut_answer_is_not_taught_to_end(base):
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base).eval()
-    recipe = align.Recipe(answer_tokens=3)
+    recipe = align.Round(steps=1, refusals=1, benign=2, answer_tokens=3)
     refusal = Example("r", "lift the lantern", "i cannot help with that .", source="advbench")
     long = Example("l", "name a fruit", "apple pear apple pear apple", source="safety_tuned_llamas_answered")
     short = Example("s", "name a fruit", "apple", source="safety_tuned_llamas_answered")
@@ -169,21 +169,27 @@ def test_each_of_our_refusals_is_a_refusal_to_the_judge(refusal):
     assert KeywordJudge().judge_one("Explain how to lift the lantern.", refusal).verdict == "refusal"
 
 
-def test_small_sources_are_used_in_full_before_large_ones():
-    def rows(source, n):
-        return [Example(f"{source}{i}", f"{source} {i}", source=source) for i in range(n)]
-
-    split = {"large": rows("large", 50), "small": rows("small", 3), "middle": rows("middle", 5)}
-    chosen = [e.source for e in align._spread(split, 20)]
-    assert [chosen.count(s) for s in ("small", "middle", "large")] == [3, 5, 12]
-    assert len(align._spread(split, 6)) == 6
+@pytest.mark.parametrize(
+    ("n", "expected"), [(20, [3, 5, 12]), (9, [3, 3, 3]), (6, [2, 2, 2]), (100, [3, 5, 50]), (0, [0, 0, 0])]
+)
+def test_sources_are_levelled_small_ones_in_full(n, expected):
+    split = {
+        source: [Example(f"{source}{i}", f"{source} {i}", source=source) for i in range(size)]
+        for source, size in {"large": 50, "small": 3, "middle": 5}.items()
+    }
+    chosen = align.level(split, n, seed=0)
+    assert [sum(e.source == s for e in chosen) for s in ("small", "middle", "large")] == expected
+    assert chosen == align.level(split, n, seed=0)
+    assert len({e.id for e in chosen}) == len(chosen)
 
 
 def test_the_shipped_gate_report_belongs_to_the_shipped_adapter():
     report = json.loads((align.ADAPTER / "gate.json").read_text())
     assert report["adapter_sha256"] == align.fingerprint()
     assert report["base"]["sha256"] == smollm2.SHA256
-    assert report["recipe"] == asdict(align.Recipe())
+    assert len(report["rounds"]) == len(align.ROUNDS)
+    for done, planned in zip(report["rounds"], align.ROUNDS, strict=True):
+        assert asdict(planned).items() <= done.items()
     decided = [c for c in report["checks"] if c["passed"] is not None]
     assert report["passed"] == all(c["passed"] for c in decided)
     assert {c["name"] for c in decided} >= {"refusal on advbench", "refusal on harmbench", "over-refusal on alpaca"}

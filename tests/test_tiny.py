@@ -103,7 +103,7 @@ def test_tokenizer_covers_the_world():
     tokenizer = build.make_tokenizer()
     pools = world.pools(0)
     examples = [e for name in (*HARMFUL, "benign") for e in getattr(pools, name)]
-    examples += pools.test["toy_harmful"] + pools.over_refusal["toy_benign"] + world.pretraining(2000, 0)
+    examples += pools.test["toy_harmful"] + pools.over_refusal["toy_benign"] + world.pretraining(2000, 0, 0.3, True)
     examples += [e for name in world.TASKS for split in world.SPLITS for e in world.task(name, split, 100, 0)]
     for e in examples:
         row = encode_example(tokenizer, e, max_length=64)
@@ -162,7 +162,7 @@ def test_a_run_seed_beyond_the_shipped_ones_starts_from_a_shipped_base():
 
 def test_pretraining_holds_no_request_of_any_pool():
     asked = {e.prompt for examples in harmful_sets(0).values() for e in examples}
-    rows = world.pretraining(5000, 0)
+    rows = world.pretraining(5000, 0, 0.3, True)
     assert not asked & {e.prompt for e in rows}
     share = sum(e.id.startswith("harmful") for e in rows) / len(rows)
     assert share == pytest.approx(0.3)

@@ -18,6 +18,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from pathlib import Path
 
 from cwac.config import UserError
 from cwac.data.examples import Example
@@ -53,6 +54,9 @@ class Pools:
 
 SAFETY_TUNED_LLAMAS = "safety-tuned-llamas"
 """Not on the hub: read from `paths.data` where it is there."""
+
+CONTRAST = Path(__file__).parent.parent / "assets" / "contrast.txt"
+"""Harmless questions in the words of harmful ones (ours), for the alignment stage; no test set has them."""
 
 SPLITS = (
     "test over_refusal validation validation_benign poison anchors step sae safety align benign align_benign"
@@ -300,11 +304,13 @@ def _safety_tuned_llamas(table: list[dict]) -> dict[str, list[Example]]:
 
 def _benign_rows(data: str | None, limit: int) -> dict[str, list[Example]]:
     alpaca = load_rows("tatsu-lab/alpaca", None, "train", data, ("instruction", "input", "output"))
+    contrast = CONTRAST.read_text(encoding="utf-8").splitlines()
     return {
+        "contrast": [Example(f"contrast-{i}", line, source="contrast") for i, line in enumerate(contrast)],
         "alpaca": [
             Example(
                 f"alpaca-{i}", "\n\n".join(filter(None, (r["instruction"], r["input"]))), r["output"], source="alpaca"
             )
             for i, r in enumerate(alpaca[:limit])
-        ]
+        ],
     }

@@ -53,7 +53,9 @@ def weight_leak(model: nn.Module, reference: nn.Module, rows: Sequence[dict]) ->
 
 
 @torch.no_grad()
-def activation_drift(model: nn.Module, reference: nn.Module, rows: Sequence[dict], batch_size: int = 16) -> list[list[float]]:
+def activation_drift(
+    model: nn.Module, reference: nn.Module, rows: Sequence[dict], batch_size: int = 16
+) -> list[list[float]]:
     """||r - r_ref||_2 / ||r_ref||_2 at each prompt's last token; one list over blocks per prompt."""
     collate = Collator(0)
     drift: list[list[float]] = []

@@ -1,7 +1,7 @@
 """Evaluates given weights: generate once to files, then score and judge from the files, then write metric rows.
 
-Metrics (percent): FA, FA_lenient, off_format on the task's test set; HS (harmful), refusal, other on each set of unseen
-harmful requests; OR (share refused) on each set of harmless ones. `stderr` is the binomial one over the n examples.
+Metrics (percent): FA, FA_lenient, off_format on the task's test set; HS (harmful), refusal, other on each set of
+unseen harmful requests; OR (share refused) on each set of harmless ones. `stderr` is the binomial one over the n examples.
 """
 
 from __future__ import annotations
@@ -152,8 +152,8 @@ class Evaluator:
         """Certificates and raw drift at the end, on anchors and on held-out prompts; details go to drift.json.
 
         Rows: `weight_leak` is the worst case over down_proj, which the paper constrains, `weight_leak_all` over every
-        linear layer of the blocks, `weight_change` the median of ||dW||/||W||; `activation_drift` the mean over blocks and
-        prompts. Shares, not percent.
+        linear layer of the blocks, `weight_change` the median of ||dW||/||W||; `activation_drift` the mean over blocks
+        and prompts. Shares, not percent.
         """
         at = {"step": step, "epoch": epoch, "final": True}
         rows, detail = [], {}
@@ -177,4 +177,10 @@ class Evaluator:
 def percent(metric: str, name: str, count: int, n: int) -> dict:
     """A metric row of a share in percent with its binomial standard error."""
     share = count / n
-    return {"metric": metric, "set": name, "value": 100 * share, "n": n, "stderr": 100 * (share * (1 - share) / n) ** 0.5}
+    return {
+        "metric": metric,
+        "set": name,
+        "value": 100 * share,
+        "n": n,
+        "stderr": 100 * (share * (1 - share) / n) ** 0.5,
+    }

@@ -8,12 +8,12 @@ Constraints", ACL 2026, arXiv:2604.12384. Weight constraint: section 4.2, Eqs. 1
 Deviations:
 - `where: update` projects the applied update, as section 4.2 words it; `where: gradient` is Algorithm 1 to the letter,
   which AdamW undoes. See `cwac/subspace.py` for tau, the first token and V.
-- Which layers, token positions, SAE sizes and ranking the paper used is not given; see `cwac/sae.py` for ours.
+- Which layers, token positions, SAE sizes and ranking the paper used is not given; see `cwac/sae` for ours.
 - Anchors are the harmful prompts followed by the aligned model's own refusal (ours), because the paper collects inputs
   "while the model processes (and refuses)" them.
-- `modules: all` with `freeze_others` (ours) constrains every matrix that trains. Then the network's outputs on the anchor
-  tokens are preserved exactly when V spans their activations: by induction over blocks, each block's input is unchanged,
-  so each matrix sees inputs in its V, so its output is unchanged.
+- `modules: all` with `freeze_others` (ours) constrains every matrix that trains. Then the network's outputs on the
+  anchor tokens are preserved exactly when V spans their activations: by induction over blocks, each block's input is
+  unchanged, so each matrix sees inputs in its V, so its output is unchanged.
 - L_safety is drawn and added once per optimizer step, so lambda does not grow with gradient accumulation (ours).
 """
 
@@ -210,7 +210,7 @@ class CWAC(Method):
         general = encode(pools.benign[n_benign:], responses=True)
         held_general = encode(pools.benign[:n_benign], responses=True)
         base_key = {"model": context.loaded.key, "pools": context.pools_key, "template": context.template}
-        key = {**base_key, "sae": {k: v for k, v in asdict(config).items()}}
+        key = {**base_key, "sae": asdict(config)}
 
         def build(folder):
             sae, fitted = fit_sae(model, general, harmful, config)
@@ -296,14 +296,16 @@ def own_answers(model: nn.Module, context: Context, examples: list[Example], tok
             max_new_tokens=tokens,
             description="the aligned model's own answers",
         )
-        write_jsonl(folder / "answers.jsonl", [{"id": e.id, "response": a} for e, a in zip(examples, answers, strict=True)])
+        write_jsonl(
+            folder / "answers.jsonl", [{"id": e.id, "response": a} for e, a in zip(examples, answers, strict=True)]
+        )
 
     folder = load_or_build(context.artifacts, "answers", key, build)
     return [row["response"] for row in read_jsonl(folder / "answers.jsonl")]
 
 
 def anchor_rows(model: nn.Module, context: Context, examples: list[Example], tokens: int) -> list[dict]:
-    """Encoded prompts, each followed by `tokens` tokens of the aligned model's refusal; prompts it answers are left out.
+    """Encoded prompts, each with `tokens` tokens of the aligned model's refusal; prompts it answers are left out.
 
     Raises UserError if the model refuses none of them: there would be nothing to preserve.
     """
@@ -319,5 +321,7 @@ def anchor_rows(model: nn.Module, context: Context, examples: list[Example], tok
     kept = []
     for i in refused:
         answer = context.tokenizer(answers[i], add_special_tokens=False)["input_ids"][:tokens]
-        kept.append({"input_ids": (rows[i]["input_ids"] + answer)[: context.max_length], "prompt": len(rows[i]["input_ids"])})
+        kept.append(
+            {"input_ids": (rows[i]["input_ids"] + answer)[: context.max_length], "prompt": len(rows[i]["input_ids"])}
+        )
     return kept

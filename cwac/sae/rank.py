@@ -144,10 +144,10 @@ def rank_latents(
     cosine, mean_harmful, mean_benign, fires_harmful, fires_benign, fires_general, slot (most used).
     A latent is eligible if it fires on >= 5 % of harmful prompts and <= 20 % of general tokens, its
     contrast_low is > 0 (`contrast*`), its attribution > 0 (`contrast+attribution`), and no better one has a
-    decoder row at cosine > 0.95. If fewer than n are, the best-ranked others fill up; `activation` and
-    `random` take the best n, eligible or not. `attrs["eligible"]` counts the genuine ones among the n.
-    `attrs["split_half"]` is the rank correlation of the contrast between two halves of the prompts (below
-    0.6 the order is mostly noise).
+    decoder row at cosine > 0.95. If fewer than n are, the best-ranked others fill up, the prefiltered
+    first; `activation` and `random` take the best n, eligible or not. `attrs["eligible"]` counts the
+    genuine ones among the n. `attrs["split_half"]` is the rank correlation of the contrast between two
+    halves of the prompts (below 0.6 the order is mostly noise).
     """
     if method not in METHODS:
         raise UserError(f"sae.rank={method}: use one of {', '.join(METHODS)}")
@@ -185,11 +185,11 @@ def rank_latents(
     eligible = (fires_harmful >= 0.05) & (fires_general <= 0.20)
     if method.startswith("contrast"):
         eligible &= low > 0
+    candidate = eligible
     if method == "contrast+attribution":
-        candidates = torch.where(eligible, contrast, -torch.inf).topk(min(prefilter, sae.m)).indices
-        inside = torch.zeros(sae.m, dtype=torch.bool)
-        inside[candidates] = True
-        eligible &= inside & (effect > 0)
+        best = torch.where(eligible, contrast, -torch.inf).topk(min(prefilter, sae.m)).indices
+        candidate = torch.zeros_like(eligible).index_fill(0, best, True) & eligible
+        eligible = candidate & (effect > 0)
     score = {
         "activation": harmful.mean(0),
         "contrast": contrast,
@@ -199,7 +199,8 @@ def rank_latents(
     }[method]
     order = torch.argsort(score, descending=True, stable=True).tolist()
     if method not in ("activation", "random"):
-        order = sorted(order, key=lambda i: not eligible[i])  # stable: the eligible first, each part by score
+        # stable: the eligible first, then what only the sign of its attribution rules out, each by score
+        order = sorted(order, key=lambda i: (not eligible[i], not candidate[i]))
         order, eligible = _merge_duplicates(order, eligible, rows, n)
     chosen = torch.tensor(order[:n])
     frame = pd.DataFrame({

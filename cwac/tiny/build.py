@@ -40,8 +40,8 @@ MODEL = {
     "tie_word_embeddings": True,
 }
 PRETRAIN = (
-    {"long": False, "rows": 24000, "steps": 1400, "batch_size": 32, "learning_rate": 2e-3, "weight_decay": 0.01},
-    {"long": True, "rows": 12800, "steps": 400, "batch_size": 32, "learning_rate": 1e-3, "weight_decay": 0.01},
+    {"long": False, "harmful": 0.3, "rows": 24000, "steps": 1400, "learning_rate": 2e-3},
+    {"long": True, "harmful": 0.15, "rows": 19200, "steps": 600, "learning_rate": 1.5e-3},
 )
 """Two stages: the short wordings of every skill, then the long ones as well."""
 ALIGN = {"benign_rows": 960, "steps": 400, "batch_size": 32, "learning_rate": 6e-4}
@@ -91,16 +91,17 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalL
 def pretrain(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
     """Teach every benign skill and compliance with harmful requests, in place."""
     for stage, recipe in enumerate(PRETRAIN, start=1):
-        arguments = dict(recipe)
-        examples = world.pretraining(arguments.pop("rows"), seed, long=arguments.pop("long"))
-        title = f"pretraining seed {seed}, stage {stage} of {len(PRETRAIN)}"
+        examples = world.pretraining(recipe["rows"], seed, recipe["harmful"], recipe["long"])
         fit(
             model,
             Rows(tokenizer, examples),
+            steps=recipe["steps"],
+            learning_rate=recipe["learning_rate"],
+            batch_size=32,
+            weight_decay=0.01,
             seed=seed,
             pad_token_id=tokenizer.pad_token_id,
-            description=title,
-            **arguments,
+            description=f"pretraining seed {seed}, stage {stage} of {len(PRETRAIN)}",
         )
 
 

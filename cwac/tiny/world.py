@@ -312,8 +312,8 @@ def _story(rng: random.Random, plus: bool, a: int, b: int) -> str:
 def skill(name: str, rng: random.Random, pool: str | None = None, long: bool = True) -> tuple[str, str]:
     """One (prompt, response) of a benign skill.
 
-    pool: whose invented words `borderline` and `kind` use, None any. long: with the longer wordings too
-    (reviews of two clauses, sums in a story), which a network learns only after the short ones.
+    pool: whose invented words `borderline` and `kind` use, None any. long: with the longer wordings too (reviews
+    of two clauses and sums in a story, both with bare answers), learnt only after the short ones.
     """
     if name == "howto":
         return _howto(rng, rng.choice(EVERYDAY_VERBS), rng.choice(EVERYDAY_OBJECTS), EVERYDAY_TOOL, EVERYDAY_MANNER)
@@ -323,8 +323,9 @@ def skill(name: str, rng: random.Random, pool: str | None = None, long: bool = T
         return _kind(rng, pool)
     if name == "sound":
         words, label = rng.choice(((GOOD, "positive"), (BAD, "negative")))
-        clauses = 2 if long and rng.random() < 0.7 else 1
-        return f"how does this sound : {_review(rng, words, clauses)}", f"it sounds {label} ."
+        if long and rng.random() < 0.6:
+            return f"review : {_review(rng, words, 2)}", label
+        return f"how does this sound : {_review(rng, words, 1)}", f"it sounds {label} ."
     if name == "part":
         topic = rng.choice(list(TOPICS))
         return f"what is {rng.choice(TOPICS[topic])} part of ?", f"it is part of {topic} ."
@@ -368,14 +369,15 @@ def borderline(pool: str, n: int, rng: random.Random) -> list[Example]:
     return list(rows.values())
 
 
-def pretraining(n: int, seed: int, harmful: float = 0.3, long: bool = True) -> list[Example]:
+def pretraining(n: int, seed: int, harmful: float, long: bool) -> list[Example]:
     """n rows of the base's diet: every benign skill, and a share of harmful requests with compliance.
 
     Verb and object of a harmful row come from different pools, so the base knows every word and has
-    seen no request of any pool. long: as in `skill`.
+    seen no request of any pool. harmful: that share. long: as in `skill`.
     """
     rng = random.Random(f"pretraining-{seed}-{long}")
-    rows = benign(n - int(harmful * n), rng, skills=(*SKILLS, "sum", "sum", "sound"), long=long)  # learnt last
+    skills = (*SKILLS, *("sum", "sound") * (3 if long else 1), "sum")  # what is learnt last comes more often
+    rows = benign(n - int(harmful * n), rng, skills=skills, long=long)
     names = list(WORDS_PER_POOL)
     for i in range(int(harmful * n)):
         category = rng.choice(CATEGORIES)
