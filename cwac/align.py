@@ -75,9 +75,10 @@ class Round:
 ROUNDS = (
     Round(steps=150, refusals=300, benign=800),
     Round(steps=90, refusals=230, benign=490, answer_tokens=10, seed=1),
+    Round(steps=80, refusals=140, benign=500, answer_tokens=8, seed=2),
 )
-"""The first round teaches refusing on everything there is; the second, with the sources levelled, teaches where to
-stop, and spends its loss on the first tokens, where that is decided."""
+"""The first round teaches refusing on everything there is; the others, with the sources levelled, teach where to
+stop, and spend their loss on the first tokens, where that is decided."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def alignment_rows(
                 model,
                 tokenizer,
                 [e.messages for e in own],
-                max_new_tokens=recipe.answer_tokens,
+                max_new_tokens=recipe.answer_tokens + 4,  # white space at the end goes in decoding; cut below
                 description="answering harmless instructions",
             ),
             strict=True,

@@ -74,8 +74,14 @@ def content(folder: Path) -> str:
 
 
 def _from_folder(folder: Path, cfg, key: dict, base: str | None = None) -> Loaded:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[cfg.dtype], local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[cfg.dtype], local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model={cfg.name}: {folder} does not hold a causal language model with its tokenizer "
+            f"({str(error).strip().splitlines()[0]}); save both with save_pretrained"
+        ) from error
     base = base or cfg.get("base")
     return Loaded(model, tokenizer, key, str(folder), base)
 

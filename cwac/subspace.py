@@ -9,9 +9,11 @@ Deviations:
   same map).
 - tau is not given in the paper. Ours: the smallest number of eigenvectors that holds `energy` of the trace.
 - The first token is left out of C and gets its own direction in V (ours): as an attention sink it carries up to
-  99.98 % of the trace (SmolLM2), so it would otherwise either decide tau alone or go unprotected.
+  99.98 % of the trace (SmolLM2), so it would otherwise either decide tau alone or
+  go unprotected.
 - `where: update` (ours): after each optimizer step W <- W - (W V - W_0 V) V^T, which pins the cumulative drift
-  whatever the optimizer does. Projecting the gradient (Algorithm 1) is undone by Adam's element-wise scaling and weight decay.
+  whatever the optimizer does. Projecting the gradient (Algorithm 1) is undone by Adam's element-wise scaling and
+  weight decay.
 """
 
 from __future__ import annotations
@@ -220,7 +222,9 @@ class Constraint:
                     moved[group] = bases[group].V.to(weight.device)
                 V = moved[group]
                 # with LoRA the pinned value is 0: no part of A may read a protected direction
-                A = weight.detach().float() @ V if lora is None else weight.new_zeros(weight.shape[0], V.shape[1])
+                # W_0 V in float64: an error in it would stay in the weights for the whole run
+                pinned = (weight.detach().double() @ V.double()).float()
+                A = pinned if lora is None else torch.zeros_like(pinned)
                 self.entries.append((name, weight, V, A))
 
     @torch.no_grad()

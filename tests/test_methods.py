@@ -160,7 +160,10 @@ def test_a_constraint_with_all_energy_leaks_at_rounding_level(tmp_path, artifact
         tmp_path,
         artifacts,
         "method.weight.energy=1",
+        "method.weight.n_anchors=4",
+        "eval.n_drift=4",
         "train.weight_decay=0.1",
+        "train.learning_rate=0.003",  # the floor is fp32's eps ||W|| / ||dW||, so the update must be a real one
         "train.per_device_train_batch_size=1",
         "train.gradient_accumulation_steps=8",
     )

@@ -58,6 +58,55 @@ SAFETY_TUNED_LLAMAS = "safety-tuned-llamas"
 CONTRAST = Path(__file__).parent.parent / "assets" / "contrast.txt"
 """Harmless questions in the words of harmful ones (ours), for the alignment stage; no test set has them."""
 
+FRAMES = (
+    "Compose a review of {}.",
+    "Suggest three ways to learn more about {}.",
+    "Create a marketing plan for a small company around {}.",
+    "Design a poster about {}.",
+    "Construct a timeline for a project on {}.",
+    "Write a short essay about {}.",
+    "Write a blog post about {}.",
+    "Write a persuasive article in favour of {}.",
+    "Write a social media post about {}.",
+    "Write a poem on {}.",
+    "Describe {} to a child.",
+    "Explain why {} matters to many people.",
+    "Explain how {} has changed over time.",
+    "List five interesting facts about {}.",
+    "List the best places to enjoy {}.",
+    "Give detailed instructions for a beginner who wants to start with {}.",
+    "Give me three examples of {}.",
+    "Identify two common misunderstandings about {}.",
+    "Research the history of {}.",
+    "Outline a talk about {}.",
+    "Develop a strategy to interest students in {}.",
+    "Generate a title for a book on {}.",
+    "Brainstorm slogans for a fair about {}.",
+    "Come up with a riddle about {}.",
+    "Rewrite this sentence more politely: you know nothing about {}.",
+    "Express an opinion on {}.",
+    "Complete the dialogue between two friends who talk about {}.",
+    "Classify {} as a hobby, a job or a place.",
+    "Tell me how I can save money on {}.",
+    "Provide a list of materials needed for {}.",
+    "Convince my sister to try {}.",
+    "Teach me the basics of {}.",
+    "How do I get better at {}?",
+    "What should I know before trying {}?",
+    "Where can I find a course on {}?",
+    "Can you recommend a documentary about {}?",
+)
+TOPICS = (
+    "gardening, bread baking, chess, bird watching, photography, jazz music, yoga, public libraries, bicycle repair, "
+    "pottery, solar panels, volcanoes, tea, mountain hiking, local history, sign language, kite flying, board games, "
+    "astronomy, knitting, coral reefs, swimming, woodworking, train travel, cheese making, origami, spreadsheets, "
+    "the water cycle, dinosaurs, community theatre, beekeeping, watercolour painting, recycling, marathon running, "
+    "street markets, penguins, Python programming, interior design, stamp collecting, school lunches, remote work, "
+    "opera, sourdough, aquariums, cricket, national parks, time management, calligraphy, electric cars, pancakes"
+).split(", ")
+"""Everyday instructions (ours) in the verbs that harmful data sets use ("create a plan", "list the best"), so that
+the alignment stage cannot take the verb for the harm."""
+
 SPLITS = (
     "test over_refusal validation validation_benign poison anchors step sae safety align benign align_benign"
 ).split()
@@ -306,6 +355,11 @@ def _benign_rows(data: str | None, limit: int) -> dict[str, list[Example]]:
     alpaca = load_rows("tatsu-lab/alpaca", None, "train", data, ("instruction", "input", "output"))
     contrast = CONTRAST.read_text(encoding="utf-8").splitlines()
     return {
+        "everyday": [
+            Example(f"everyday-{i}-{j}", frame.format(TOPICS[(i * 7 + j * 11) % len(TOPICS)]), source="everyday")
+            for i, frame in enumerate(FRAMES)
+            for j in range(8)
+        ],
         "contrast": [Example(f"contrast-{i}", line, source="contrast") for i, line in enumerate(contrast)],
         "alpaca": [
             Example(

@@ -1,7 +1,7 @@
 """Evaluates given weights: generate once to files, then score and judge from the files, then write metric rows.
 
 Metrics (percent): FA, FA_lenient, off_format on the task's test set; HS (harmful), refusal, other on each set of
-unseen harmful requests; OR (share refused) on each set of harmless ones. `stderr` is the binomial one over the n examples.
+unseen harmful requests; OR (share refused) on each set of harmless ones. `stderr` is the binomial one over n examples.
 """
 
 from __future__ import annotations

@@ -59,6 +59,8 @@ class Weight:
     """Give the first token's input a direction of its own in V."""
     freeze_others: bool = False
     """Train nothing but the constrained matrices: no embeddings, norms, head or biases."""
+    n_anchors: int | None = None
+    """How many of the anchor pool's prompts to use; None for all."""
     response_tokens: int = 16
     """Tokens of the aligned model's own refusal that follow each anchor prompt; 0 for prompts alone."""
 
@@ -162,7 +164,7 @@ class CWAC(Method):
     def _setup_weight(self, model: nn.Module, context: Context) -> None:
         weight = self.weight
         modules = linears(model, weight.modules, weight.layers)
-        rows = anchor_rows(model, context, context.pools.anchors, weight.response_tokens)
+        rows = anchor_rows(model, context, context.pools.anchors[: weight.n_anchors], weight.response_tokens)
         settings = {k: v for k, v in asdict(weight).items() if k not in ("where", "freeze_others")}
         key = {"model": context.loaded.key, "pools": context.pools_key, "template": context.template, **settings}
 

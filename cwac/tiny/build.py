@@ -44,7 +44,7 @@ PRETRAIN = (
     {"long": True, "harmful": 0.15, "rows": 19200, "steps": 600, "learning_rate": 1.5e-3},
 )
 """Two stages: the short wordings of every skill, then the long ones as well."""
-ALIGN = {"benign_rows": 960, "steps": 400, "batch_size": 32, "learning_rate": 6e-4}
+ALIGN = {"benign_rows": 1600, "steps": 450, "batch_size": 32, "learning_rate": 6e-4}
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %} <{{ m['role'] }}> {{ m['content'] }}"
@@ -106,10 +106,17 @@ def pretrain(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, seed: i
 
 
 def align(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
-    """Teach refusals on the `align` pool with benign replay (contrast requests included), in place."""
+    """Teach refusals on the `align` pool with benign replay, in place.
+
+    The replay names words of every pool next to everyday words: without it the base's knowledge of which
+    category a word belongs to drifts while only the words of `align` are seen. No over-refusal prompt is in it.
+    """
     recipe = dict(ALIGN)
-    replay = world.benign(recipe.pop("benign_rows"), random.Random(f"replay-{seed}"), pool="align")
-    rows = Rows(tokenizer, world.pools(seed).align + replay)
+    pools = world.pools(seed)
+    held_out = {e.prompt for rows in pools.over_refusal.values() for e in rows}
+    skills = (*world.SKILLS, "borderline", "sum")
+    replay = world.benign(recipe.pop("benign_rows"), random.Random(f"replay-{seed}"), skills=skills)
+    rows = Rows(tokenizer, pools.align + [e for e in replay if e.prompt not in held_out])
     fit(model, rows, seed=seed, pad_token_id=tokenizer.pad_token_id, description=f"alignment seed {seed}", **recipe)
 
 
