@@ -53,6 +53,7 @@ def execute(cfg: DictConfig, run: Run) -> float | None:
     from transformers import set_seed
     from transformers.utils import logging as hf_logging
 
+    from cwac.anchors import anchor_rows
     from cwac.data.mix import mix
     from cwac.data.pools import fingerprint, load_pools, manifest
     from cwac.data.tasks import load_task
@@ -60,7 +61,6 @@ def execute(cfg: DictConfig, run: Run) -> float | None:
     from cwac.engine import train
     from cwac.evaluation.evaluate import Evaluator
     from cwac.methods.base import Context
-    from cwac.methods.cwac import anchor_rows
     from cwac.models import device, load, load_aligned
     from cwac.tracking import Tracker
 
@@ -103,7 +103,7 @@ def execute(cfg: DictConfig, run: Run) -> float | None:
     recorded = {"rows": [e.id for e in train_rows], "harmful": [e.id for e in poisoned], "dropped": rows.dropped}
     (run.dir / "data.json").write_text(json.dumps({**recorded, "pools": manifest(pools)}, indent=1))
     judge = instantiate(cfg.eval.judge)
-    evaluator = Evaluator(cfg, run, model, loaded.tokenizer, method, task, pools, judge, poisoned)
+    evaluator = Evaluator(cfg, run, model, context, method, task, judge, poisoned)
     if was_trained:
         evaluate_again(run, evaluator, loaded)
         return headline(run)

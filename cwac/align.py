@@ -75,10 +75,10 @@ class Round:
 ROUNDS = (
     Round(steps=150, refusals=300, benign=800),
     Round(steps=90, refusals=230, benign=490, answer_tokens=10, seed=1),
-    Round(steps=80, refusals=140, benign=500, answer_tokens=8, seed=2),
 )
-"""The first round teaches refusing on everything there is; the others, with the sources levelled, teach where to
-stop, and spend their loss on the first tokens, where that is decided."""
+"""The first round teaches refusing on everything there is; the second, with the sources levelled, teaches where to
+stop, and spends its loss on the first tokens, where that is decided. A third with fewer refusals only moved along the
+same trade (HarmBench refusals 79 %, Alpaca over-refusal 6 %), so it is left out."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ def load_pools(cfg, data: str | None, seed: int) -> Pools:
     if cfg.name == "toy":
         from cwac.tiny.world import pools
 
-        loaded = pools(seed)
+        loaded = pools(seed, dict(cfg.sizes))
     elif cfg.name == "real":
         loaded = real_pools(cfg, data, seed)
     else:

@@ -12,18 +12,17 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
+from cwac.anchors import own_answers
 from cwac.artifacts import write_atomic
 from cwac.data.examples import Example
-from cwac.data.harmful import Pools
 from cwac.data.tasks import Task
 from cwac.data.tokenize import Collator, Rows, pad_token_id
 from cwac.evaluation.drift import activation_drift, weight_leak
 from cwac.evaluation.generate import generate
 from cwac.evaluation.judge import Judge
 from cwac.evaluation.score import score
-from cwac.methods.base import Method
+from cwac.methods.base import Context, Method
 from cwac.runs import Run, read_jsonl, write_jsonl
 
 
@@ -35,14 +34,14 @@ class Evaluator:
         cfg: DictConfig,
         run: Run,
         model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
+        context: Context,
         method: Method,
         task: Task,
-        pools: Pools,
         judge: Judge,
         poisoned: list[Example],
     ):
-        self.cfg, self.run, self.model, self.tokenizer, self.method = cfg, run, model, tokenizer, method
+        self.cfg, self.run, self.model, self.context, self.method = cfg, run, model, context, method
+        self.tokenizer, pools = context.tokenizer, context.pools
         self.task, self.judge = task, judge
         limit = cfg.eval
         self.task_rows = task.test[: limit.n_task]
@@ -66,15 +65,19 @@ class Evaluator:
         stored = read_jsonl(path)
         if [r["id"] for r in stored] == [e.id for e in examples]:
             return [r["response"] for r in stored]
-        answers = generate(
-            self.model,
-            self.tokenizer,
-            [self.method.prompt(e.messages) for e in examples],
-            template=self.cfg.train.template,
-            max_new_tokens=tokens,
-            batch_size=self.cfg.eval.batch_size,
-            description=f"{name} @ step {step}" if self.cfg.eval.progress else None,
-        )
+        if step == 0 and type(self.method).prompt is Method.prompt:
+            # the aligned model answers alike whatever will train it, so one method's answers serve all
+            answers = own_answers(self.model, self.context, examples, tokens)
+        else:
+            answers = generate(
+                self.model,
+                self.tokenizer,
+                [self.method.prompt(e.messages) for e in examples],
+                template=self.cfg.train.template,
+                max_new_tokens=tokens,
+                batch_size=self.cfg.eval.batch_size,
+                description=f"{name} @ step {step}" if self.cfg.eval.progress else None,
+            )
         write_jsonl(
             path, [{"id": e.id, "prompt": e.prompt, "response": a} for e, a in zip(examples, answers, strict=True)]
         )

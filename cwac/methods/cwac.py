@@ -27,12 +27,9 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from cwac.artifacts import digest, load_or_build
+from cwac.anchors import anchor_rows, encode_prompts
+from cwac.artifacts import load_or_build
 from cwac.config import UsageError, UserError
-from cwac.data.examples import Example
-from cwac.data.tokenize import encode_prompt
-from cwac.evaluation.generate import generate
-from cwac.evaluation.judge import KeywordJudge
 from cwac.methods.base import Context, Method, draw
 from cwac.models import linears
 from cwac.subspace import Constraint, fit_subspace, load_bases, save_bases
@@ -204,8 +201,11 @@ class CWAC(Method):
             config = SAEConfig(**{**activation.sae, "seed": 0})
         except TypeError as error:
             raise UserError(f"method.activation.sae: {error}; see cwac.sae.SAEConfig for its fields") from error
-        encode = prompt_encoder(context)
         pools = context.pools
+
+        def encode(examples, responses=False):
+            return encode_prompts(context, examples, responses)
+
         held = max(1, len(pools.sae) // 5)  # kept out of the fit for the quality report
         harmful, held_harmful = encode(pools.sae[held:]), encode(pools.sae[:held])
         n_benign = max(1, len(pools.benign) // 5)
@@ -260,70 +260,3 @@ class CWAC(Method):
 
 def response_tokens(positions: str) -> int:
     return int(positions.split(":")[1]) if positions.startswith("response:") else 0
-
-
-def prompt_encoder(context: Context):
-    """A function from examples to encoded rows: prompts as served, optionally with their responses."""
-
-    def encode(examples: list[Example], responses: bool = False) -> list[dict]:
-        rows = []
-        for example in examples:
-            ids = encode_prompt(context.tokenizer, example.messages, context.template)
-            if responses and example.response:
-                ids = ids + context.tokenizer(example.response, add_special_tokens=False)["input_ids"]
-            rows.append({"input_ids": ids[: context.max_length]})
-        return rows
-
-    return encode
-
-
-def own_answers(model: nn.Module, context: Context, examples: list[Example], tokens: int) -> list[str]:
-    """The aligned model's greedy answers, generated once and cached."""
-    from cwac.runs import read_jsonl, write_jsonl
-
-    key = {
-        "model": context.loaded.key,
-        "template": context.template,
-        "prompts": digest({"prompts": [e.prompt for e in examples]}),
-        "tokens": tokens,
-    }
-
-    def build(folder):
-        prompts = [e.messages for e in examples]
-        answers = generate(
-            model,
-            context.tokenizer,
-            prompts,
-            template=context.template,
-            max_new_tokens=tokens,
-            description="the aligned model's own answers",
-        )
-        write_jsonl(
-            folder / "answers.jsonl", [{"id": e.id, "response": a} for e, a in zip(examples, answers, strict=True)]
-        )
-
-    folder = load_or_build(context.artifacts, "answers", key, build)
-    return [row["response"] for row in read_jsonl(folder / "answers.jsonl")]
-
-
-def anchor_rows(model: nn.Module, context: Context, examples: list[Example], tokens: int) -> list[dict]:
-    """Encoded prompts, each with `tokens` tokens of the aligned model's refusal; prompts it answers are left out.
-
-    Raises UserError if the model refuses none of them: there would be nothing to preserve.
-    """
-    rows = prompt_encoder(context)(examples)
-    answers = own_answers(model, context, examples, max(tokens, 16))
-    verdicts = KeywordJudge().judge([e.prompt for e in examples], answers)
-    refused = [i for i, v in enumerate(verdicts) if v.verdict == "refusal"]
-    if not refused:
-        raise UserError(
-            "the aligned model refuses none of the anchor prompts, so there is no refusal to preserve; use an aligned "
-            "model (model.kind=tiny or smollm2 align themselves) or other prompts in pools.anchors"
-        )
-    kept = []
-    for i in refused:
-        answer = context.tokenizer(answers[i], add_special_tokens=False)["input_ids"][:tokens]
-        kept.append(
-            {"input_ids": (rows[i]["input_ids"] + answer)[: context.max_length], "prompt": len(rows[i]["input_ids"])}
-        )
-    return kept
