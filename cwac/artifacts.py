@@ -62,6 +62,8 @@ def load_or_build(root: Path, kind: str, key: dict, build: Callable[[Path], obje
             aside = folder.with_suffix(".damaged")
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
+        for unfinished in folder.parent.glob(f".{folder.name}-*"):  # of a builder that died; we hold its lock
+            shutil.rmtree(unfinished)
         log.info("building %s %s", kind, folder.name)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:

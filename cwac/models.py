@@ -50,8 +50,10 @@ def load(cfg, artifacts: Path, data: str | None = None) -> Loaded:
         from cwac import align, smollm2
 
         key = {"kind": "smollm2", "wheel": cfg.wheel_sha256}
-        base = load_or_build(artifacts, "smollm2-base", key, smollm2.prepare)
-        key = {**key, "adapter": content(PACKAGE / "assets" / "smollm2_align")}
+        base = load_or_build(
+            artifacts, "smollm2-base", key, lambda out: smollm2.prepare(out, cfg.wheel_version, cfg.wheel_sha256)
+        )
+        key = {**key, "adapter": align.fingerprint()}
         folder = load_or_build(artifacts, "smollm2-aligned", key, lambda out: align.apply(base, None, out))
         loaded = _from_folder(folder, cfg, key, base=str(base))
     elif cfg.kind == "folder":
