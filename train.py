@@ -37,11 +37,19 @@ FAILURES = "CWAC_FAILURES"
 def run_cell(cfg: DictConfig) -> float | None:
     """Execute one cell: skip if done, else train or resume, evaluate, mark done. Returns the mean HS for sweepers."""
     validate(cfg)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UsageError(
+            "train.py runs each cell in one process so far; start it without torchrun or accelerate launch"
+        )
     with Run(cfg) as run:
         if run.done() and not cfg.force:
             log.info("%s is done; nothing to do", run.id)
             return headline(run)
-        return execute(cfg, run)
+        try:
+            return execute(cfg, run)
+        except Exception as error:
+            run.fail(error)
+            raise
 
 
 def execute(cfg: DictConfig, run: Run) -> float | None:
@@ -58,7 +66,7 @@ def execute(cfg: DictConfig, run: Run) -> float | None:
     from cwac.data.pools import fingerprint, load_pools, manifest
     from cwac.data.tasks import load_task
     from cwac.data.tokenize import Rows, pad_token_id
-    from cwac.engine import train
+    from cwac.engine import train, training_arguments
     from cwac.evaluation.evaluate import Evaluator
     from cwac.methods.base import Context
     from cwac.models import device, load, load_aligned
@@ -67,15 +75,14 @@ def execute(cfg: DictConfig, run: Run) -> float | None:
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     method = instantiate(cfg.method)
-    if os.environ.get("WORLD_SIZE", "1") != "1" and HydraConfig.get().mode == RunMode.MULTIRUN:
-        raise UserError("-m under torchrun would start every cell on every rank; launch one cell per torchrun")
+    arguments = training_arguments(cfg, run)
     data = cfg.paths.data
     task = load_task(cfg.task, data, cfg.seed, cfg.eval.split)
     pools = load_pools(cfg.pools, data, cfg.seed)
     mixed = mix(task.train, pools.poison, cfg.harmful_ratio, cfg.seed, cfg.mix_mode)
     set_seed(cfg.seed)
     artifacts = Path(cfg.paths.artifacts)
-    loaded = load(cfg.model, artifacts, data)
+    loaded = load(cfg.model, artifacts, cfg.seed)
     model = loaded.model.to(device())
     train_rows = method.training_data(mixed, pools, random.Random(f"method-{cfg.seed}"))
     rows = Rows(loaded.tokenizer, train_rows, cfg.train.template, cfg.train.max_length)
@@ -92,8 +99,6 @@ def execute(cfg: DictConfig, run: Run) -> float | None:
         template=cfg.train.template,
         max_length=cfg.train.max_length,
         pools_key=fingerprint(pools),
-        rank=int(os.environ.get("RANK", 0)),
-        world_size=int(os.environ.get("WORLD_SIZE", 1)),
     )
     poison_ids = {e.id for e in pools.poison}
     poisoned = [e for e in train_rows if e.id in poison_ids]
@@ -111,18 +116,23 @@ def execute(cfg: DictConfig, run: Run) -> float | None:
         if 0 in cfg.eval.at:
             evaluator(0, 0.0)
         method.setup(model, context)
-        cost = train(cfg, run, model, method, rows, pad_token_id(loaded.tokenizer), evaluator, tracker.log)
+        cost = train(cfg, arguments, run, model, method, rows, pad_token_id(loaded.tokenizer), evaluator, tracker.log)
         step, epoch = cost["step"], cost["epoch"]
         evaluator(step, epoch, final=True)
         at = {"step": step, "epoch": epoch, "final": True}
-        costs = {"seconds_per_step": cost["seconds_per_step"], "memory": cost["memory"], **method.report()}
-        run.add_rows({**at, "metric": m, "set": "train", "value": v} for m, v in costs.items())
+        costs = [{"metric": m, "set": "train", "value": cost[m]} for m in ("seconds_per_step", "memory")]
+        run.add_rows({**at, **row, "eval": None} for row in [*costs, *method.report(model)])
         if cfg.eval.drift:
             reference = load_aligned(loaded)
-            tokens = 16
-            anchors = anchor_rows(reference, context, pools.anchors[: cfg.eval.n_drift], tokens)
-            held = anchor_rows(reference, context, pools.validation[: cfg.eval.n_drift], tokens)
-            evaluator.drift(reference, anchors, held, step, epoch)
+            try:
+                anchors, held = (
+                    anchor_rows(reference, context, prompts[: cfg.eval.n_drift], 16)
+                    for prompts in (pools.anchors, pools.validation)
+                )
+            except UserError as error:
+                log.warning("drift is not measured: %s", error)
+            else:
+                evaluator.drift(reference, anchors, held, step, epoch)
         if cfg.keep_weights:
             merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
             merged.save_pretrained(run.dir / "model")
@@ -137,13 +147,19 @@ def evaluate_again(run: Run, evaluator, loaded) -> None:
     from transformers import AutoModelForCausalLM
 
     folder = run.dir / "model"
+    status = run.status
+    missed = [e for e in run.cfg.eval.at if e != status["epoch"]]
+    if missed:
+        raise UserError(
+            f"{run.id} is trained; eval.at={missed} asks for points on the way, which are gone: leave eval.at as it "
+            "was, or train again with force=true (the old run is set aside)"
+        )
     if not folder.is_dir():
         raise UserError(
             f"{run.id} is trained, but not evaluated with these eval settings, and its weights were not kept; train "
             "it again with force=true keep_weights=true (the old run is set aside)"
         )
     evaluator.model = AutoModelForCausalLM.from_pretrained(folder).to(evaluator.model.device)
-    status = run.status
     evaluator(status["step"], status["epoch"], final=True)
     run.finish()
 
@@ -189,7 +205,6 @@ def cell(cfg: DictConfig) -> float | None:
     try:
         return run_cell(cfg)
     except Exception as error:
-        mark_failed(cfg, error)
         expected = isinstance(error, UserError) and not cfg.debug
         overrides = " ".join(HydraConfig.get().overrides.task)
         entry = {
@@ -203,16 +218,6 @@ def cell(cfg: DictConfig) -> float | None:
             log.error("%s: %s", overrides, error)
         append_jsonl(Path(os.environ[FAILURES]), [entry])
         return float("nan")  # what Hydra's Optuna sweeper takes for a failed trial
-
-
-def mark_failed(cfg: DictConfig, error: Exception) -> None:
-    """A run that has begun records why it stopped; one that has not leaves no folder."""
-    try:
-        run = Run(cfg)
-    except Exception:  # a configuration that does not even name a run
-        return
-    if run.status["status"] == "running":
-        run.write_status("failed", error=f"{type(error).__name__}: {error}")
 
 
 def main() -> int:

@@ -30,7 +30,7 @@ def own_answers(model: nn.Module, context: Context, examples: list[Example], tok
     key = {
         "model": context.loaded.key,
         "template": context.template,
-        "prompts": digest({"prompts": [e.prompt for e in examples]}),
+        "prompts": digest({"prompts": [e.messages for e in examples]}),
         "tokens": tokens,
     }
 

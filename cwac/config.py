@@ -5,6 +5,7 @@ Imports neither torch nor transformers, so that skipping a finished cell of a sw
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -13,7 +14,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
+PACKAGE = Path(__file__).resolve().parent
+CONF = PACKAGE.parent / "conf"
 
 
 class UserError(Exception):
@@ -37,6 +39,7 @@ NOT_IDENTITY = {
     "task.max_new_tokens",
     "task.scorer",
     "task.n_test",
+    "model.n_train",  # its value stands under task.n_train
 }
 """Keys of those groups that change what is logged, kept or evaluated, not what is trained."""
 
@@ -69,13 +72,42 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
     """The flat, canonical mapping whose hash names the run."""
     container = OmegaConf.to_container(cfg, resolve=True)
     flat = flatten({key: container[key] for key in IDENTITY if key in container})
+    flat["origin"] = origin(container["model"])
     return {
         key: canonical(value)
         for key, value in sorted(flat.items())
         if key not in NOT_IDENTITY
+        and not key.startswith("model.sae.")  # resolved under the method that uses it
         and not key.endswith("._target_")
         and not (key in NEUTRAL and canonical(value) == canonical(NEUTRAL[key]))
     }
+
+
+@functools.cache
+def content(*files: Path) -> str:
+    """A hash of files' bytes, in the order given."""
+    state = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 22):
+                state.update(chunk)
+    return state.hexdigest()
+
+
+def origin(model: dict) -> str:
+    """What the starting weights are: a run, and every artifact derived from them, must change when they do.
+
+    model: the `model` group. Local weights are hashed by content; a hub model is named by id and revision.
+    """
+    if model["kind"] == "tiny":
+        shipped = PACKAGE / "tiny" / "weights" / f"seed{int(model['base_seed']) % 3}-aligned.safetensors"
+        return content(PACKAGE / "tiny" / "world.py", shipped)
+    if model["kind"] == "smollm2":
+        adapter = content(PACKAGE / "assets" / "smollm2_align" / "adapter_model.safetensors")
+        return f"{model['wheel_sha256']}+{adapter}"
+    if model["kind"] == "folder":
+        return content(*sorted(Path(model["path"]).glob("*.safetensors")))
+    return f"{model.get('hub_id')}@{model.get('revision')}"
 
 
 def short_hash(mapping: dict, length: int = 8) -> str:
@@ -90,10 +122,12 @@ def run_id(cfg: DictConfig) -> str:
 
 def eval_id(cfg: DictConfig) -> str:
     """Six hex digits of what determines an evaluation of given weights."""
-    keys = ("max_new_tokens", "n_task", "n_harmful", "n_benign", "at", "split")
-    scoring = {key: canonical(OmegaConf.to_container(cfg.eval, resolve=True).get(key)) for key in keys}
+    container = OmegaConf.to_container(cfg.eval, resolve=True)
+    scoring = {
+        key: canonical(value) for key, value in flatten(container).items() if key not in ("batch_size", "progress")
+    }
     task = {key: canonical(cfg.task.get(key)) for key in ("max_new_tokens", "scorer", "n_test")}
-    return short_hash({"eval": scoring, "task": task, "judge": cfg.eval.judge.name}, 6)
+    return short_hash({"eval": scoring, "task": task}, 6)
 
 
 # key: (lowest, highest, whole number?); None means no bound
@@ -115,12 +149,22 @@ NUMBERS: dict[str, tuple[float | None, float | None, bool]] = {
     "task.n_test": (1, None, True),
     "task.max_new_tokens": (1, None, True),
     "eval.batch_size": (1, None, True),
+    "eval.n_task": (1, None, True),
+    "eval.n_harmful": (1, None, True),
+    "eval.n_benign": (1, None, True),
+    "eval.n_drift": (1, None, True),
+    "method.weight.n_anchors": (1, None, True),
+    "threads": (1, None, True),
+    "model.base_seed": (0, None, True),
     "eval.max_new_tokens": (1, None, True),
 }
 CHOICES = {
     "train.template": ("chat", "alpaca"),
     "mix_mode": ("replace", "additive"),
     "eval.split": ("test", "validation"),
+    "model.kind": ("tiny", "smollm2", "folder", "hub"),
+    "model.dtype": ("float32", "bfloat16", "float16"),
+    "task.scorer": ("label", "number"),
 }
 
 
@@ -149,6 +193,18 @@ def validate(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key)
         if value is not None and value not in options:
             raise UsageError(f"{key}={value} is unknown; use one of {', '.join(options)}")
+    if cfg.model.kind == "folder" and not (cfg.model.get("path") and Path(cfg.model.path).is_dir()):
+        raise UsageError(
+            f"model.path={cfg.model.get('path')} is not a folder; give +model.path=<a saved model's folder>"
+        )
+    if OmegaConf.select(cfg, "method.weight") is not None and cfg.model.dtype != "float32":
+        raise UsageError(
+            f"model.dtype={cfg.model.dtype} rounds a projected update away; method={cfg.method.name} needs fp32: "
+            "use model.dtype=float32"
+        )
+    epochs = cfg.eval.at if OmegaConf.is_list(cfg.eval.at) else [None]
+    if not all(isinstance(e, int | float) and not isinstance(e, bool) and e >= 0 for e in epochs):
+        raise UsageError(f"eval.at={cfg.eval.at} is not a list of epochs; give one such as eval.at=[0,1]")
     if cfg.paths.data is not None and not Path(cfg.paths.data).is_dir():
         raise UsageError(
             f"paths.data={cfg.paths.data} is not a folder; give a folder laid out like the hub "

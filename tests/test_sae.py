@@ -606,11 +606,11 @@ def test_attribution_is_the_first_order_effect_of_removing_a_latent(model, fitte
 
 def test_ranking_refuses_bad_input(model, fitted):
     rows = some_rows(3)
-    with pytest.raises(UserError, match="sae.rank"):
+    with pytest.raises(UserError, match="method.activation.rank"):
         rank_latents(model, fitted[0], rows, rows, method="alphabetical")
     with pytest.raises(UserError, match="empty"):
         rank_latents(model, fitted[0], rows, [])
-    with pytest.raises(UserError, match="sae.latents"):
+    with pytest.raises(UserError, match="method.activation.n_latents"):
         rank_latents(model, fitted[0], rows, rows, n=1000)
 
 

@@ -1,6 +1,6 @@
 """The one record that tasks, harmful pools and methods exchange."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 Messages = list[dict[str, str]]
 
@@ -29,6 +29,3 @@ class Example:
         """The conversation up to the model's turn."""
         system = [{"role": "system", "content": self.system}] if self.system is not None else []
         return [*system, {"role": "user", "content": self.prompt}]
-
-    def to_dict(self) -> dict:
-        return asdict(self)

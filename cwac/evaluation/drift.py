@@ -4,6 +4,10 @@
 zero when the update is confined to the anchors' null space). It is measured for every method, SFT included, on the
 anchors and on held-out prompts; the first token is left out of X, since its norm would decide the value.
 Activation drift is the paper's Figure 5: the normalised L2 distance of residual activations to the aligned model's.
+
+Deviations:
+- The paper does not say which layers, tokens and norm Figure 5 uses. Ours: every block's output at the prompt's last
+  token, divided by the aligned model's norm there.
 """
 
 from __future__ import annotations

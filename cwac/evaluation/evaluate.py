@@ -162,7 +162,9 @@ class Evaluator:
         rows, detail = [], {}
         for name, prompts in (("anchors", anchors), ("heldout", held)):
             leaks = weight_leak(self.model, reference, prompts)
-            drift = activation_drift(self.model, reference, prompts)
+            # read where the first token of the answer is chosen; the refusal that follows is for the weights' inputs
+            cut = [{"input_ids": row["input_ids"][: row["prompt"]]} for row in prompts]
+            drift = activation_drift(self.model, reference, cut)
             detail[name] = {"weight": leaks, "activation": drift}
             down = [v["leak"] for n, v in leaks.items() if n.endswith("down_proj")]
             changes = sorted(v["change"] for v in leaks.values())
@@ -172,7 +174,10 @@ class Evaluator:
                 "weight_change": changes[len(changes) // 2],
                 "activation_drift": sum(map(sum, drift)) / sum(map(len, drift)),
             }
-            rows += [{**at, "metric": m, "set": name, "value": v, "n": len(prompts)} for m, v in values.items()]
+            rows += [
+                {**at, "metric": m, "set": name, "value": v, "n": len(prompts), "eval": None}
+                for m, v in values.items()
+            ]
         write_atomic(Path(self.run.dir) / "drift.json", json.dumps(detail))
         self.run.add_rows(rows)
 

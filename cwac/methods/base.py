@@ -44,8 +44,6 @@ class Method:
 
     needs_step_hooks: ClassVar[bool] = False
     """True where before_step or after_step is used; such a method refuses DeepSpeed, which steps inside backward."""
-    sees: ClassVar[tuple[str, ...]] = ()
-    """Extra data the defence is given beyond the mixed training rows; the tables print it."""
 
     def training_data(self, train: list[Example], pools: Pools, rng: random.Random) -> list[Example]:
         """The rows to train on; called once, with the mixed task and harmful rows."""
@@ -55,7 +53,7 @@ class Method:
         """Called once on the unwrapped aligned model, before the optimizer exists: freeze, load or build artifacts."""
 
     def start(self, model: nn.Module) -> None:
-        """Called once after the engine has wrapped the model and before any checkpoint is loaded."""
+        """Called once before training, when the optimizer's parameters are fixed and before a checkpoint is loaded."""
 
     def batch(self, batch: Batch, step: int) -> Batch:
         """The micro-batch to train on in micro-step `step`; long [B, T], label -100 = no loss."""
@@ -87,9 +85,9 @@ class Method:
 
     def load_state_dict(self, state: dict) -> None: ...
 
-    def report(self) -> dict[str, float]:
-        """Scalars about the method itself for the metric rows (ranks, kept energy, SAE quality)."""
-        return {}
+    def report(self, model: nn.Module) -> list[dict]:
+        """Rows about the method itself after training, `{"metric", "set", "value"}`: ranks, kept energy, drift."""
+        return []
 
 
 def draw(n: int, k: int, seed: int, step: int) -> list[int]:

@@ -20,6 +20,7 @@ Deviations:
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import ClassVar
@@ -35,7 +36,7 @@ from cwac.models import linears
 from cwac.subspace import Constraint, fit_subspace, load_bases, save_bases
 
 
-def check(condition: bool, key: str, value, remedy: str) -> None:
+def check(condition, key: str, value, remedy: str) -> None:
     if not condition:
         raise UsageError(f"method.{key}={value} is not valid; {remedy}")
 
@@ -76,6 +77,8 @@ class Weight:
         else:
             self.modules = tuple(self.modules)
         if self.layers is not None:
+            listed = not isinstance(self.layers, int | str) and all(isinstance(i, int) for i in self.layers)
+            check(listed, "weight.layers", self.layers, "give a list of block indices, or null for all")
             self.layers = tuple(self.layers)
 
 
@@ -108,6 +111,11 @@ class Activation:
         check(self.gate in gates, "activation.gate", self.gate, f"use one of {', '.join(gates)}")
         ranks = ("contrast+attribution", "contrast", "activation", "cosine", "random")
         check(self.rank in ranks, "activation.rank", self.rank, f"use one of {', '.join(ranks)}")
+        check(self.units in ("raw", "relative"), "activation.units", self.units, "use raw or relative")
+        place = r"last|prompt|(template|response):[1-9]\d*"
+        check(
+            re.fullmatch(place, str(self.positions)), "activation.positions", self.positions, "use last or response:4"
+        )
 
 
 @dataclass
@@ -118,13 +126,13 @@ class CWAC(Method):
     activation: Activation | None = None
 
     needs_step_hooks: ClassVar[bool] = True
-    sees: ClassVar[tuple[str, ...]] = ("harmful prompts",)
 
     def __post_init__(self):
         if self.weight is None and self.activation is None:
             raise UserError(f"method={self.name} has neither weight nor activation; set one, or use method=sft")
         self._constraint: Constraint | None = None
         self._report: dict[str, float] = {}
+        self._targets = {}
 
     def setup(self, model: nn.Module, context: Context) -> None:
         self._context = context
@@ -134,17 +142,19 @@ class CWAC(Method):
             self._setup_weight(model, context)
 
     def start(self, model: nn.Module) -> None:
-        if self._constraint is not None and self.weight.where == "update":
-            self._constraint.project_weights_()  # a no-op but for LoRA, whose A starts at random
+        lora = any("lora_" in name for name, _ in model.named_parameters())
+        if self._constraint is not None and lora:
+            self._constraint.project_weights_()  # LoRA's A starts at random, and may not read V
 
     def penalty(self, model: nn.Module, step: int) -> torch.Tensor | None:
         if self.activation is None:
             return None
         context = self._context
-        chosen = draw(len(self._target), self.activation.n_prompts, context.seed, step)
+        target = self._targets["anchors"]
+        chosen = draw(len(target), self.activation.n_prompts, context.seed, step)
         mine = chosen[context.rank :: context.world_size]
         share = len(mine) * context.world_size / len(chosen)  # ranks with fewer prompts count less
-        return self.activation.lam * share * self._target.loss(model, mine)
+        return self.activation.lam * share * target.loss(model, mine)
 
     def before_step(self, model: nn.Module) -> None:
         if self._constraint is not None and self.weight.where == "gradient":
@@ -154,8 +164,12 @@ class CWAC(Method):
         if self._constraint is not None and self.weight.where == "update":
             self._constraint.project_weights_()
 
-    def report(self) -> dict[str, float]:
-        return self._report
+    def report(self, model: nn.Module) -> list[dict]:
+        rows = [{"metric": name, "set": "train", "value": value} for name, value in self._report.items()]
+        for name, target in self._targets.items():
+            for metric, value in target.drift(model).items():
+                rows.append({"metric": metric, "set": name, "value": value, "n": len(target)})
+        return rows
 
     # --- the weight half -----------------------------------------------------------------------------
     def _setup_weight(self, model: nn.Module, context: Context) -> None:
@@ -163,7 +177,7 @@ class CWAC(Method):
         modules = linears(model, weight.modules, weight.layers)
         rows = anchor_rows(model, context, context.pools.anchors[: weight.n_anchors], weight.response_tokens)
         settings = {k: v for k, v in asdict(weight).items() if k not in ("where", "freeze_others")}
-        key = {"model": context.loaded.key, "pools": context.pools_key, "template": context.template, **settings}
+        key = {**artifact_key(context), "format": 2, **settings}  # 2: without first_token, X holds every token
 
         def build(folder):
             bases = fit_subspace(model, rows, weight.modules, weight.layers, weight.energy, weight.first_token)
@@ -178,11 +192,11 @@ class CWAC(Method):
             )
         self._constraint = Constraint(modules, bases)
         if weight.freeze_others:
-            constrained = {id(p) for _, p, _, _ in self._constraint.entries}
-            # with LoRA, B reads only what A lets through, so it may train
-            free = {id(p) for n, p in model.named_parameters() if "lora_B" in n}
+            kept = {id(p) for _, p, _, _ in self._constraint.entries}
+            for module in modules.values():  # with LoRA, B reads only what a constrained A lets through
+                kept |= {id(layer.weight) for layer in getattr(module, "lora_B", {}).values()}
             for parameter in model.parameters():
-                parameter.requires_grad_(id(parameter) in constrained | free)
+                parameter.requires_grad_(parameter.requires_grad and id(parameter) in kept)
         ranks = sorted(b.rank for b in bases.values())
         self._report.update(
             subspace_rank=float(ranks[len(ranks) // 2]),
@@ -211,8 +225,7 @@ class CWAC(Method):
         n_benign = max(1, len(pools.benign) // 5)
         general = encode(pools.benign[n_benign:], responses=True)
         held_general = encode(pools.benign[:n_benign], responses=True)
-        base_key = {"model": context.loaded.key, "pools": context.pools_key, "template": context.template}
-        key = {**base_key, "sae": asdict(config)}
+        key = {**artifact_key(context), "sae": asdict(config)}
 
         def build(folder):
             sae, fitted = fit_sae(model, general, harmful, config)
@@ -240,15 +253,16 @@ class CWAC(Method):
         ranking_key = {**key, "rank": activation.rank, "n": activation.n_latents}
         ranking = load_or_build(context.artifacts, "latents", ranking_key, build_ranking)
         table = pd.read_csv(ranking / "latents.csv")
-        self._target = SafetyTarget.build(
-            model,
-            sae,
-            table["latent"].tolist(),
-            anchor_rows(model, context, pools.step, response_tokens(activation.positions)),
-            gate=activation.gate,
-            positions=activation.positions,
-            units=activation.units,
-        )
+        for name, prompts in (("anchors", pools.step), ("heldout", pools.validation)):
+            self._targets[name] = SafetyTarget.build(
+                model,
+                sae,
+                table["latent"].tolist(),
+                anchor_rows(model, context, prompts, response_tokens(activation.positions)),
+                gate=activation.gate,
+                positions=activation.positions,
+                units=activation.units,
+            )
         self._report.update(
             sae_fvu=found["fvu_harmful"],
             sae_l0=found["l0_harmful"],
@@ -256,6 +270,16 @@ class CWAC(Method):
             latents_eligible=float(table["eligible"].sum()),
             sae_slots=float(len(slots_of(model, config.slots))),
         )
+
+
+def artifact_key(context: Context) -> dict:
+    """What every artifact built from the aligned model's activations on the pools depends on."""
+    return {
+        "model": context.loaded.key,
+        "pools": context.pools_key,
+        "template": context.template,
+        "max_length": context.max_length,
+    }
 
 
 def response_tokens(positions: str) -> int:

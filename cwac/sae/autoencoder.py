@@ -82,9 +82,11 @@ class RoutedSAE(nn.Module):
         self.info = dict(info or {})
         fixed = router.partition(":")[2] if router.startswith("fixed:") else ""
         if router not in ("hard", "soft", "uniform") and not (fixed.isdigit() and int(fixed) in self.slots):
-            raise UserError(f"sae.router={router!r}: use hard, soft, uniform or fixed:s with s one of {self.slots}")
+            raise UserError(
+                f"model.sae.router={router!r}: use hard, soft, uniform or fixed:s with s one of {self.slots}"
+            )
         if not 1 <= k <= m:
-            raise UserError(f"sae.k={k}: must lie between 1 and the {m} latents of sae.m")
+            raise UserError(f"model.sae.k={k}: must lie between 1 and the {m} latents of model.sae.m")
         # the slot that `uniform` and `fixed` read
         self.fixed = self.slots.index(int(fixed)) if fixed else len(self.slots) // 2
         self.w_enc, self.b_enc = nn.Parameter(torch.empty(m, d)), nn.Parameter(torch.zeros(m))

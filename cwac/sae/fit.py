@@ -71,11 +71,13 @@ class SAEConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.harmful_share <= 1:
-            raise UserError(f"sae.harmful_share={self.harmful_share}: must lie between 0 and 1")
+            raise UserError(f"model.sae.harmful_share={self.harmful_share}: must lie between 0 and 1")
         if self.batch < 1 or self.tokens < self.batch:
-            raise UserError(f"sae.tokens={self.tokens}: must be at least one batch, sae.batch={self.batch}")
+            raise UserError(
+                f"model.sae.tokens={self.tokens}: must be at least one batch, model.sae.batch={self.batch}"
+            )
         if self.backend not in ("auto", "csr", "dense"):
-            raise UserError(f"sae.backend={self.backend!r}: use auto, csr or dense")
+            raise UserError(f"model.sae.backend={self.backend!r}: use auto, csr or dense")
 
     def learning_rate(self, steps: int) -> float:
         if self.lr is not None:

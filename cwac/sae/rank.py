@@ -150,11 +150,11 @@ def rank_latents(
     halves of the prompts (below 0.6 the order is mostly noise).
     """
     if method not in METHODS:
-        raise UserError(f"sae.rank={method}: use one of {', '.join(METHODS)}")
+        raise UserError(f"method.activation.rank={method}: use one of {', '.join(METHODS)}")
     if not len(harmful_rows) or not len(benign_rows):
         raise UserError("ranking the latents needs harmful and benign prompts: neither pool may be empty")
     if not 1 <= n <= sae.m:
-        raise UserError(f"sae.latents={n}: must lie between 1 and the SAE's {sae.m} latents")
+        raise UserError(f"method.activation.n_latents={n}: must lie between 1 and the SAE's {sae.m} latents")
     sae = sae.to(device_of(model))
     generator = torch.Generator().manual_seed(seed)
     harmful, layers, u_harmful = last_latents(model, sae, harmful_rows)
@@ -178,7 +178,7 @@ def rank_latents(
         if not refusal or not compliance:
             raise UserError(
                 "the model opens refusals and answers with the same tokens, so attribution has no margin to "
-                "explain (does it refuse at all?): use sae.rank=contrast"
+                "explain (does it refuse at all?): use method.activation.rank=contrast"
             )
         effect = attribution(model, sae, harmful_rows, refusal, compliance)
 

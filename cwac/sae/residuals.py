@@ -26,11 +26,13 @@ def slots_of(model: nn.Module, spec: str | Sequence[int] = "auto") -> list[int]:
     n = len(decoder_layers(model))
     if isinstance(spec, str):
         if spec != "auto":
-            raise UserError(f"sae.slots={spec!r}: use `auto` or a list of slots between 1 and {n}")
+            raise UserError(f"model.sae.slots={spec!r}: use `auto` or a list of slots between 1 and {n}")
         return list(range(max(1, n // 4), 3 * n // 4 + 1))
     slots = sorted({int(s) for s in spec})
     if not slots or slots[0] < 1 or slots[-1] > n:
-        raise UserError(f"sae.slots={list(spec)}: this model has decoder layers 1 to {n}; give slots in that range")
+        raise UserError(
+            f"model.sae.slots={list(spec)}: this model has decoder layers 1 to {n}; give slots in that range"
+        )
     return slots
 
 

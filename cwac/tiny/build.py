@@ -6,8 +6,6 @@ the base seeds `SEEDS` ship with the package; `--from-scratch` trains them again
 """
 
 import argparse
-import hashlib
-import json
 import random
 import time
 from pathlib import Path
@@ -181,16 +179,6 @@ def _ship(stage: str, model: PreTrainedModel, seed: int) -> None:
     WEIGHTS.mkdir(exist_ok=True)
     state = {k: v.half().contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
     save_file(state, _shipped(stage, seed))
-
-
-def fingerprint(seed: int) -> str:
-    """Changes with anything that changes what `build(seed, ...)` writes: weights, world, recipe."""
-    seed %= len(SEEDS)
-    state = hashlib.sha256(json.dumps([seed, MODEL, PRETRAIN, ALIGN, world.vocabulary()]).encode())
-    for stage in ("base", "aligned"):
-        if (path := _shipped(stage, seed)).exists():
-            state.update(path.read_bytes())
-    return state.hexdigest()[:12]
 
 
 def build(seed: int, folder: str | Path, *, from_scratch: bool = False, ship: bool = False) -> dict:
