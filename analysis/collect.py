@@ -210,9 +210,17 @@ def tidy(records: list[dict]) -> tuple[pd.DataFrame, int]:
 def at_end(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows measured at the end of training, one evaluation each.
 
-    Where a run was evaluated under several eval settings, the latest counts.
+    Where a run was evaluated under several eval settings, the latest counts. Raises UserError where two runs would
+    count as one cell and seed: they are no seeds of each other.
     """
     end = rows[rows["final"]].sort_values("time", kind="stable")
+    cell = ["model", "task", "harmful_ratio", "method", "seed"]
+    runs = end.groupby(cell, dropna=False)["run_id"].agg(lambda ids: sorted(set(ids)))
+    for ids in runs[runs.map(len) > 1]:
+        raise UserError(
+            f"these runs differ in their settings, but not in model, task, ratio, method and seed: {', '.join(ids)}. "
+            "Remedy: name the preset with --experiment, or keep them in folders of their own (paths.runs)."
+        )
     return end.drop_duplicates(["run_id", "metric", "set", "judge"], keep="last").sort_index()
 
 

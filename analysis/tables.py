@@ -12,6 +12,13 @@ KEYS = ["model", "task", "harmful_ratio", "method", "metric", "set"]
 MAIN = ("FA", "HS", "other", "OR")
 DETAIL = ("FA_lenient", "off_format", "task_loss", "poison_loss", "weight_leak", "weight_leak_all", "activation_drift")
 COST = ("seconds_per_step", "memory")
+INNER = ("subspace_rank", "subspace_share", "subspace_energy", "sae_fvu", "sae_l0", "sae_dead", "latents_eligible")
+INNER += ("relative_feature_drift", "dropped_share")
+INNER_NOTE = """\
+Inside CWAC, means over seeds and harmful ratios. Subspace: median rank, share of all input directions protected, least
+energy kept. SAE on held-out harmful prompts: FVU, L0; share of latents dead in the quality check; how many of the 100
+kept latents are eligible by their evidence. Drift of the kept latents relative to their baseline, and the share that
+left the TopK, on the prompts of L_safety (anchors) and held-out ones."""
 DETAIL_NOTE = """\
 Format, losses and certificates. Losses in nats per token: of test answers of the task, and of the poison trained
 on. `weight_leak` is the worst ||dW X||/(||dW|| ||X||) over down_proj, `weight_leak_all` over every linear layer;
@@ -184,18 +191,18 @@ def show_signed(row: pd.Series | None) -> str:
     return f"{row['mean']:+.1f} (each seed)" if row["half"] < 1e-9 else f"{row['mean']:+.1f} ± {row['half']:.1f}"
 
 
-def cost_table(summary: pd.DataFrame, model: str, task: str) -> str:
-    """Means over seeds and harmful ratios of what a method costs; empty where nothing was logged."""
+def means_table(summary: pd.DataFrame, model: str, task: str, metrics: Sequence[str]) -> str:
+    """Means over seeds and harmful ratios, one row a method that has any; empty where nothing was logged."""
     part = summary[(summary["model"] == model) & (summary["task"] == task) & (summary["method"] != paper.ALIGNED)]
-    pairs = column_pairs(part, COST)
+    pairs = column_pairs(part, metrics)
     if not pairs:
         return ""
     rows = []
-    for method in sorted(set(part["method"]), key=paper.method_order):
+    for method in sorted(set(part.loc[part["metric"].isin(metrics), "method"]), key=paper.method_order):
         means = [
             part.loc[(part["method"] == method) & (part["metric"] == m) & (part["set"] == s), "mean"] for m, s in pairs
         ]
-        cells = [f"{v.mean():.3g}" if len(v) else "not measured" for v in means]
+        cells = [f"{v.mean():.3g}" if len(v) else "-" for v in means]
         rows.append([paper.method_label(method), *cells])
     return markdown(["method", *(heading(pair, pairs) for pair in pairs)], rows)
 
@@ -216,7 +223,9 @@ def report(collection: Collection, summary: pd.DataFrame, difference: pd.DataFra
             parts += ["Difference to SFT at the same seeds, percentage points:", changed]
         if column_pairs(summary, DETAIL):
             parts += [DETAIL_NOTE, result_table(collection, summary, model, task, DETAIL)]
-        if cost := cost_table(summary, model, task):
+        if inner := means_table(summary, model, task, INNER):
+            parts += [INNER_NOTE, inner]
+        if cost := means_table(summary, model, task, COST):
             parts += ["Cost, means over seeds and harmful ratios (peak memory in MiB):", cost]
     parts.append(NOTES)
     if collection.missing:

@@ -49,7 +49,7 @@ def load_or_build(root: Path, kind: str, key: dict, build: Callable[[Path], obje
     """The folder of the artifact `kind` with `key`; `build(folder)` fills it if it is missing or damaged.
 
     Files are checked against the SHA-256 in the manifest on every load. A damaged artifact is kept beside the
-    new one under the name `<hash>.damaged`, so nothing is lost. Errors of `build` pass through and leave no artifact.
+    new one under the name `<hash>.damaged`, until the next one. Errors of `build` pass through and leave no artifact.
     """
     folder = Path(root) / kind / digest(key)
     folder.parent.mkdir(parents=True, exist_ok=True)

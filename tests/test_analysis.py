@@ -351,3 +351,14 @@ def test_a_presets_grid_is_what_the_command_expects(tmp_path, capsys, monkeypatc
     assert "Missing: 1 of 8 runs" in printed and cells[0].run_id in printed and "1/2" in printed
     assert demo.main([*arguments, "nosuch"]) == 2
     assert "experiment=nosuch" in capsys.readouterr().err
+
+
+def test_runs_of_different_settings_are_never_pooled_as_seeds(tmp_path):
+    first = cell_of("sft", 0.1, 0)
+    second = Cell(
+        first.run_id[:-8] + "11111111", *[getattr(first, k) for k in ("model", "method", "task")], 0.1, 0, "e1"
+    )
+    for cell, hs in ((first, 10.0), (second, 90.0)):
+        write_run(tmp_path / "runs", cell, rows_of(cell, hs))
+    with pytest.raises(UserError, match="differ in their settings.*00000000.*11111111"):
+        tables.summarise(collect(tmp_path / "runs"))

@@ -97,7 +97,7 @@ def test_the_two_literal_and_sound_readings_differ_where_the_paper_does():
 
 
 def test_paper_defaults():
-    """Section 5.1: AdamW, lr 2e-5, 3 epochs, batch 1, max length 512; 5,000 rows of a model that names no number of its own."""
+    """Section 5.1: AdamW, lr 2e-5, 3 epochs, batch 1, max length 512; 5,000 rows, unless a model brings its own."""
     cfg = config.compose(["train=default", "task=sst2", "model=smollm2"])
     assert (cfg.train.learning_rate, cfg.train.num_train_epochs) == (2e-5, 3)
     assert (cfg.train.per_device_train_batch_size, cfg.train.max_length) == (1, 512)
@@ -116,10 +116,16 @@ def test_paper_defaults():
         ("task.n_train=0", "out of range"),
         ("mix_mode=both", "use one of replace, additive"),
         ("eval.split=train", "use one of test, validation"),
+        ("model.dtype=fp32", "use one of float32"),
+        ("model.dtype=bfloat16", "needs fp32"),
+        ("model.kind=folder", "None"),
+        ("eval.n_harmful=0", "out of range"),
+        ("eval.at=2", "not a list of epochs"),
+        ("method.weight.n_anchors=-5", "out of range"),
     ],
 )
 def test_validate_names_the_key_and_the_remedy(override, message):
-    key = override.split("=")[0]
+    key = override.split("=")[0].replace("model.kind", "model.path")
     with pytest.raises(UsageError, match=f"{re.escape(key)}=.*{message}") as caught:
         config.validate(config.compose([override]))
     assert isinstance(caught.value, UserError) and "\n" not in str(caught.value)

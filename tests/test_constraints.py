@@ -110,6 +110,18 @@ def test_lora_is_constrained_on_its_input_side(llama):
     assert min(v["change"] for v in leaks.values()) > 1e-4
 
 
+def test_a_partial_lora_leaves_everything_else_frozen(llama):
+    """freeze_others only ever takes away: what peft froze stays frozen."""
+    from omegaconf import OmegaConf
+
+    from cwac.methods.cwac import freeze_others_
+
+    model = add_lora(llama, OmegaConf.create({"r": 2, "alpha": 4, "target_modules": ["q_proj"]}))
+    modules = linears(model, "all")
+    freeze_others_(model, modules, Constraint(modules, fit_subspace(model, random_rows(3), "all", energy=0.5)))
+    assert {n.split(".")[-3] for n, p in model.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+
+
 def test_project_matches_the_dense_projector_and_is_idempotent():
     torch.manual_seed(0)
     V = torch.linalg.qr(torch.randn(12, 5))[0]
@@ -143,6 +155,23 @@ def test_subspace_is_orthonormal_and_holds_the_energy_it_names(llama, n):
     assert inside >= 0.9 - 1e-6
     fewer = V[:, : V.shape[1] - 2]
     assert (rest @ fewer).square().sum() / rest.square().sum() < inside
+
+
+def test_without_a_direction_of_its_own_the_first_token_is_a_token_like_the_others(llama):
+    """Eq. 12 to the letter: X holds every token, so at full energy V holds the first one too."""
+    from cwac.subspace import capture
+
+    anchors = random_rows(2, seed=3)
+    bases = fit_subspace(llama, anchors, ["down_proj"], energy=1.0, first_token=False)
+    firsts = []
+    modules = {"0.down_proj": linears(llama, ["down_proj"])["0.mlp.down_proj"]}
+    capture(llama, anchors, modules, lambda name, x, x0: firsts.append(x0))
+    sink, V = torch.cat(firsts)[0], bases["0.down_proj"].V
+    assert torch.allclose(V @ (V.T @ sink), sink, atol=1e-4)
+    assert bases["0.down_proj"].n_tokens == sum(len(r["input_ids"]) for r in anchors)
+    # all rows start alike, so their first tokens add one direction to the others' span
+    apart = fit_subspace(llama, anchors, ["down_proj"], energy=1.0, first_token=True)
+    assert bases["0.down_proj"].rank == apart["0.down_proj"].rank
 
 
 def test_padding_never_enters_the_subspace(llama):

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 import cwac.engine
@@ -29,6 +30,18 @@ TINY = [
 
 def cell(method, tmp_path, artifacts, *more):
     return config.compose([f"method={method}", *TINY, f"paths.runs={tmp_path}", f"paths.artifacts={artifacts}", *more])
+
+
+def stop_at(step):
+    """A callback that fails after the given step, as a crash would."""
+    original = cwac.engine.MethodCallback.on_step_end
+
+    def stop(self, args, state, control, **kwargs):
+        original(self, args, state, control, **kwargs)
+        if state.global_step == step:
+            raise RuntimeError("planted stop")
+
+    return stop
 
 
 def trained_weights(run):
@@ -81,15 +94,8 @@ def test_trains_and_measures(method, straight):
 @pytest.mark.parametrize("method", METHODS)
 def test_resumes_bit_for_bit(method, straight, tmp_path, artifacts, monkeypatch):
     cfg = cell(method, tmp_path, artifacts)
-    original = cwac.engine.MethodCallback.on_step_end
-
-    def stop(self, args, state, control, **kwargs):
-        original(self, args, state, control, **kwargs)
-        if state.global_step == 5:
-            raise RuntimeError("planted stop")
-
     with monkeypatch.context() as patch:
-        patch.setattr(cwac.engine.MethodCallback, "on_step_end", stop)
+        patch.setattr(cwac.engine.MethodCallback, "on_step_end", stop_at(5))
         with pytest.raises(RuntimeError, match="planted stop"):
             run_cell(cfg)
     assert (Run(cfg).dir / "checkpoint-4" / cwac.engine.COMPLETE).is_file()
@@ -99,15 +105,8 @@ def test_resumes_bit_for_bit(method, straight, tmp_path, artifacts, monkeypatch)
 
 def test_a_checkpoint_cut_short_is_not_resumed_from(straight, tmp_path, artifacts, monkeypatch):
     cfg = cell("sft", tmp_path, artifacts)
-    original = cwac.engine.MethodCallback.on_step_end
-
-    def stop(self, args, state, control, **kwargs):
-        original(self, args, state, control, **kwargs)
-        if state.global_step == 5:
-            raise RuntimeError("planted stop")
-
     with monkeypatch.context() as patch:
-        patch.setattr(cwac.engine.MethodCallback, "on_step_end", stop)
+        patch.setattr(cwac.engine.MethodCallback, "on_step_end", stop_at(5))
         with pytest.raises(RuntimeError):
             run_cell(cfg)
     folder = Run(cfg).dir
@@ -153,8 +152,8 @@ def aligned_folder(run):
     return Path(load(run.cfg.model, Path(run.cfg.paths.artifacts)).source)
 
 
-def test_a_constraint_with_all_energy_leaks_at_rounding_level(tmp_path, artifacts):
-    """The certificate through train.py: AdamW, weight decay, accumulation 8, in fp32."""
+def test_a_constraint_with_all_energy_leaks_at_rounding_level(tmp_path, artifacts, monkeypatch):
+    """The certificate through train.py: AdamW, weight decay, accumulation 8, in fp32, after a resume."""
     cfg = cell(
         "weight_only",
         tmp_path,
@@ -167,6 +166,10 @@ def test_a_constraint_with_all_energy_leaks_at_rounding_level(tmp_path, artifact
         "train.per_device_train_batch_size=1",
         "train.gradient_accumulation_steps=8",
     )
+    with monkeypatch.context() as patch:  # and through a stop and a resume
+        patch.setattr(cwac.engine.MethodCallback, "on_step_end", stop_at(5))
+        with pytest.raises(RuntimeError, match="planted stop"):
+            run_cell(cfg)
     run_cell(cfg)
     assert leak(Run(cfg)) <= 1e-6 < leak(Run(cfg), "weight_leak_all")
 
@@ -183,6 +186,26 @@ def test_lora_trains_an_adapter_and_the_constraint_holds(tmp_path, artifacts):
     assert leak(Run(cfg), "weight_leak_all") < 0.1
     change = next(r["value"] for r in Run(cfg).rows() if r["metric"] == "weight_change")
     assert change > 0
+
+
+def test_the_kept_features_drift_is_measured(straight):
+    rows = {(r["metric"], r["set"]): r["value"] for r in straight("activation_only").rows()}
+    for where in ("anchors", "heldout"):
+        assert rows["feature_drift", where] > 0 and rows["residual_drift", where] > 0
+
+
+def test_a_finished_run_is_evaluated_again_from_its_kept_weights(straight, artifacts):
+    run = straight("sft")
+    again = OmegaConf.merge(run.cfg, {"eval": {"max_new_tokens": 5}})
+    before = run.status
+    run_cell(again)
+    rows = {(r["metric"], r["eval"]): r["value"] for r in run.rows() if r["metric"] == "FA"}
+    assert len(rows) == 2 and len(set(rows.values())) == 1  # other settings, the same weights
+    assert run.status["evaluations"] == sorted([run.eval, Run(again).eval])
+    assert run.status["weights_sha256"] == before["weights_sha256"]
+    with pytest.raises(config.UserError, match="asks for points on the way"):
+        run_cell(OmegaConf.merge(run.cfg, {"eval": {"at": [0.5]}}))
+    assert run.trained()
 
 
 def test_deepspeed_is_refused_where_steps_are_edited(llama, tmp_path):

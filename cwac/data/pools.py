@@ -45,5 +45,5 @@ def manifest(pools: Pools) -> dict[str, dict]:
 
 
 def fingerprint(pools: Pools) -> str:
-    """One hash over the sets artifacts are built from."""
+    """One hash over all sets; part of the key of every artifact built from one of them."""
     return digest({name: entry["sha256"] for name, entry in manifest(pools).items()})

@@ -192,11 +192,7 @@ class CWAC(Method):
             )
         self._constraint = Constraint(modules, bases)
         if weight.freeze_others:
-            kept = {id(p) for _, p, _, _ in self._constraint.entries}
-            for module in modules.values():  # with LoRA, B reads only what a constrained A lets through
-                kept |= {id(layer.weight) for layer in getattr(module, "lora_B", {}).values()}
-            for parameter in model.parameters():
-                parameter.requires_grad_(parameter.requires_grad and id(parameter) in kept)
+            freeze_others_(model, modules, self._constraint)
         ranks = sorted(b.rank for b in bases.values())
         self._report.update(
             subspace_rank=float(ranks[len(ranks) // 2]),
@@ -270,6 +266,15 @@ class CWAC(Method):
             latents_eligible=float(table["eligible"].sum()),
             sae_slots=float(len(slots_of(model, config.slots))),
         )
+
+
+def freeze_others_(model: nn.Module, modules: dict[str, nn.Module], constraint: Constraint) -> None:
+    """Freeze what no constraint covers; what was frozen before, as by peft, stays frozen."""
+    kept = {id(p) for _, p, _, _ in constraint.entries}
+    for module in modules.values():  # with LoRA, B reads only what a constrained A lets through
+        kept |= {id(layer.weight) for layer in getattr(module, "lora_B", {}).values()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.requires_grad and id(parameter) in kept)
 
 
 def artifact_key(context: Context) -> dict:
