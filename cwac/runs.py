@@ -11,6 +11,7 @@ A run is `done` only by its status file, written last and atomically; a folder t
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -166,16 +167,18 @@ def repair(path: Path) -> None:
             write_atomic(path, content[: content.rfind("\n") + 1])
 
 
+@functools.cache
+def git(*arguments: str) -> str | None:
+    """What git prints, asked once a process: a run is made by the code that was loaded, not by a later commit."""
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
 def environment() -> dict:
     """Where and with what a run was made: git commit, versions, machine, command."""
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=False)
-        except OSError:
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
     return {
         "git_commit": git("rev-parse", "HEAD"),
         "git_dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
