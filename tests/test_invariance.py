@@ -1,11 +1,11 @@
 """1 x 8 == 8 x 1 == 2 ranks x 4: a result does not depend on how a batch is laid out."""
 
+import socket
+
 import pytest
 import torch
 
 from tests.conftest import make_llama, random_rows
-
-LAYOUTS = {"8x1": (8, 1), "1x8": (1, 8), "2x4": (2, 4)}
 
 
 def penalised(model):
@@ -75,11 +75,11 @@ def final_weights(folder, per_device, accumulation, rank=0, world_size=1):
     return {n: p.detach().clone() for n, p in model.named_parameters()}
 
 
-def two_ranks(rank, folder):
+def two_ranks(rank, folder, port):
     import os
 
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29731"
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     torch.set_num_threads(1)
     weights = final_weights(folder, 4, 1, rank, 2)
@@ -102,7 +102,10 @@ def test_accumulation_changes_nothing(tmp_path):
 
 def test_two_ranks_change_nothing(tmp_path):
     whole = final_weights(tmp_path / "a", 8, 1)
-    torch.multiprocessing.spawn(two_ranks, args=(str(tmp_path),), nprocs=2)
+    with socket.socket() as probe:  # a port that is free now
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(two_ranks, args=(str(tmp_path), port), nprocs=2)
     assert close(whole, torch.load(tmp_path / "two.pt", weights_only=True)) < 1e-5
 
 
