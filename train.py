@@ -148,7 +148,7 @@ def evaluate_again(run: Run, evaluator, loaded) -> None:
 
     folder = run.dir / "model"
     status = run.status
-    missed = [e for e in run.cfg.eval.at if e != status["epoch"]]
+    missed = [e for e in run.points if e != status["epoch"]]
     if missed:
         raise UserError(
             f"{run.id} is trained; eval.at={missed} asks for points on the way, which are gone: leave eval.at as it "

@@ -124,7 +124,9 @@ def eval_id(cfg: DictConfig) -> str:
     """Six hex digits of what determines an evaluation of given weights."""
     container = OmegaConf.to_container(cfg.eval, resolve=True)
     scoring = {
-        key: canonical(value) for key, value in flatten(container).items() if key not in ("batch_size", "progress")
+        key: canonical(value)
+        for key, value in flatten(container).items()
+        if key not in ("batch_size", "progress", "at")
     }
     task = {key: canonical(cfg.task.get(key)) for key in ("max_new_tokens", "scorer", "n_test")}
     return short_hash({"eval": scoring, "task": task}, 6)

@@ -42,6 +42,7 @@ class Run:
         self.cfg = cfg
         self.id = run_id(cfg)
         self.eval = eval_id(cfg)
+        self.points = [float(e) for e in cfg.eval.at]
         self.dir = Path(cfg.paths.runs) / self.id
         self._lock = FileLock(Path(cfg.paths.runs) / f".{self.id}.lock")
         self._handler: logging.Handler | None = None
@@ -56,9 +57,10 @@ class Run:
             return {"status": "new"}
 
     def done(self) -> bool:
-        """Trained, and evaluated with this evaluation's settings."""
+        """Trained, and evaluated with this evaluation's settings at every point on the way that it asks for."""
         status = self.status
-        return status["status"] == "done" and self.eval in status.get("evaluations", [])
+        measured = status.get("evaluations", {}).get(self.eval)
+        return status["status"] == "done" and measured is not None and set(self.points) <= set(measured)
 
     def trained(self) -> bool:
         return self.status["status"] == "done"
@@ -76,7 +78,8 @@ class Run:
 
     def finish(self, **fields) -> None:
         """Mark the run done, with one more evaluation; drops the checkpoints it no longer needs."""
-        evaluations = sorted({*self.status.get("evaluations", []), self.eval})
+        evaluations = dict(self.status.get("evaluations", {}))
+        evaluations[self.eval] = sorted({*evaluations.get(self.eval, []), *self.points})
         self.write_status("done", evaluations=evaluations, finished=time.time(), **fields)
         for checkpoint in self.dir.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)

@@ -168,6 +168,19 @@ def test_evaluations_have_a_hash_of_their_own():
     assert config.eval_id(plain) != config.eval_id(config.compose(["method=sft", "eval.max_new_tokens=3"]))
 
 
+def test_an_evaluation_at_more_points_covers_one_at_fewer(tmp_path):
+    """After a campaign with points on the way, the plain command finds its runs done."""
+
+    def run_at(points):
+        return runs.Run(config.compose(["method=sft", f"paths.runs={tmp_path}", f"eval.at={points}"]))
+
+    with run_at([0, 1]) as run:
+        run.start()
+        run.finish()
+    assert run_at([]).done() and run_at([1]).done() and run_at([1, 0]).done()
+    assert not run_at([0, 2]).done() and run_at([0, 2]).trained()
+
+
 # --- rows and files --------------------------------------------------------------------------------------
 
 
