@@ -84,12 +84,6 @@ def execute(cfg: DictConfig, run: Run) -> float | None:
     artifacts = Path(cfg.paths.artifacts)
     loaded = load(cfg.model, artifacts, cfg.seed)
     model = loaded.model.to(device())
-    train_rows = method.training_data(mixed, pools, random.Random(f"method-{cfg.seed}"))
-    rows = Rows(loaded.tokenizer, train_rows, cfg.train.template, cfg.train.max_length)
-    if rows.dropped:
-        log.warning(
-            "%d of %d rows have a prompt of train.max_length or more and were left out", rows.dropped, len(train_rows)
-        )
     context = Context(
         tokenizer=loaded.tokenizer,
         pools=pools,
@@ -100,6 +94,12 @@ def execute(cfg: DictConfig, run: Run) -> float | None:
         max_length=cfg.train.max_length,
         pools_key=fingerprint(pools),
     )
+    train_rows = method.training_data(mixed, context, random.Random(f"method-{cfg.seed}"))
+    rows = Rows(loaded.tokenizer, train_rows, cfg.train.template, cfg.train.max_length)
+    if rows.dropped:
+        log.warning(
+            "%d of %d rows have a prompt of train.max_length or more and were left out", rows.dropped, len(train_rows)
+        )
     poison_ids = {e.id for e in pools.poison}
     poisoned = [e for e in train_rows if e.id in poison_ids]
 
@@ -121,7 +121,8 @@ def execute(cfg: DictConfig, run: Run) -> float | None:
         evaluator(step, epoch, final=True)
         at = {"step": step, "epoch": epoch, "final": True}
         costs = [{"metric": m, "set": "train", "value": cost[m]} for m in ("seconds_per_step", "memory")]
-        run.add_rows({**at, **row, "eval": None} for row in [*costs, *method.report(model)])
+        extra = [{"metric": "extra_data", "set": of, "value": n} for of, n in method.extra_data().items()]
+        run.add_rows({**at, **row, "eval": None} for row in [*costs, *extra, *method.report(model)])
         if cfg.eval.drift:
             reference = load_aligned(loaded)
             try:

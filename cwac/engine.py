@@ -41,9 +41,19 @@ class MethodTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """A method's batch must be in place before Trainer counts the label tokens that normalise the loss."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        first = self.state.global_step * self.args.gradient_accumulation_steps
-        batches = [self.method.batch(b, first + i) for i, b in enumerate(batches)]
+        ranks, rank = self.args.world_size, self.args.process_index
+        batches = [
+            self.method.batch(b, self.state.global_step, (i * ranks + rank, len(batches) * ranks))
+            for i, b in enumerate(batches)
+        ]
         return batches, self._get_num_items_in_batch(batches, device)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:  # before Trainer clips, so that the sum of all gradients is clipped
+            with torch.no_grad():
+                self.method.after_backward(self.model)
+        return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)

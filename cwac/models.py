@@ -100,6 +100,38 @@ def load_aligned(loaded: Loaded) -> PreTrainedModel:
     return reference.to(loaded.model.device).eval()
 
 
+def load_base(loaded: Loaded, method: str) -> PreTrainedModel:
+    """The model before its alignment, in fp32 on the CPU, for methods that need the direction of the alignment.
+
+    method: who asks, for the error. Raises UserError where the model's config names no base, or it has other shapes.
+    """
+    if loaded.base is None:
+        raise UserError(
+            f"method={method} needs the model before its alignment, and this model's config names none; give "
+            "+model.base=<folder or hub id of the unaligned model of the same architecture>"
+        )
+    try:
+        base = AutoModelForCausalLM.from_pretrained(loaded.base, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"method={method}: model.base={loaded.base} could not be loaded ({str(error).strip().splitlines()[0]}); "
+            "give the folder or hub id of the unaligned model"
+        ) from error
+    ours = {
+        name.replace(".base_layer.", ".").removeprefix("base_model.model."): p.shape
+        for name, p in loaded.model.named_parameters()
+        if "lora_" not in name
+    }
+    theirs = {name: p.shape for name, p in base.named_parameters()}
+    if ours != theirs:
+        odd = next(iter(sorted(set(ours.items()) ^ set(theirs.items()))))[0]
+        raise UserError(
+            f"method={method}: model.base={loaded.base} does not have the shapes of the aligned model (first: {odd}); "
+            "give the unaligned model of the same architecture"
+        )
+    return base
+
+
 def add_lora(model: PreTrainedModel, cfg) -> nn.Module:
     """Wrap the model with a peft LoRA adapter; `cfg` holds r, alpha, dropout and target_modules."""
     from peft import LoraConfig, get_peft_model

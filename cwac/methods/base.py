@@ -17,6 +17,16 @@ from cwac.models import Loaded
 
 Batch = dict[str, torch.Tensor]
 
+EXTRA_DATA = (
+    "harmful_prompts",  # requests without an answer
+    "refusals",  # requests with a refusal to train on
+    "harmful_pairs",  # requests with compliance, beside the poison among the rows
+    "harmless_rows",  # harmless instructions with answers, beside the task
+    "base_weights",  # matrices of the model before its alignment
+    "trigger",  # tokens added to every prompt at inference
+)
+"""What a method may see beyond the task's rows; counts of these stand beside it in every table."""
+
 
 @dataclass
 class Context:
@@ -43,10 +53,18 @@ class Method:
     """The slug: equal to the yaml's file name, the command line and the `method` column."""
 
     needs_step_hooks: ClassVar[bool] = False
-    """True where before_step or after_step is used; such a method refuses DeepSpeed, which steps inside backward."""
+    """True where after_backward, before_step or after_step is used; such a method refuses DeepSpeed, which steps
+    inside backward."""
 
-    def training_data(self, train: list[Example], pools: Pools, rng: random.Random) -> list[Example]:
-        """The rows to train on; called once, with the mixed task and harmful rows."""
+    def extra_data(self) -> dict[str, int]:
+        """How much it saw of what SFT does not see, by the names of EXTRA_DATA; asked after `setup`."""
+        return {}
+
+    def training_data(self, train: list[Example], context: Context, rng: random.Random) -> list[Example]:
+        """The rows to train on; called once, first of all hooks, with the mixed task and harmful rows.
+
+        The place to refuse a configuration that this model or these pools cannot serve: nothing is written yet.
+        """
         return train
 
     def setup(self, model: nn.Module, context: Context) -> None:
@@ -55,8 +73,13 @@ class Method:
     def start(self, model: nn.Module) -> None:
         """Called once before training, when the optimizer's parameters are fixed and before a checkpoint is loaded."""
 
-    def batch(self, batch: Batch, step: int) -> Batch:
-        """The micro-batch to train on in micro-step `step`; long [B, T], label -100 = no loss."""
+    def batch(self, batch: Batch, step: int, part: tuple[int, int]) -> Batch:
+        """The micro-batch to train on; long [B, T], label -100 = no loss.
+
+        step: optimizer steps done so far. part: (i, n), this is the i-th of the n micro-batches of this step, over
+        accumulation and ranks together; a method that swaps the batch draws n B rows by (seed, step) and takes the
+        i-th B of them, so that the result does not depend on the layout.
+        """
         return batch
 
     def penalty(self, model: nn.Module, step: int) -> torch.Tensor | None:
@@ -65,6 +88,9 @@ class Method:
         With several ranks each returns the mean over its own share; the engine averages over ranks.
         """
         return None
+
+    def after_backward(self, model: nn.Module) -> None:
+        """Gradients of the whole step are accumulated, not yet clipped; add a closed-form one; runs under no_grad."""
 
     def before_step(self, model: nn.Module) -> None:
         """Gradients are accumulated and clipped and may be edited; runs under no_grad."""

@@ -134,6 +134,15 @@ class CWAC(Method):
         self._report: dict[str, float] = {}
         self._targets = {}
 
+    def extra_data(self) -> dict[str, int]:
+        pools, prompts, harmless = self._context.pools, [], 0
+        if self.weight is not None:
+            prompts += pools.anchors[: self.weight.n_anchors]
+        if self.activation is not None:
+            prompts += [*pools.sae, *pools.step]
+            harmless = len(pools.benign)
+        return {"harmful_prompts": len(prompts)} | ({"harmless_rows": harmless} if harmless else {})
+
     def setup(self, model: nn.Module, context: Context) -> None:
         self._context = context
         if self.activation is not None:
