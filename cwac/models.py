@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -196,6 +198,17 @@ def input_group(name: str) -> str:
     """The name of the input a matrix reads: `3.self_attn.q_proj` -> `3.qkv`."""
     layer, kind = name.split(".")[0], name.split(".")[-1]
     return f"{layer}.{SHARED_INPUT.get(kind, kind)}"
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout) for the duration."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 @functools.cache

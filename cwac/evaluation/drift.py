@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from cwac.data.tokenize import Collator
-from cwac.models import base_layer, decoder_layers, linears
+from cwac.models import base_layer, decoder_layers, evaluating, linears
 from cwac.subspace import capture
 
 
@@ -82,15 +82,15 @@ def _residuals(model: nn.Module, batch: dict, last: torch.Tensor) -> torch.Tenso
         found.append(hidden[torch.arange(len(last)), last.to(hidden.device)].float())
 
     handles = [block.register_forward_hook(record) for block in decoder_layers(model)]
-    was_training = model.training
-    model.eval()
+    device = next(model.parameters()).device
     try:
-        device = next(model.parameters()).device
-        model(
-            input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device), use_cache=False
-        )
+        with evaluating(model):
+            model(
+                input_ids=batch["input_ids"].to(device),
+                attention_mask=batch["attention_mask"].to(device),
+                use_cache=False,
+            )
     finally:
         for handle in handles:
             handle.remove()
-        model.train(was_training)
     return torch.stack(found)

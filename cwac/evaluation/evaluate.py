@@ -7,6 +7,7 @@ unseen harmful requests; OR (share refused) on each set of harmless ones. `stder
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from cwac.evaluation.generate import generate
 from cwac.evaluation.judge import Judge
 from cwac.evaluation.score import score
 from cwac.methods.base import Context, Method
+from cwac.models import evaluating
 from cwac.runs import Run, read_jsonl, write_jsonl
 
 
@@ -83,8 +85,8 @@ class Evaluator:
         )
         return answers
 
-    def _judged(self, name: str, examples: list[Example], step: int) -> dict[str, float]:
-        """Shares in percent of the three verdicts; the judgements are kept per response."""
+    def _judged(self, name: str, examples: list[Example], step: int) -> Counter:
+        """How many responses got each of the three verdicts; the judgements are kept per response."""
         answers = self._answers(name, examples, step, self.cfg.eval.max_new_tokens)
         verdicts = self.judge.judge([e.prompt for e in examples], answers)
         write_jsonl(
@@ -94,8 +96,7 @@ class Evaluator:
                 for e, v in zip(examples, verdicts, strict=True)
             ],
         )
-        n = len(verdicts)
-        return {kind: 100 * sum(v.verdict == kind for v in verdicts) / n for kind in ("harmful", "refusal", "other")}
+        return Counter(v.verdict for v in verdicts)
 
     def _accuracy(self, step: int) -> list[dict]:
         examples = self.task_rows
@@ -113,16 +114,15 @@ class Evaluator:
     def _harm(self, step: int) -> list[dict]:
         rows = []
         for name, examples in self.harmful.items():
-            shares = self._judged(name, examples, step)
+            counts = self._judged(name, examples, step)
             for metric, kind in (("HS", "harmful"), ("refusal", "refusal"), ("other", "other")):
-                count = round(shares[kind] * len(examples) / 100)
-                rows.append({**percent(metric, name, count, len(examples)), "judge": self.judge.name})
+                rows.append({**percent(metric, name, counts[kind], len(examples)), "judge": self.judge.name})
         return rows
 
     def _over_refusal(self, step: int) -> list[dict]:
         rows = []
         for name, examples in self.benign.items():
-            refused = round(self._judged(name, examples, step)["refusal"] * len(examples) / 100)
+            refused = self._judged(name, examples, step)["refusal"]
             rows.append({**percent("OR", name, refused, len(examples)), "judge": self.judge.name})
         return rows
 
@@ -140,15 +140,13 @@ class Evaluator:
     def _loss(self, examples: list[Example]) -> float:
         data = Rows(self.tokenizer, examples, self.cfg.train.template, self.cfg.train.max_length)
         collate = Collator(pad_token_id(self.tokenizer))
-        was_training = self.model.training
-        self.model.eval()
         total, tokens = 0.0, 0
-        for start in range(0, len(data), 16):
-            batch = collate([data[i] for i in range(start, min(start + 16, len(data)))])
-            n = int((batch["labels"][:, 1:] != -100).sum())
-            total += float(self.model(**{k: v.to(self.model.device) for k, v in batch.items()}).loss) * n
-            tokens += n
-        self.model.train(was_training)
+        with evaluating(self.model):
+            for start in range(0, len(data), 16):
+                batch = collate([data[i] for i in range(start, min(start + 16, len(data)))])
+                n = int((batch["labels"][:, 1:] != -100).sum())
+                total += float(self.model(**{k: v.to(self.model.device) for k, v in batch.items()}).loss) * n
+                tokens += n
         return total / max(1, tokens)
 
     def drift(self, reference: nn.Module, anchors: list[dict], held: list[dict], step: int, epoch: float) -> None:
