@@ -17,12 +17,13 @@ Layers count from 0; ranges include both ends.
 Deviations:
 - The paper reads [i, j] off a figure. Ours: i is the first layer with gap_k > 0.1 max gap; j the first layer after the
   steepest rise that rises by less than a quarter of it, or the last layer.
-- Ties of R_o keep the narrower range; where no alpha up to `max_alpha` changes R_o enough, [i, j] stands (ours).
+- Of bounds with the same R_o the one nearest to [i, j] is taken; where no alpha up to `max_alpha` changes R_o enough,
+  [i, j] stands (ours).
 - The prompts come from the run's pools, malicious ones from `anchors` and `sae`, harmless ones from `benign`, and are
   rendered as the model is served, not by the Alpaca template. The over-rejection set is those of `benign` that share
   most words with the malicious ones, in place of the paper's 721 questions; XSTest is kept for the evaluation.
 - A refusal is what `KeywordJudge` calls one, not the model's own template.
-- Also the last layer is read before the final norm.
+- The last layer, too, is read before the final norm.
 """
 
 from __future__ import annotations
@@ -249,8 +250,8 @@ def refine(
     layers = (i, j)
     if alpha is not None:
         sign = 1 if alpha > 1 else -1
-        hi = max(range(i, n_layers), key=lambda k: (sign * R_o(i, k, alpha), -k))
-        lo = max(range(hi + 1), key=lambda k: (sign * R_o(k, hi, alpha), k))
+        hi = max(range(i, n_layers), key=lambda k: (sign * R_o(i, k, alpha), -abs(k - j)))
+        lo = max(range(hi + 1), key=lambda k: (sign * R_o(k, hi, alpha), -abs(k - i)))
         layers = (lo, hi)
     return {"layers": layers, "alpha": alpha, "refusals": [[*at, count] for at, count in counts.items()]}
 
@@ -263,7 +264,7 @@ def spread(counts: Sequence[int]) -> float:
 
 @contextmanager
 def scaled(model: nn.Module, lo: int, hi: int, alpha: float) -> Iterator[None]:
-    """While open, every linear weight of layers lo..hi is multiplied by alpha; afterwards all are back, bit for bit."""
+    """While open, every linear weight of layers lo..hi is multiplied by alpha; then they are back, to the bit."""
     weights = [base_layer(m).weight for m in linears(model, "all", range(lo, hi + 1)).values()]
     kept = [w.detach().clone() for w in weights]
     try:
