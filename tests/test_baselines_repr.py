@@ -238,6 +238,8 @@ def test_rerouted_layers_scale_with_the_depth(llama):
     method = CircuitBreaker("circuit_breaker")
     found = {n: method._rerouted(make_llama(layers=n)) for n in (32, 4, 30)}
     assert found == {32: [10, 20], 4: [1, 2], 30: [9, 19]}
+    method.alpha = 0.0
+    assert method.extra_data() == {}  # nothing is drawn then
 
 
 def rerouting(context, rank=0, world_size=1, **settings):
@@ -329,7 +331,7 @@ def test_the_second_pass_is_the_gradient_with_the_perturbation_held_fixed(llama)
 
     assert loss.item() == shifted() > llama(**batch).loss.item()
     slope, difference = slope_and_difference(shifted, llama.model.layers[0].mlp.down_proj.weight)
-    assert slope == pytest.approx(difference, rel=1e-2) and slope > 1e-2
+    assert slope == pytest.approx(difference, rel=1e-2) and slope > 1e-3
 
 
 def immunised(context, **settings):
