@@ -4,8 +4,9 @@ Zou, Phan, Wang, Duenas, Lin, Andriushchenko, Wang, Kolter, Fredrikson, Hendryck
 with Circuit Breakers", NeurIPS 2024, arXiv:2406.04313, Algorithm 1. At step t of T:
 L = c_s L_s + c_r L_r, c_s = alpha (1 - t / 2T), c_r = alpha t / 2T,
 L_s = mean ReLU(cos(rep(x_s), rep_0(x_s))) on harmful requests with their answers,
-L_r = mean ||rep(x_r) - rep_0(x_r)||_2 on what must stay; rep_0 is the initial model. The paper's settings and the official loss were read in published
-excerpts and in copies of `lorra_circuit_breaker.py` of GraySwanAI/circuit-breakers, which itself was out of reach.
+L_r = mean ||rep(x_r) - rep_0(x_r)||_2 on what must stay; rep_0 is the initial model.
+The paper's settings and the official loss were read in published excerpts and in copies of `lorra_circuit_breaker.py`
+of GraySwanAI/circuit-breakers, which itself was out of reach.
 
 Deviations:
 - The paper trains an adapter before a model is deployed and has no user data; here RR is added to the loss of the
