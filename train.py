@@ -62,38 +62,26 @@ def execute(cfg: DictConfig, run: Run) -> float | None:
     from transformers.utils import logging as hf_logging
 
     from cwac.anchors import anchor_rows
+    from cwac.context import open_context
     from cwac.data.mix import mix
-    from cwac.data.pools import fingerprint, load_pools, manifest
+    from cwac.data.pools import manifest
     from cwac.data.tasks import load_task
     from cwac.data.tokenize import Rows, pad_token_id
     from cwac.engine import total_steps, train, training_arguments
     from cwac.evaluation.evaluate import Evaluator
-    from cwac.methods.base import Context
-    from cwac.models import device, load, load_aligned
+    from cwac.models import load_aligned
     from cwac.tracking import Tracker
 
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     method = instantiate(cfg.method)
     arguments = training_arguments(cfg, run)
-    data = cfg.paths.data
-    task = load_task(cfg.task, data, cfg.seed, cfg.eval.split)
-    pools = load_pools(cfg.pools, data, cfg.seed)
-    mixed = mix(task.train, pools.poison, cfg.harmful_ratio, cfg.seed, cfg.mix_mode)
+    task = load_task(cfg.task, cfg.paths.data, cfg.seed, cfg.eval.split)
     set_seed(cfg.seed)
-    artifacts = Path(cfg.paths.artifacts)
-    loaded = load(cfg.model, artifacts, cfg.seed)
-    model = loaded.model.to(device())
-    context = Context(
-        tokenizer=loaded.tokenizer,
-        pools=pools,
-        loaded=loaded,
-        artifacts=artifacts,
-        seed=cfg.seed,
-        template=cfg.train.template,
-        max_length=cfg.train.max_length,
-        pools_key=fingerprint(pools),
-    )
+    context = open_context(cfg)
+    pools, loaded = context.pools, context.loaded
+    model = loaded.model
+    mixed = mix(task.train, pools.poison, cfg.harmful_ratio, cfg.seed, cfg.mix_mode)
     train_rows = method.training_data(mixed, context, random.Random(f"method-{cfg.seed}"))
     rows = Rows(loaded.tokenizer, train_rows, cfg.train.template, cfg.train.max_length)
     context.steps = total_steps(arguments, len(rows))

@@ -296,27 +296,14 @@ def main(overrides: Sequence[str]) -> None:
     import hydra
 
     from cwac.config import compose, validate
-    from cwac.data.pools import fingerprint, load_pools
-    from cwac.models import device, load
+    from cwac.context import open_context
 
     cfg = compose(["method=sppft", *overrides])
     validate(cfg)
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
-    pools = load_pools(cfg.pools, cfg.paths.data, cfg.seed)
-    artifacts = Path(cfg.paths.artifacts)
-    loaded = load(cfg.model, artifacts, cfg.seed)
-    context = Context(
-        tokenizer=loaded.tokenizer,
-        pools=pools,
-        loaded=loaded,
-        artifacts=artifacts,
-        seed=cfg.seed,
-        template=cfg.train.template,
-        max_length=cfg.train.max_length,
-        pools_key=fingerprint(pools),
-    )
+    context = open_context(cfg)
     settings = hydra.utils.instantiate(cfg.method.localisation, _convert_="all")
-    found = locate(loaded.model.to(device()), context, settings)
+    found = locate(context.loaded.model, context, settings)
     print((found.folder / "curves.csv").read_text())
     result = json.loads((found.folder / "safety_layers.json").read_text())
     print(f"cosine curves: {result['cosine']}; with over-rejection (alpha {result['alpha']}): {result['layers']}")
