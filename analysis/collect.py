@@ -6,6 +6,7 @@ Only runs whose `status.json` says `done` count; what is skipped is counted and 
 """
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,6 +74,8 @@ class Collection:
     """Rows replaced by a later row of the same identity."""
     expected: list[Cell] = field(default_factory=list)
     """The cells of the preset; empty where no preset was named."""
+    notes: list[str] = field(default_factory=list)
+    """What a frozen campaign recorded as left out when it was collected."""
 
     @property
     def missing(self) -> list[Cell]:
@@ -82,7 +85,7 @@ class Collection:
 
     def account(self) -> list[str]:
         """What a reader must know before trusting the rows, one line each; empty if all is well."""
-        lines = []
+        lines = list(self.notes)
         if self.duplicates:
             lines.append(f"{self.duplicates} duplicate rows (the last one of each was kept)")
         for name, count in self.unreadable.items():
@@ -191,6 +194,46 @@ def collect(runs: Path | str, expected: Iterable[Cell] | None = None) -> Collect
         else:
             found.unfinished[folder.name] = "done, but without a readable metric row"
     found.rows, found.duplicates = tidy(records)
+    return found
+
+
+RUN_ID = re.compile(
+    r"(?P<model>.+)-(?P<task>[^-]+)-p(?P<ratio>[^-]+(?:e-\d+)?)-(?P<method>[^-]+)-s(?P<seed>\d+)-[^-]+"
+)
+
+
+def cell_of(run_id: str) -> Cell | None:
+    """The cell that a run's name spells (`cwac.config.run_id`); None where it spells none."""
+    found = RUN_ID.fullmatch(run_id)
+    if not found:
+        return None
+    return Cell(run_id, found["model"], found["method"], found["task"], float(found["ratio"]), int(found["seed"]))
+
+
+def read_frozen(folder: Path | str) -> Collection:
+    """A frozen campaign (`results/NAME`, written by `analysis.demo`) as a collection, with what it then lacked.
+
+    folder: holds `results.csv` and, for the runs that were missing or left out, `provenance.json`. Generations and
+    judgements are not part of it. Raises UserError if there is no readable `results.csv` with the columns of a row.
+    """
+    folder = Path(folder)
+    remedy = "Remedy: a folder written by python -m analysis.demo, such as results/demo."
+    try:
+        frame = pd.read_csv(folder / "results.csv", low_memory=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} holds no readable results.csv. {remedy}") from error
+    if absent := [c for c in COLUMNS if c not in frame.columns]:
+        raise UserError(f"{folder}/results.csv lacks the columns {', '.join(absent)}. {remedy}")
+    try:
+        record = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        record = {}
+    rows, duplicates = tidy(frame.to_dict("records"))
+    found = Collection(rows, list(dict.fromkeys(rows["run_id"])), duplicates=duplicates)
+    found.notes = list(record.get("left_out", []))
+    if record.get("experiment"):
+        cells = [cell_of(name) for name in [*found.runs, *record.get("missing", [])]]
+        found.expected = [cell for cell in cells if cell]
     return found
 
 
