@@ -205,8 +205,8 @@ def cell(cfg: DictConfig) -> float | None:
     try:
         if HydraConfig.get().runtime.choices["values"] == "tuned" and cfg["values"] != "tuned":
             log.warning(
-                "values=tuned: nothing was chosen for model=%s method=%s (conf/chosen/tuned/%s_%s.yaml does not exist); "
-                "its official values are used, and its rows say so",
+                "values=tuned: nothing was chosen for model=%s method=%s (no conf/chosen/tuned/%s_%s.yaml); its "
+                "official values are used, and its rows say so",
                 *(cfg.model.name, cfg.method.name) * 2,
             )
         return run_cell(cfg)
@@ -234,6 +234,8 @@ def main() -> int:
             cell()
         except (HydraException, OmegaConfBaseException) as error:
             print(f"error: {str(error).split('Config search path')[0].strip()}", file=sys.stderr)
+            if "hydra/sweeper/optuna" in str(error):
+                print("Remedy: searches need the extra `tune`: pip install -e '.[tune]'", file=sys.stderr)
             return 2
         failures = read_jsonl(Path(os.environ[FAILURES]))
     if len(failures) > 1:

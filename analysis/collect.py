@@ -1,7 +1,7 @@
 """Read finished runs back into one table of metric rows.
 
 A row is one measured number (`design` of the run directory: `cwac/runs.py`): run_id, model, method,
-task, harmful_ratio, seed, epoch, step, final, metric, set, value, n, stderr, judge, eval, time.
+task, harmful_ratio, seed, values, epoch, step, final, metric, set, value, n, stderr, judge, eval, time.
 Only runs whose `status.json` says `done` count; what is skipped is counted and named, never silent.
 """
 
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 from hydra.errors import HydraException
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from analysis.paper import PROPORTIONS
@@ -25,6 +26,7 @@ COLUMNS = [
     "task",
     "harmful_ratio",
     "seed",
+    "values",
     "epoch",
     "step",
     "final",
@@ -53,9 +55,12 @@ class Cell:
     seed: int
     eval: str = ""
     """Id of the evaluation settings the preset asks for; empty accepts any."""
+    values: str = ""
+    """Whether the method's keys are `official` or `tuned`; empty leaves what the run's rows say."""
 
     def __str__(self) -> str:
-        return f"model={self.model} task={self.task} method={self.method} p={self.harmful_ratio:g} seed={self.seed}"
+        method = f"{self.method} values=tuned" if self.values == "tuned" else self.method
+        return f"model={self.model} task={self.task} method={method} p={self.harmful_ratio:g} seed={self.seed}"
 
 
 @dataclass
@@ -133,24 +138,27 @@ def read_rows(path: Path) -> tuple[list[dict], int]:
     return rows, bad
 
 
+def cell_from(cfg: DictConfig) -> Cell:
+    """The run that a composed configuration asks for."""
+    return Cell(
+        run_id=run_id(cfg),
+        model=cfg.model.name,
+        method=cfg.method.name,
+        task=cfg.task.name,
+        harmful_ratio=float(cfg.harmful_ratio),
+        seed=int(cfg.seed),
+        eval=eval_id(cfg),
+        values=cfg["values"],
+    )
+
+
 def expected_cells(preset: str, overrides: list[str] | None = None) -> list[Cell]:
     """The runs that `train.py -m experiment=<preset> <overrides>` makes, in its order.
 
     Raises UserError if there is no such preset or an override does not fit.
     """
     try:
-        return [
-            Cell(
-                run_id=run_id(cfg),
-                model=cfg.model.name,
-                method=cfg.method.name,
-                task=cfg.task.name,
-                harmful_ratio=float(cfg.harmful_ratio),
-                seed=int(cfg.seed),
-                eval=eval_id(cfg),
-            )
-            for cfg in expand(preset, overrides)
-        ]
+        return [cell_from(cfg) for cfg in expand(preset, overrides)]
     except (HydraException, OmegaConfBaseException) as error:
         first = str(error).split("\n")[0].rstrip(".")
         raise UserError(
@@ -169,6 +177,8 @@ def collect(runs: Path | str, expected: Iterable[Cell] | None = None) -> Collect
         raise UserError(f"--runs {runs} is not a folder. Remedy: run the campaign first, or name its runs folder.")
     cells = list(expected or [])
     evaluations = {cell.run_id: cell.eval for cell in cells}
+    # a search may choose the official value: then one run serves both, and the preset knows which is meant
+    values = {cell.run_id: {"values": cell.values} if cell.values else {} for cell in cells}
     folders = (
         [runs / cell.run_id for cell in cells if (runs / cell.run_id).is_dir()]
         if cells
@@ -189,7 +199,9 @@ def collect(runs: Path | str, expected: Iterable[Cell] | None = None) -> Collect
         if rows:
             found.runs.append(folder.name)
             records += [
-                {**row, "run_id": folder.name} for row in rows if not wanted or row.get("eval") in (None, "", wanted)
+                {**row, "run_id": folder.name, **values.get(folder.name, {})}
+                for row in rows
+                if not wanted or row.get("eval") in (None, "", wanted)
             ]
         else:
             found.unfinished[folder.name] = "done, but without a readable metric row"
@@ -222,7 +234,7 @@ def read_frozen(folder: Path | str) -> Collection:
         frame = pd.read_csv(folder / "results.csv", low_memory=False)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} holds no readable results.csv. {remedy}") from error
-    if absent := [c for c in COLUMNS if c not in frame.columns]:
+    if absent := [c for c in COLUMNS if c not in frame.columns and c != "values"]:
         raise UserError(f"{folder}/results.csv lacks the columns {', '.join(absent)}. {remedy}")
     try:
         record = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
@@ -246,6 +258,8 @@ def tidy(records: list[dict]) -> tuple[pd.DataFrame, int]:
     frame["final"] = frame["final"].map(lambda flag: str(flag).lower() == "true")
     for column in ("set", "judge", "eval", "model", "method", "task", "metric"):
         frame[column] = frame[column].map(lambda text: "" if pd.isna(text) else str(text))
+    # what was measured before this column existed was all official
+    frame["values"] = frame["values"].map(lambda text: "official" if pd.isna(text) else str(text))
     kept = frame.drop_duplicates(IDENTITY, keep="last")
     return kept.reset_index(drop=True), len(frame) - len(kept)
 
