@@ -66,7 +66,7 @@ def execute(cfg: DictConfig, run: Run) -> float | None:
     from cwac.data.pools import fingerprint, load_pools, manifest
     from cwac.data.tasks import load_task
     from cwac.data.tokenize import Rows, pad_token_id
-    from cwac.engine import train, training_arguments
+    from cwac.engine import total_steps, train, training_arguments
     from cwac.evaluation.evaluate import Evaluator
     from cwac.methods.base import Context
     from cwac.models import device, load, load_aligned
@@ -96,6 +96,7 @@ def execute(cfg: DictConfig, run: Run) -> float | None:
     )
     train_rows = method.training_data(mixed, context, random.Random(f"method-{cfg.seed}"))
     rows = Rows(loaded.tokenizer, train_rows, cfg.train.template, cfg.train.max_length)
+    context.steps = total_steps(arguments, len(rows))
     if rows.dropped:
         log.warning(
             "%d of %d rows have a prompt of train.max_length or more and were left out", rows.dropped, len(train_rows)

@@ -41,6 +41,7 @@ NOT_IDENTITY = {
     "task.scorer",
     "task.n_test",
     "model.n_train",  # its value stands under task.n_train
+    "model.trigger_tokens",  # its value stands under method.trigger_tokens
 }
 """Keys of those groups that change what is logged, kept or evaluated, not what is trained."""
 
@@ -176,6 +177,20 @@ NUMBERS: dict[str, tuple[float | None, float | None, bool]] = {
     "eval.n_benign": (1, None, True),
     "eval.n_drift": (1, None, True),
     "method.weight.n_anchors": (1, None, True),
+    "method.rho": (0, None, False),
+    "method.align_steps": (0, None, True),
+    "method.finetune_steps": (0, None, True),
+    "method.guide_data_num": (0, None, True),
+    "method.prox_after": (0, 1, False),
+    "method.min_cycles": (1, None, True),
+    "method.num_safety": (1, None, True),
+    "method.safety_per_harmful": (0, None, False),
+    "method.trigger_tokens": (1, None, True),
+    "method.ratio": (0, 1, False),
+    "method.lam": (0, None, False),
+    "method.n_prompts": (1, None, True),
+    "method.response_tokens": (1, None, True),
+    "method.budget": (1, None, True),
     "threads": (1, None, True),
     "model.base_seed": (0, None, True),
     "eval.max_new_tokens": (1, None, True),

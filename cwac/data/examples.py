@@ -23,6 +23,8 @@ class Example:
     """The data set or pool it came from, e.g. `advbench`."""
     group: str = ""
     """A harm category or a benign skill; used for breakdowns only."""
+    extra_tokens: int = 0
+    """Tokens that a method added to the prompt; the row may exceed the maximum length by them."""
 
     @property
     def messages(self) -> Messages:

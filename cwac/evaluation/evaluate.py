@@ -17,7 +17,7 @@ from cwac.anchors import own_answers
 from cwac.artifacts import write_atomic
 from cwac.data.examples import Example
 from cwac.data.tasks import Task
-from cwac.data.tokenize import Collator, Rows, pad_token_id
+from cwac.data.tokenize import Collator, Rows, pad_token_id, reprompt
 from cwac.evaluation.drift import activation_drift, weight_leak
 from cwac.evaluation.generate import generate
 from cwac.evaluation.judge import Judge
@@ -128,11 +128,13 @@ class Evaluator:
         return rows
 
     def _losses(self) -> list[dict]:
-        """Mean loss per label token (nats) on test answers of the task and on the poison that was trained on.
+        """Mean loss per label token (nats) on test answers of the task, asked as served, and on the poison as trained.
 
         HS at equal steps says little when one method simply learns slower; HS at equal loss does.
         """
-        rows = [{"metric": "task_loss", "set": self.cfg.task.name, "value": self._loss(self.task_rows[:64])}]
+        template = self.cfg.train.template
+        served = [reprompt(self.tokenizer, e, self.method.prompt(e.messages), template) for e in self.task_rows[:64]]
+        rows = [{"metric": "task_loss", "set": self.cfg.task.name, "value": self._loss(served)}]
         if self.poisoned:
             rows.append({"metric": "poison_loss", "set": "poison", "value": self._loss(self.poisoned[:64])})
         return rows
