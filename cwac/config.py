@@ -42,6 +42,7 @@ NOT_IDENTITY = {
     "task.n_test",
     "model.n_train",  # its value stands under task.n_train
     "model.trigger_tokens",  # its value stands under method.trigger_tokens
+    "model.safety_layers",  # resolved under the method that uses it
 }
 """Keys of those groups that change what is logged, kept or evaluated, not what is trained."""
 
