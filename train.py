@@ -53,6 +53,7 @@ def run_cell(cfg: DictConfig) -> float | None:
 
 
 def execute(cfg: DictConfig, run: Run) -> float | None:
+    import math
     import random
 
     import torch
@@ -101,6 +102,9 @@ def execute(cfg: DictConfig, run: Run) -> float | None:
         log.warning(
             "%d of %d rows have a prompt of train.max_length or more and were left out", rows.dropped, len(train_rows)
         )
+    per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    planned = math.ceil(arguments.num_train_epochs * math.ceil(len(rows) / per_step))
+    context.steps = arguments.max_steps if arguments.max_steps > 0 else planned
     poison_ids = {e.id for e in pools.poison}
     poisoned = [e for e in train_rows if e.id in poison_ids]
 
