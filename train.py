@@ -53,7 +53,6 @@ def run_cell(cfg: DictConfig) -> float | None:
 
 
 def execute(cfg: DictConfig, run: Run) -> float | None:
-    import math
     import random
 
     import torch
@@ -102,9 +101,6 @@ def execute(cfg: DictConfig, run: Run) -> float | None:
         log.warning(
             "%d of %d rows have a prompt of train.max_length or more and were left out", rows.dropped, len(train_rows)
         )
-    per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    planned = math.ceil(arguments.num_train_epochs * math.ceil(len(rows) / per_step))
-    context.steps = arguments.max_steps if arguments.max_steps > 0 else planned
     poison_ids = {e.id for e in pools.poison}
     poisoned = [e for e in train_rows if e.id in poison_ids]
 
@@ -228,7 +224,7 @@ def cell(cfg: DictConfig) -> float | None:
         elif HydraConfig.get().mode == RunMode.MULTIRUN:
             log.error("%s: %s", overrides, error)
         append_jsonl(Path(os.environ[FAILURES]), [entry])
-        return float("nan")  # what Hydra's Optuna sweeper takes for a failed trial
+        return None  # what Hydra's Optuna sweeper takes for a failed trial; a NaN ends the whole search
 
 
 def main() -> int:
@@ -242,6 +238,9 @@ def main() -> int:
             if "hydra/sweeper/optuna" in str(error):
                 print("Remedy: searches need the extra `tune`: pip install -e '.[tune]'", file=sys.stderr)
             return 2
+        except ValueError as error:  # of the Optuna sweeper, where every trial failed; they are named below
+            if "No trials are completed" not in str(error):
+                raise
         failures = read_jsonl(Path(os.environ[FAILURES]))
     if len(failures) > 1:
         print(f"error: {len(failures)} cells failed; the same command again runs only these:", file=sys.stderr)
