@@ -26,7 +26,7 @@ from hydra.types import RunMode  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
-from cwac.config import CONF, UsageError, UserError, validate  # noqa: E402
+from cwac.config import CONF, UsageError, UserError, objective, validate  # noqa: E402
 from cwac.runs import Run, append_jsonl, read_jsonl  # noqa: E402
 
 log = logging.getLogger("cwac")
@@ -35,7 +35,7 @@ FAILURES = "CWAC_FAILURES"
 
 
 def run_cell(cfg: DictConfig) -> float | None:
-    """Execute one cell: skip if done, else train or resume, evaluate, mark done. Returns the mean HS for sweepers."""
+    """Execute one cell: skip if done, else train or resume, evaluate, mark done. Returns `objective` for sweepers."""
     validate(cfg)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UsageError(
@@ -166,12 +166,11 @@ def weights_hash(model) -> str:
 
 
 def headline(run: Run) -> float | None:
-    """Prints the run's final FA, HS, other and OR; returns mean HS over its test sets."""
+    """Prints the run's final FA, HS, other and OR; returns the value of `objective`, None where it lacks a metric."""
     final = [r for r in run.rows() if r.get("final") and r["eval"] == run.eval]
     shown = [r for r in final if r["metric"] in ("FA", "HS", "refusal", "other", "OR")]
     log.info("%s: %s", run.id, "  ".join(f"{r['metric']}[{r['set']}] {r['value']:.1f}" for r in shown))
-    scores = [r["value"] for r in final if r["metric"] == "HS"]
-    return sum(scores) / len(scores) if scores else None
+    return objective(run.cfg.objective, final)
 
 
 def instantiate(node: DictConfig):
@@ -193,6 +192,12 @@ def instantiate(node: DictConfig):
 def cell(cfg: DictConfig) -> float | None:
     """One cell; its failure is recorded for main() and never stops the sweep's other cells."""
     try:
+        if HydraConfig.get().runtime.choices["values"] == "tuned" and cfg["values"] != "tuned":
+            log.warning(
+                "values=tuned: nothing was chosen for model=%s method=%s (no conf/chosen/tuned/%s_%s.yaml); its "
+                "official values are used, and its rows say so",
+                *(cfg.model.name, cfg.method.name) * 2,
+            )
         return run_cell(cfg)
     except Exception as error:
         expected = isinstance(error, UserError) and not cfg.debug
@@ -207,7 +212,7 @@ def cell(cfg: DictConfig) -> float | None:
         elif HydraConfig.get().mode == RunMode.MULTIRUN:
             log.error("%s: %s", overrides, error)
         append_jsonl(Path(os.environ[FAILURES]), [entry])
-        return float("nan")  # what Hydra's Optuna sweeper takes for a failed trial
+        return None  # what Hydra's Optuna sweeper takes for a failed trial; a NaN ends the whole search
 
 
 def main() -> int:
@@ -218,7 +223,12 @@ def main() -> int:
             cell()
         except (HydraException, OmegaConfBaseException) as error:
             print(f"error: {str(error).split('Config search path')[0].strip()}", file=sys.stderr)
+            if "hydra/sweeper/optuna" in str(error):
+                print("Remedy: searches need the extra `tune`: pip install -e '.[tune]'", file=sys.stderr)
             return 2
+        except ValueError as error:  # of the Optuna sweeper, where every trial failed; they are named below
+            if "No trials are completed" not in str(error):
+                raise
         failures = read_jsonl(Path(os.environ[FAILURES]))
     if len(failures) > 1:
         print(f"error: {len(failures)} cells failed; the same command again runs only these:", file=sys.stderr)

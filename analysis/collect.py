@@ -1,17 +1,19 @@
 """Read finished runs back into one table of metric rows.
 
 A row is one measured number (`design` of the run directory: `cwac/runs.py`): run_id, model, method,
-task, harmful_ratio, seed, epoch, step, final, metric, set, value, n, stderr, judge, eval, time.
+task, harmful_ratio, seed, values, epoch, step, final, metric, set, value, n, stderr, judge, eval, time.
 Only runs whose `status.json` says `done` count; what is skipped is counted and named, never silent.
 """
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 from hydra.errors import HydraException
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from analysis.paper import PROPORTIONS
@@ -24,6 +26,7 @@ COLUMNS = [
     "task",
     "harmful_ratio",
     "seed",
+    "values",
     "epoch",
     "step",
     "final",
@@ -52,9 +55,12 @@ class Cell:
     seed: int
     eval: str = ""
     """Id of the evaluation settings the preset asks for; empty accepts any."""
+    values: str = ""
+    """Whether the method's keys are `official` or `tuned`; empty leaves what the run's rows say."""
 
     def __str__(self) -> str:
-        return f"model={self.model} task={self.task} method={self.method} p={self.harmful_ratio:g} seed={self.seed}"
+        method = f"{self.method} values=tuned" if self.values == "tuned" else self.method
+        return f"model={self.model} task={self.task} method={method} p={self.harmful_ratio:g} seed={self.seed}"
 
 
 @dataclass
@@ -73,6 +79,8 @@ class Collection:
     """Rows replaced by a later row of the same identity."""
     expected: list[Cell] = field(default_factory=list)
     """The cells of the preset; empty where no preset was named."""
+    notes: list[str] = field(default_factory=list)
+    """What a frozen campaign recorded as left out when it was collected."""
 
     @property
     def missing(self) -> list[Cell]:
@@ -82,7 +90,7 @@ class Collection:
 
     def account(self) -> list[str]:
         """What a reader must know before trusting the rows, one line each; empty if all is well."""
-        lines = []
+        lines = list(self.notes)
         if self.duplicates:
             lines.append(f"{self.duplicates} duplicate rows (the last one of each was kept)")
         for name, count in self.unreadable.items():
@@ -130,24 +138,27 @@ def read_rows(path: Path) -> tuple[list[dict], int]:
     return rows, bad
 
 
+def cell_from(cfg: DictConfig) -> Cell:
+    """The run that a composed configuration asks for."""
+    return Cell(
+        run_id=run_id(cfg),
+        model=cfg.model.name,
+        method=cfg.method.name,
+        task=cfg.task.name,
+        harmful_ratio=float(cfg.harmful_ratio),
+        seed=int(cfg.seed),
+        eval=eval_id(cfg),
+        values=cfg["values"],
+    )
+
+
 def expected_cells(preset: str, overrides: list[str] | None = None) -> list[Cell]:
     """The runs that `train.py -m experiment=<preset> <overrides>` makes, in its order.
 
     Raises UserError if there is no such preset or an override does not fit.
     """
     try:
-        return [
-            Cell(
-                run_id=run_id(cfg),
-                model=cfg.model.name,
-                method=cfg.method.name,
-                task=cfg.task.name,
-                harmful_ratio=float(cfg.harmful_ratio),
-                seed=int(cfg.seed),
-                eval=eval_id(cfg),
-            )
-            for cfg in expand(preset, overrides)
-        ]
+        return [cell_from(cfg) for cfg in expand(preset, overrides)]
     except (HydraException, OmegaConfBaseException) as error:
         first = str(error).split("\n")[0].rstrip(".")
         raise UserError(
@@ -166,6 +177,8 @@ def collect(runs: Path | str, expected: Iterable[Cell] | None = None) -> Collect
         raise UserError(f"--runs {runs} is not a folder. Remedy: run the campaign first, or name its runs folder.")
     cells = list(expected or [])
     evaluations = {cell.run_id: cell.eval for cell in cells}
+    # a search may choose the official value: then one run serves both, and the preset knows which is meant
+    values = {cell.run_id: {"values": cell.values} if cell.values else {} for cell in cells}
     folders = (
         [runs / cell.run_id for cell in cells if (runs / cell.run_id).is_dir()]
         if cells
@@ -186,11 +199,53 @@ def collect(runs: Path | str, expected: Iterable[Cell] | None = None) -> Collect
         if rows:
             found.runs.append(folder.name)
             records += [
-                {**row, "run_id": folder.name} for row in rows if not wanted or row.get("eval") in (None, "", wanted)
+                {**row, "run_id": folder.name, **values.get(folder.name, {})}
+                for row in rows
+                if not wanted or row.get("eval") in (None, "", wanted)
             ]
         else:
             found.unfinished[folder.name] = "done, but without a readable metric row"
     found.rows, found.duplicates = tidy(records)
+    return found
+
+
+RUN_ID = re.compile(
+    r"(?P<model>.+)-(?P<task>[^-]+)-p(?P<ratio>[^-]+(?:e-\d+)?)-(?P<method>[^-]+)-s(?P<seed>\d+)-[^-]+"
+)
+
+
+def cell_of(run_id: str) -> Cell | None:
+    """The cell that a run's name spells (`cwac.config.run_id`); None where it spells none."""
+    found = RUN_ID.fullmatch(run_id)
+    if not found:
+        return None
+    return Cell(run_id, found["model"], found["method"], found["task"], float(found["ratio"]), int(found["seed"]))
+
+
+def read_frozen(folder: Path | str) -> Collection:
+    """A frozen campaign (`results/NAME`, written by `analysis.demo`) as a collection, with what it then lacked.
+
+    folder: holds `results.csv` and, for the runs that were missing or left out, `provenance.json`. Generations and
+    judgements are not part of it. Raises UserError if there is no readable `results.csv` with the columns of a row.
+    """
+    folder = Path(folder)
+    remedy = "Remedy: a folder written by python -m analysis.demo, such as results/demo."
+    try:
+        frame = pd.read_csv(folder / "results.csv", low_memory=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} holds no readable results.csv. {remedy}") from error
+    if absent := [c for c in COLUMNS if c not in frame.columns and c != "values"]:
+        raise UserError(f"{folder}/results.csv lacks the columns {', '.join(absent)}. {remedy}")
+    try:
+        record = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        record = {}
+    rows, duplicates = tidy(frame.to_dict("records"))
+    found = Collection(rows, list(dict.fromkeys(rows["run_id"])), duplicates=duplicates)
+    found.notes = list(record.get("left_out", []))
+    if record.get("experiment"):
+        cells = [cell_of(name) for name in [*found.runs, *record.get("missing", [])]]
+        found.expected = [cell for cell in cells if cell]
     return found
 
 
@@ -203,6 +258,8 @@ def tidy(records: list[dict]) -> tuple[pd.DataFrame, int]:
     frame["final"] = frame["final"].map(lambda flag: str(flag).lower() == "true")
     for column in ("set", "judge", "eval", "model", "method", "task", "metric"):
         frame[column] = frame[column].map(lambda text: "" if pd.isna(text) else str(text))
+    # what was measured before this column existed was all official
+    frame["values"] = frame["values"].map(lambda text: "official" if pd.isna(text) else str(text))
     kept = frame.drop_duplicates(IDENTITY, keep="last")
     return kept.reset_index(drop=True), len(frame) - len(kept)
 

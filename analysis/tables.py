@@ -207,6 +207,17 @@ def means_table(summary: pd.DataFrame, model: str, task: str, metrics: Sequence[
     return markdown(["method", *(heading(pair, pairs) for pair in pairs)], rows)
 
 
+def values_note(rows: pd.DataFrame) -> str:
+    """Whose values the methods of these rows were run at, in one sentence."""
+    tuned = {*map(tuple, rows.loc[rows["values"] == "tuned", ["model", "method"]].drop_duplicates().to_numpy())}
+    if not tuned:
+        return "Values: official, each method at those of its yaml."
+    one_model = rows["model"].nunique() == 1
+    named = sorted(tuned, key=lambda pair: (pair[0], paper.method_order(pair[1])))
+    shown = ", ".join(paper.method_label(method) + ("" if one_model else f" on {model}") for model, method in named)
+    return f"Values: tuned on validation prompts (results/tuning) for {shown}; official for the others."
+
+
 def report(collection: Collection, summary: pd.DataFrame, difference: pd.DataFrame | None = None) -> str:
     """The tables of a campaign as Markdown, the notes, and what is missing or was left out.
 
@@ -227,7 +238,7 @@ def report(collection: Collection, summary: pd.DataFrame, difference: pd.DataFra
             parts += [INNER_NOTE, inner]
         if cost := means_table(summary, model, task, COST):
             parts += ["Cost, means over seeds and harmful ratios (peak memory in MiB):", cost]
-    parts.append(NOTES)
+    parts += [NOTES, values_note(collection.rows)]
     if collection.missing:
         named = "\n".join(f"- {cell}  ({cell.run_id})" for cell in collection.missing)
         parts.append(f"**Missing: {len(collection.missing)} of {len(collection.expected)} runs.**\n\n{named}")

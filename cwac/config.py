@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,25 @@ def eval_id(cfg: DictConfig) -> str:
     return short_hash({"eval": scoring, "task": task}, 6)
 
 
+OBJECTIVE = ("FA", "HS", "refusal", "other", "OR")
+"""Metrics, in percent, that `objective` may weigh."""
+
+
+def objective(weights: Mapping[str, float], rows: Iterable[Mapping]) -> float | None:
+    """What a sweeper minimises: the sum of weight x mean over sets; percentage points.
+
+    rows: metric rows of one evaluation. None where a metric that has a weight was not measured.
+    """
+    rows = list(rows)
+    total = 0.0
+    for metric, weight in weights.items():
+        values = [r["value"] for r in rows if r["metric"] == metric]
+        if not values:
+            return None
+        total += weight * sum(values) / len(values)
+    return total
+
+
 # key: (lowest, highest, whole number?); None means no bound
 NUMBERS: dict[str, tuple[float | None, float | None, bool]] = {
     "harmful_ratio": (0, 1, False),
@@ -220,6 +240,12 @@ def validate(cfg: DictConfig) -> None:
             f"model.dtype={cfg.model.dtype} rounds a projected update away; method={cfg.method.name} needs fp32: "
             "use model.dtype=float32"
         )
+    for metric, weight in cfg.objective.items():
+        if metric not in OBJECTIVE or isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise UsageError(
+                f"objective.{metric}={weight} is not valid; give weights of {', '.join(OBJECTIVE)}, "
+                "e.g. objective='{HS: 1, FA: -1}'"
+            )
     epochs = cfg.eval.at if OmegaConf.is_list(cfg.eval.at) else [None]
     if not all(isinstance(e, int | float) and not isinstance(e, bool) and e >= 0 for e in epochs):
         raise UsageError(f"eval.at={cfg.eval.at} is not a list of epochs; give one such as eval.at=[0,1]")

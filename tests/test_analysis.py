@@ -10,7 +10,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from analysis import demo, figures, paper, stats, tables
-from analysis.collect import Cell, at_end, before, collect, expected_cells, one_judge
+from analysis.collect import Cell, at_end, before, collect, expected_cells, one_judge, read_frozen
 from cwac import config
 from cwac.config import UserError
 
@@ -188,6 +188,26 @@ def test_two_judges_are_never_averaged(tmp_path):
     assert pick(at_end(one_judge(rows, "keyword")), metric="HS")["value"] == 30.0
     with pytest.raises(UserError, match="keyword, strict"):
         one_judge(rows, "nobody")
+
+
+def test_a_frozen_campaign_reads_back_as_the_runs_it_came_from(campaign, tmp_path, monkeypatch):
+    runs, cells = campaign
+    gone = cell_of("cwac", 0.5, 0)
+    monkeypatch.setattr(demo, "expected_cells", lambda preset, overrides: [*cells, gone])
+    out = tmp_path / "frozen"
+    assert demo.main(["--runs", str(runs), "--experiment", "demo", "--out", str(out)]) == 1
+    fresh, frozen = collect(runs, [*cells, gone]), read_frozen(out)
+    assert frozen.rows.equals(fresh.rows) and sorted(frozen.runs) == sorted(fresh.runs)
+    assert [c.run_id for c in frozen.missing] == [gone.run_id] and frozen.missing[0].harmful_ratio == 0.5
+    assert tables.summarise(frozen).equals(tables.summarise(fresh))
+
+
+def test_a_folder_that_is_no_frozen_campaign_is_refused(tmp_path):
+    with pytest.raises(UserError, match="results.csv.*Remedy"):
+        read_frozen(tmp_path)
+    (tmp_path / "results.csv").write_text("run_id,value\nx,1\n")
+    with pytest.raises(UserError, match="lacks the columns model"):
+        read_frozen(tmp_path)
 
 
 # --- tables -------------------------------------------------------------------------------------------

@@ -48,6 +48,8 @@ class Pools:
     """Set name -> unseen requests; HS is reported per set."""
     over_refusal: dict[str, list[Example]] = field(default_factory=dict)
     """Set name -> harmless requests that share words with harmful ones; a refusal here is an over-refusal."""
+    validation_benign: dict[str, list[Example]] = field(default_factory=dict)
+    """The same for tuning: OR with `eval.split=validation`; never reported."""
     align: list[Example] = field(default_factory=list)
     """Request -> refusal for the alignment stage of models that ship unaligned."""
 
@@ -175,7 +177,7 @@ def real_pools(cfg_pools: Mapping, data: str | None, seed: int = 0) -> Pools:
         **{name: order(name, chain.from_iterable(splits[name].values())) for name in flat},
         **{
             name: {source: order(f"{name}.{source}", rows) for source, rows in splits[name].items()}
-            for name in ("test", "over_refusal")
+            for name in ("test", "over_refusal", "validation_benign")
         },
     )
     assert_disjoint(pools)
@@ -224,6 +226,7 @@ def assert_disjoint(pools: Pools) -> None:
     }
     named |= {f"test.{k}": v for k, v in pools.test.items()}
     named |= {f"over_refusal.{k}": v for k, v in pools.over_refusal.items()}
+    named |= {f"validation_benign.{k}": v for k, v in pools.validation_benign.items()}
     owner: dict[str, str] = {}
     shared: Counter = Counter()
     for name, examples in named.items():

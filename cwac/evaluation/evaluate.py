@@ -48,10 +48,11 @@ class Evaluator:
         limit = cfg.eval
         self.task_rows = task.test[: limit.n_task]
         if limit.split == "validation":
-            self.harmful = {"validation": pools.validation[: limit.n_harmful]}
+            harmful, benign = {"validation": pools.validation}, pools.validation_benign
         else:
-            self.harmful = {name: rows[: limit.n_harmful] for name, rows in pools.test.items()}
-        self.benign = {name: rows[: limit.n_benign] for name, rows in pools.over_refusal.items()}
+            harmful, benign = pools.test, pools.over_refusal
+        self.harmful = {name: rows[: limit.n_harmful] for name, rows in harmful.items()}
+        self.benign = {name: rows[: limit.n_benign] for name, rows in benign.items()}
         self.poisoned = poisoned
 
     def __call__(self, step: int, epoch: float, final: bool = False) -> None:

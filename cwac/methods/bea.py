@@ -93,7 +93,8 @@ class BEA(Method):
                 f"method={self.name} needs {self._n_safety} refusals (method.num_safety, method.safety_per_harmful), "
                 f"the pool `safety` has {len(pools.safety)}; lower them or enlarge the pool (pools.*)"
             )
-        held_out = chain(pools.validation, *pools.test.values(), *pools.over_refusal.values())
+        benign = (*pools.over_refusal.values(), *pools.validation_benign.values())
+        held_out = chain(pools.validation, *pools.test.values(), *benign)
         avoid = {i for e in held_out for i in tokenizer(e.prompt, add_special_tokens=False)["input_ids"]}
         self._trigger = random_trigger(tokenizer, self.trigger_tokens, random.Random(f"trigger-{context.seed}"), avoid)
         self._n_tokens = len(tokenizer(self._trigger, add_special_tokens=False)["input_ids"])
