@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from cwac.config import UsageError
-from cwac.models import decoder_layers
-from cwac.sae.residuals import evaluating, residuals
+from cwac.models import decoder_layers, evaluating
+from cwac.sae.residuals import residuals
 
 
 class Reference:
