@@ -1,4 +1,4 @@
-"""Searches at equal budgets on prompts no test pool has; what they choose is what `values=tuned` runs, and is named."""
+"""Searches at equal budgets on prompts no test pool has; `values=tuned` runs what they choose, and tables say so."""
 
 import json
 import math
