@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-full smollm2 test test-slow lint clean
+.PHONY: help setup demo demo-full smollm2 test test-slow bench lint clean
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -48,6 +48,9 @@ test: $(ENV) ## the default tests: CPU, offline, minutes
 
 test-slow: $(ENV) ## the slow tests too
 	$(SINGLE) $(PY) -m pytest -m "not gpu" $(ARGS)
+
+bench: $(ENV) ## cost of a step of each method, in SFT steps on the same batches (minutes)
+	$(SINGLE) $(PY) -m benchmarks.methods $(ARGS)
 
 lint: $(ENV) ## ruff: rules and format
 	$(PY) -m ruff check .

@@ -54,9 +54,9 @@ def log_and_choose(args: argparse.Namespace) -> int:
     model, method = cells[0].model.name, cells[0].method.name
     path = args.out / model / f"{method}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
-    log.to_csv(path, index=False)
-    print(means.to_string(index=False))
     best = int(means.loc[means["chosen"], "trial"].iloc[0])
+    log.assign(chosen=log["trial"] == best).to_csv(path, index=False)
+    print(means.to_string(index=False))
     target = args.conf / "chosen" / "tuned" / f"{model}_{method}.yaml"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(as_yaml(values[best - 1], len(values), sorted(set(log["seed"])), path), encoding="utf-8")

@@ -275,10 +275,11 @@ def compose(overrides: list[str] | None = None) -> DictConfig:
         return hydra_compose("config", overrides=overrides or [])
 
 
-def expand(experiment: str, overrides: list[str] | None = None) -> list[DictConfig]:
-    """Every cell of a preset's grid, in the order Hydra walks it; overrides as on the command line win.
+def grid(experiment: str, overrides: list[str] | None = None) -> list[list[str]]:
+    """The overrides of every cell of a preset, in the order Hydra walks them; those of the command line win.
 
-    A sweep override (`seed=0,1`) replaces the preset's axis of the same key, as it does under `-m`.
+    A sweep override (`seed=0,1`) replaces the preset's axis of the same key, as it does under `-m`. A search is a grid
+    like any other; Optuna walks it in another order.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -291,7 +292,16 @@ def expand(experiment: str, overrides: list[str] | None = None) -> list[DictConf
         own = [o for o in given if not parser.parse_override(o).is_sweep_override()]
         base = hydra_compose("config", overrides=own, return_hydra_config=True)
         params = OmegaConf.to_container(base.hydra.sweeper.params, resolve=True) or {}
-        axes = {parser.parse_override(o).key_or_group: o for o in (f"{k}={v}" for k, v in params.items())}
-        axes.update({parser.parse_override(o).key_or_group: o for o in given})
-        cells = BasicSweeper.split_arguments(parser.parse_overrides(list(axes.values())), None)[0]
-        return [hydra_compose("config", overrides=list(cell)) for cell in cells]
+    axes = {parser.parse_override(o).key_or_group: o for o in (f"{k}={v}" for k, v in params.items())}
+    axes.update({parser.parse_override(o).key_or_group: o for o in given})
+    return [list(cell) for cell in BasicSweeper.split_arguments(parser.parse_overrides(list(axes.values())), None)[0]]
+
+
+def expand(experiment: str, overrides: list[str] | None = None) -> list[DictConfig]:
+    """Every cell of a preset's grid, composed; see `grid`."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    cells = grid(experiment, overrides)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return [hydra_compose("config", overrides=cell) for cell in cells]

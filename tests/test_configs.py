@@ -64,7 +64,10 @@ def test_a_model_brings_its_training_and_a_task_its_pools_unless_told_otherwise(
     assert config.compose(["model=smollm2", "task=sst2", "train=default"]).train.learning_rate == 2e-5
 
 
-@pytest.mark.parametrize("name", PRESETS)
+GRIDS = [name for name in PRESETS if not name.startswith("tune_")]  # searches: tests/test_tuning.py
+
+
+@pytest.mark.parametrize("name", GRIDS)
 def test_presets_expand_to_distinct_valid_cells(name):
     cells = config.expand(name)
     for cell in cells:
@@ -121,6 +124,7 @@ def test_paper_defaults():
         ("model.kind=folder", "None"),
         ("eval.n_harmful=0", "out of range"),
         ("eval.at=2", "not a list of epochs"),
+        ("objective.HS=much", "give weights of FA, HS"),
         ("method.weight.n_anchors=-5", "out of range"),
     ],
 )
