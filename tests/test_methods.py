@@ -117,9 +117,15 @@ def test_a_checkpoint_cut_short_is_not_resumed_from(straight, tmp_path, artifact
     assert Run(cfg).status["weights_sha256"] == straight("sft").status["weights_sha256"]
 
 
+TRAIN_ALIKE = {"bea_no_trigger": "bea"}
+"""Methods that differ in how they are served only."""
+
+
 def test_methods_end_at_different_weights(straight):
     hashes = {m: straight(m).status["weights_sha256"] for m in METHODS}
-    assert len(set(hashes.values())) == len(METHODS)
+    for method, twin in TRAIN_ALIKE.items():
+        assert hashes.pop(method) == hashes[twin]
+    assert len(set(hashes.values())) == len(hashes)
 
 
 def leak(run, which="weight_leak"):
