@@ -13,9 +13,12 @@ from safetensors.torch import load_file
 from cwac import config
 from cwac.config import UsageError, UserError
 from cwac.data.examples import Example
-from cwac.methods.asft import AsFT, Operator
+from cwac.evaluation.drift import merged_weight
+from cwac.methods import salora
+from cwac.methods.asft import AsFT, Full, Operator
 from cwac.methods.base import Method
 from cwac.methods.safelora import SafeLoRA, project
+from cwac.methods.salora import SaLoRA
 from cwac.methods.sppft import SPPFT
 from cwac.models import Loaded, add_lora, alignment_directions, decoder_layers, linears
 from cwac.runs import Run
@@ -157,8 +160,6 @@ def test_asft_gradient_by_finite_differences():
     V, W0 = torch.randn(5, 7), torch.randn(5, 7)
     method = AsFT("asft", lam=1.3)
     module = torch.nn.Linear(7, 5, bias=False)
-    from cwac.methods.asft import Full
-
     with torch.no_grad():
         module.weight.copy_(W0)
         term = Full(module.weight, Operator(V, method.operator))
@@ -442,6 +443,88 @@ def test_safe_lora_differs_from_sft_only_after_training(pair):
     """It overrides no hook that runs during training."""
     for hook in ("setup", "batch", "penalty", "after_backward", "before_step", "after_step"):
         assert getattr(SafeLoRA, hook) is getattr(Method, hook)
+
+
+# --- SaLoRA ----------------------------------------------------------------------------------------
+def test_salora_starts_from_the_aligned_model_and_writes_to_no_safety_direction(pair, monkeypatch):
+    harmful, task = random_rows(6, seed=1), random_rows(6, seed=2)
+    monkeypatch.setattr(salora, "anchor_rows", lambda model, context, prompts, tokens: harmful)
+    monkeypatch.setattr(salora, "encode_prompts", lambda context, examples, responses: task)
+    pair.model = add_lora(pair.model, LORA)
+    W0 = {n: m.base_layer.weight.clone() for n, m in salora.adapted_layers(pair.model).items()}
+    ids = torch.tensor([random_rows(1, seed=9)[0]["input_ids"]])
+    before = pair.model(input_ids=ids).logits
+    method = SaLoRA("salora", safety_rank=5, task_rank=6)
+    context = SimpleNamespace(loaded=pair, pools=SimpleNamespace(anchors=list("abc")))
+    method.training_data(list("rows"), context, random.Random(0))
+    method.setup(pair.model, context)
+    adapted = salora.adapted_layers(pair.model)
+    assert torch.allclose(pair.model(input_ids=ids).logits, before, atol=1e-5)
+    assert all(m.lora_B["default"].weight.abs().max() > 0 for m in adapted.values())
+    assert method.extra_data() == {"harmful_prompts": 3} and 0 < method.report(pair.model)[0]["value"] < 1
+
+    optimizer = torch.optim.AdamW([p for p in pair.model.parameters() if p.requires_grad], lr=0.01, weight_decay=0.1)
+    for _ in range(3):
+        pair.model(input_ids=ids, labels=ids).loss.backward()
+        with torch.no_grad():
+            method.after_backward(pair.model)
+            optimizer.step()
+            method.after_step(pair.model)
+        optimizer.zero_grad()
+    entries = dict(zip(adapted, method._entries, strict=True))
+    for name, module in adapted.items():
+        U = entries[name][1]
+        assert torch.allclose(U.T @ U, torch.eye(5), atol=1e-5)
+        dW = merged_weight(module) - W0[name].double()
+        assert dW.norm() > 0.01 and (U.double().T @ dW).norm() < 1e-5 * dW.norm() + 1e-6, name
+
+
+def test_salora_protects_the_leading_outputs_on_harmful_prompts(pair):
+    rows = random_rows(5, seed=1)
+    modules = {n: m for n, m in linears(pair.model, ["down_proj"]).items() if n.startswith("0.")}
+    ((U, energy),) = salora.leading_outputs(pair.model, rows, modules, 4).values()
+    outputs = []
+    handle = modules["0.mlp.down_proj"].register_forward_hook(lambda module, args, out: outputs.append(out[0]))
+    for row in rows:  # one by one: no padding
+        pair.model(input_ids=torch.tensor([row["input_ids"]]))
+    handle.remove()
+    left, s, _ = torch.linalg.svd(torch.cat(outputs).detach().T, full_matrices=False)
+    assert torch.allclose(U @ U.T, left[:, :4] @ left[:, :4].T, atol=1e-4)
+    assert energy == pytest.approx((s[:4].square().sum() / s.square().sum()).item(), rel=1e-4)
+
+
+def test_projecting_b_is_training_behind_a_fixed_c():
+    """The hooks against the paper's form, C a factor of the forward pass, under AdamW with weight decay."""
+    torch.manual_seed(0)
+    U = torch.linalg.qr(torch.randn(8, 3))[0]
+    C, x, y = torch.eye(8) - U @ U.T, torch.randn(6, 20), torch.randn(8, 20)
+    A0, B0 = torch.randn(2, 6), torch.randn(8, 2)
+    products = []
+    for behind in (True, False):
+        A, B = A0.clone().requires_grad_(), (B0 if behind else C @ B0).clone().requires_grad_()
+        optimizer = torch.optim.AdamW([A, B], lr=0.05, weight_decay=0.3)
+        for _ in range(20):
+            optimizer.zero_grad()
+            ((C @ B if behind else B) @ A @ x - y).square().mean().backward()
+            with torch.no_grad():
+                if not behind:
+                    salora.project_(B.grad, U)
+                optimizer.step()
+                if not behind:
+                    salora.project_(B, U)
+        products.append(C @ B @ A)
+    assert torch.allclose(*products, atol=1e-4) and (products[0] - C @ B0 @ A0).norm() > 0.5
+
+
+def test_salora_says_what_it_needs(pair):
+    context = SimpleNamespace(loaded=pair)
+    with pytest.raises(UsageError, match="method=salora.*no full-parameter form; give model.lora="):
+        SaLoRA("salora").training_data([], context, random.Random(0))
+    pair.model = add_lora(pair.model, LORA)
+    with pytest.raises(UserError, match="method.safety_rank=16 leaves an adapted layer of 16 outputs"):
+        SaLoRA("salora", safety_rank=16).training_data([], context, random.Random(0))
+    with pytest.raises(UsageError, match="method.task_rank=0"):
+        SaLoRA("salora", task_rank=0)
 
 
 # --- errors, before anything is trained ----------------------------------------------------------------

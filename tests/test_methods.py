@@ -28,8 +28,13 @@ TINY = [
 ]
 
 
+NEEDS = {"salora": ["model.lora={r: 4, alpha: 8, target_modules: all-linear}"]}
+"""What a method cannot do without."""
+
+
 def cell(method, tmp_path, artifacts, *more):
-    return config.compose([f"method={method}", *TINY, f"paths.runs={tmp_path}", f"paths.artifacts={artifacts}", *more])
+    paths = [f"paths.runs={tmp_path}", f"paths.artifacts={artifacts}"]
+    return config.compose([f"method={method}", *TINY, *paths, *NEEDS.get(method, []), *more])
 
 
 def stop_at(step):
