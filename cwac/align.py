@@ -80,8 +80,8 @@ ROUNDS = (
     Round(steps=520, refusals=600, benign=2000, answer_tokens=10, refusal_characters=80, repeats=2),
     Round(240, 600, 1400, learning_rate=2e-4, answer_tokens=8, refusal_characters=60, repeats=3, seed=1),
 )
-"""The first round teaches where to stop; the second, with the sources levelled, what to refuse in any wording. A third,
-of 60 steps at one refusal to one answer, refused no more of HarmBench and 5 % of Alpaca, so it is left out."""
+"""The first round teaches where to stop; the second, with the sources levelled, what to refuse in any wording. A
+third, of 60 steps at one refusal to one answer, refused no more of HarmBench and 5 % of Alpaca: it is left out."""
 
 
 @dataclass(frozen=True)
