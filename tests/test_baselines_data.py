@@ -17,6 +17,7 @@ from cwac import config
 from cwac.config import UsageError, UserError
 from cwac.data.examples import Example
 from cwac.data.tokenize import IGNORE, Collator, encode_example, encode_prompt, system_slot
+from cwac.evaluation.judge import KeywordJudge
 from cwac.methods.base import Context
 from cwac.methods.bea import BEA, by_category, random_trigger
 from cwac.methods.lisa import Lisa, fit_cycle
@@ -361,7 +362,8 @@ def test_replay_sees_the_prompts_that_cwac_sees(tmp_path, artifacts):
     for row in method._rows:
         answer = [i for i in row["labels"] if i != IGNORE]
         assert row["input_ids"][-len(answer) :] == answer and answer[-1] == tokenizer.eos_token_id
-        assert "can not help" in tokenizer.decode(answer)
+        refusal = tokenizer.decode(answer, skip_special_tokens=True)  # its own words, at times garbled
+        assert KeywordJudge().judge_one("", refusal).verdict == "refusal"
 
 
 def test_the_replay_loss_is_the_mean_cross_entropy_of_the_prompts_drawn():
