@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 import tempfile
@@ -198,7 +199,8 @@ def cell(cfg: DictConfig) -> float | None:
                 "official values are used, and its rows say so",
                 *(cfg.model.name, cfg.method.name) * 2,
             )
-        return run_cell(cfg)
+        value = run_cell(cfg)
+        return math.inf if value is None else value
     except Exception as error:
         expected = isinstance(error, UserError) and not cfg.debug
         overrides = " ".join(HydraConfig.get().overrides.task)
@@ -212,7 +214,7 @@ def cell(cfg: DictConfig) -> float | None:
         elif HydraConfig.get().mode == RunMode.MULTIRUN:
             log.error("%s: %s", overrides, error)
         append_jsonl(Path(os.environ[FAILURES]), [entry])
-        return None  # what Hydra's Optuna sweeper takes for a failed trial; a NaN ends the whole search
+        return math.inf  # the worst a sweeper can be told; NaN or None, a failed trial, ends Optuna's whole search
 
 
 def main() -> int:
@@ -226,9 +228,6 @@ def main() -> int:
             if "hydra/sweeper/optuna" in str(error):
                 print("Remedy: searches need the extra `tune`: pip install -e '.[tune]'", file=sys.stderr)
             return 2
-        except ValueError as error:  # of the Optuna sweeper, where every trial failed; they are named below
-            if "No trials are completed" not in str(error):
-                raise
         failures = read_jsonl(Path(os.environ[FAILURES]))
     if len(failures) > 1:
         print(f"error: {len(failures)} cells failed; the same command again runs only these:", file=sys.stderr)

@@ -3,11 +3,11 @@
 python -m benchmarks.methods                  every method of conf/method/ on model=tiny
 python -m benchmarks.methods --methods lisa,asft --steps 200
 
-Two trainers live in one process, the method's and SFT's, each with a model of its own. They take turns step by step: the
-method trains on a batch, then SFT on the same tensors, so that a swapped batch (Lisa) or a longer row (BEA's trigger) is
-no cost of the method's, and a slow moment of the machine hits both. A step is a whole turn of Trainer's loop: fetching
-and swapping the batch, forward and backward passes, hooks, clipping, optimizer, callbacks. Setup, evaluation and what
-happens after training are not part of it.
+Two trainers live in one process, the method's and SFT's, each with a model of its own. They take turns step by step:
+the method trains on a batch, then SFT on the same tensors, so that a swapped batch (Lisa) or a longer row (BEA's
+trigger) is no cost of the method's, and a slow moment of the machine hits both. A step is a whole turn of Trainer's
+loop: fetching and swapping the batch, forward and backward passes, hooks, clipping, optimizer, callbacks. Setup,
+evaluation and what happens after training are not part of it.
 """
 
 from __future__ import annotations
@@ -93,8 +93,9 @@ def recorded(method: Method) -> dict[tuple[int, int], Batch]:
     batches, given = {}, method.batch
 
     def batch(batch: Batch, step: int, part: tuple[int, int]) -> Batch:
-        batches[step, part[0]] = given(batch, step, part)
-        return batches[step, part[0]]
+        chosen = given(batch, step, part)
+        batches[step, part[0]] = dict(chosen)
+        return chosen
 
     method.batch = batch
     return batches

@@ -156,10 +156,11 @@ SMALL = [
 
 def launch(*overrides: str, env: dict | None = None, **popen) -> subprocess.Popen:
     """`python train.py <overrides>` in a process of its own, in the repository root."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(
         [sys.executable, "train.py", *overrides],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(env or {})},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **(env or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

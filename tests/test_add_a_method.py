@@ -56,6 +56,7 @@ def project(tmp_path_factory) -> Path:
         "outputs",
         "tests",
         "docs",
+        "benchmarks",
         "local",
         "__pycache__",
     )
@@ -96,10 +97,9 @@ def test_one_file_makes_a_model_and_one_beside_its_data_a_task(project, random_m
     task = "conf/task/reviews.yaml"
     write(project, "conf/model/mine.yaml", task, "data/me/reviews/train.csv", "data/me/reviews/test.csv")
     # the real pools are not here; the page's own command reads them from paths.data
-    grid = ["model=mine", "task=toy_sentiment,reviews", "method=sft", "pools=toy", "paths.data=data", "threads=1"]
-    code, output = run(
-        project, "train.py", "-m", *grid, *SMALL, "train.max_steps=2", "++task.n_validation=2", "seed=1"
-    )
+    grid = ["model=mine", "task=toy_sentiment,reviews", "method=sft", "pools=toy", "paths.data=data"]
+    grid += [*SMALL, "train.max_steps=2", "++task.n_validation=2", "seed=1"]
+    code, output = run(project, "train.py", "-m", *grid)
     assert code == 0, output
     after = sources(project)
     assert {name for name in after if after[name] != before.get(name)} == {"conf/model/mine.yaml", task}

@@ -113,12 +113,12 @@ def test_a_search_ends_in_a_log_and_in_values_that_tuned_runs_use(random_model, 
         "train.max_steps=2",
         *SMALL,
     ]
-    here = ["hydra/launcher=basic", "hydra.sweeper.n_jobs=1"]  # one process; its start is most of such a run
+    here = ["hydra.launcher.n_jobs=1", "hydra.sweeper.n_jobs=1"]  # one process; its start is most of such a run
     narrow = ["seed=choice(3,4)", "method.ratio=choice(0.03,0.12)"]
     too_far = ["seed=choice(3,4)", "method.ratio=choice(0.03,0.12,99.0)"]
 
     code, output = run_train("-m", "experiment=tune_safeinstr", *common, *here, *too_far)
-    assert code == 1 and output.count("method.ratio=99 of 32 rows needs 3168 refusals") >= 2, output
+    assert code == 2 and "error: 2 cells failed" in output and "method.ratio=99.0 is out of range" in output, output
     arguments = ["--experiment", "tune_safeinstr", "--runs", str(tmp_path / "runs")]
     arguments += ["--out", str(tmp_path / "log"), "--conf", str(tmp_path / "conf")]
     assert tuning.main([*arguments, *common, *too_far]) == 1
