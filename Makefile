@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-full smollm2 audit test test-slow lint clean
+.PHONY: help setup demo demo-full smollm2 audit claims test test-slow lint clean
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -45,6 +45,9 @@ smollm2: $(ENV) ## the campaign on SmolLM2-135M with real SST-2 and AdvBench (ho
 
 audit: $(ENV) ## check the paper's own numbers; writes analysis/AUDIT.md
 	$(PY) -m analysis.audit
+
+claims: $(ENV) ## what a frozen campaign says about the paper's claims (ARGS="--results results/demo" by default)
+	$(PY) -m analysis.claims $(or $(ARGS),--results results/demo)
 
 test: $(ENV) ## the default tests: CPU, offline, minutes
 	$(SINGLE) $(PY) -m pytest $(ARGS)
