@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-full smollm2 test test-slow bench lint clean
+.PHONY: help setup demo demo-full smollm2 smollm2-rivals audit claims test test-slow bench lint clean
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -42,6 +42,16 @@ demo-full: $(ENV) ## a larger grid of the same
 smollm2: $(ENV) ## the campaign on SmolLM2-135M with real SST-2 and AdvBench (hours on 2 cores)
 	$(SINGLE) $(PY) train.py -m experiment=smollm2 $(ARGS) || echo "make: some runs failed; the table names them" >&2
 	$(PY) -m analysis.demo --experiment smollm2 --runs runs --out results/local/smollm2 $(ARGS)
+
+audit: $(ENV) ## check the paper's own numbers; writes analysis/AUDIT.md
+	$(PY) -m analysis.audit
+
+claims: $(ENV) ## what a frozen campaign says about the paper's claims (ARGS="--results results/demo" by default)
+	$(PY) -m analysis.claims $(or $(ARGS),--results results/demo)
+
+smollm2-rivals: $(ENV) ## the paper's baselines in the same setting, p = 0.1 (an hour on 2 cores)
+	$(SINGLE) $(PY) train.py -m experiment=smollm2_rivals $(ARGS) || echo "make: some runs failed; the table names them" >&2
+	$(PY) -m analysis.demo --experiment smollm2_rivals --runs runs --out results/local/smollm2_rivals $(ARGS)
 
 test: $(ENV) ## the default tests: CPU, offline, minutes
 	$(SINGLE) $(PY) -m pytest $(ARGS)
