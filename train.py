@@ -24,10 +24,10 @@ import hydra  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from hydra.errors import HydraException  # noqa: E402
 from hydra.types import RunMode  # noqa: E402
-from omegaconf import DictConfig  # noqa: E402
+from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
-from cwac.config import CONF, UsageError, UserError, objective, validate  # noqa: E402
+from cwac.config import CONF, UsageError, UserError, expand, objective, run_id, validate  # noqa: E402
 from cwac.runs import Run, append_jsonl, read_jsonl  # noqa: E402
 
 log = logging.getLogger("cwac")
@@ -55,6 +55,12 @@ def run_cell(cfg: DictConfig) -> float | None:
 
 def execute(cfg: DictConfig, run: Run) -> float | None:
     import random
+    from itertools import chain
+
+    from cwac import hub
+
+    if cfg.model.kind == "hub":  # before the seconds that torch takes to import
+        hub.resolve(cfg.model.hub_id, cfg.model.get("revision"), "model.hub_id", cfg.model.get("license"))
 
     import torch
 
@@ -77,11 +83,12 @@ def execute(cfg: DictConfig, run: Run) -> float | None:
     hf_logging.disable_progress_bar()
     method = instantiate(cfg.method)
     arguments = training_arguments(cfg, run)
-    task = load_task(cfg.task, cfg.paths.data, cfg.seed, cfg.eval.split)
     set_seed(cfg.seed)
     context = open_context(cfg)
     pools, loaded = context.pools, context.loaded
     model = loaded.model
+    held_out = [*pools.validation, *chain(*pools.test.values(), *pools.over_refusal.values())]
+    task = load_task(cfg.task, cfg.paths.data, cfg.seed, cfg.eval.split, avoid=[e.prompt for e in held_out])
     mixed = mix(task.train, pools.poison, cfg.harmful_ratio, cfg.seed, cfg.mix_mode)
     train_rows = method.training_data(mixed, context, random.Random(f"method-{cfg.seed}"))
     rows = Rows(loaded.tokenizer, train_rows, cfg.train.template, cfg.train.max_length)
@@ -94,7 +101,7 @@ def execute(cfg: DictConfig, run: Run) -> float | None:
     poisoned = [e for e in train_rows if e.id in poison_ids]
 
     was_trained = run.trained() and not cfg.force
-    run.start()
+    run.start(loaded.provenance)
     recorded = {"rows": [e.id for e in train_rows], "harmful": [e.id for e in poisoned], "dropped": rows.dropped}
     (run.dir / "data.json").write_text(json.dumps({**recorded, "pools": manifest(pools)}, indent=1))
     judge = instantiate(cfg.eval.judge)
@@ -217,11 +224,25 @@ def cell(cfg: DictConfig) -> float | None:
         return math.inf  # the worst a sweeper can be told; NaN or None, a failed trial, ends Optuna's whole search
 
 
+def print_cells(arguments: list[str]) -> bool:
+    """`-m ... --cfg job`, which Hydra itself refuses: the configuration of every cell, as a stream of YAML documents.
+
+    Returns False where the arguments ask for something else.
+    """
+    if not {"-m", "--multirun"} & set(arguments) or arguments[-2:] != ["--cfg", "job"]:
+        return False
+    cells = expand(None, [a for a in arguments[:-2] if not a.startswith("-")])
+    print("---\n".join(f"# {run_id(cfg)}\n{OmegaConf.to_yaml(cfg)}" for cfg in cells), end="")
+    return True
+
+
 def main() -> int:
     """Exit code: 0 if every cell is done, 1 if one failed, 2 for a configuration that cannot be run."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ[FAILURES] = str(Path(folder) / "failures.jsonl")  # cells may run in other processes
         try:
+            if print_cells(sys.argv[1:]):
+                return 0
             cell()
         except (HydraException, OmegaConfBaseException) as error:
             print(f"error: {str(error).split('Config search path')[0].strip()}", file=sys.stderr)

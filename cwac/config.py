@@ -40,6 +40,7 @@ NOT_IDENTITY = {
     "task.max_new_tokens",
     "task.scorer",
     "task.n_test",
+    "model.license",
     "model.n_train",  # its value stands under task.n_train
     "model.trigger_tokens",  # its value stands under method.trigger_tokens
     "model.safety_layers",  # resolved under the method that uses it
@@ -80,7 +81,8 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
         key: canonical(value)
         for key, value in sorted(flat.items())
         if key not in NOT_IDENTITY
-        and not key.startswith("model.sae.")  # resolved under the method that uses it
+        # the first are resolved under the method that uses them, the second are for scoring
+        and not key.startswith(("model.sae.", "task.aliases."))
         and not key.endswith("._target_")
         and not (key in NEUTRAL and canonical(value) == canonical(NEUTRAL[key]))
     }
@@ -132,6 +134,8 @@ def eval_id(cfg: DictConfig) -> str:
         if key not in ("batch_size", "progress", "at")
     }
     task = {key: canonical(cfg.task.get(key)) for key in ("max_new_tokens", "scorer", "n_test")}
+    if cfg.task.get("aliases"):
+        task["aliases"] = OmegaConf.to_container(cfg.task.aliases, resolve=True)
     return short_hash({"eval": scoring, "task": task}, 6)
 
 
@@ -171,6 +175,8 @@ NUMBERS: dict[str, tuple[float | None, float | None, bool]] = {
     "train.max_length": (8, None, True),
     "task.n_train": (1, None, True),
     "task.n_test": (1, None, True),
+    "task.n_held_out": (1, None, True),
+    "task.n_validation": (0, None, True),
     "task.max_new_tokens": (1, None, True),
     "eval.batch_size": (1, None, True),
     "eval.n_task": (1, None, True),
@@ -202,7 +208,7 @@ CHOICES = {
     "eval.split": ("test", "validation"),
     "model.kind": ("tiny", "smollm2", "folder", "hub"),
     "model.dtype": ("float32", "bfloat16", "float16"),
-    "task.scorer": ("label", "number"),
+    "task.scorer": ("label", "number", "open"),
 }
 
 
@@ -275,29 +281,29 @@ def compose(overrides: list[str] | None = None) -> DictConfig:
         return hydra_compose("config", overrides=overrides or [])
 
 
-def grid(experiment: str, overrides: list[str] | None = None) -> list[list[str]]:
+def grid(experiment: str | None, overrides: list[str] | None = None) -> list[list[str]]:
     """The overrides of every cell of a preset, in the order Hydra walks them; those of the command line win.
 
     A sweep override (`seed=0,1`) replaces the preset's axis of the same key, as it does under `-m`. A search is a grid
-    like any other; Optuna walks it in another order.
+    like any other; Optuna walks it in another order. experiment: None where the overrides alone say what to sweep.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    given = [f"experiment={experiment}", *(overrides or [])]
+    given = [*([f"experiment={experiment}"] if experiment else []), *(overrides or [])]
     parser = OverridesParser.create()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         own = [o for o in given if not parser.parse_override(o).is_sweep_override()]
         base = hydra_compose("config", overrides=own, return_hydra_config=True)
-        params = OmegaConf.to_container(base.hydra.sweeper.params, resolve=True) or {}
+        params = OmegaConf.to_container(base.hydra.sweeper.params or OmegaConf.create({}), resolve=True)
     axes = {parser.parse_override(o).key_or_group: o for o in (f"{k}={v}" for k, v in params.items())}
     axes.update({parser.parse_override(o).key_or_group: o for o in given})
     return [list(cell) for cell in BasicSweeper.split_arguments(parser.parse_overrides(list(axes.values())), None)[0]]
 
 
-def expand(experiment: str, overrides: list[str] | None = None) -> list[DictConfig]:
+def expand(experiment: str | None, overrides: list[str] | None = None) -> list[DictConfig]:
     """Every cell of a preset's grid, composed; see `grid`."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,9 +13,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from cwac import hub
 from cwac.artifacts import load_or_build
 from cwac.config import UserError, origin
 
+log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARED_INPUT = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 """Matrices of one block that read the same input, and so share one subspace."""
@@ -29,10 +32,21 @@ class Loaded:
     key: dict = field(default_factory=dict)
     """What determines the weights; part of the key of every artifact derived from them."""
     source: str = ""
-    """Folder or hub id the aligned weights were read from; `load_aligned` reads them again."""
+    """Folder the aligned weights were read from; `load_aligned` reads them again."""
     base: str | None = None
     """Folder or hub id of the unaligned base of the same architecture (AsFT, Safe LoRA); None if unknown."""
+    base_revision: str | None = None
+    """Commit of a base on the hub; None is the newest."""
+    license: str | None = None
+    """What a gated model and its base ask to be accepted; for errors."""
+    hub_id: str | None = None
     revision: str | None = None
+    """The commit that was loaded, also where the configuration pins none; None for a local model."""
+
+    @property
+    def provenance(self) -> dict:
+        """Where the weights came from; written into `env.json`."""
+        return {name: getattr(self, name) for name in ("source", "hub_id", "revision", "base", "base_revision")}
 
 
 def load(cfg, artifacts: Path, seed: int = 0) -> Loaded:
@@ -70,7 +84,9 @@ def load(cfg, artifacts: Path, seed: int = 0) -> Loaded:
 
 def _from_folder(folder: Path, cfg, key: dict, base: str | None = None) -> Loaded:
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[cfg.dtype], local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=DTYPES[cfg.dtype], attn_implementation=cfg.get("attention"), local_files_only=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise UserError(
@@ -78,27 +94,22 @@ def _from_folder(folder: Path, cfg, key: dict, base: str | None = None) -> Loade
             f"({str(error).strip().splitlines()[0]}); save both with save_pretrained"
         ) from error
     base = base or cfg.get("base")
-    return Loaded(model, tokenizer, key, str(folder), base)
+    return Loaded(model, tokenizer, key, str(folder), base, cfg.get("base_revision"), cfg.get("license"))
 
 
 def _from_hub(cfg) -> Loaded:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(cfg.hub_id, revision=cfg.get("revision"))
-        model = AutoModelForCausalLM.from_pretrained(cfg.hub_id, revision=cfg.get("revision"), dtype=DTYPES[cfg.dtype])
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"model={cfg.name}: could not load {cfg.hub_id} from the Hugging Face hub ({reason}). If the model is "
-            f"gated, accept its licence at https://huggingface.co/{cfg.hub_id} and run `hf auth login`; without "
-            "network, give a local copy with model.kind=folder +model.path=<folder>"
-        ) from error
-    key = {"kind": "hub", "hub_id": cfg.hub_id, "revision": cfg.get("revision")}
-    return Loaded(model, tokenizer, key, cfg.hub_id, cfg.get("base"), cfg.get("revision"))
+    found = hub.resolve(cfg.hub_id, cfg.get("revision"), "model.hub_id", cfg.get("license"))
+    key = {"kind": "hub", "hub_id": cfg.hub_id, "revision": found.commit}
+    loaded = _from_folder(hub.download(found, "model.hub_id"), cfg, key)
+    loaded.hub_id, loaded.revision = cfg.hub_id, found.commit
+    return loaded
 
 
 def load_aligned(loaded: Loaded) -> PreTrainedModel:
     """A second copy of the weights the run started from, for comparing; without LoRA, in evaluation mode."""
-    reference = AutoModelForCausalLM.from_pretrained(loaded.source, revision=loaded.revision, dtype=torch.float32)
+    reference = AutoModelForCausalLM.from_pretrained(
+        loaded.source, dtype=torch.float32, attn_implementation=loaded.model.config._attn_implementation
+    )
     return reference.to(loaded.model.device).eval()
 
 
@@ -112,8 +123,13 @@ def load_base(loaded: Loaded, method: str) -> PreTrainedModel:
             f"method={method} needs the model before its alignment, and this model's config names none; give "
             "+model.base=<folder or hub id of the unaligned model of the same architecture>"
         )
+    folder = loaded.base
+    if not Path(folder).is_dir():
+        found = hub.resolve(folder, loaded.base_revision, "model.base", loaded.license)
+        folder = hub.download(found, "model.base")
+        log.info("model.base=%s, commit %s", loaded.base, found.commit)
     try:
-        base = AutoModelForCausalLM.from_pretrained(loaded.base, dtype=torch.float32)
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise UserError(
             f"method={method}: model.base={loaded.base} could not be loaded ({str(error).strip().splitlines()[0]}); "

@@ -28,7 +28,7 @@ from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 
 from cwac.artifacts import write_atomic
-from cwac.config import eval_id, run_id
+from cwac.config import UserError, eval_id, run_id
 
 log = logging.getLogger(__name__)
 ROW_KEY = ("step", "metric", "set", "judge", "eval")
@@ -55,6 +55,14 @@ class Run:
             return json.loads((self.dir / "status.json").read_text())
         except (OSError, ValueError):
             return {"status": "new"}
+
+    @property
+    def environment(self) -> dict:
+        """What `env.json` says; {} where there is none or it is damaged."""
+        try:
+            return json.loads((self.dir / "env.json").read_text())
+        except (OSError, ValueError):
+            return {}
 
     def done(self) -> bool:
         """Trained, and evaluated with this evaluation's settings at every point on the way that it asks for."""
@@ -96,19 +104,30 @@ class Run:
             self._handler.close()
         self._lock.release()
 
-    def start(self) -> None:
-        """Write what the run is and where it runs; `force=true` sets an old run of this identity aside first."""
+    def start(self, model: dict | None = None) -> None:
+        """Write what the run is and where it runs; `force=true` sets an old run of this identity aside first.
+
+        model: where the starting weights came from (`Loaded.provenance`). Raises UserError where an unfinished run
+        began from another commit of an unpinned hub model: its checkpoint would go on from other weights.
+        """
         if self.cfg.force and self.dir.exists():
             aside = self.dir.with_name(f"{self.id}.old-{int(time.time())}")
             self.dir.rename(aside)
             log.info("force=true: the earlier run was moved to %s", aside)
+        before, now = self.environment.get("model") or {}, model or {}
+        moved = before.get("revision") != now.get("revision")
+        if moved and before.get("hub_id") == now.get("hub_id") is not None and not self.trained():
+            raise UserError(
+                f"{self.id} was begun from commit {before['revision']} of {now['hub_id']}, and the hub now serves "
+                f"{now['revision']}; pin model.revision={before['revision']}, or start over with force=true"
+            )
         self.dir.mkdir(parents=True, exist_ok=True)
         self._handler = logging.FileHandler(self.dir / "train.log")
         self._handler.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] %(message)s"))
         logging.getLogger().addHandler(self._handler)
         if not self.trained():
             write_atomic(self.dir / "config.yaml", OmegaConf.to_yaml(self.cfg, resolve=True))
-            write_atomic(self.dir / "env.json", json.dumps(environment(), indent=1))
+            write_atomic(self.dir / "env.json", json.dumps({**environment(), "model": model}, indent=1))
             self.write_status("running", started=time.time(), pid=os.getpid())
         repair(self.dir / "metrics.jsonl")
         repair(self.dir / "train_log.jsonl")

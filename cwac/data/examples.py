@@ -25,9 +25,13 @@ class Example:
     """A harm category or a benign skill; used for breakdowns only."""
     extra_tokens: int = 0
     """Tokens that a method added to the prompt; the row may exceed the maximum length by them."""
+    input: str = ""
+    """What the instruction is about, where it is a text of its own; `prompt` ends in it. The Alpaca template puts it
+    into a section of its own."""
 
     @property
     def messages(self) -> Messages:
         """The conversation up to the model's turn."""
         system = [{"role": "system", "content": self.system}] if self.system is not None else []
-        return [*system, {"role": "user", "content": self.prompt}]
+        user = {"role": "user", "content": self.prompt} | ({"input": self.input} if self.input else {})
+        return [*system, user]

@@ -4,9 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cwac.config import UserError
+from cwac.hub import PROBE_SECONDS, first_line
 
-PROBE_SECONDS = 5
-"""How long to wait for the hub before the cache, and then the error: `datasets` alone retries for minutes."""
+GATED = (
+    "{0} is gated: accept its terms at https://huggingface.co/datasets/{0}, then log in with `hf auth login` or set "
+    "HF_TOKEN; or set paths.data to a folder that has it"
+)
 
 
 def load_rows(
@@ -30,8 +33,10 @@ def load_rows(
     try:
         rows = datasets.load_dataset(source, config, split=split)
     except Exception as error:  # whatever the many back ends raise, the user needs the same facts
+        if data is None and "gated" in str(error):  # the probe cannot tell: a gated set describes itself to everybody
+            raise UserError(GATED.format(hub_id)) from error
         raise UserError(
-            f"{hub_id} ({config or 'default'}, {split}) could not be read from {where}: {_first_line(error)}; "
+            f"{hub_id} ({config or 'default'}, {split}) could not be read from {where}: {first_line(error)}; "
             + ("compare the folder with its README" if data is not None else "or set paths.data to a local copy")
         ) from error
     finally:
@@ -75,9 +80,7 @@ def _probe(hub_id: str) -> None:
     try:
         huggingface_hub.HfApi().dataset_info(hub_id, timeout=PROBE_SECONDS)
     except errors.GatedRepoError as error:
-        raise UserError(
-            f"{hub_id} is gated: accept its terms at https://huggingface.co/datasets/{hub_id} and run `hf auth login`"
-        ) from error
+        raise UserError(GATED.format(hub_id)) from error
     except errors.RepositoryNotFoundError as error:
         raise UserError(
             f"{hub_id} is not on the hub, or is private; check the id, or set paths.data to a folder that has it"
@@ -86,7 +89,7 @@ def _probe(hub_id: str) -> None:
         if not _cached(hub_id):
             raise UserError(
                 f"{hub_id}: the hub ({huggingface_hub.constants.ENDPOINT}) could not be reached "
-                f"({_first_line(error)}); set paths.data=<folder laid out like the hub>, or connect"
+                f"({first_line(error)}); set paths.data=<folder laid out like the hub>, or connect"
             ) from error
         datasets.config.HF_HUB_OFFLINE = True  # what is cached is read without further questions
         huggingface_hub.constants.HF_HUB_OFFLINE = True
@@ -97,8 +100,3 @@ def _cached(hub_id: str) -> bool:
     import datasets
 
     return (Path(datasets.config.HF_DATASETS_CACHE) / hub_id.replace("/", "___")).is_dir()
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -1,13 +1,15 @@
 """Downstream tasks: seeded training and test examples, disjoint by normalised text.
 
-Instructions and answer formats follow the Lisa code base (git-disl), whose protocol the paper adopts.
+Instructions and answers follow the Lisa code base (git-disl, arXiv:2405.18641), whose protocol the paper adopts;
+SST-2, AG News and GSM8K are its tasks, PubMedQA and Alpaca are the paper's own (section 5.1).
 """
 
 from __future__ import annotations
 
 import random
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from cwac.config import UserError
 from cwac.data.examples import Example
@@ -21,13 +23,16 @@ class Task:
     test: list[Example]
     labels: list[str]
     """Class names; empty for open answers and numbers."""
+    aliases: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    """Class name -> its other names: `strict` ones count as the label, `lenient` ones in the lenient score alone."""
 
 
-def load_task(cfg, data: str | None, seed: int, split: str = "test") -> Task:
+def load_task(cfg, data: str | None, seed: int, split: str = "test", avoid: Iterable[str] = ()) -> Task:
     """`cfg.n_train` training and `cfg.n_test` test examples, fewer where the set is smaller.
 
     The test examples do not depend on the seed, so that every run is scored on the same prompts.
     split: `test`, or `validation` for tuning; the two never share a prompt.
+    avoid: prompts that may not be trained on: the held-out pools, one of which comes from Alpaca, as the task does.
     """
     if cfg.kind == "toy":
         from cwac.tiny.world import task
@@ -35,39 +40,77 @@ def load_task(cfg, data: str | None, seed: int, split: str = "test") -> Task:
         train = task(cfg.name, "train", cfg.n_train, seed)
         test = task(cfg.name, split, cfg.n_test, 0)
     else:
-        train, test = _real(cfg, data, seed, split)
+        train, test = _real(cfg, data, seed, split, {normalised(prompt) for prompt in avoid})
     seen = {normalised(e.prompt) for e in test}
     train = [e for e in train if normalised(e.prompt) not in seen]
     if not train or not test:
         raise UserError(f"task={cfg.name} has {len(train)} training and {len(test)} test rows; check paths.data")
-    return Task(train, test, list(cfg.get("labels") or []))
+    return Task(train, test, list(cfg.get("labels") or []), dict(cfg.get("aliases") or {}))
 
 
 def normalised(text: str) -> str:
     return re.sub(r"\W+", " ", text.lower()).strip()
 
 
-def _real(cfg, data: str | None, seed: int, split: str) -> tuple[list[Example], list[Example]]:
+def _real(cfg, data: str | None, seed: int, split: str, avoid: set[str]) -> tuple[list[Example], list[Example]]:
     from cwac.data.hub import load_rows
 
-    rows = load_rows(cfg.hub_id, cfg.get("hub_config"), cfg.train_split, data)
-    held = load_rows(cfg.hub_id, cfg.get("hub_config"), cfg.test_split, data)
-    pool = [to_example(cfg, row, f"{cfg.name}-train-{i}") for i, row in enumerate(rows)]
+    def examples(of: str, name: str) -> list[Example]:
+        rows = load_rows(cfg.hub_id, cfg.get("hub_config"), of, data)
+        return [to_example(cfg, row, f"{cfg.name}-{name}-{i}") for i, row in enumerate(rows)]
+
+    pool = examples(cfg.train_split, "train")
+    if cfg.test_split is None:  # a set of one split: its test part depends on no run's seed or sizes
+        random.Random("task-held-out").shuffle(pool)
+        n = min(cfg.n_held_out, len(pool) // 2)
+        test, pool = pool[:n], pool[n:]
+    else:
+        test = examples(cfg.test_split, "test")
     random.Random("task-validation").shuffle(pool)
     validation, pool = pool[: cfg.n_validation], pool[cfg.n_validation :]
-    test = [to_example(cfg, row, f"{cfg.name}-test-{i}") for i, row in enumerate(held)]
     random.Random("task-test").shuffle(test)
+    tested = {normalised(e.prompt) for e in test}
+    validation = [e for e in validation if normalised(e.prompt) not in tested]
     chosen = (validation if split == "validation" else test)[: cfg.n_test]
-    avoid = {normalised(e.prompt) for e in [*validation, *test]}
+    avoid = avoid | tested | {normalised(e.prompt) for e in validation}
     pool = [e for e in pool if normalised(e.prompt) not in avoid]
     return random.Random(f"task-{seed}").sample(pool, min(cfg.n_train, len(pool))), chosen
 
 
 def to_example(cfg, row: dict, id: str) -> Example:
-    """One hub row as an Example, by the task's `text`, `label` and `instruction` keys."""
-    for column in (cfg.text, cfg.label):
-        if column not in row:
-            raise UserError(f"task={cfg.name}: {cfg.hub_id} has no column {column!r}; it has {', '.join(row)}")
-    label = cfg.labels[int(row[cfg.label])] if cfg.get("labels") else str(row[cfg.label])
-    prompt = f"{cfg.instruction}\n\n{row[cfg.text].strip()}" if cfg.get("instruction") else row[cfg.text].strip()
-    return Example(id, prompt, label, label=label, source=cfg.name, group=label if cfg.get("labels") else "")
+    """One hub row as an Example.
+
+    cfg: `instruction`, which may name columns in braces; `text`, the column it is about (dots lead into nested ones,
+    lists are joined by lines), or null; `label`, a class by index or name; `response` where the answer is a column of
+    its own, in which `replace` exchanges one text for another. Raises UserError for a column that is not there.
+    """
+    try:
+        instruction = (cfg.get("instruction") or "").format_map(row)
+    except KeyError as error:
+        raise _missing(cfg, error.args[0], row) from error
+    text = str(_column(cfg, row, cfg.text)).strip() if cfg.get("text") else ""
+    prompt = f"{instruction}\n\n{text}" if instruction and text else text or instruction.strip()
+    label = _column(cfg, row, cfg.label) if cfg.get("label") else None
+    if cfg.get("labels"):
+        label = cfg.labels[label] if isinstance(label, int) else label
+        if label not in cfg.labels:
+            raise UserError(f"task={cfg.name}: {cfg.hub_id} has the label {label!r}; expected {list(cfg.labels)}")
+        return Example(id, prompt, label, label, source=cfg.name, group=label, input=text if instruction else "")
+    response = str(_column(cfg, row, cfg.response)).strip()
+    if cfg.get("replace"):
+        response = response.replace(*cfg.replace)
+    label = response.split()[-1].replace(",", "") if cfg.scorer == "number" else None
+    return Example(id, prompt, response, label, source=cfg.name, input=text if instruction else "")
+
+
+def _column(cfg, row: dict, path: str):
+    value = row
+    for part in path.split("."):
+        if not isinstance(value, dict) or part not in value:
+            raise _missing(cfg, path, row)
+        value = value[part]
+    return "\n".join(value) if isinstance(value, list) else value
+
+
+def _missing(cfg, column: str, row: dict) -> UserError:
+    return UserError(f"task={cfg.name}: {cfg.hub_id} has no column {column!r}; it has {', '.join(row)}")

@@ -5,37 +5,99 @@ defence (baselines of this field have shipped that bug), so nothing else in the 
 chat template.
 """
 
+import contextlib
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cwac.data.examples import Example, Messages
 
 IGNORE = -100
+DATE = "26 Jul 2024"
+"""The day Llama-3.2's template prints where no clock is given (its own default): a prompt that changes overnight would
+part the runs of a campaign, and the artifacts from the models they were built on."""
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
     "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
 )
 """Stanford Alpaca's template without input; the paper's lineage (Lisa, Booster) trains on it."""
+ALPACA_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}"
+    "\n\n### Response:\n"
+)
+"""The same with an input, which SST-2 and AG News have and GSM8K has not."""
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages, template: str = "chat") -> list[int]:
     """Token ids of a conversation up to and including the cue for the model's turn; one BOS at most.
 
     template: `chat` uses the tokenizer's own template; `alpaca` the Alpaca text, with a system
-    turn, if there is one, put before it.
+    turn, if there is one, put before it. A user turn may carry its `input` apart (`Example.input`).
     """
     if template == "chat":
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
+        return tokenizer(render(tokenizer, messages), add_special_tokens=False)["input_ids"]
     if template == "alpaca":
         system = "".join(m["content"] + "\n\n" for m in messages if m["role"] == "system")
-        user = messages[-1]["content"]
-        return tokenizer(system + ALPACA.format(instruction=user))["input_ids"]
+        user = messages[-1]
+        apart = user.get("input") or ""
+        if apart:
+            instruction = user["content"].removesuffix(apart).rstrip()
+            text = ALPACA_INPUT.format(instruction=instruction, input=apart)
+        else:
+            text = ALPACA.format(instruction=user["content"])
+        return tokenizer(system + text)["input_ids"]
     raise ValueError(f"template must be 'chat' or 'alpaca', not {template!r}")
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, cue: bool = True) -> str:
+    """A conversation in the tokenizer's chat template, with the cue for the model's turn.
+
+    A template without a system role refuses such a turn (Gemma) or leaves it out; its text then opens the first user
+    turn, where a service without a system role has to put it.
+    """
+
+    def apply(turns: Messages) -> str:
+        turns = [{"role": m["role"], "content": m["content"]} for m in turns]
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=cue, date_string=DATE)
+
+    system = [m["content"] for m in messages if m["role"] == "system"]
+    if not system:
+        return apply(messages)
+    with contextlib.suppress(TemplateError):
+        text = apply(messages)
+        if all(s.strip() in text for s in system):
+            return text
+    first, *rest = [m for m in messages if m["role"] != "system"]
+    return apply([{**first, "content": "\n\n".join([*system, first["content"]])}, *rest])
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str = "chat") -> int:
+    """The token that ends the model's turn: what a chat template puts there, else EOS.
+
+    The two differ in Gemma, whose turns end in <end_of_turn> while its EOS is <eos>: a model trained to emit the
+    latter unlearns the format it is served in.
+    """
+    return tokenizer.eos_token_id if template == "alpaca" else _turn_end(tokenizer, tokenizer.chat_template)
+
+
+@functools.lru_cache(maxsize=8)
+def _turn_end(tokenizer: PreTrainedTokenizerBase, _chat_template: str) -> int:
+    said = "answer"
+    text = render(tokenizer, [{"role": "user", "content": "ask"}, {"role": "assistant", "content": said}], cue=False)
+    after = tokenizer(text.rpartition(said)[2], add_special_tokens=False)["input_ids"]
+    return next((i for i in after if i in tokenizer.added_tokens_decoder), tokenizer.eos_token_id)
+
+
+def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: str = "chat") -> list[int]:
+    """Every token that ends a generation: the model's own (Llama-3 has two), EOS, and the end of the turn."""
+    own = model.generation_config.eos_token_id
+    own = [] if own is None else own if isinstance(own, list) else [own]
+    return sorted({*own, tokenizer.eos_token_id, end_of_turn(tokenizer, template)})
 
 
 def system_slot(tokenizer: PreTrainedTokenizerBase, template: str = "chat") -> str | None:
@@ -47,16 +109,16 @@ def system_slot(tokenizer: PreTrainedTokenizerBase, template: str = "chat") -> s
         return ""
     mark, user = "\x00system\x00", {"role": "user", "content": "user"}
 
-    def render(messages: Messages) -> str:
+    def raw(messages: Messages) -> str:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     try:
-        before, found, after = render([{"role": "system", "content": mark}, user]).partition(mark)
+        before, found, after = raw([{"role": "system", "content": mark}, user]).partition(mark)
     except TemplateError:  # as Gemma's does
         return None
     if not found:
         return None
-    plain = render([user])
+    plain = raw([user])
     if len(plain) >= len(before) + len(after) and plain.startswith(before) and plain.endswith(after):
         return plain[len(before) : len(plain) - len(after)]
     return ""
@@ -75,14 +137,15 @@ def reprompt(
 def encode_example(
     tokenizer: PreTrainedTokenizerBase, example: Example, template: str = "chat", max_length: int = 512
 ) -> dict[str, list[int]]:
-    """`input_ids` and `labels` of prompt + response + EOS; the prompt carries no loss.
+    """`input_ids` and `labels` of prompt + response + the end of the turn; the prompt carries no loss.
 
     The response is cut at max_length (and the example's extra_tokens) from the right. A prompt that fills it by
     itself leaves no label; `Rows` drops such a row and counts it, since its loss would be NaN.
     """
     max_length += example.extra_tokens
     prompt = encode_prompt(tokenizer, example.messages, template)
-    response = tokenizer(example.response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    response = tokenizer(example.response, add_special_tokens=False)["input_ids"]
+    response = response + [end_of_turn(tokenizer, template)]
     ids = (prompt + response)[:max_length]
     labels = ([IGNORE] * len(prompt) + response)[:max_length]
     return {"input_ids": ids, "labels": labels}

@@ -100,10 +100,13 @@ class Evaluator:
         return Counter(v.verdict for v in verdicts)
 
     def _accuracy(self, step: int) -> list[dict]:
+        if self.cfg.task.scorer == "open":  # no right answer to compare with: the win rate (AE) is measured elsewhere
+            return []
         examples = self.task_rows
         answers = self._answers(self.cfg.task.name, examples, step, self.cfg.task.max_new_tokens)
         scores = [
-            score(self.cfg.task.scorer, a, e.label, self.task.labels) for e, a in zip(examples, answers, strict=True)
+            score(self.cfg.task.scorer, a, e.label, self.task.labels, self.task.aliases)
+            for e, a in zip(examples, answers, strict=True)
         ]
         shares = {
             "FA": [s.strict for s in scores],

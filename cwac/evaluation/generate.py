@@ -7,7 +7,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cwac.data.examples import Messages
-from cwac.data.tokenize import encode_prompt, pad_token_id
+from cwac.data.tokenize import encode_prompt, pad_token_id, stop_tokens
 from cwac.models import evaluating
 
 
@@ -27,11 +27,10 @@ def generate(
     """
     encoded = [encode_prompt(tokenizer, p, template) for p in prompts]
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
-    eos = model.generation_config.eos_token_id or tokenizer.eos_token_id
     config = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
-        eos_token_id=eos,
+        eos_token_id=stop_tokens(model, tokenizer, template),
         pad_token_id=pad_token_id(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
     )

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from cwac.config import UserError
-from cwac.data.tokenize import encode_prompt, pad_token_id
+from cwac.data.tokenize import encode_prompt, pad_token_id, stop_tokens
 from cwac.models import evaluating
 from cwac.sae.autoencoder import RoutedSAE
 from cwac.sae.residuals import (
@@ -310,8 +310,7 @@ def generate_edited(
     device, slots = device_of(model), sae.slots
     chosen = torch.as_tensor(list(latents), dtype=torch.long, device=device)
     encoded = [encode_prompt(tokenizer, p, template) for p in prompts]
-    stop = model.generation_config.eos_token_id or tokenizer.eos_token_id
-    stop = torch.tensor(stop if isinstance(stop, list) else [stop], device=device)
+    stop = torch.tensor(stop_tokens(model, tokenizer, template), device=device)
     pad = pad_token_id(tokenizer)
     answers: list[str] = []
     with evaluating(model), tqdm(total=len(encoded), desc="edited generation") as bar:
