@@ -97,7 +97,6 @@ def test_a_tables_grid_is_the_papers(name):
     assert len(grid["seed"]) >= 3
 
 
-@pytest.mark.xfail(strict=True, reason="the paper's models, tasks and baselines are on other branches: unmark then")
 def test_every_option_that_a_papers_grid_names_exists():
     for name in PAPER:
         for group, known in (("model", MODELS), ("task", TASKS), ("method", METHODS)):
