@@ -1,21 +1,25 @@
 """Read finished runs back into one table of metric rows.
 
 A row is one measured number (`design` of the run directory: `cwac/runs.py`): run_id, model, method,
-task, harmful_ratio, seed, epoch, step, final, metric, set, value, n, stderr, judge, eval, time.
+task, harmful_ratio, seed, epoch, step, final, metric, set, value, n, stderr, judge, eval, time; and the run's
+learning_rate, from its `config.yaml`, by which the runs of a sweep over it differ.
 Only runs whose `status.json` says `done` count; what is skipped is counted and named, never silent.
 """
 
 import json
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
+import yaml
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from analysis.paper import PROPORTIONS
+from analysis.paper import VERDICTS as VERDICT_METRICS
 from cwac.config import UserError, eval_id, expand, run_id
 
 COLUMNS = [
@@ -36,7 +40,14 @@ COLUMNS = [
     "judge",
     "eval",
     "time",
+    "learning_rate",
 ]
+LATER = ("learning_rate",)
+"""Columns that campaigns frozen before they existed lack; NaN there."""
+VERDICTS = "verdicts.csv.gz"
+VERDICT_COLUMNS = ["run_id", "set", "judge", "id", "verdict"]
+# The C loader reads a thousand configurations in a second, the Python one in half a minute.
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 # Two rows with equal identity measure the same thing; a run never writes such a pair by design.
 IDENTITY = ["run_id", "epoch", "step", "metric", "set", "judge", "eval"]
 
@@ -74,6 +85,8 @@ class Collection:
     """Rows replaced by a later row of the same identity."""
     expected: list[Cell] = field(default_factory=list)
     """The cells of the preset; empty where no preset was named."""
+    verdicts: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=VERDICT_COLUMNS))
+    """The judge's verdict on each answer to a harmful request at the end of training; columns `VERDICT_COLUMNS`."""
     notes: list[str] = field(default_factory=list)
     """What a frozen campaign recorded as left out when it was collected."""
 
@@ -188,13 +201,47 @@ def collect(runs: Path | str, expected: Iterable[Cell] | None = None) -> Collect
             found.unreadable[folder.name] = bad
         if rows:
             found.runs.append(folder.name)
+            rate = learning_rate(folder)
             records += [
-                {**row, "run_id": folder.name} for row in rows if not wanted or row.get("eval") in (None, "", wanted)
+                {"learning_rate": rate, **row, "run_id": folder.name}
+                for row in rows
+                if not wanted or row.get("eval") in (None, "", wanted)
             ]
         else:
             found.unfinished[folder.name] = "done, but without a readable metric row"
     found.rows, found.duplicates = tidy(records)
+    found.verdicts = read_verdicts(runs, found.rows)
     return found
+
+
+def learning_rate(folder: Path) -> float:
+    """The learning rate a run was trained with, from its `config.yaml`; NaN where there is none to read."""
+    try:
+        content = yaml.load((folder / "config.yaml").read_text(encoding="utf-8"), Loader=LOADER)
+        return float(content["train"]["learning_rate"])  # PyYAML reads 2e-05 as a string
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return math.nan
+
+
+def read_verdicts(runs: Path, rows: pd.DataFrame) -> pd.DataFrame:
+    """Per-prompt verdicts behind the HS rows at the end of training; columns `VERDICT_COLUMNS`.
+
+    Tests that pair by prompt need them. A run without judge files (imported, or written by hand) contributes none.
+    """
+    ends = rows[rows["final"] & (rows["metric"] == "HS")].sort_values("time", kind="stable")
+    ends = ends.drop_duplicates(["run_id", "set", "judge"], keep="last").sort_index()
+    records = []
+    for row in ends.itertuples():
+        path = runs / row.run_id / "judge" / f"{row.set}@{row.step:g}-{row.eval}.jsonl"
+        if not path.is_file():
+            continue
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                found = json.loads(line)
+                records.append([row.run_id, row.set, row.judge, str(found["id"]), found["verdict"]])
+            except (ValueError, KeyError, TypeError):
+                continue  # a line cut by a crash; its prompt then pairs with nothing
+    return pd.DataFrame(records, columns=VERDICT_COLUMNS).drop_duplicates(["run_id", "set", "judge", "id"])
 
 
 RUN_ID = re.compile(
@@ -213,8 +260,8 @@ def cell_of(run_id: str) -> Cell | None:
 def read_frozen(folder: Path | str) -> Collection:
     """A frozen campaign (`results/NAME`, written by `analysis.demo`) as a collection, with what it then lacked.
 
-    folder: holds `results.csv` and, for the runs that were missing or left out, `provenance.json`. Generations and
-    judgements are not part of it. Raises UserError if there is no readable `results.csv` with the columns of a row.
+    folder: holds `results.csv`; `verdicts.csv.gz` for tests that pair by prompt; and `provenance.json` for the runs
+    that were missing or left out. Raises UserError if there is no readable `results.csv` with the columns of a row.
     """
     folder = Path(folder)
     remedy = "Remedy: a folder written by python -m analysis.demo, such as results/demo."
@@ -222,7 +269,7 @@ def read_frozen(folder: Path | str) -> Collection:
         frame = pd.read_csv(folder / "results.csv", low_memory=False)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} holds no readable results.csv. {remedy}") from error
-    if absent := [c for c in COLUMNS if c not in frame.columns]:
+    if absent := [c for c in COLUMNS if c not in (*frame.columns, *LATER)]:
         raise UserError(f"{folder}/results.csv lacks the columns {', '.join(absent)}. {remedy}")
     try:
         record = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
@@ -231,6 +278,8 @@ def read_frozen(folder: Path | str) -> Collection:
     rows, duplicates = tidy(frame.to_dict("records"))
     found = Collection(rows, list(dict.fromkeys(rows["run_id"])), duplicates=duplicates)
     found.notes = list(record.get("left_out", []))
+    if (folder / VERDICTS).is_file():
+        found.verdicts = pd.read_csv(folder / VERDICTS, dtype=str, keep_default_na=False)
     if record.get("experiment"):
         cells = [cell_of(name) for name in [*found.runs, *record.get("missing", [])]]
         found.expected = [cell for cell in cells if cell]
@@ -240,7 +289,7 @@ def read_frozen(folder: Path | str) -> Collection:
 def tidy(records: list[dict]) -> tuple[pd.DataFrame, int]:
     """Rows as a frame with `COLUMNS` and their types, without duplicates; and how many duplicates there were."""
     frame = pd.DataFrame.from_records(records).reindex(columns=COLUMNS)
-    for column in ("harmful_ratio", "epoch", "step", "value", "n", "stderr"):
+    for column in ("harmful_ratio", "epoch", "step", "value", "n", "stderr", "learning_rate"):
         frame[column] = pd.to_numeric(frame[column], errors="coerce")
     frame["seed"] = pd.to_numeric(frame["seed"], errors="coerce").astype("Int64")
     frame["final"] = frame["final"].map(lambda flag: str(flag).lower() == "true")
@@ -250,14 +299,15 @@ def tidy(records: list[dict]) -> tuple[pd.DataFrame, int]:
     return kept.reset_index(drop=True), len(frame) - len(kept)
 
 
-def at_end(rows: pd.DataFrame) -> pd.DataFrame:
+def at_end(rows: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
     """The rows measured at the end of training, one evaluation each.
 
-    Where a run was evaluated under several eval settings, the latest counts. Raises UserError where two runs would
-    count as one cell and seed: they are no seeds of each other.
+    by: further columns in which runs may differ on purpose (`learning_rate` in a sweep over it). Where a run was
+    evaluated under several eval settings, the latest counts. Raises UserError where two runs would count as one cell
+    and seed: they are no seeds of each other.
     """
     end = rows[rows["final"]].sort_values("time", kind="stable")
-    cell = ["model", "task", "harmful_ratio", "method", "seed"]
+    cell = ["model", "task", "harmful_ratio", "method", "seed", *by]
     runs = end.groupby(cell, dropna=False)["run_id"].agg(lambda ids: sorted(set(ids)))
     for ids in runs[runs.map(len) > 1]:
         raise UserError(
@@ -290,3 +340,24 @@ def one_judge(rows: pd.DataFrame, judge: str | None = None) -> pd.DataFrame:
     if judge is not None and judge not in names:
         raise UserError(f"--judge {judge} made no row here. Remedy: one of {', '.join(names) or '(none)'}.")
     return rows[rows["judge"].isin(["", judge or (names[0] if names else "")])]
+
+
+def pooled(rows: pd.DataFrame) -> pd.DataFrame:
+    """HS, refusal and other over all sets of harmful prompts of a run together, weighted by prompts; set `all`.
+
+    The paper reports one HS over prompts of several benchmarks. Sets without a number of prompts weigh alike. Other
+    metrics, and runs with one set, are left as they are.
+    """
+    verdicts = rows[rows["metric"].isin(VERDICT_METRICS)]
+    key = ["run_id", "epoch", "step", "final", "metric", "judge", "eval"]
+    several = verdicts.groupby(key, dropna=False)["set"].transform("nunique") > 1
+    parts = verdicts[several].dropna(subset="value")
+    merged = []
+    for _, group in parts.groupby(key, dropna=False, sort=False):
+        weights = group["n"] if group["n"].notna().all() else pd.Series(1.0, index=group.index)
+        row = group.iloc[0].copy()
+        row["set"], row["n"], row["stderr"] = "all", group["n"].sum(min_count=len(group)), math.nan
+        row["value"] = float((group["value"] * weights).sum() / weights.sum())
+        merged.append(row)
+    kept = rows.drop(verdicts[several].index)
+    return pd.concat([kept, pd.DataFrame(merged)], ignore_index=True) if merged else kept

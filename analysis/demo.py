@@ -18,7 +18,7 @@ from pathlib import Path
 import pandas as pd
 
 from analysis import figures, paper, tables
-from analysis.collect import Collection, collect, expected_cells, one_judge
+from analysis.collect import VERDICTS, Collection, collect, expected_cells, one_judge
 from cwac.config import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,6 +58,8 @@ def publish(args: argparse.Namespace, argv: list[str]) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     found.rows.to_csv(args.out / "results.csv", index=False)
     summary.to_csv(args.out / "summary.csv", index=False)
+    if len(found.verdicts):  # without a time stamp, so that the same runs freeze to the same bytes
+        found.verdicts.to_csv(args.out / VERDICTS, index=False, compression={"method": "gzip", "mtime": 0})
     drawn = draw(found, summary, args.out, args.judge)
     record = provenance(found, args, argv)
     (args.out / "provenance.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
