@@ -105,18 +105,18 @@ def ordered(methods) -> list[str]:
 
 
 @functools.cache
-def paper_values() -> pd.DataFrame:
-    """What the paper's tables print, with our slugs. Columns: artifact, model, method, task, harmful_ratio, metric,
-    value; its averages are left out. Rows printed in several tables appear several times."""
-    frame = pd.read_csv(Path(__file__).with_name("paper_results.csv"))
-    frame["harmful_ratio"] = pd.to_numeric(frame["harmful_ratio"], errors="coerce")
-    frame["method"] = frame["method"].str.lower().str.replace("-", "_")
-    return frame[(frame["task"] != "average") & frame["harmful_ratio"].notna()]
+def paper_cells() -> pd.DataFrame:
+    """The cells of `analysis.paper.printed`, without its averages; read once."""
+    frame = paper.printed()
+    return frame[~frame["average"]]
 
 
 def printed(model: str, task: str, methods: Sequence[str]) -> pd.DataFrame:
-    """The paper's HS and FA for this model and task, of these methods only, one a method, ratio and metric."""
-    frame = paper_values()
+    """The paper's HS and FA for this model and task, of these methods only, one a method, ratio and metric.
+
+    A cell that several tables print counts as the first of them prints it. Columns as in `analysis.paper.printed`.
+    """
+    frame = paper_cells()
     chosen = frame[(frame["model"] == model) & (frame["task"] == task) & frame["method"].isin(methods)]
     return chosen.drop_duplicates(["method", "harmful_ratio", "metric"])
 

@@ -9,7 +9,7 @@ Deviations:
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import matplotlib
 import numpy as np
@@ -31,17 +31,16 @@ TERMS = {
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def figure3(rows: pd.DataFrame, rates: Mapping[str, float | None], model: str, task: str, of: str) -> list[Plate]:
+def figure3(rows: pd.DataFrame, model: str, task: str, of: str) -> list[Plate]:
     """HS and FA against the learning rate (log axis), one figure a harmful ratio; [] without two rates.
 
-    rows: of one judge. rates: run_id -> learning rate. Means over seeds with 95 % intervals.
+    rows: of one judge. Means over seeds with 95 % intervals.
     """
     part = of_set(rows[(rows["model"] == model) & (rows["task"] == task) & rows["metric"].isin(LOOKS)], of)
-    part = part.assign(x=part["run_id"].map(rates)).dropna(subset="x")
-    records = []
-    for rate, group in part.groupby("x"):
-        for key, cell in at_end(group).groupby(["method", "harmful_ratio", "metric"]):
-            records.append([*key, rate, *interval(cell)])
+    ends = at_end(part, by=["learning_rate"])
+    records = [
+        [*key, *interval(cell)] for key, cell in ends.groupby(["method", "harmful_ratio", "metric", "learning_rate"])
+    ]
     lines = pd.DataFrame(records, columns=["method", "harmful_ratio", "metric", "x", "mean", "low", "high"])
     plates = []
     for ratio, here in lines.groupby("harmful_ratio"):

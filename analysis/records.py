@@ -1,8 +1,8 @@
 """What figures and the report need of a run beyond its metric rows, and how it is frozen with a campaign.
 
-Metric rows say what was measured; the learning rate, where the weights came from, the hashes of the data, each
-prompt's drift and the answers themselves stand in other files of the run's folder (`cwac/runs.py`). A frozen
-campaign keeps them in `records.jsonl`, one line a run, without any answer.
+Metric rows say what was measured; where the weights came from, the hashes of the data, each prompt's drift and the
+answers themselves stand in other files of the run's folder (`cwac/runs.py`). A frozen campaign keeps them in
+`records.jsonl`, one line a run, without any answer.
 """
 
 import json
@@ -13,11 +13,11 @@ from typing import Any
 
 import yaml
 
+from analysis.collect import LOADER
 from cwac.config import UserError
 
 NAME = "records.jsonl"
 DECOMPOSITION = "decomposition.json"
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C one reads a thousand configs in seconds
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,6 @@ class Record:
     task: str = ""
     harmful_ratio: float | None = None
     seed: int | None = None
-    learning_rate: float | None = None
-    epochs: float | None = None
     commit: str | None = None
     dirty: bool = False
     python: str | None = None
@@ -77,7 +75,6 @@ def read(folder: Path, answers: int = 0) -> Record:
         config = {}
     env, data = read_json(folder / "env.json"), read_json(folder / "data.json")
     drift = read_json(folder / "drift.json").get("heldout", {}).get("activation", [])
-    train = config.get("train") or {}
     return Record(
         run_id=folder.name,
         model=(config.get("model") or {}).get("name", ""),
@@ -85,8 +82,6 @@ def read(folder: Path, answers: int = 0) -> Record:
         task=(config.get("task") or {}).get("name", ""),
         harmful_ratio=config.get("harmful_ratio"),
         seed=config.get("seed"),
-        learning_rate=train.get("learning_rate"),
-        epochs=train.get("num_train_epochs"),
         commit=env.get("git_commit"),
         dirty=bool(env.get("git_dirty")),
         python=env.get("python"),
@@ -175,7 +170,7 @@ def thaw(path: Path) -> dict[str, Record]:
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{path}, line {number}, is no record of a run. Remedy: freeze the campaign again with "
-                "python -m analysis.demo, or delete the file to do without drift and settings."
+                "python -m analysis.demo, or delete the file to do without drift and provenance."
             ) from error
         found[record.run_id] = record
     return found
