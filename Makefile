@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-full smollm2 test test-slow lint clean
+.PHONY: help setup demo demo-full smollm2 audit test test-slow lint clean
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -42,6 +42,9 @@ demo-full: $(ENV) ## a larger grid of the same
 smollm2: $(ENV) ## the campaign on SmolLM2-135M with real SST-2 and AdvBench (hours on 2 cores)
 	$(SINGLE) $(PY) train.py -m experiment=smollm2 $(ARGS) || echo "make: some runs failed; the table names them" >&2
 	$(PY) -m analysis.demo --experiment smollm2 --runs runs --out results/local/smollm2 $(ARGS)
+
+audit: $(ENV) ## check the paper's own numbers; writes analysis/AUDIT.md
+	$(PY) -m analysis.audit
 
 test: $(ENV) ## the default tests: CPU, offline, minutes
 	$(SINGLE) $(PY) -m pytest $(ARGS)
