@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-full smollm2 audit report test test-slow lint clean
+.PHONY: help setup demo demo-full smollm2 audit claims report test test-slow lint clean
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -45,6 +45,9 @@ smollm2: $(ENV) ## the campaign on SmolLM2-135M with real SST-2 and AdvBench (ho
 
 audit: $(ENV) ## check the paper's own numbers; writes analysis/AUDIT.md
 	$(PY) -m analysis.audit
+
+claims: $(ENV) ## what a frozen campaign says about the paper's claims (ARGS="--results results/demo" by default)
+	$(PY) -m analysis.claims $(or $(ARGS),--results results/demo)
 
 report: $(ENV) ## one page of runs/, or of a frozen campaign: make report ARGS="--frozen results/demo"
 	$(PY) -m analysis.report --out results/local/report.html $(ARGS)

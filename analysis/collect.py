@@ -292,7 +292,7 @@ def tidy(records: list[dict]) -> tuple[pd.DataFrame, int]:
     for column in ("harmful_ratio", "epoch", "step", "value", "n", "stderr", "learning_rate"):
         frame[column] = pd.to_numeric(frame[column], errors="coerce")
     frame["seed"] = pd.to_numeric(frame["seed"], errors="coerce").astype("Int64")
-    frame["final"] = frame["final"].map(lambda flag: str(flag).lower() == "true")
+    frame["final"] = frame["final"].map(lambda flag: str(flag).lower() == "true").astype(bool)
     for column in ("set", "judge", "eval", "model", "method", "task", "metric"):
         frame[column] = frame[column].map(lambda text: "" if pd.isna(text) else str(text))
     kept = frame.drop_duplicates(IDENTITY, keep="last")

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from analysis import claims, compare, records, report
+from analysis import claims, compare, demo, gallery, records, report
 from analysis.collect import Cell
 from cwac.runs import write_jsonl
 from tests import browser
@@ -50,6 +50,12 @@ def campaign(tmp_path):
     return tmp_path / "runs"
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """For tests of what the page says: figures take most of its time."""
+    monkeypatch.setattr(gallery, "draw", lambda *_: [])
+
+
 def write(campaign, *arguments: str) -> tuple[int, str, str]:
     """Exit code, page and Markdown."""
     out = campaign.parent / "out" / "report.html"
@@ -65,7 +71,7 @@ def test_the_report_says_what_was_planted(campaign, capsys):
     mean = sum(harm("sft", 0.1, s) for s in (0, 1)) / 2
     assert f"{mean:.1f} ± " in line_of(text, "SFT", "0.1") and f'<td style="text-align:right">{mean:.1f} ± ' in page
     # coverage, provenance and the names of figures
-    assert line_of(text, "CWAC", "tiny, toy").count("| 2") + line_of(text, "CWAC", "tiny, toy").count(" 2 |") >= 2
+    assert [c.strip() for c in line_of(text, "CWAC", "tiny, toy").split("|")[3:-1]] == ["2", "2"]
     for said in ("c0ffee+dirty", "5ae5ae", "2.13.0", "3.11.1"):
         assert said in page and said in text, said
     assert "figure5-p0.1-tiny-toy" in page and "Figure 3 (runs at two or more learning rates)" in page
@@ -73,7 +79,7 @@ def test_the_report_says_what_was_planted(campaign, capsys):
     assert not re.search(r"(?:src|href)=\"?(?:https?:)?//", page)
 
 
-def test_claims_come_first_with_their_verdicts_and_numbers(campaign, monkeypatch):
+def test_claims_come_first_with_their_verdicts_and_numbers(campaign, monkeypatch, undrawn):
     found = [
         claims.Verdict("a", "CWAC is <best>", "Table 1", "fails", "1.0 | 2.0"),
         claims.Verdict("b", "another", "C.1", "undecided", "no rows"),
@@ -86,7 +92,7 @@ def test_claims_come_first_with_their_verdicts_and_numbers(campaign, monkeypatch
     assert "1.0 \\| 2.0" in text
 
 
-def test_what_a_model_wrote_is_escaped_and_harmful_answers_are_redacted(campaign):
+def test_what_a_model_wrote_is_escaped_and_harmful_answers_are_redacted(campaign, undrawn):
     _, page, text = write(campaign)
     assert "[redacted: " in page and "judged harmful]" in text
     assert "never shown" not in page and "never shown" not in text
@@ -109,7 +115,7 @@ def test_an_answer_that_the_judge_found_neither_harmful_nor_refusing_is_redacted
     assert shown == ["[redacted: 3 words, judged other]", "so and so", "so and so"]
 
 
-def test_missing_runs_are_named_and_the_command_says_so(campaign, monkeypatch):
+def test_missing_runs_are_named_and_the_command_says_so(campaign, monkeypatch, undrawn):
     cells = [cell_of(m, r, s) for m in ("sft", "cwac") for r in (0.0, 0.1) for s in (0, 1)]
     gone = cell_of("cwac", 0.5, 0)
     monkeypatch.setattr(report, "expected_cells", lambda preset, overrides: [*cells, gone])
@@ -119,20 +125,21 @@ def test_missing_runs_are_named_and_the_command_says_so(campaign, monkeypatch):
     assert "0/1" in line_of(text, "CWAC", "tiny, toy")
 
 
-def test_a_frozen_campaign_reads_like_its_runs(campaign, tmp_path):
-    from analysis import demo
-
+def test_a_frozen_campaign_reads_like_its_runs(campaign, tmp_path, monkeypatch):
+    drawn = gallery.draw
+    monkeypatch.setattr(gallery, "draw", lambda *arguments: drawn(*arguments)[:1])
     frozen = tmp_path / "frozen"
     assert demo.main(["--runs", str(campaign), "--out", str(frozen)]) == 0
     out = tmp_path / "out" / "frozen.html"
     assert report.main(["--frozen", str(frozen), "--out", str(out), "--figures", str(tmp_path / "out" / "f")]) == 0
     _, page, text = write(campaign)
+    assert page.count("<figure ") == 1
     again = out.with_suffix(".md").read_text(encoding="utf-8")
     assert line_of(again, "SFT", "0.1") == line_of(text, "SFT", "0.1")
-    assert "5ae5ae" in again and "A frozen campaign keeps none" in again and "planted" not in again
+    assert "5ae5ae" in again and "A frozen campaign keeps none" in again and "window.planted" not in again
     # pictures are linked from the Markdown, and are there
     links = re.findall(r"\]\((f/[^)]*)\)", again)
-    assert len(links) == page.count("<figure ") and all((out.parent / link).is_file() for link in links)
+    assert len(links) == 1 and all((out.parent / link).is_file() for link in links)
 
 
 def test_runs_at_several_learning_rates_do_not_share_a_table(tmp_path):
