@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-full smollm2 smollm2-rivals audit claims test test-slow bench lint clean
+.PHONY: help setup demo demo-full smollm2 smollm2-rivals audit claims report test test-slow bench lint clean
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -52,6 +52,9 @@ claims: $(ENV) ## what a frozen campaign says about the paper's claims (ARGS="--
 smollm2-rivals: $(ENV) ## the paper's baselines in the same setting, p = 0.1 (an hour on 2 cores)
 	$(SINGLE) $(PY) train.py -m experiment=smollm2_rivals $(ARGS) || echo "make: some runs failed; the table names them" >&2
 	$(PY) -m analysis.demo --experiment smollm2_rivals --runs runs --out results/local/smollm2_rivals $(ARGS)
+
+report: $(ENV) ## one page of runs/, or of a frozen campaign: make report ARGS="--frozen results/demo"
+	$(PY) -m analysis.report --out results/local/report.html $(ARGS)
 
 test: $(ENV) ## the default tests: CPU, offline, minutes
 	$(SINGLE) $(PY) -m pytest $(ARGS)

@@ -340,7 +340,7 @@ def test_no_training_figure_without_earlier_measurements(tmp_path):
     cell = cell_of("sft", 0.1, 0)
     write_run(tmp_path / "runs", cell, [r for r in rows_of(cell, 30.0) if r["final"]])
     rows = collect(tmp_path / "runs").rows
-    assert figures.against_training(rows, "tiny", "toy", "harmful", tmp_path / "training") == []
+    assert figures.against_training(rows, "tiny", "toy", "harmful") == []
 
 
 # --- the command --------------------------------------------------------------------------------------
