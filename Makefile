@@ -17,6 +17,9 @@ ENV := $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.stamp)
 # Two single-threaded runs beat one run on two threads, and one thread keeps sums in one order.
 SINGLE := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
+# One single-threaded worker a core; a file stays with one worker, which its fixtures were made for.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile
+
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
 
@@ -57,10 +60,10 @@ report: $(ENV) ## one page of runs/, or of a frozen campaign: make report ARGS="
 	$(PY) -m analysis.report --out results/local/report.html $(ARGS)
 
 test: $(ENV) ## the default tests: CPU, offline, minutes
-	$(SINGLE) $(PY) -m pytest $(ARGS)
+	$(SINGLE) $(PY) -m pytest $(PARALLEL) $(ARGS)
 
 test-slow: $(ENV) ## the slow tests too
-	$(SINGLE) $(PY) -m pytest -m "not gpu" $(ARGS)
+	$(SINGLE) $(PY) -m pytest -m "not gpu" $(PARALLEL) $(ARGS)
 
 bench: $(ENV) ## cost of a step of each method, in SFT steps on the same batches (minutes)
 	$(SINGLE) $(PY) -m benchmarks.methods $(ARGS)
