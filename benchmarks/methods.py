@@ -53,6 +53,10 @@ WARM_UP = 5
 """First steps left out: they allocate the optimizer's state."""
 
 
+class OtherFailed(Exception):
+    """Ends the trainer that would wait for ever; the other's error is the one to report."""
+
+
 class Turns(TrainerCallback):
     """Lets one of two trainers run at a time, a step each, and times its turns."""
 
@@ -65,7 +69,7 @@ class Turns(TrainerCallback):
     def wait(self) -> None:
         self.mine.acquire()
         if self.other.failed:
-            raise UserError("the other of the two trainers failed")
+            raise OtherFailed
         self.began = self.clock()
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -166,9 +170,9 @@ def ratios(pair: list[MethodTrainer]) -> np.ndarray:
 
     with ThreadPoolExecutor(2) as pool:
         futures = [pool.submit(run, *both) for both in zip(pair, turns, strict=True)]
-        failures = [f.exception() for f in futures]
-    if cause := next((e for e, turn in zip(failures, turns, strict=True) if e and not turn.other.failed), None):
-        raise cause
+        failures = [error for f in futures if (error := f.exception()) and not isinstance(error, OtherFailed)]
+    if failures:
+        raise failures[0]
     ours, theirs = (np.array(turn.seconds[WARM_UP:]) for turn in turns)
     return ours / theirs
 
