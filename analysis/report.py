@@ -108,8 +108,8 @@ def shown_runs(found: Collection) -> set[str]:
 def claims_section(campaign: Campaign) -> Section:
     verdicts = claims.verdicts(campaign.found, judge=campaign.judge)
     body = (
-        "Claims of the paper, tested on the rows below. *Fails*: the opposite is significant in some cell. *Holds*: the "
-        "claim is, in every cell. Else *undecided*: too few seeds or prompts, a tie, or a method that was not run. A "
+        "Claims of the paper, tested on the rows below. *Fails*: the opposite is significant in some cell. *Holds*: "
+        "the claim is, in every cell. Else *undecided*: too few seeds or prompts, a tie, or a method that was not run. A "
         "verdict is about this campaign's models, tasks and sizes, not the paper's."
     )
     return Section("claims", "Claims", body, claims=verdicts)
