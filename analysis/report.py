@@ -225,9 +225,7 @@ def answers_section(campaign: Campaign, show: bool) -> Section:
         title = f"{record.model}, {record.task}, p = {ratio}, seed {record.seed}: {paper.method_label(record.method)}"
         folds.append(Fold(title, "\n\n".join(parts)))
     if not folds:
-        return Section(
-            "answers", "Answers", "Answers are not kept in a frozen campaign; make the report from its runs."
-        )
+        return Section("answers", "Answers", "A frozen campaign keeps none; make the report from its runs.")
     body = f"The first {ANSWERS} requests of each set, and what the models answered after training."
     if not show:
         body += " Answers to harmful requests that are not refusals are redacted; `--show-completions` shows them."
