@@ -144,6 +144,9 @@ FINE_TUNE = [
 ]
 """Overrides for `fine_tune`: a few steps of the embedded model over small pools."""
 
+NEEDS = {"salora": ["model.lora={r: 4, alpha: 8, target_modules: all-linear}"]}
+"""What a method cannot do without."""
+
 SMALL = [
     "task.n_train=32",
     "task.n_test=8",

@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import wandb
 from omegaconf import OmegaConf
 
 from analysis import import_wandb
@@ -31,6 +32,7 @@ def logged(tmp_path, monkeypatch):
         for step in (10, 20):
             tracker.log({"step": step, "epoch": step / 10, "loss": 1 / step, "penalty": None})
         tracker.summary(FINAL)
+    wandb.teardown()  # its service may still be writing the file when `finish` has returned
     return cfg
 
 

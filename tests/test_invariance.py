@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from cwac import config
 from cwac.models import load
-from tests.conftest import FINE_TUNE, fine_tune, make_llama, random_rows
+from tests.conftest import FINE_TUNE, NEEDS, fine_tune, make_llama, random_rows
 from tests.test_configs import METHODS
 
 
@@ -94,7 +94,7 @@ def cells(artifacts):
         "+train.optim=sgd",  # linear in the gradient, so a wrong scale shows in proportion
         "+train.ddp_timeout=120",
     ]
-    yield {name: config.compose([f"method={name}", *overrides]) for name in METHODS}
+    yield {name: config.compose([f"method={name}", *overrides, *NEEDS.get(name, [])]) for name in METHODS}
     gc.unfreeze()
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import cwac.engine
 from cwac import config
 from cwac.runs import Run, read_jsonl
-from tests.conftest import SMALL
+from tests.conftest import NEEDS, SMALL
 from tests.test_configs import METHODS
 from train import run_cell
 
@@ -26,10 +26,6 @@ TINY = [
     "model.sae={tokens: 4096, m: 256, cached_tokens: 4096, batch: 512}",
     "threads=1",
 ]
-
-
-NEEDS = {"salora": ["model.lora={r: 4, alpha: 8, target_modules: all-linear}"]}
-"""What a method cannot do without."""
 
 
 def cell(method, tmp_path, artifacts, *more):
