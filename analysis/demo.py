@@ -68,7 +68,8 @@ def publish(args: argparse.Namespace, argv: list[str]) -> int:
     short = f"{headline(record)}\n\n{tables.report(found, summary)}"
     print(short)
     if args.readme:
-        fill(args.readme, args.out, short, drawn)
+        overview = f"{headline(record)}\n\n{tables.overview(found, summary)}"
+        fill(args.readme, args.out, overview, [path for path in drawn if path.name.startswith("ratio")])
     print(f"with differences, costs and data: {args.out}/table.md")
     for path in drawn:
         if path.suffix == ".png":

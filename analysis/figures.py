@@ -201,8 +201,9 @@ def multiples(
             ax.set_axis_off()
         # a column's last panel shows the ticks, also where the grid's last row ends before it
         for column in range(columns):
-            grid[(len(methods) - 1 - column) // columns][column].tick_params(labelbottom=True)
-        figure.supxlabel(xlabel, fontsize=8.5)
+            last = grid[(len(methods) - 1 - column) // columns][column]
+            last.tick_params(labelbottom=True)
+            last.set_xlabel(xlabel, fontsize=8.5)  # not the figure's: an outside legend would lie on it
         figure.supylabel("%", fontsize=8.5)
         figure.suptitle(title, fontsize=9.5)
         legend_below(figure, list(grid.flat)[: len(methods)], columns=min(5, columns + 1))

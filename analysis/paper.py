@@ -29,7 +29,7 @@ METHODS = {
     "cwac": "CWAC",
     "weight_only_closed": "weight-only closed (ours)",
     "cwac_closed": "CWAC closed (ours)",
-    "bea_no_trigger": "BEA, no trigger at inference (ours)",
+    "bea_no_trigger": "BEA without trigger (ours)",
     "safelora": "Safe LoRA (added)",
     "salora": "SaLoRA (added)",
     "ldifs": "LDIFS (added)",

@@ -109,8 +109,8 @@ def claims_section(campaign: Campaign) -> Section:
     verdicts = claims.verdicts(campaign.found, judge=campaign.judge)
     body = (
         "Claims of the paper, tested on the rows below. *Fails*: the opposite is significant in some cell. *Holds*: "
-        "the claim is, in every cell. Else *undecided*: too few seeds or prompts, a tie, or a method that was not run. A "
-        "verdict is about this campaign's models, tasks and sizes, not the paper's."
+        "the claim is, in every cell. Else *undecided*: too few seeds or prompts, a tie, a method that was not run. "
+        "A verdict is about this campaign's models, tasks and sizes, not the paper's."
     )
     return Section("claims", "Claims", body, claims=verdicts)
 
@@ -225,9 +225,7 @@ def answers_section(campaign: Campaign, show: bool) -> Section:
         title = f"{record.model}, {record.task}, p = {ratio}, seed {record.seed}: {paper.method_label(record.method)}"
         folds.append(Fold(title, "\n\n".join(parts)))
     if not folds:
-        return Section(
-            "answers", "Answers", "Answers are not kept in a frozen campaign; make the report from its runs."
-        )
+        return Section("answers", "Answers", "A frozen campaign keeps none; make the report from its runs.")
     body = f"The first {ANSWERS} requests of each set, and what the models answered after training."
     if not show:
         body += " Answers to harmful requests that are not refusals are redacted; `--show-completions` shows them."
@@ -312,11 +310,7 @@ def to_markdown(campaign: Campaign, sections: Sequence[Section], headline: str, 
         if section.body:
             parts.append(section.body)
         if section.claims:
-            rows = [
-                [c.verdict, *(str(t).replace("|", "\\|") for t in (c.text, c.evidence, c.source))]
-                for c in section.claims
-            ]
-            parts.append(tables.markdown(["verdict", "claim", "evidence", "source"], rows, width=10**6))
+            parts.append("\n".join(f"- **{c.verdict}**: {c.text} ({c.source}). {c.evidence}" for c in section.claims))
         for plate in section.plates:
             picture = f"![{plate.title}]({folder}/{plate.name}.png)\n\n" if folder else ""
             parts.append(f"{picture}*{plate.title}.* {plate.caption}")

@@ -70,6 +70,13 @@ def test_rows_come_from_the_folder_with_config_and_split(folder):
     assert rows[3] == {"prompt": sentences("h", 100)[3], "category": "illegal"}
 
 
+def test_a_folder_is_read_as_it_is_now(tmp_path):
+    """`datasets` caches a local set under its name and README: another folder's rows, or other columns, never show."""
+    for name, row in (("one", {"prompt": "a"}), ("two", {"prompt": "b"}), ("two", {"prompt": 3})):
+        write(tmp_path / name, "org/set", "train", [row])
+        assert load_rows("org/set", None, "train", str(tmp_path / name)) == [row]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

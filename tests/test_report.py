@@ -87,9 +87,9 @@ def test_claims_come_first_with_their_verdicts_and_numbers(campaign, monkeypatch
     monkeypatch.setattr(claims, "verdicts", lambda collection, judge=None: found)
     _, page, text = write(campaign)
     assert '<span class="holds">0 holds</span>, <span class="fails">1 fails</span>' in page
-    assert '<td class="fails">fails</td><td class="prose">CWAC is &lt;best&gt;</td><td class="prose">1.0 | 2.0' in page
+    assert '<span class="fails">fails</span><div><strong>CWAC is &lt;best&gt;</strong>' in page and "1.0 | 2.0" in page
     assert page.index("CWAC is &lt;best&gt;") < page.index("<h2>Tables</h2>")
-    assert "1.0 \\| 2.0" in text
+    assert "- **fails**: CWAC is <best> (Table 1). 1.0 | 2.0\n" in text
 
 
 def test_what_a_model_wrote_is_escaped_and_harmful_answers_are_redacted(campaign, undrawn):

@@ -1,5 +1,6 @@
 """Data sets from the Hugging Face hub, or from a folder laid out like it (`paths.data`)."""
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,7 +32,16 @@ def load_rows(
     bars = datasets.utils.logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
-        rows = datasets.load_dataset(source, config, split=split)
+        if data is None:
+            rows = datasets.load_dataset(source, config, split=split)
+            names, table = rows.column_names, rows.to_list()
+        else:
+            # Read as it is: the cache knows a folder by its name and README alone, and would serve one folder's rows
+            # for another's, or last week's for today's.
+            with tempfile.TemporaryDirectory() as nothing_cached:
+                rows = datasets.load_dataset(source, config, split=split, streaming=True, cache_dir=nothing_cached)
+                table = list(rows)
+            names = list(table[0]) if table else []
     except Exception as error:  # whatever the many back ends raise, the user needs the same facts
         if data is None and "gated" in str(error):  # the probe cannot tell: a gated set describes itself to everybody
             raise UserError(GATED.format(hub_id)) from error
@@ -42,13 +52,12 @@ def load_rows(
     finally:
         if bars:
             datasets.enable_progress_bars()
-    missing = [c for c in columns if c not in rows.column_names]
+    missing = [c for c in columns if c not in names]
     if missing:
         raise UserError(
-            f"{hub_id} ({split}) from {where} has no column {', '.join(missing)}; "
-            f"it has {', '.join(rows.column_names)}"
+            f"{hub_id} ({split}) from {where} has no column {', '.join(missing)}; it has {', '.join(names)}"
         )
-    return rows.to_list()
+    return table
 
 
 def has_dataset(hub_id: str, data: str | None) -> bool:

@@ -92,8 +92,9 @@ def to_example(cfg, row: dict, id: str) -> Example:
     prompt = f"{instruction}\n\n{text}" if instruction and text else text or instruction.strip()
     label = _column(cfg, row, cfg.label) if cfg.get("label") else None
     if cfg.get("labels"):
-        label = cfg.labels[label] if isinstance(label, int) else label
-        if label not in cfg.labels:
+        names = dict(enumerate(cfg.labels))
+        label = names.get(label, label)
+        if label not in names.values():
             raise UserError(f"task={cfg.name}: {cfg.hub_id} has the label {label!r}; expected {list(cfg.labels)}")
         return Example(id, prompt, label, label, source=cfg.name, group=label, input=text if instruction else "")
     response = str(_column(cfg, row, cfg.response)).strip()

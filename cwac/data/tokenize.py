@@ -46,7 +46,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages, templa
         user = messages[-1]
         apart = user.get("input") or ""
         if apart:
-            instruction = user["content"].removesuffix(apart).rstrip()
+            instruction = user["content"].removesuffix(apart).removesuffix("\n\n")
             text = ALPACA_INPUT.format(instruction=instruction, input=apart)
         else:
             text = ALPACA.format(instruction=user["content"])
