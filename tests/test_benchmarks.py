@@ -78,5 +78,7 @@ def test_the_report_names_rival_spread_and_bar(random_model, tmp_path, capsys):
     assert all(row["spread"][0] <= row["ratio"] <= row["spread"][1] for row in (sft, safeinstr))
     table = capsys.readouterr().out
     assert "| sft " in table and "| safeinstr " in table
+    assert methods.main(["--methods", "salora", "--steps", "10", "--out", str(out), *given]) == 0
+    assert "not measured: salora (" in capsys.readouterr().out and json.loads(out.read_text()) == []
     assert methods.main(["--methods", "nosuch", "--out", str(out)]) == 2
     assert methods.main(["--steps", "5", "--out", str(out)]) == 2
