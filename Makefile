@@ -22,7 +22,7 @@ SINGLE := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 
 help: ## list the targets
-	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-15s %s\n", $$1, $$2}'
 
 setup: $(ENV) ## create .venv and install the project (again only after pyproject.toml changed)
 
