@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-full smollm2 audit claims report test test-slow lint clean
+.PHONY: help setup demo demo-full smollm2 audit claims tables table1 table2 table3 table4 table5 table6 report test test-slow lint clean
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -45,6 +45,12 @@ smollm2: $(ENV) ## the campaign on SmolLM2-135M with real SST-2 and AdvBench (ho
 
 audit: $(ENV) ## check the paper's own numbers; writes analysis/AUDIT.md
 	$(PY) -m analysis.audit
+
+table1 table2 table3 table4 table5 table6: $(ENV)
+	$(PY) -m analysis.paper_tables $@ --runs runs --out results/local/$@ $(ARGS)
+
+tables: $(ENV) ## Tables 1 to 6 from finished runs (or one: make table3 ARGS="model=tiny task=toy_sentiment")
+	for t in 1 2 3 4 5 6; do $(PY) -m analysis.paper_tables table$$t --runs runs --out results/local/table$$t $(ARGS) || true; done
 
 claims: $(ENV) ## what a frozen campaign says about the paper's claims (ARGS="--results results/demo" by default)
 	$(PY) -m analysis.claims $(or $(ARGS),--results results/demo)

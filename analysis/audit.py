@@ -40,6 +40,8 @@ class Finding:
     """What disagrees, in a sentence."""
     cells: dict[str, str]
     """Name of a printed number -> its digits."""
+    key: tuple = ()
+    """(artifact, model, method, metric) of an average."""
 
 
 def number(text: str, where: str) -> Decimal:
@@ -80,9 +82,8 @@ def averages(printed: pd.DataFrame) -> list[Finding]:
             message = f"printed {stated}, the {n} cells give {total / n:.2f}; their sum is off by {stated * n - total}"
             if artifact in ("table3", "table4"):
                 message += f"; a further column of {stated * (n + 1) - total} would make it right"
-            found.append(
-                Finding("average", where, message, {**{k: str(v) for k, v in cells.items()}, "average": str(stated)})
-            )
+            shown_cells = {**{k: str(v) for k, v in cells.items()}, "average": str(stated)}
+            found.append(Finding("average", where, message, shown_cells, key))
     return found
 
 

@@ -352,12 +352,15 @@ def pooled(rows: pd.DataFrame) -> pd.DataFrame:
     key = ["run_id", "epoch", "step", "final", "metric", "judge", "eval"]
     several = verdicts.groupby(key, dropna=False)["set"].transform("nunique") > 1
     parts = verdicts[several].dropna(subset="value")
-    merged = []
-    for _, group in parts.groupby(key, dropna=False, sort=False):
-        weights = group["n"] if group["n"].notna().all() else pd.Series(1.0, index=group.index)
-        row = group.iloc[0].copy()
-        row["set"], row["n"], row["stderr"] = "all", group["n"].sum(min_count=len(group)), math.nan
-        row["value"] = float((group["value"] * weights).sum() / weights.sum())
-        merged.append(row)
-    kept = rows.drop(verdicts[several].index)
-    return pd.concat([kept, pd.DataFrame(merged)], ignore_index=True) if merged else kept
+    if parts.empty:
+        return rows.drop(verdicts[several].index)
+    uncounted = parts["n"].isna().groupby([parts[k] for k in key], dropna=False).transform("any")
+    weights = parts["n"].where(~uncounted, 1.0)
+    parts = parts.assign(value=parts["value"] * weights, weight=weights)
+    groups = parts.groupby(key, dropna=False, sort=False, as_index=False)
+    merged = groups.first()
+    sums = groups[["value", "weight"]].sum()
+    merged["value"] = sums["value"] / sums["weight"]
+    merged["n"] = sums["weight"].where(~groups["n"].agg(lambda n: n.isna().any())["n"].astype(bool))
+    merged = merged.assign(set="all", stderr=math.nan)[rows.columns]
+    return pd.concat([rows.drop(verdicts[several].index), merged], ignore_index=True)

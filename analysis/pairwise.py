@@ -82,23 +82,27 @@ class Cells:
     verdicts: dict[str, dict]
     """run_id -> prompt -> harmful; empty for other metrics than HS at the end."""
 
+    def __post_init__(self):
+        columns = (self.rows[c] for c in ("cell", "method", "seed", "value", "run_id", "n"))
+        self._runs: dict[tuple[str, str], dict[int, tuple[float, str, float]]] = {}
+        for cell, method, seed, value, run, n in zip(*columns, strict=True):
+            self._runs.setdefault((cell, method), {})[int(seed)] = (float(value), run, float(n))
+
     def names(self) -> list[str]:
         return list(dict.fromkeys(self.rows["cell"]))
 
     def values(self, cell: str, method: str) -> dict[int, float]:
         """seed -> value."""
-        part = self.rows[(self.rows["cell"] == cell) & (self.rows["method"] == method)]
-        return {int(s): float(v) for s, v in zip(part["seed"], part["value"], strict=True)}
+        return {seed: value for seed, (value, _, _) in self._runs.get((cell, method), {}).items()}
 
     def answers(self, cell: str, method: str) -> dict[int, dict]:
         """seed -> prompt -> harmful, of the runs whose verdicts are at hand."""
-        part = self.rows[(self.rows["cell"] == cell) & (self.rows["method"] == method)]
-        found = {int(s): self.verdicts.get(r, {}) for s, r in zip(part["seed"], part["run_id"], strict=True)}
-        return {seed: answers for seed, answers in found.items() if answers}
+        runs = self._runs.get((cell, method), {})
+        return {seed: self.verdicts[run] for seed, (_, run, _) in runs.items() if run in self.verdicts}
 
     def prompts(self, cell: str, method: str) -> float:
-        part = self.rows[(self.rows["cell"] == cell) & (self.rows["method"] == method)]
-        return float(part["n"].min()) if len(part) else math.nan
+        """The smallest number of prompts a seed; NaN where the metric has none."""
+        return min((n for _, _, n in self._runs.get((cell, method), {}).values()), default=math.nan)
 
 
 def swept(rows: pd.DataFrame) -> list[str]:
@@ -110,13 +114,13 @@ def swept(rows: pd.DataFrame) -> list[str]:
 def name_cells(rows: pd.DataFrame, by: Sequence[str]) -> pd.Series:
     """`model, task, p=0.1`, and where it applies the learning rate and the epoch."""
 
-    def name(row: pd.Series) -> str:
-        parts = [row["model"], row["task"], f"p={row['harmful_ratio']:g}"]
-        parts += [f"lr={row['learning_rate']:g}"] if "learning_rate" in by else []
-        parts += [f"epoch {row['epoch']:g}"] if "epoch" in by else []
-        return ", ".join(parts)
-
-    return rows.apply(name, axis=1) if len(rows) else pd.Series(dtype=object)
+    columns = [rows[c] for c in ("model", "task", "harmful_ratio", "learning_rate", "epoch")]
+    names = []
+    for model, task, ratio, rate, epoch in zip(*columns, strict=True):
+        parts = [model, task, f"p={ratio:g}"]
+        parts += [f"lr={rate:g}"] if "learning_rate" in by else []
+        names.append(", ".join([*parts, f"epoch {epoch:g}"] if "epoch" in by else parts))
+    return pd.Series(names, index=rows.index, dtype=object)
 
 
 def cells(

@@ -129,7 +129,7 @@ def two_proportions_p(ours: float, reference: float, prompts: float) -> float:
 
 
 def bootstrap(
-    ours: Mapping[int, Mapping], reference: Mapping[int, Mapping], draws: int = 4000, seed: int = 0
+    ours: Mapping[int, Mapping], reference: Mapping[int, Mapping], draws: int = 2000, seed: int = 0
 ) -> Estimate | None:
     """Difference of two percentages, resampling seeds and the prompts nested in them; None if nothing pairs.
 

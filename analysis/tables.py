@@ -133,6 +133,21 @@ def seeds_found(cells: Sequence[Cell], done: set[str]) -> tuple[int, int]:
     return sum(c.run_id in done for c in cells), len(cells)
 
 
+def extra_data(rows: pd.DataFrame, method: str) -> str:
+    """`160 harmful prompts, 150 refusals`: what runs of one method and cell saw beyond the task's rows.
+
+    rows: metric rows of that cell's runs; `extra_data` rows hold a count by kind (cwac.methods.base.EXTRA_DATA). A
+    range where seeds differ. SFT sees none by definition; of others without such rows, only that is said.
+    """
+    seen = rows[(rows["metric"] == "extra_data") & (rows["method"] == method)]
+    if seen.empty:
+        return "none" if method == "sft" else "none recorded"
+    low, high = (seen.groupby("set")["value"].agg(how).to_dict() for how in ("min", "max"))
+    if low == high:
+        return paper.extra_label(low)
+    return f"{paper.extra_label(low)} to {paper.extra_label(high)}"
+
+
 def result_table(
     collection: Collection, summary: pd.DataFrame, model: str, task: str, metrics: Sequence[str] = MAIN
 ) -> str:
@@ -144,6 +159,9 @@ def result_table(
     trained = part[part["method"] != paper.ALIGNED]
     grid = {*zip(trained["harmful_ratio"], trained["method"], strict=True)}
     grid |= {(c.harmful_ratio, c.method) for c in wanted}
+    runs = collection.rows[(collection.rows["model"] == model) & (collection.rows["task"] == task)]
+    # beside the main results only, and not for campaigns from before runs recorded it
+    beside = metrics == MAIN and bool((runs["metric"] == "extra_data").any())
     rows = []
     before_rows = part[part["method"] == paper.ALIGNED]
     if len(before_rows):
@@ -160,7 +178,12 @@ def result_table(
         have = max((int(v["n"]) for v in values if v is not None), default=0)
         seeds = f"{have}/{len(cells)}" if cells and have != len(cells) else str(have)
         rows.append([paper.method_label(method), f"{ratio:g}", seeds, *values_shown])
-    return markdown(["method", "p", "n", *(heading(pair, pairs) for pair in pairs)], rows, key=3)
+        if beside:
+            rows[-1].append(extra_data(runs[runs["harmful_ratio"] == ratio], method) if have else "missing")
+    if beside and len(before_rows):
+        rows[0].append("-")
+    header = ["method", "p", "n", *(heading(pair, pairs) for pair in pairs), *["extra data"] * beside]
+    return markdown(header, rows, key=3)
 
 
 def difference_table(
