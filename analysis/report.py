@@ -264,7 +264,7 @@ def provenance_section(campaign: Campaign, argv: Sequence[str]) -> Section:
         ("machines", ", ".join(sorted({r.platform for r in known if r.platform})) or frozen.get("machine", "")),
         ("SHA-256 of results.csv", frozen.get("results_sha256", "")),
     ]
-    parts = [tables.markdown(["what", "value"], [[k, v.replace("|", "\\|")] for k, v in facts if v], width=10**6)]
+    parts = ["\n".join(f"- {what}: `{value.replace('`', '')}`" for what, value in facts if value)]
     versions: dict[str, set[str]] = {}
     for record in known:
         for name, version in record.packages.items():
