@@ -25,7 +25,7 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from analysis import claims, demo, figures, gallery, paper, records, tables
+from analysis import claims, demo, figures, gallery, paper, paper_tables, records, tables
 from analysis.claims import Verdict
 from analysis.collect import Collection, collect, expected_cells, one_judge, read_frozen
 from analysis.figures import Plate
@@ -76,6 +76,8 @@ class Campaign:
     provenance: dict = field(default_factory=dict)
     """Of a frozen campaign: what `analysis.demo` recorded."""
     judge: str | None = None
+    experiment: str | None = None
+    """The preset that made it, where known."""
 
 
 def read_campaign(args: argparse.Namespace) -> Campaign:
@@ -85,7 +87,8 @@ def read_campaign(args: argparse.Namespace) -> Campaign:
             raise UserError("--experiment is for --runs. Remedy: leave it out; a frozen campaign knows its own grid.")
         found = read_frozen(args.frozen)
         provenance = records.read_json(args.frozen / "provenance.json")
-        return Campaign(args.frozen.name, found, records.thaw(args.frozen / records.NAME), provenance, args.judge)
+        thawed = records.thaw(args.frozen / records.NAME)
+        return Campaign(args.frozen.name, found, thawed, provenance, args.judge, provenance.get("experiment"))
     found = collect(args.runs, expected_cells(args.experiment, args.overrides) if args.experiment else None)
     if not found.runs:
         raise UserError(
@@ -93,7 +96,8 @@ def read_campaign(args: argparse.Namespace) -> Campaign:
         )
     shown = shown_runs(found)
     read = {name: records.read(args.runs / name, ANSWERS if name in shown else 0) for name in found.runs}
-    return Campaign(args.experiment or args.runs.name, found, read, judge=args.judge)
+    name = args.experiment or args.runs.name
+    return Campaign(name, found, read, judge=args.judge, experiment=args.experiment)
 
 
 def shown_runs(found: Collection) -> set[str]:
@@ -132,7 +136,18 @@ def tables_section(campaign: Campaign) -> Section:
                 folds.append(Fold(f"{where}: losses, format and certificates", f"{tables.DETAIL_NOTE}\n\n{detail}"))
             if inner := tables.means_table(summary, model, task, tables.INNER):
                 folds.append(Fold(f"{where}: inside the constraints", f"{tables.INNER_NOTE}\n\n{inner}"))
-    return Section("tables", "Tables", "\n\n".join([*parts, tables.NOTES]), folds=folds)
+    return Section("tables", "Tables", "\n\n".join([*beside_paper(campaign), *parts, tables.NOTES]), folds=folds)
+
+
+def beside_paper(campaign: Campaign) -> list[str]:
+    """The paper's table as ours | paper | gap, where the campaign is that of its preset; as Markdown parts."""
+    name, found = campaign.experiment, campaign.found
+    if name not in paper_tables.LAYOUT or not found.expected:
+        return []
+    made = paper_tables.lay_out(name, paper_tables.build(name, found, judge=campaign.judge))
+    text = "\n\n".join([*map(paper_tables.markdown, made), paper_tables.NOTES])
+    # raw HTML is escaped here, so what is second stands in italics
+    return [text.replace("<u>", "*").replace("</u>", "*").replace("second underlined", "second in italics")]
 
 
 def figures_section(campaign: Campaign) -> Section:
@@ -249,7 +264,7 @@ def provenance_section(campaign: Campaign, argv: Sequence[str]) -> Section:
         ("machines", ", ".join(sorted({r.platform for r in known if r.platform})) or frozen.get("machine", "")),
         ("SHA-256 of results.csv", frozen.get("results_sha256", "")),
     ]
-    parts = [tables.markdown(["what", "value"], [[k, v.replace("|", "\\|")] for k, v in facts if v], width=10**6)]
+    parts = ["\n".join(f"- {what}: `{value.replace('`', '')}`" for what, value in facts if value)]
     versions: dict[str, set[str]] = {}
     for record in known:
         for name, version in record.packages.items():

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from analysis import claims, compare, demo, gallery, records, report
+from analysis import claims, compare, demo, gallery, paper, records, report
 from analysis.collect import Cell
 from cwac.runs import write_jsonl
 from tests import browser
@@ -219,3 +219,23 @@ def test_two_campaigns_of_the_report_compare(campaign):
     """The frozen and the live form of one campaign have no differing cell."""
     found = compare.compare(compare.read(campaign), compare.read(campaign))
     assert len(found) > 10 and not set(found["flag"]) & {"differs", "only in first", "only in second"}
+
+
+def test_a_campaign_of_a_papers_table_stands_beside_its_values(tmp_path, monkeypatch, undrawn):
+    """Table 3, p = 0.1: CWAC's printed HS, ours, the gap; the better of ours is bold."""
+    cells = [
+        Cell(f"llama2-sst2-p0.1-{method}-s{seed}-00000000", "llama2", method, "sst2", 0.1, seed, "e1")
+        for method in ("sft", "cwac")
+        for seed in (0, 1)
+    ]
+    for cell in cells:
+        write_run(tmp_path / "runs", cell, rows_of(cell, 30.0 if cell.method == "cwac" else 60.0))
+    monkeypatch.setattr(report, "expected_cells", lambda preset, overrides: cells)
+    code, page, text = write(tmp_path / "runs", "--experiment", "table3")
+    frame = paper.printed()
+    said = frame[(frame["artifact"] == "table3") & (frame["method"] == "cwac") & (frame["harmful_ratio"] == 0.1)]
+    value = said.set_index("metric").loc["HS"]
+    assert code == 0
+    line = line_of(text, "0.1", "CWAC")
+    assert value["text"] in line and f"{30.0 - value['value']:+.1f}" in line and "**30.0" in line
+    assert "<strong>30.0" in page and "&lt;u&gt;" not in page and "second in italics" in text
