@@ -33,16 +33,17 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
+from transformers.trainer_utils import SaveStrategy  # noqa: E402
 
 from analysis.tables import markdown  # noqa: E402
 from cwac import config  # noqa: E402
 from cwac.config import UserError  # noqa: E402
+from cwac.context import open_context  # noqa: E402
 from cwac.data.mix import mix  # noqa: E402
-from cwac.data.pools import fingerprint, load_pools  # noqa: E402
 from cwac.data.tasks import load_task  # noqa: E402
 from cwac.data.tokenize import Rows, pad_token_id  # noqa: E402
 from cwac.engine import MethodCallback, MethodTrainer, build_trainer, total_steps, training_arguments  # noqa: E402
-from cwac.methods.base import Batch, Context, Method  # noqa: E402
+from cwac.methods.base import Batch, Method  # noqa: E402
 from cwac.models import device, load  # noqa: E402
 from cwac.runs import Run  # noqa: E402
 
@@ -122,24 +123,15 @@ def trainers(cfg: DictConfig) -> list[MethodTrainer]:
     run = Run(cfg)
     run.dir.mkdir(parents=True)
     arguments = training_arguments(cfg, run)
-    task, pools = load_task(cfg.task, cfg.paths.data, cfg.seed), load_pools(cfg.pools, cfg.paths.data, cfg.seed)
-    mixed = mix(task.train, pools.poison, cfg.harmful_ratio, cfg.seed, cfg.mix_mode)
-    artifacts = Path(cfg.paths.artifacts)
-    loaded, rival = load(cfg.model, artifacts, cfg.seed), load(cfg.model, artifacts, cfg.seed)
-    context = Context(
-        tokenizer=loaded.tokenizer,
-        pools=pools,
-        loaded=loaded,
-        artifacts=artifacts,
-        seed=cfg.seed,
-        template=cfg.train.template,
-        max_length=cfg.train.max_length,
-        pools_key=fingerprint(pools),
-    )
+    arguments.save_strategy = SaveStrategy.NO  # both trainers share the folder
+    context = open_context(cfg)
+    loaded, rival = context.loaded, load(cfg.model, context.artifacts, cfg.seed)
+    task = load_task(cfg.task, cfg.paths.data, cfg.seed)
+    mixed = mix(task.train, context.pools.poison, cfg.harmful_ratio, cfg.seed, cfg.mix_mode)
     examples = method.training_data(mixed, context, random.Random(f"method-{cfg.seed}"))
     rows = Rows(loaded.tokenizer, examples, cfg.train.template, cfg.train.max_length)
     context.steps = total_steps(arguments, len(rows))
-    models = [loaded.model.to(device()), rival.model.to(device())]
+    models = [loaded.model, rival.model.to(device())]
     method.setup(models[0], context)
     made = []
     for model, each in zip(models, [method, SameBatches("sft", recorded(method))], strict=True):
