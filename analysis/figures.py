@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from analysis import paper, stats
 
@@ -195,6 +196,7 @@ def multiples(
             bare(ax)
             if scale == "log":
                 ax.set_xscale("log")
+                ax.xaxis.set_minor_formatter(NullFormatter())  # labels of minor ticks would overlap
             elif scale == "even":
                 ax.set_xticks(range(len(ticks)), [f"{x:g}" for x in ticks])
         for ax in list(grid.flat)[len(methods) :]:
@@ -352,6 +354,7 @@ def training_overlay(points: pd.DataFrame, ratios: Sequence[float], title: str) 
             # Training lowers the loss, so time runs left to right in both columns.
             if wide(here["task_loss"].dropna()):
                 pair[1].set_xscale("log")
+                pair[1].xaxis.set_minor_formatter(NullFormatter())
             pair[1].invert_xaxis()
         else:
             pair[1].text(0.5, 0.5, "no task_loss rows", transform=pair[1].transAxes, ha="center", color="0.4")
