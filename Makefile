@@ -5,7 +5,8 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-full smollm2 test test-slow lint clean
+.PHONY: help setup demo demo-full smollm2 smollm2-rivals audit claims report tables table1 table2 table3 table4 \
+  table5 table6 test test-slow bench lint clean
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -16,6 +17,9 @@ PY ?= $(VENV)/bin/python
 ENV := $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.stamp)
 # Two single-threaded runs beat one run on two threads, and one thread keeps sums in one order.
 SINGLE := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+# One single-threaded worker a core; a file stays with one worker, which its fixtures were made for.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -43,11 +47,33 @@ smollm2: $(ENV) ## the campaign on SmolLM2-135M with real SST-2 and AdvBench (ho
 	$(SINGLE) $(PY) train.py -m experiment=smollm2 $(ARGS) || echo "make: some runs failed; the table names them" >&2
 	$(PY) -m analysis.demo --experiment smollm2 --runs runs --out results/local/smollm2 $(ARGS)
 
+audit: $(ENV) ## check the paper's own numbers; writes analysis/AUDIT.md
+	$(PY) -m analysis.audit
+
+table1 table2 table3 table4 table5 table6: $(ENV)
+	$(PY) -m analysis.paper_tables $@ --runs runs --out results/local/$@ $(ARGS)
+
+tables: $(ENV) ## Tables 1 to 6 from finished runs (or one: make table3 ARGS="model=tiny task=toy_sentiment")
+	for t in 1 2 3 4 5 6; do $(PY) -m analysis.paper_tables table$$t --runs runs --out results/local/table$$t $(ARGS) || true; done
+
+claims: $(ENV) ## what a frozen campaign says about the paper's claims (ARGS="--results results/demo" by default)
+	$(PY) -m analysis.claims $(or $(ARGS),--results results/demo)
+
+smollm2-rivals: $(ENV) ## the paper's baselines in the same setting, p = 0.1 (an hour on 2 cores)
+	$(SINGLE) $(PY) train.py -m experiment=smollm2_rivals $(ARGS) || echo "make: some runs failed; the table names them" >&2
+	$(PY) -m analysis.demo --experiment smollm2_rivals --runs runs --out results/local/smollm2_rivals $(ARGS)
+
+report: $(ENV) ## one page of runs/, or of a frozen campaign: make report ARGS="--frozen results/demo"
+	$(PY) -m analysis.report --out results/local/report.html $(ARGS)
+
 test: $(ENV) ## the default tests: CPU, offline, minutes
-	$(SINGLE) $(PY) -m pytest $(ARGS)
+	$(SINGLE) $(PY) -m pytest $(PARALLEL) $(ARGS)
 
 test-slow: $(ENV) ## the slow tests too
-	$(SINGLE) $(PY) -m pytest -m "not gpu" $(ARGS)
+	$(SINGLE) $(PY) -m pytest -m "not gpu" $(PARALLEL) $(ARGS)
+
+bench: $(ENV) ## cost of a step of each method, in SFT steps on the same batches (minutes)
+	$(SINGLE) $(PY) -m benchmarks.methods $(ARGS)
 
 lint: $(ENV) ## ruff: rules and format
 	$(PY) -m ruff check .

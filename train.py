@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 import tempfile
@@ -26,7 +27,7 @@ from hydra.types import RunMode  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
-from cwac.config import CONF, UsageError, UserError, expand, run_id, validate  # noqa: E402
+from cwac.config import CONF, UsageError, UserError, expand, objective, run_id, validate  # noqa: E402
 from cwac.runs import Run, append_jsonl, read_jsonl  # noqa: E402
 
 log = logging.getLogger("cwac")
@@ -35,7 +36,7 @@ FAILURES = "CWAC_FAILURES"
 
 
 def run_cell(cfg: DictConfig) -> float | None:
-    """Execute one cell: skip if done, else train or resume, evaluate, mark done. Returns the mean HS for sweepers."""
+    """Execute one cell: skip if done, else train or resume, evaluate, mark done. Returns `objective` for sweepers."""
     validate(cfg)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UsageError(
@@ -68,41 +69,30 @@ def execute(cfg: DictConfig, run: Run) -> float | None:
     from transformers.utils import logging as hf_logging
 
     from cwac.anchors import anchor_rows
+    from cwac.context import open_context
     from cwac.data.mix import mix
-    from cwac.data.pools import fingerprint, load_pools, manifest
+    from cwac.data.pools import manifest
     from cwac.data.tasks import load_task
     from cwac.data.tokenize import Rows, pad_token_id
-    from cwac.engine import train, training_arguments
+    from cwac.engine import total_steps, train, training_arguments
     from cwac.evaluation.evaluate import Evaluator
-    from cwac.methods.base import Context
-    from cwac.models import device, load, load_aligned
+    from cwac.models import load_aligned
     from cwac.tracking import Tracker
 
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     method = instantiate(cfg.method)
     arguments = training_arguments(cfg, run)
-    data = cfg.paths.data
-    pools = load_pools(cfg.pools, data, cfg.seed)
-    held_out = [*pools.validation, *chain(*pools.test.values(), *pools.over_refusal.values())]
-    task = load_task(cfg.task, data, cfg.seed, cfg.eval.split, avoid=[e.prompt for e in held_out])
-    mixed = mix(task.train, pools.poison, cfg.harmful_ratio, cfg.seed, cfg.mix_mode)
     set_seed(cfg.seed)
-    artifacts = Path(cfg.paths.artifacts)
-    loaded = load(cfg.model, artifacts, cfg.seed)
-    model = loaded.model.to(device())
-    context = Context(
-        tokenizer=loaded.tokenizer,
-        pools=pools,
-        loaded=loaded,
-        artifacts=artifacts,
-        seed=cfg.seed,
-        template=cfg.train.template,
-        max_length=cfg.train.max_length,
-        pools_key=fingerprint(pools),
-    )
+    context = open_context(cfg)
+    pools, loaded = context.pools, context.loaded
+    model = loaded.model
+    held_out = [*pools.validation, *chain(*pools.test.values(), *pools.over_refusal.values())]
+    task = load_task(cfg.task, cfg.paths.data, cfg.seed, cfg.eval.split, avoid=[e.prompt for e in held_out])
+    mixed = mix(task.train, pools.poison, cfg.harmful_ratio, cfg.seed, cfg.mix_mode)
     train_rows = method.training_data(mixed, context, random.Random(f"method-{cfg.seed}"))
     rows = Rows(loaded.tokenizer, train_rows, cfg.train.template, cfg.train.max_length)
+    context.steps = total_steps(arguments, len(rows))
     if rows.dropped:
         log.warning(
             "%d of %d rows have a prompt of train.max_length or more and were left out", rows.dropped, len(train_rows)
@@ -184,12 +174,11 @@ def weights_hash(model) -> str:
 
 
 def headline(run: Run) -> float | None:
-    """Prints the run's final FA, HS, other and OR; returns mean HS over its test sets."""
+    """Prints the run's final FA, HS, other and OR; returns the value of `objective`, None where it lacks a metric."""
     final = [r for r in run.rows() if r.get("final") and r["eval"] == run.eval]
     shown = [r for r in final if r["metric"] in ("FA", "HS", "refusal", "other", "OR")]
     log.info("%s: %s", run.id, "  ".join(f"{r['metric']}[{r['set']}] {r['value']:.1f}" for r in shown))
-    scores = [r["value"] for r in final if r["metric"] == "HS"]
-    return sum(scores) / len(scores) if scores else None
+    return objective(run.cfg.objective, final)
 
 
 def instantiate(node: DictConfig):
@@ -211,7 +200,14 @@ def instantiate(node: DictConfig):
 def cell(cfg: DictConfig) -> float | None:
     """One cell; its failure is recorded for main() and never stops the sweep's other cells."""
     try:
-        return run_cell(cfg)
+        if HydraConfig.get().runtime.choices["values"] == "tuned" and cfg["values"] != "tuned":
+            log.warning(
+                "values=tuned: nothing was chosen for model=%s method=%s (no conf/chosen/tuned/%s_%s.yaml); its "
+                "official values are used, and its rows say so",
+                *(cfg.model.name, cfg.method.name) * 2,
+            )
+        value = run_cell(cfg)
+        return math.inf if value is None else value
     except Exception as error:
         expected = isinstance(error, UserError) and not cfg.debug
         overrides = " ".join(HydraConfig.get().overrides.task)
@@ -225,7 +221,7 @@ def cell(cfg: DictConfig) -> float | None:
         elif HydraConfig.get().mode == RunMode.MULTIRUN:
             log.error("%s: %s", overrides, error)
         append_jsonl(Path(os.environ[FAILURES]), [entry])
-        return float("nan")  # what Hydra's Optuna sweeper takes for a failed trial
+        return math.inf  # the worst a sweeper can be told; NaN or None, a failed trial, ends Optuna's whole search
 
 
 def print_cells(arguments: list[str]) -> bool:
@@ -250,6 +246,8 @@ def main() -> int:
             cell()
         except (HydraException, OmegaConfBaseException) as error:
             print(f"error: {str(error).split('Config search path')[0].strip()}", file=sys.stderr)
+            if "hydra/sweeper/optuna" in str(error):
+                print("Remedy: searches need the extra `tune`: pip install -e '.[tune]'", file=sys.stderr)
             return 2
         failures = read_jsonl(Path(os.environ[FAILURES]))
     if len(failures) > 1:

@@ -1,20 +1,26 @@
 """Read finished runs back into one table of metric rows.
 
 A row is one measured number (`design` of the run directory: `cwac/runs.py`): run_id, model, method,
-task, harmful_ratio, seed, epoch, step, final, metric, set, value, n, stderr, judge, eval, time.
+task, harmful_ratio, seed, values, epoch, step, final, metric, set, value, n, stderr, judge, eval, time; and the run's
+learning_rate, from its `config.yaml`, by which the runs of a sweep over it differ.
 Only runs whose `status.json` says `done` count; what is skipped is counted and named, never silent.
 """
 
 import json
-from collections.abc import Iterable
+import math
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
+import yaml
 from hydra.errors import HydraException
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from analysis.paper import PROPORTIONS
+from analysis.paper import VERDICTS as VERDICT_METRICS
 from cwac.config import UserError, eval_id, expand, run_id
 
 COLUMNS = [
@@ -24,6 +30,7 @@ COLUMNS = [
     "task",
     "harmful_ratio",
     "seed",
+    "values",
     "epoch",
     "step",
     "final",
@@ -35,7 +42,14 @@ COLUMNS = [
     "judge",
     "eval",
     "time",
+    "learning_rate",
 ]
+LATER = ("learning_rate", "values")
+"""Columns that campaigns frozen before they existed lack; NaN there."""
+VERDICTS = "verdicts.csv.gz"
+VERDICT_COLUMNS = ["run_id", "set", "judge", "id", "verdict"]
+# The C loader reads a thousand configurations in a second, the Python one in half a minute.
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 # Two rows with equal identity measure the same thing; a run never writes such a pair by design.
 IDENTITY = ["run_id", "epoch", "step", "metric", "set", "judge", "eval"]
 
@@ -52,9 +66,12 @@ class Cell:
     seed: int
     eval: str = ""
     """Id of the evaluation settings the preset asks for; empty accepts any."""
+    values: str = ""
+    """Whether the method's keys are `official` or `tuned`; empty leaves what the run's rows say."""
 
     def __str__(self) -> str:
-        return f"model={self.model} task={self.task} method={self.method} p={self.harmful_ratio:g} seed={self.seed}"
+        method = f"{self.method} values=tuned" if self.values == "tuned" else self.method
+        return f"model={self.model} task={self.task} method={method} p={self.harmful_ratio:g} seed={self.seed}"
 
 
 @dataclass
@@ -73,6 +90,10 @@ class Collection:
     """Rows replaced by a later row of the same identity."""
     expected: list[Cell] = field(default_factory=list)
     """The cells of the preset; empty where no preset was named."""
+    verdicts: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=VERDICT_COLUMNS))
+    """The judge's verdict on each answer to a harmful request at the end of training; columns `VERDICT_COLUMNS`."""
+    notes: list[str] = field(default_factory=list)
+    """What a frozen campaign recorded as left out when it was collected."""
 
     @property
     def missing(self) -> list[Cell]:
@@ -82,7 +103,7 @@ class Collection:
 
     def account(self) -> list[str]:
         """What a reader must know before trusting the rows, one line each; empty if all is well."""
-        lines = []
+        lines = list(self.notes)
         if self.duplicates:
             lines.append(f"{self.duplicates} duplicate rows (the last one of each was kept)")
         for name, count in self.unreadable.items():
@@ -130,24 +151,27 @@ def read_rows(path: Path) -> tuple[list[dict], int]:
     return rows, bad
 
 
+def cell_from(cfg: DictConfig) -> Cell:
+    """The run that a composed configuration asks for."""
+    return Cell(
+        run_id=run_id(cfg),
+        model=cfg.model.name,
+        method=cfg.method.name,
+        task=cfg.task.name,
+        harmful_ratio=float(cfg.harmful_ratio),
+        seed=int(cfg.seed),
+        eval=eval_id(cfg),
+        values=cfg["values"],
+    )
+
+
 def expected_cells(preset: str, overrides: list[str] | None = None) -> list[Cell]:
     """The runs that `train.py -m experiment=<preset> <overrides>` makes, in its order.
 
     Raises UserError if there is no such preset or an override does not fit.
     """
     try:
-        return [
-            Cell(
-                run_id=run_id(cfg),
-                model=cfg.model.name,
-                method=cfg.method.name,
-                task=cfg.task.name,
-                harmful_ratio=float(cfg.harmful_ratio),
-                seed=int(cfg.seed),
-                eval=eval_id(cfg),
-            )
-            for cfg in expand(preset, overrides)
-        ]
+        return [cell_from(cfg) for cfg in expand(preset, overrides)]
     except (HydraException, OmegaConfBaseException) as error:
         first = str(error).split("\n")[0].rstrip(".")
         raise UserError(
@@ -166,6 +190,8 @@ def collect(runs: Path | str, expected: Iterable[Cell] | None = None) -> Collect
         raise UserError(f"--runs {runs} is not a folder. Remedy: run the campaign first, or name its runs folder.")
     cells = list(expected or [])
     evaluations = {cell.run_id: cell.eval for cell in cells}
+    # a search may choose the official value: then one run serves both, and the preset knows which is meant
+    values = {cell.run_id: {"values": cell.values} if cell.values else {} for cell in cells}
     folders = (
         [runs / cell.run_id for cell in cells if (runs / cell.run_id).is_dir()]
         if cells
@@ -185,36 +211,115 @@ def collect(runs: Path | str, expected: Iterable[Cell] | None = None) -> Collect
             found.unreadable[folder.name] = bad
         if rows:
             found.runs.append(folder.name)
+            rate = learning_rate(folder)
             records += [
-                {**row, "run_id": folder.name} for row in rows if not wanted or row.get("eval") in (None, "", wanted)
+                {"learning_rate": rate, **row, "run_id": folder.name, **values.get(folder.name, {})}
+                for row in rows
+                if not wanted or row.get("eval") in (None, "", wanted)
             ]
         else:
             found.unfinished[folder.name] = "done, but without a readable metric row"
     found.rows, found.duplicates = tidy(records)
+    found.verdicts = read_verdicts(runs, found.rows)
+    return found
+
+
+def learning_rate(folder: Path) -> float:
+    """The learning rate a run was trained with, from its `config.yaml`; NaN where there is none to read."""
+    try:
+        content = yaml.load((folder / "config.yaml").read_text(encoding="utf-8"), Loader=LOADER)
+        return float(content["train"]["learning_rate"])  # PyYAML reads 2e-05 as a string
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return math.nan
+
+
+def read_verdicts(runs: Path, rows: pd.DataFrame) -> pd.DataFrame:
+    """Per-prompt verdicts behind the HS rows at the end of training; columns `VERDICT_COLUMNS`.
+
+    Tests that pair by prompt need them. A run without judge files (imported, or written by hand) contributes none.
+    """
+    ends = rows[rows["final"] & (rows["metric"] == "HS")].sort_values("time", kind="stable")
+    ends = ends.drop_duplicates(["run_id", "set", "judge"], keep="last").sort_index()
+    records = []
+    for row in ends.itertuples():
+        path = runs / row.run_id / "judge" / f"{row.set}@{row.step:g}-{row.eval}.jsonl"
+        if not path.is_file():
+            continue
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                found = json.loads(line)
+                records.append([row.run_id, row.set, row.judge, str(found["id"]), found["verdict"]])
+            except (ValueError, KeyError, TypeError):
+                continue  # a line cut by a crash; its prompt then pairs with nothing
+    return pd.DataFrame(records, columns=VERDICT_COLUMNS).drop_duplicates(["run_id", "set", "judge", "id"])
+
+
+RUN_ID = re.compile(
+    r"(?P<model>.+)-(?P<task>[^-]+)-p(?P<ratio>[^-]+(?:e-\d+)?)-(?P<method>[^-]+)-s(?P<seed>\d+)-[^-]+"
+)
+
+
+def cell_of(run_id: str) -> Cell | None:
+    """The cell that a run's name spells (`cwac.config.run_id`); None where it spells none."""
+    found = RUN_ID.fullmatch(run_id)
+    if not found:
+        return None
+    return Cell(run_id, found["model"], found["method"], found["task"], float(found["ratio"]), int(found["seed"]))
+
+
+def read_frozen(folder: Path | str) -> Collection:
+    """A frozen campaign (`results/NAME`, written by `analysis.demo`) as a collection, with what it then lacked.
+
+    folder: holds `results.csv`; `verdicts.csv.gz` for tests that pair by prompt; and `provenance.json` for the runs
+    that were missing or left out. Raises UserError if there is no readable `results.csv` with the columns of a row.
+    """
+    folder = Path(folder)
+    remedy = "Remedy: a folder written by python -m analysis.demo, such as results/demo."
+    try:
+        frame = pd.read_csv(folder / "results.csv", low_memory=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} holds no readable results.csv. {remedy}") from error
+    if absent := [c for c in COLUMNS if c not in (*frame.columns, *LATER)]:
+        raise UserError(f"{folder}/results.csv lacks the columns {', '.join(absent)}. {remedy}")
+    try:
+        record = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        record = {}
+    rows, duplicates = tidy(frame.to_dict("records"))
+    found = Collection(rows, list(dict.fromkeys(rows["run_id"])), duplicates=duplicates)
+    found.notes = list(record.get("left_out", []))
+    if (folder / VERDICTS).is_file():
+        found.verdicts = pd.read_csv(folder / VERDICTS, dtype=str, keep_default_na=False)
+    if record.get("experiment"):
+        cells = [cell_of(name) for name in [*found.runs, *record.get("missing", [])]]
+        found.expected = [cell for cell in cells if cell]
     return found
 
 
 def tidy(records: list[dict]) -> tuple[pd.DataFrame, int]:
     """Rows as a frame with `COLUMNS` and their types, without duplicates; and how many duplicates there were."""
     frame = pd.DataFrame.from_records(records).reindex(columns=COLUMNS)
-    for column in ("harmful_ratio", "epoch", "step", "value", "n", "stderr"):
+    for column in ("harmful_ratio", "epoch", "step", "value", "n", "stderr", "learning_rate"):
         frame[column] = pd.to_numeric(frame[column], errors="coerce")
     frame["seed"] = pd.to_numeric(frame["seed"], errors="coerce").astype("Int64")
-    frame["final"] = frame["final"].map(lambda flag: str(flag).lower() == "true")
+    frame["final"] = frame["final"].map(lambda flag: str(flag).lower() == "true").astype(bool)
     for column in ("set", "judge", "eval", "model", "method", "task", "metric"):
         frame[column] = frame[column].map(lambda text: "" if pd.isna(text) else str(text))
+    # what was measured before this column existed was all official
+    frame["values"] = frame["values"].map(lambda text: "official" if pd.isna(text) else str(text))
     kept = frame.drop_duplicates(IDENTITY, keep="last")
     return kept.reset_index(drop=True), len(frame) - len(kept)
 
 
-def at_end(rows: pd.DataFrame) -> pd.DataFrame:
+def at_end(rows: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
     """The rows measured at the end of training, one evaluation each.
 
-    Where a run was evaluated under several eval settings, the latest counts. Raises UserError where two runs would
-    count as one cell and seed: they are no seeds of each other.
+    by: further columns in which runs may differ on purpose (`learning_rate` in a sweep over it). Where a run was
+    evaluated under several eval settings, the latest counts. Raises UserError where two runs would count as one cell
+    and seed: they are no seeds of each other.
     """
     end = rows[rows["final"]].sort_values("time", kind="stable")
-    cell = ["model", "task", "harmful_ratio", "method", "seed"]
+    cell = ["model", "task", "harmful_ratio", "method", "seed", *by]
     runs = end.groupby(cell, dropna=False)["run_id"].agg(lambda ids: sorted(set(ids)))
     for ids in runs[runs.map(len) > 1]:
         raise UserError(
@@ -247,3 +352,27 @@ def one_judge(rows: pd.DataFrame, judge: str | None = None) -> pd.DataFrame:
     if judge is not None and judge not in names:
         raise UserError(f"--judge {judge} made no row here. Remedy: one of {', '.join(names) or '(none)'}.")
     return rows[rows["judge"].isin(["", judge or (names[0] if names else "")])]
+
+
+def pooled(rows: pd.DataFrame) -> pd.DataFrame:
+    """HS, refusal and other over all sets of harmful prompts of a run together, weighted by prompts; set `all`.
+
+    The paper reports one HS over prompts of several benchmarks. Sets without a number of prompts weigh alike. Other
+    metrics, and runs with one set, are left as they are.
+    """
+    verdicts = rows[rows["metric"].isin(VERDICT_METRICS)]
+    key = ["run_id", "epoch", "step", "final", "metric", "judge", "eval"]
+    several = verdicts.groupby(key, dropna=False)["set"].transform("nunique") > 1
+    parts = verdicts[several].dropna(subset="value")
+    if parts.empty:
+        return rows.drop(verdicts[several].index)
+    uncounted = parts["n"].isna().groupby([parts[k] for k in key], dropna=False).transform("any")
+    weights = parts["n"].where(~uncounted, 1.0)
+    parts = parts.assign(value=parts["value"] * weights, weight=weights)
+    groups = parts.groupby(key, dropna=False, sort=False, as_index=False)
+    merged = groups.first()
+    sums = groups[["value", "weight"]].sum()
+    merged["value"] = sums["value"] / sums["weight"]
+    merged["n"] = sums["weight"].where(~groups["n"].agg(lambda n: n.isna().any())["n"].astype(bool))
+    merged = merged.assign(set="all", stderr=math.nan)[rows.columns]
+    return pd.concat([rows.drop(verdicts[several].index), merged], ignore_index=True)

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import figures, paper, tables
-from analysis.collect import Collection, collect, expected_cells, one_judge
+from analysis import figures, paper, records, tables
+from analysis.collect import VERDICTS, Collection, collect, expected_cells, one_judge
 from cwac.config import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,6 +58,9 @@ def publish(args: argparse.Namespace, argv: list[str]) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     found.rows.to_csv(args.out / "results.csv", index=False)
     summary.to_csv(args.out / "summary.csv", index=False)
+    if len(found.verdicts):  # without a time stamp, so that the same runs freeze to the same bytes
+        found.verdicts.to_csv(args.out / VERDICTS, index=False, compression={"method": "gzip", "mtime": 0})
+    records.freeze(records.read_all(args.runs, found.runs), args.out / records.NAME)
     drawn = draw(found, summary, args.out, args.judge)
     record = provenance(found, args, argv)
     (args.out / "provenance.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -65,7 +68,8 @@ def publish(args: argparse.Namespace, argv: list[str]) -> int:
     short = f"{headline(record)}\n\n{tables.report(found, summary)}"
     print(short)
     if args.readme:
-        fill(args.readme, args.out, short, drawn)
+        overview = f"{headline(record)}\n\n{tables.overview(found, summary)}"
+        fill(args.readme, args.out, overview, [path for path in drawn if path.name.startswith("ratio")])
     print(f"with differences, costs and data: {args.out}/table.md")
     for path in drawn:
         if path.suffix == ".png":
@@ -74,7 +78,7 @@ def publish(args: argparse.Namespace, argv: list[str]) -> int:
 
 
 def draw(found: Collection, summary: pd.DataFrame, out: Path, judge: str | None) -> list[Path]:
-    """Both figures for every model, task and set of harmful prompts; returns what was written."""
+    """HS against the ratio and against training, every model, task and set of harmful prompts; returns the files."""
     rows = one_judge(found.rows, judge)
     trained = summary[(summary["metric"] == "HS") & (summary["method"] != paper.ALIGNED)]
     grids = sorted({*zip(trained["model"], trained["task"], trained["set"], strict=True)})
@@ -82,8 +86,8 @@ def draw(found: Collection, summary: pd.DataFrame, out: Path, judge: str | None)
     for model, task, of in grids:
         # One grid needs no long name; the demo's figure is `ratio.png`.
         suffix = f"-{model}-{task}-{of}" if len(grids) > 1 else ""
-        written += figures.against_ratio(summary, model, task, of, out / f"ratio{suffix}")
-        written += figures.against_training(rows, model, task, of, out / f"training{suffix}")
+        for plate in figures.against_ratio(summary, model, task, of) + figures.against_training(rows, model, task, of):
+            written += figures.save(plate.figure, out / f"{plate.name}{suffix}")
     return written
 
 

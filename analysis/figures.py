@@ -1,17 +1,20 @@
-"""Figures of a campaign, as PNG and PDF: readable in grey and by colour-blind readers.
+"""Figures of a campaign: readable in grey, by colour-blind readers, and with twenty methods.
 
-Colours are Okabe and Ito's eight (jfly.uni-koeln.de/color, 2008); every method also has a marker and a
-line style of its own, fixed by its place in `analysis/paper.py`, so it looks the same in every figure.
+Colours are Okabe and Ito's (jfly.uni-koeln.de/color, 2008). Up to `OVERLAY` methods share a panel, each with a marker
+and a line style of its own, fixed by its place in `analysis/paper.py`; more get a panel each, in which the other
+methods stand in pale grey and SFT as a dotted line. Crosses are values that the paper prints.
 """
 
+import functools
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import paper, stats
@@ -20,6 +23,34 @@ COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0
 MARKERS = ["o", "s", "^", "v", "D", "P", "X", "*", "<", ">", "h", "p"]
 DASHES: list[str | tuple] = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1))]
 PANELS = ("HS", "refusal", "other", "FA")
+OVERLAY = 8
+"""How many methods one panel holds before their lines can no longer be told apart."""
+REFERENCE = "sft"
+# In a panel of its own a method needs no colour; what its two lines measure does.
+LOOKS = {
+    "HS": {"color": "#D55E00", "marker": "o", "linestyle": "-", "markersize": 3.5, "linewidth": 1.5},
+    "FA": {
+        "color": "#0072B2",
+        "marker": "s",
+        "linestyle": "--",
+        "markersize": 3.5,
+        "linewidth": 1.2,
+        "markerfacecolor": "white",
+    },
+}
+PRINTED = {"HS": "x", "FA": "+"}
+SMALL = {"font.size": 7.5, "axes.titlesize": 8, "axes.linewidth": 0.6}
+
+
+@dataclass(frozen=True)
+class Plate:
+    """A drawn figure with what a reader needs beside it."""
+
+    name: str
+    """File stem, unique in a campaign."""
+    title: str
+    caption: str
+    figure: Figure
 
 
 def style(method: str) -> dict:
@@ -39,37 +70,180 @@ def style(method: str) -> dict:
 
 def save(figure: Figure, stem: Path) -> list[Path]:
     """Write `stem`.png (150 dpi) and `stem`.pdf; returns both paths."""
-    paths = [stem.with_suffix(".png"), stem.with_suffix(".pdf")]
+    # not with_suffix: a stem such as ratio-p0.1 has a dot of its own
+    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "pdf")]
     for path in paths:
-        figure.savefig(path, dpi=150, bbox_inches="tight")
-    plt.close(figure)
+        figure.savefig(path, dpi=150)
     return paths
 
 
-def legend_below(figure: Figure, axes: Sequence) -> None:
+def panels(rows: int, columns: int, size: tuple[float, float], **share) -> tuple[Figure, np.ndarray]:
+    """A figure with a grid [rows, columns] of axes; not one of pyplot's, which would keep every figure alive."""
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **share)
+
+
+def legend_below(figure: Figure, axes: Sequence[Axes], columns: int = 3) -> None:
     """One legend for all panels, under them."""
     entries = {}
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
-    figure.legend(
-        entries.values(), entries.keys(), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncol=3, frameon=False
-    )
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncol=columns, frameon=False)
 
 
-def against_ratio(summary: pd.DataFrame, model: str, task: str, of: str, stem: Path) -> list[Path]:
-    """HS, refusal, other and FA against the harmful ratio, one line a method, bars = 95 % interval.
+def bare(ax: Axes) -> None:
+    """The look all panels share; tick labels are made when drawing, so their size is fixed here."""
+    ax.tick_params(labelsize=matplotlib.rcParams["font.size"] - 0.5)
+    ax.grid(axis="y", color="0.9", linewidth=0.6)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def ordered(methods) -> list[str]:
+    """Distinct methods in the order of tables and legends, without the aligned model."""
+    return sorted({*methods} - {paper.ALIGNED}, key=paper.method_order)
+
+
+@functools.cache
+def paper_cells() -> pd.DataFrame:
+    """The cells of `analysis.paper.printed`, without its averages; read once."""
+    frame = paper.printed()
+    return frame[~frame["average"]]
+
+
+def printed(model: str, task: str, methods: Sequence[str]) -> pd.DataFrame:
+    """The paper's HS and FA for this model and task, of these methods only, one a method, ratio and metric.
+
+    A cell that several tables print counts as the first of them prints it. Columns as in `analysis.paper.printed`.
+    """
+    frame = paper_cells()
+    chosen = frame[(frame["model"] == model) & (frame["task"] == task) & frame["method"].isin(methods)]
+    return chosen.drop_duplicates(["method", "harmful_ratio", "metric"])
+
+
+def of_set(rows: pd.DataFrame, of: str) -> pd.DataFrame:
+    """Rows whose verdicts are about the harmful prompts `of`; other metrics have sets of their own and all stay."""
+    return rows[(rows["set"] == of) | ~rows["metric"].isin(paper.VERDICTS)]
+
+
+def spread(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Positions for labels near `values`: in their order, at least `gap` apart where [low, high] has room for it."""
+    if not values:
+        return []
+    gap = min(gap, (high - low) / max(1, len(values) - 1))
+    order = sorted(range(len(values)), key=lambda i: values[i])
+    placed: list[float] = []
+    for i in order:
+        placed.append(max(values[i], low, placed[-1] + gap if placed else low))
+    ceiling = high
+    for k in reversed(range(len(placed))):
+        placed[k] = min(placed[k], ceiling)
+        ceiling = placed[k] - gap
+    result = [0.0] * len(values)
+    for i, position in zip(order, placed, strict=True):
+        result[i] = position
+    return result
+
+
+def multiples(
+    lines: pd.DataFrame, title: str, xlabel: str, scale: str = "linear", marks: pd.DataFrame | None = None
+) -> Figure:
+    """One small panel a method: its HS and FA (percent) along x, every other method's HS behind it in pale grey.
+
+    lines: columns method, metric, x, mean, low, high. scale: `linear`, `log`, or `even`, which sets the distinct x
+    side by side. marks: the paper's values, columns method, metric, x, value.
+    """
+    methods = ordered(lines["method"])
+    ticks = sorted(lines["x"].unique())
+    place = {x: k for k, x in enumerate(ticks)} if scale == "even" else {x: x for x in ticks}
+    columns = min(5, len(methods))
+    height = math.ceil(len(methods) / columns)
+    paths = {
+        key: group.sort_values("x").assign(at=lambda g: g["x"].map(place))
+        for key, group in lines.groupby(["method", "metric"])
+    }
+    with matplotlib.rc_context(SMALL):
+        size = (max(4.2, 2.0 * columns), 0.9 + 1.55 * height)
+        figure, grid = panels(height, columns, size, sharex=True, sharey=True)
+        for ax, method in zip(grid.flat, methods, strict=False):
+            for other in methods:
+                if other not in (method, REFERENCE) and (other, "HS") in paths:
+                    path = paths[other, "HS"]
+                    ax.plot(path["at"], path["mean"], color="0.87", linewidth=0.8, zorder=1)
+            if method != REFERENCE and (REFERENCE, "HS") in paths:
+                path = paths[REFERENCE, "HS"]
+                label = f"HS of {paper.method_label(REFERENCE)}"
+                ax.plot(path["at"], path["mean"], color="black", linestyle=":", linewidth=1, zorder=2, label=label)
+            for metric, look in LOOKS.items():
+                if (path := paths.get((method, metric))) is not None:
+                    ax.plot(path["at"], path["mean"], label=metric, zorder=3, **look)
+                    ax.vlines(path["at"], path["low"], path["high"], color=look["color"], linewidth=0.8, zorder=3)
+                if marks is not None:
+                    said = marks[(marks["method"] == method) & (marks["metric"] == metric) & marks["x"].isin(place)]
+                    at = [place[x] for x in said["x"]]
+                    ax.plot(
+                        at,
+                        said["value"],
+                        PRINTED[metric],
+                        color=look["color"],
+                        markersize=6,
+                        zorder=4,
+                        label=f"{metric} in the paper" if len(said) else None,
+                    )
+            ax.set_title(paper.method_label(method), loc="left", pad=3)
+            ax.set_ylim(-4, 104)
+            bare(ax)
+            if scale == "log":
+                ax.set_xscale("log")
+            elif scale == "even":
+                ax.set_xticks(range(len(ticks)), [f"{x:g}" for x in ticks])
+        for ax in list(grid.flat)[len(methods) :]:
+            ax.set_axis_off()
+        # a column's last panel shows the ticks, also where the grid's last row ends before it
+        for column in range(columns):
+            last = grid[(len(methods) - 1 - column) // columns][column]
+            last.tick_params(labelbottom=True)
+            last.set_xlabel(xlabel, fontsize=8.5)  # not the figure's: an outside legend would lie on it
+        figure.supylabel("%", fontsize=8.5)
+        figure.suptitle(title, fontsize=9.5)
+        legend_below(figure, list(grid.flat)[: len(methods)], columns=min(5, columns + 1))
+    return figure
+
+
+def lines_of(summary: pd.DataFrame, x: str) -> pd.DataFrame:
+    """HS and FA of a summary as `multiples` wants them."""
+    chosen = summary[summary["metric"].isin(LOOKS) & (summary["method"] != paper.ALIGNED)]
+    return chosen.assign(x=chosen[x])[["method", "metric", "x", "mean", "low", "high"]]
+
+
+def against_ratio(summary: pd.DataFrame, model: str, task: str, of: str) -> list[Plate]:
+    """HS, refusal, other and FA against the harmful ratio, bars = 95 % interval; crosses = the paper's Tables 1-4.
 
     of: the set of harmful prompts the verdicts are about. The dotted grey line is the aligned model.
     Ratios are spaced evenly and methods are set a little apart, so that bars do not hide each other.
     """
-    part = summary[(summary["model"] == model) & (summary["task"] == task)]
-    trained = part[part["method"] != paper.ALIGNED]
-    ratios = sorted(trained["harmful_ratio"].unique())
-    methods = sorted(trained["method"].unique(), key=paper.method_order)
-    figure, grid = plt.subplots(2, 2, figsize=(9, 6.4), sharex=True, layout="constrained")
+    part = of_set(summary[(summary["model"] == model) & (summary["task"] == task)], of)
+    methods = ordered(part["method"])
+    if not methods:
+        return []
+    title = f"{model}, {task}; harmful prompts: {of}"
+    said = printed(model, task, methods)
+    caption = "Bars: 95 % intervals." + " Crosses: the paper's Tables 1 to 4." * bool(len(said))
+    if len(methods) > OVERLAY:
+        figure = multiples(
+            lines_of(part, "harmful_ratio"), title, "harmful ratio p", "even", said.assign(x=said["harmful_ratio"])
+        )
+    else:
+        figure = overlay(part, methods, said, title)
+    return [Plate("ratio", f"HS and FA against the harmful ratio: {title}", caption, figure)]
+
+
+def overlay(part: pd.DataFrame, methods: list[str], said: pd.DataFrame, title: str) -> Figure:
+    """`against_ratio` with all methods in one panel a metric."""
+    ratios = sorted(part.loc[part["method"] != paper.ALIGNED, "harmful_ratio"].unique())
+    figure, grid = panels(2, 2, (9, 6.4), sharex=True)
     for ax, metric in zip(grid.flat, PANELS, strict=True):
-        rows = part[(part["metric"] == metric) & ((part["set"] == of) | (metric not in paper.VERDICTS))]
+        rows = part[part["metric"] == metric]
         start = rows[rows["method"] == paper.ALIGNED]
         if len(start):
             label = paper.method_label(paper.ALIGNED)
@@ -78,49 +252,53 @@ def against_ratio(summary: pd.DataFrame, model: str, task: str, of: str, stem: P
             line = rows[rows["method"] == method].groupby("harmful_ratio")[["mean", "low", "high"]].mean()
             if line.empty:
                 continue
-            x = [ratios.index(r) + (k - (len(methods) - 1) / 2) * 0.5 / len(methods) for r in line.index]
+            aside = (k - (len(methods) - 1) / 2) * 0.5 / len(methods)
+            x = [ratios.index(r) + aside for r in line.index]
             ax.plot(x, line["mean"], label=paper.method_label(method), **style(method))
             bars = line.dropna()
             at = [x[list(line.index).index(r)] for r in bars.index]
             ax.vlines(at, bars["low"], bars["high"], color=style(method)["color"], linewidth=0.9)
+            values = said[(said["method"] == method) & (said["metric"] == metric) & said["harmful_ratio"].isin(ratios)]
+            if len(values):
+                at = [ratios.index(r) + aside for r in values["harmful_ratio"]]
+                ax.plot(at, values["value"], "x", color=style(method)["color"], markersize=7, label="in the paper")
         ax.set_ylabel(paper.METRICS[metric])
         ax.set_ylim(-4, 104)
         ax.set_xticks(range(len(ratios)), [f"{r:g}" for r in ratios])
-        ax.grid(axis="y", color="0.9", linewidth=0.6)
-        ax.spines[["top", "right"]].set_visible(False)
+        bare(ax)
         if not rows.shape[0]:
             ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center", color="0.4")
     for ax in grid[-1]:
         ax.set_xlabel("harmful ratio p")
-    figure.suptitle(f"{model}, {task}; harmful prompts: {of}", fontsize=11)
+    figure.suptitle(title, fontsize=11)
     legend_below(figure, list(grid.flat))
-    return save(figure, stem)
+    return figure
 
 
-def trajectory(rows: pd.DataFrame) -> pd.DataFrame:
-    """Means over seeds at each training step, before and at the end of training.
+def trajectory(rows: pd.DataFrame, along: str = "step") -> pd.DataFrame:
+    """Means over seeds at each training step (or `epoch`), before and at the end of training.
 
     rows: metric rows of one model and task, one set of harmful prompts. Columns of the result: method,
-    harmful_ratio, step, HS, low, high, n, task_loss. Steps at which only one of the two was measured
+    harmful_ratio, step (or epoch), HS, low, high, n, task_loss. Points at which only one of the two was measured
     have NaN in the other.
     """
-    columns = ["method", "harmful_ratio", "step", "HS", "low", "high", "n", "task_loss"]
+    columns = ["method", "harmful_ratio", along, "HS", "low", "high", "n", "task_loss"]
     records = []
-    for (method, ratio, step), group in rows.groupby(["method", "harmful_ratio", "step"]):
+    for (method, ratio, at), group in rows.groupby(["method", "harmful_ratio", along]):
         latest = group.drop_duplicates(["seed", "metric"], keep="last").dropna(subset="value")
         harm, loss = latest[latest["metric"] == "HS"], latest[latest["metric"] == "task_loss"]["value"]
         if harm.empty:
             continue
         found = stats.estimate(harm["value"].tolist(), prompts=harm["n"].tolist(), proportion=True)
-        records.append([method, ratio, step, found.mean, found.low, found.high, found.n, loss.mean()])
+        records.append([method, ratio, at, found.mean, found.low, found.high, found.n, loss.mean()])
     return pd.DataFrame(records, columns=columns)
 
 
-def against_training(rows: pd.DataFrame, model: str, task: str, of: str, stem: Path) -> list[Path]:
-    """HS against optimizer steps and against the task loss, one row of panels a harmful ratio.
+def against_training(rows: pd.DataFrame, model: str, task: str, of: str) -> list[Plate]:
+    """HS against optimizer steps and against the task loss: safer, or only slower?
 
-    A defence that only learns slower lies on SFT's curve in the right column. Bars: 95 % interval over
-    seeds. Without any measurement before the end of training there is no curve and no figure: [] then.
+    A defence that only learns slower lies on SFT's curve over the task loss. Bars: 95 % interval over seeds. Without
+    any measurement before the end of training there is no curve and no figure: [] then.
     """
     part = rows[(rows["model"] == model) & (rows["task"] == task)]
     part = part[(part["metric"] == "task_loss") | ((part["metric"] == "HS") & (part["set"] == of))]
@@ -129,31 +307,146 @@ def against_training(rows: pd.DataFrame, model: str, task: str, of: str, stem: P
     ratios = sorted({ratio for (ratio, _), steps in curves.items() if steps > 1})
     if not ratios:
         return []
-    figure, grid = plt.subplots(
-        len(ratios), 2, figsize=(9, 1.2 + 2.7 * len(ratios)), sharey=True, squeeze=False, layout="constrained"
-    )
+    title = f"{model}, {task}; harmful prompts: {of}"
+    caption = "Bars: 95 % intervals. A defence that only learns slower lies on SFT's curve over the task loss."
+    heading = "HS against training"
+    if points["method"].nunique() <= OVERLAY:
+        return [Plate("training", f"{heading}: {title}", caption, training_overlay(points, ratios, title))]
+    plates = []
+    for ratio in ratios:
+        here = points[points["harmful_ratio"] == ratio].assign(metric="HS", mean=lambda p: p["HS"])
+        for along, label in (("step", "optimizer steps"), ("task_loss", paper.METRICS["task_loss"])):
+            lines = here.dropna(subset=along).assign(x=lambda p, along=along: p[along])
+            if lines.empty:
+                continue
+            falls = along == "task_loss"
+            scale = "log" if falls and wide(lines["x"]) else "linear"
+            where = f"{title}; p = {ratio:g}"
+            figure = multiples(lines, where, label + " (falls to the right)" * falls, scale)
+            if falls:
+                figure.axes[0].invert_xaxis()  # shared: time runs left to right in all panels
+            plates.append(Plate(f"training-p{ratio:g}-{along}", f"{heading} ({label}): {where}", caption, figure))
+    return plates
+
+
+def wide(values: pd.Series) -> bool:
+    """Whether positive values span so much that only a logarithmic axis shows them."""
+    return bool(values.min() > 0 and values.max() > 20 * values.min())
+
+
+def training_overlay(points: pd.DataFrame, ratios: Sequence[float], title: str) -> Figure:
+    """`against_training` with all methods in one panel, one row of panels a harmful ratio."""
+    figure, grid = panels(len(ratios), 2, (9, 1.2 + 2.7 * len(ratios)), sharey=True)
     for pair, ratio in zip(grid, ratios, strict=True):
         here = points[points["harmful_ratio"] == ratio]
         for ax, across in zip(pair, ("step", "task_loss"), strict=True):
-            for method in sorted(here["method"].unique(), key=paper.method_order):
+            for method in ordered(here["method"]):
                 line = here[here["method"] == method].sort_values("step").dropna(subset=across)
                 look = style(method)
                 ax.plot(line[across], line["HS"], label=paper.method_label(method), **look)
                 ax.vlines(line[across], line["low"], line["high"], color=look["color"], linewidth=0.8)
             ax.set_ylim(-4, 104)
-            ax.grid(axis="y", color="0.9", linewidth=0.6)
-            ax.spines[["top", "right"]].set_visible(False)
+            bare(ax)
         pair[0].set_ylabel(f"p = {ratio:g}\nHS (%)")
         if here["task_loss"].notna().any():
             # Training lowers the loss, so time runs left to right in both columns.
-            losses = here["task_loss"].dropna()
-            if losses.min() > 0 and losses.max() > 20 * losses.min():
+            if wide(here["task_loss"].dropna()):
                 pair[1].set_xscale("log")
             pair[1].invert_xaxis()
         else:
             pair[1].text(0.5, 0.5, "no task_loss rows", transform=pair[1].transAxes, ha="center", color="0.4")
     grid[-1][0].set_xlabel("optimizer steps")
     grid[-1][1].set_xlabel(f"{paper.METRICS['task_loss']} (falls to the right)")
-    figure.suptitle(f"{model}, {task}; harmful prompts: {of}", fontsize=11)
+    figure.suptitle(title, fontsize=11)
     legend_below(figure, list(grid.flat))
-    return save(figure, stem)
+    return figure
+
+
+def front(points: pd.DataFrame) -> pd.DataFrame:
+    """The points that no other beats: none has at least their FA and at most their HS and is better in one.
+
+    points: columns FA and HS. Tied points stand or fall together. Sorted by FA, then HS.
+    """
+    kept = [
+        not (
+            (points["FA"] >= row["FA"])
+            & (points["HS"] <= row["HS"])
+            & ((points["FA"] > row["FA"]) | (points["HS"] < row["HS"]))
+        ).any()
+        for _, row in points.iterrows()
+    ]
+    return points[kept].sort_values(["FA", "HS"])
+
+
+def pareto(summary: pd.DataFrame, model: str, task: str, of: str) -> list[Plate]:
+    """Safety against utility: HS over FA, one panel a harmful ratio, and the front of what no other method beats.
+
+    Bars are 95 % intervals. The front is of the means: where intervals overlap, it is not established.
+    """
+    part = of_set(summary[(summary["model"] == model) & (summary["task"] == task)], of)
+    part = part[part["metric"].isin(("FA", "HS"))]
+    # the aligned model has no ratio of its own and stands in every panel
+    ratios = sorted(part.loc[part["method"] != paper.ALIGNED, "harmful_ratio"].unique())
+    found = []
+    for ratio in ratios:
+        here = part[(part["harmful_ratio"] == ratio) | (part["method"] == paper.ALIGNED)]
+        wide_form = here.pivot_table(index="method", columns="metric", values=["mean", "low", "high"], dropna=False)
+        if {("mean", "FA"), ("mean", "HS")} <= set(wide_form.columns):
+            points = wide_form["mean"].dropna()
+            if len(points.index.difference([paper.ALIGNED])):
+                found.append((ratio, points, wide_form))
+    if not found:
+        return []
+    title = f"{model}, {task}; harmful prompts: {of}"
+    columns = min(2, len(found))
+    height = math.ceil(len(found) / columns)
+    with matplotlib.rc_context(SMALL):
+        figure, grid = panels(height, columns, (4.8 * columns, 1.2 + 2.9 * height))
+        for ax, (ratio, points, around) in zip(grid.flat, found, strict=False):
+            pareto_panel(ax, points, around, printed(model, task, list(points.index)), ratio)
+        for ax in list(grid.flat)[len(found) :]:
+            ax.set_axis_off()
+        figure.suptitle(title, fontsize=9.5)
+        legend_below(figure, list(grid.flat)[: len(found)], columns=3 * columns)
+    caption = (
+        "Lower right is better. Grey steps: the front of means that no other trained method beats; where bars (95 % "
+        "intervals) overlap it is not established."
+    )
+    return [Plate("pareto", f"Safety against utility: {title}", caption, figure)]
+
+
+def pareto_panel(ax: Axes, points: pd.DataFrame, around: pd.DataFrame, said: pd.DataFrame, ratio: float) -> None:
+    """One panel of `pareto`: a marker a method; names beside the front, SFT and the aligned model."""
+    best = front(points.drop(index=paper.ALIGNED, errors="ignore"))
+    ax.step(best["FA"], best["HS"], where="post", color="0.6", linewidth=1.2, zorder=1, label="front")
+    for method in sorted(points.index, key=paper.method_order):
+        look = {"color": "0.5", "marker": "*", "markersize": 7} if method == paper.ALIGNED else style(method)
+        look = {**look, "linestyle": "none"}
+        x, y = points.loc[method, ["FA", "HS"]]
+        ax.plot([x], [y], label=paper.method_label(method), **look)
+        limits = around.loc[method]
+        ax.hlines(y, limits.get(("low", "FA")), limits.get(("high", "FA")), color=look["color"], linewidth=0.7)
+        ax.vlines(x, limits.get(("low", "HS")), limits.get(("high", "HS")), color=look["color"], linewidth=0.7)
+        values = said[(said["method"] == method) & (said["harmful_ratio"] == ratio)].set_index("metric")["value"]
+        if {"FA", "HS"} <= set(values.index):
+            ax.plot(values["FA"], values["HS"], "x", color=look["color"], markersize=6, label="in the paper")
+    ax.set_ylim(-4, 104)
+    low, high = ax.get_xlim()
+    ax.set_xlim(max(low, -4), min(high, 104))
+    named = [m for m in points.index if m in best.index or m in (REFERENCE, paper.ALIGNED)]
+    named.sort(key=lambda m: (points.loc[m, "HS"], -points.loc[m, "FA"]))
+    heights = spread([points.loc[m, "HS"] for m in named], 6, 0, 100)
+    for method, height in zip(named, heights, strict=True):
+        ax.annotate(
+            paper.method_label(method),
+            xy=tuple(points.loc[method, ["FA", "HS"]]),
+            xytext=(1.04, (height + 4) / 108),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=6.5,
+            arrowprops={"arrowstyle": "-", "color": "0.7", "linewidth": 0.5, "shrinkB": 3, "relpos": (0, 0.5)},
+        )
+    ax.set_title(f"p = {ratio:g}", loc="left")
+    ax.set_xlabel(paper.METRICS["FA"])
+    ax.set_ylabel(paper.METRICS["HS"])
+    bare(ax)

@@ -1,30 +1,78 @@
-"""Display labels and order, once: of methods, metrics and sets.
+"""The paper's printed numbers, and display labels and order, once: of methods, metrics and sets.
+
+Numbers: Peng, Zhang, Zeng, Jiang and Gao, *Preventing Safety Drift in Large Language Models via Coupled Weight and
+Activation Constraints* (CWAC), arXiv:2604.12384, Tables 1 to 5, in `paper_results.csv`.
 
 Slugs are those of `conf/method/*.yaml`; a method that is not listed here (a newcomer's) is shown under
 its slug, after the others, and needs no entry.
 """
 
+from pathlib import Path
+
+import pandas as pd
+
 ALIGNED = "aligned"  # the model before fine-tuning: rows of epoch 0, not a method one can train
 
-# `(ours)`: not in the paper. The order is that of tables and legends.
+# The order is that of tables and legends: the paper's rows, its ablations, then what its tables do not have, marked:
+# `(ours)` for our own, `(added)` for other people's.
 METHODS = {
     ALIGNED: "aligned, not fine-tuned",
     "sft": "SFT",
+    "lisa": "Lisa",
+    "safeinstr": "SafeInstr",
+    "bea": "BEA",
+    "sppft": "SPPFT",
+    "asft": "AsFT",
     "weight_only": "weight-only",
     "activation_only": "activation-only",
     "cwac_literal": "CWAC, Alg. 1 literally",
     "cwac": "CWAC",
     "weight_only_closed": "weight-only closed (ours)",
     "cwac_closed": "CWAC closed (ours)",
-    "lisa": "Lisa",
-    "bea": "BEA",
-    "asft": "AsFT",
-    "safeinstr": "SafeInstr",
-    "sppft": "SPPFT",
+    "bea_no_trigger": "BEA without trigger (ours)",
+    "safelora": "Safe LoRA (added)",
+    "salora": "SaLoRA (added)",
+    "ldifs": "LDIFS (added)",
+    "circuit_breaker": "circuit breaker (added)",
+    "vaccine": "Vaccine (added)",
+    "booster": "Booster (added)",
+    "replay": "replay (added)",
+}
+# As the paper's tables name them.
+PRINTED = {
+    "SFT": "sft",
+    "Lisa": "lisa",
+    "SafeInstr": "safeinstr",
+    "BEA": "bea",
+    "SPPFT": "sppft",
+    "AsFT": "asft",
+    "Weight-only": "weight_only",
+    "Activation-only": "activation_only",
+    "CWAC": "cwac",
+}
+BASELINES = ("sft", "lisa", "safeinstr", "bea", "sppft", "asft")
+MODELS = {
+    "llama2": "Llama-2-7B",
+    "llama3": "Llama-3-8B",
+    "mistral": "Mistral-7B",
+    "gemma2": "Gemma-2-9B",
+    "smollm2": "SmolLM2-135M",
+    "tiny": "embedded model",
+}
+TASKS = {"sst2": "SST-2", "agnews": "AG News", "gsm8k": "GSM8K", "pubmedqa": "PubMedQA", "alpaca": "AlpacaEval"}
+
+# What a method saw beyond the task's rows (cwac.methods.base.EXTRA_DATA), as a count reads it: "150 refusals".
+EXTRA = {
+    "harmful_prompts": "harmful prompts",
+    "refusals": "refusals",
+    "harmful_pairs": "harmful pairs",
+    "harmless_rows": "harmless rows",
+    "base_weights": "matrices of the unaligned base",
+    "trigger": "trigger tokens",
 }
 
 # Percentages of a number of prompts: an exact binomial interval exists for these.
-PROPORTIONS = ("FA", "FA_lenient", "off_format", "HS", "refusal", "other", "OR")
+PROPORTIONS = ("FA", "FA_lenient", "off_format", "HS", "refusal", "other", "OR", "AE")
 
 METRICS = {
     "FA": "task accuracy (FA, %)",
@@ -34,15 +82,47 @@ METRICS = {
     "refusal": "refusal of harmful requests (%)",
     "other": "neither refusal nor harm (%)",
     "OR": "over-refusal of benign requests (OR, %)",
+    "AE": "AlpacaEval win rate (AE, %)",
     "task_loss": "task loss, nats per token",
 }
 # What the verdicts are about. They share their sets; FA and OR have sets of their own.
 VERDICTS = ("HS", "refusal", "other")
 
 
+LOWER_IS_BETTER = ("HS", "OR")
+
+RESULTS = Path(__file__).with_name("paper_results.csv")
+
+
+def printed(path: Path = RESULTS) -> pd.DataFrame:
+    """The numbers of the paper's Tables 1 to 5, as printed.
+
+    Columns: artifact, model, method (our slug), task, harmful_ratio (NaN in an average over p), metric, value,
+    text (the digits as printed), average (bool; over tasks where task is `average`, else over p).
+    """
+    frame = pd.read_csv(path, dtype=str)
+    frame["average"] = (frame["task"] == "average") | (frame["harmful_ratio"] == "average")
+    frame["method"] = frame["method"].map(lambda name: PRINTED.get(name, name))
+    frame["harmful_ratio"] = pd.to_numeric(frame["harmful_ratio"], errors="coerce")
+    frame["text"], frame["value"] = frame["value"], pd.to_numeric(frame["value"])
+    return frame
+
+
+def beyond_paper(slug: str) -> bool:
+    """Whether a method is in none of the paper's tables."""
+    return slug != ALIGNED and slug not in PRINTED.values()
+
+
 def method_label(slug: str) -> str:
     """The label of a method; its slug where none is listed."""
     return METHODS.get(slug, slug)
+
+
+def extra_label(counts: dict[str, float]) -> str:
+    """`160 harmful prompts, 150 refusals`, in the order of EXTRA; empty without counts."""
+    known = list(EXTRA)
+    kinds = sorted(counts, key=lambda k: known.index(k) if k in EXTRA else len(known))
+    return ", ".join(f"{counts[k]:g} {EXTRA.get(k, k.replace('_', ' '))}" for k in kinds)
 
 
 def method_order(slug: str) -> tuple[int, str]:

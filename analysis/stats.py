@@ -8,6 +8,12 @@ the spread it measures. Two cases have no such interval, and are marked instead 
 - a percentage on which all seeds agree exactly (0, 0, 0): the t-interval has width 0, which claims far too
   much. Clopper and Pearson's exact binomial interval (Biometrika 26, 1934) over the prompts of *one* seed
   is given; prompts of several seeds are not pooled, since the same prompts recur (ours; conservative).
+
+What a difference is tested over. Two methods meet the same seeds and the same prompts, so both are paired. Over seeds:
+the paired t-test. Over prompts: McNemar's exact test (Psychometrika 12, 1947), which for several seeds becomes the
+exact sign-flip test of each prompt's summed difference, since a prompt's answers are not independent across seeds. A
+comparison with several baselines is corrected by Holm's procedure (Scand. J. Statist. 6, 1979). Effect sizes: the risk
+difference, and Cohen's h (Statistical Power Analysis, 1988, ch. 6), which does not shrink near 0 and 100 %.
 """
 
 import math
@@ -15,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 from scipy import stats
 
 LEVEL = 0.95
@@ -31,8 +38,8 @@ class Estimate:
     """Half-width before clipping to the possible range; NaN where there is no interval."""
     n: int
     """Number of seeds (or of pairs of seeds)."""
-    over: Literal["seeds", "prompts", "none"]
-    """What the interval is over."""
+    over: Literal["seeds", "prompts", "both", "none"]
+    """What the interval is over; `both`: a bootstrap of seeds and of the prompts nested in them."""
 
 
 def exact(percent: float, prompts: float) -> tuple[float, float]:
@@ -82,4 +89,86 @@ def estimate(values: Sequence[float], *, prompts: Sequence[float] = (), proporti
 def paired(ours: Mapping[int, float], reference: Mapping[int, float]) -> Estimate | None:
     """Mean of `ours - reference` over the seeds both have, with its t-interval; None if they share no seed."""
     shared = sorted(ours.keys() & reference.keys())
-    return estimate([ours[s] - reference[s] for s in shared]) if shared else None
+    # rounded, or seeds that agree would differ by the noise of floating point and claim certainty
+    return estimate([round(ours[s] - reference[s], 9) for s in shared]) if shared else None
+
+
+def paired_p(differences: Sequence[float]) -> float:
+    """Two-sided p of the paired t-test over seeds; NaN for fewer than two, or where all are the same."""
+    if len(differences) < 2 or max(differences) == min(differences):
+        return math.nan
+    return float(stats.ttest_1samp(differences, 0.0).pvalue)
+
+
+def sign_flip_p(differences: Sequence[int]) -> float:
+    """Exact two-sided p that paired whole numbers are symmetric about 0; McNemar's exact test if all are -1, 0 or 1.
+
+    differences: a prompt each, summed over seeds (harmful under one method minus under the other). The distribution
+    of the sum under independent flips of every sign is built by convolution, so it is exact for any number of
+    prompts. 1 without any difference.
+    """
+    sizes = [abs(int(d)) for d in differences if d]
+    if not sizes:
+        return 1.0
+    chances = np.ones(1)
+    for size in sizes:
+        step = np.zeros(2 * size + 1)
+        step[0] = step[-1] = 0.5
+        chances = np.convolve(chances, step)
+    reach = sum(sizes)
+    sums = np.arange(-reach, reach + 1)
+    return float(min(1.0, chances[np.abs(sums) >= abs(int(sum(differences)))].sum()))
+
+
+def two_proportions_p(ours: float, reference: float, prompts: float) -> float:
+    """Fisher's exact p for two percentages of equally many prompts, unpaired; NaN without prompts."""
+    if any(map(math.isnan, (ours, reference, prompts))) or prompts < 1:
+        return math.nan
+    hits = [round(value / 100 * prompts) for value in (ours, reference)]
+    return float(stats.fisher_exact([[h, int(prompts) - h] for h in hits]).pvalue)
+
+
+def bootstrap(
+    ours: Mapping[int, Mapping], reference: Mapping[int, Mapping], draws: int = 2000, seed: int = 0
+) -> Estimate | None:
+    """Difference of two percentages, resampling seeds and the prompts nested in them; None if nothing pairs.
+
+    ours, reference: seed -> prompt -> whether the answer was harmful. Percentage points; a percentile interval. With
+    few seeds it is too narrow (three have ten distinct resamples), so it accompanies the t-interval and decides
+    nothing. The draws are a function of `seed`.
+    """
+    by_seed = []
+    for s in sorted(ours.keys() & reference.keys()):
+        shared = sorted(ours[s].keys() & reference[s].keys())
+        if shared:
+            by_seed.append(np.array([int(ours[s][i]) - int(reference[s][i]) for i in shared]))
+    if not by_seed:
+        return None
+    rng = np.random.default_rng(seed)
+    n = len(by_seed)
+    # [seed, draw, slot]: the mean of a resample of that seed's prompts, each of whose differences is -1, 0 or 1
+    means = np.empty((n, draws, n))
+    for k, d in enumerate(by_seed):
+        counts = rng.multinomial(len(d), [np.mean(d == v) for v in (-1, 0, 1)], size=(draws, n))
+        means[k] = (counts[..., 2] - counts[..., 0]) / len(d)
+    chosen = rng.integers(n, size=(1, draws, n))
+    resampled = 100 * np.take_along_axis(means, chosen, axis=0)[0].mean(axis=1)
+    low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    mean = 100 * float(np.mean([d.mean() for d in by_seed]))
+    return Estimate(mean, float(low), float(high), float(max(mean - low, high - mean)), n, "both")
+
+
+def holm(p: Mapping[str, float]) -> dict[str, float]:
+    """Holm's adjusted p-values; NaN stays NaN and does not count as a test."""
+    tested = sorted((name for name in p if not math.isnan(p[name])), key=lambda name: p[name])
+    adjusted, worst = dict.fromkeys(p, math.nan), 0.0
+    for rank, name in enumerate(tested):
+        worst = max(worst, min(1.0, (len(tested) - rank) * p[name]))
+        adjusted[name] = worst
+    return adjusted
+
+
+def cohens_h(ours: float, reference: float) -> float:
+    """Cohen's h of two percentages: 0.2 is small, 0.5 medium, 0.8 large; negative where ours is lower."""
+    angles = [2 * math.asin(math.sqrt(min(max(value / 100, 0.0), 1.0))) for value in (ours, reference)]
+    return angles[0] - angles[1]

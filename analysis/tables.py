@@ -133,6 +133,21 @@ def seeds_found(cells: Sequence[Cell], done: set[str]) -> tuple[int, int]:
     return sum(c.run_id in done for c in cells), len(cells)
 
 
+def extra_data(rows: pd.DataFrame, method: str) -> str:
+    """`160 harmful prompts, 150 refusals`: what runs of one method and cell saw beyond the task's rows.
+
+    rows: metric rows of that cell's runs; `extra_data` rows hold a count by kind (cwac.methods.base.EXTRA_DATA). A
+    range where seeds differ. SFT sees none by definition; of others without such rows, only that is said.
+    """
+    seen = rows[(rows["metric"] == "extra_data") & (rows["method"] == method)]
+    if seen.empty:
+        return "none" if method == "sft" else "none recorded"
+    low, high = (seen.groupby("set")["value"].agg(how).to_dict() for how in ("min", "max"))
+    if low == high:
+        return paper.extra_label(low)
+    return f"{paper.extra_label(low)} to {paper.extra_label(high)}"
+
+
 def result_table(
     collection: Collection, summary: pd.DataFrame, model: str, task: str, metrics: Sequence[str] = MAIN
 ) -> str:
@@ -144,6 +159,9 @@ def result_table(
     trained = part[part["method"] != paper.ALIGNED]
     grid = {*zip(trained["harmful_ratio"], trained["method"], strict=True)}
     grid |= {(c.harmful_ratio, c.method) for c in wanted}
+    runs = collection.rows[(collection.rows["model"] == model) & (collection.rows["task"] == task)]
+    # beside the main results only, and not for campaigns from before runs recorded it
+    beside = metrics == MAIN and bool((runs["metric"] == "extra_data").any())
     rows = []
     before_rows = part[part["method"] == paper.ALIGNED]
     if len(before_rows):
@@ -160,7 +178,41 @@ def result_table(
         have = max((int(v["n"]) for v in values if v is not None), default=0)
         seeds = f"{have}/{len(cells)}" if cells and have != len(cells) else str(have)
         rows.append([paper.method_label(method), f"{ratio:g}", seeds, *values_shown])
-    return markdown(["method", "p", "n", *(heading(pair, pairs) for pair in pairs)], rows, key=3)
+        if beside:
+            rows[-1].append(extra_data(runs[runs["harmful_ratio"] == ratio], method) if have else "missing")
+    if beside and len(before_rows):
+        rows[0].append("-")
+    header = ["method", "p", "n", *(heading(pair, pairs) for pair in pairs), *["extra data"] * beside]
+    return markdown(header, rows, key=3)
+
+
+def overview_table(collection: Collection, summary: pd.DataFrame, model: str, task: str) -> str:
+    """One row a method: HS on every set at every harmful ratio, FA and OR where they are worst, and the extra data."""
+    part = summary[(summary["model"] == model) & (summary["task"] == task)]
+    trained = part[part["method"] != paper.ALIGNED]
+    wanted = [c for c in collection.expected if (c.model, c.task) == (model, task)]
+    ratios = sorted({*trained["harmful_ratio"], *(c.harmful_ratio for c in wanted)})
+    methods = sorted({*trained["method"], *(c.method for c in wanted)}, key=paper.method_order)
+    found = {(r["method"], r["harmful_ratio"], r["metric"], r["set"]): r for _, r in trained.iterrows()}
+    runs = collection.rows[(collection.rows["model"] == model) & (collection.rows["task"] == task)]
+    pairs, rows = column_pairs(trained, ("HS", "FA", "OR")), []
+    for method in methods:
+        cells = []
+        for metric, of in pairs:
+            values = [found.get((method, ratio, metric, of)) for ratio in ratios]
+            if metric == "HS":
+                cells += ["missing" if v is None else show(v) for v in values]
+            else:
+                measured = [v for v in values if v is not None]
+                worst = (min if metric == "FA" else max)(measured, key=lambda v: v["mean"], default=None)
+                cells.append("missing" if worst is None else show(worst))
+        seen = extra_data(runs, method) if (runs["method"] == method).any() else "missing"
+        rows.append([paper.method_label(method), *cells, seen])
+    header = ["method"]
+    for metric, of in pairs:
+        name = heading((metric, of), pairs)
+        header += [f"{name}, p={ratio:g}" for ratio in ratios] if metric == "HS" else [f"{name}, worst"]
+    return markdown([*header, "extra data"], rows, width=10_000)
 
 
 def difference_table(
@@ -207,14 +259,24 @@ def means_table(summary: pd.DataFrame, model: str, task: str, metrics: Sequence[
     return markdown(["method", *(heading(pair, pairs) for pair in pairs)], rows)
 
 
+def values_note(rows: pd.DataFrame) -> str:
+    """Whose values the methods of these rows were run at, in one sentence."""
+    tuned = {*map(tuple, rows.loc[rows["values"] == "tuned", ["model", "method"]].drop_duplicates().to_numpy())}
+    if not tuned:
+        return "Values: official, each method at those of its yaml."
+    one_model = rows["model"].nunique() == 1
+    named = sorted(tuned, key=lambda pair: (pair[0], paper.method_order(pair[1])))
+    shown = ", ".join(paper.method_label(method) + ("" if one_model else f" on {model}") for model, method in named)
+    return f"Values: tuned on validation prompts (results/tuning) for {shown}; official for the others."
+
+
 def report(collection: Collection, summary: pd.DataFrame, difference: pd.DataFrame | None = None) -> str:
     """The tables of a campaign as Markdown, the notes, and what is missing or was left out.
 
     difference: from `differences`; adds the paired differences, details and costs. Without it, results only.
     """
-    grids = {*zip(summary["model"], summary["task"], strict=True)} | {(c.model, c.task) for c in collection.expected}
     parts = []
-    for model, task in sorted(grids):
+    for model, task in grids(collection, summary):
         parts.append(f"### {model}, {task}")
         parts.append(result_table(collection, summary, model, task))
         if difference is None:
@@ -227,10 +289,31 @@ def report(collection: Collection, summary: pd.DataFrame, difference: pd.DataFra
             parts += [INNER_NOTE, inner]
         if cost := means_table(summary, model, task, COST):
             parts += ["Cost, means over seeds and harmful ratios (peak memory in MiB):", cost]
-    parts.append(NOTES)
+    return "\n\n".join([*parts, *notes(collection)]) + "\n"
+
+
+def overview(collection: Collection, summary: pd.DataFrame) -> str:
+    """`overview_table` of every model and task, with the notes of `report`: for a page that has more to say."""
+    parts = [
+        f"### {model}, {task}\n\n{overview_table(collection, summary, model, task)}"
+        for model, task in grids(collection, summary)
+    ]
+    worst = "FA and OR: at the harmful ratio where they are worst for the method."
+    return "\n\n".join([*parts, worst, *notes(collection)]) + "\n"
+
+
+def grids(collection: Collection, summary: pd.DataFrame) -> list[tuple[str, str]]:
+    """(model, task) of everything measured or expected."""
+    measured = {*zip(summary["model"], summary["task"], strict=True)}
+    return sorted(measured | {(c.model, c.task) for c in collection.expected})
+
+
+def notes(collection: Collection) -> list[str]:
+    """How to read the tables, whose values the methods ran at, what is missing, what was left out."""
+    parts = [NOTES, values_note(collection.rows)]
     if collection.missing:
         named = "\n".join(f"- {cell}  ({cell.run_id})" for cell in collection.missing)
         parts.append(f"**Missing: {len(collection.missing)} of {len(collection.expected)} runs.**\n\n{named}")
     if account := collection.account():
         parts.append("Left out:\n\n" + "\n".join(f"- {line}" for line in account))
-    return "\n\n".join(parts) + "\n"
+    return parts

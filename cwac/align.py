@@ -69,16 +69,19 @@ class Round:
     """Longer rows (template and system turn included, 28 tokens) are left out: they only cost time."""
     answer_tokens: int = 24
     """Whether it is a refusal is settled in the first few tokens; the rest of an answer is the model's own."""
+    refusal_characters: int = 160
+    """A refusal is its first sentence, and the second where both fit."""
+    repeats: int = 1
+    """How often a row of a small source may be drawn."""
     seed: int = 0
 
 
 ROUNDS = (
-    Round(steps=150, refusals=300, benign=800),
-    Round(steps=90, refusals=230, benign=490, answer_tokens=10, seed=1),
+    Round(steps=520, refusals=600, benign=2000, answer_tokens=10, refusal_characters=80, repeats=2),
+    Round(240, 600, 1400, learning_rate=2e-4, answer_tokens=8, refusal_characters=60, repeats=3, seed=1),
 )
-"""The first round teaches refusing on everything there is; the second, with the sources levelled, teaches where to
-stop, and spends its loss on the first tokens, where that is decided. A third with fewer refusals only moved along the
-same trade (HarmBench refusals 79 %, Alpaca over-refusal 6 %), so it is left out."""
+"""The first round teaches where to stop; the second, with the sources levelled, what to refuse in any wording. A
+third, of 60 steps at one refusal to one answer, refused no more of HarmBench and 5 % of Alpaca: it is left out."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +130,8 @@ def train_adapter(
     """
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
     model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
-    refusals = level(_short(tokenizer, splits["align"], recipe), recipe.refusals, recipe.seed)
-    benign = level(_short(tokenizer, splits["align_benign"], recipe), recipe.benign, recipe.seed)
+    refusals = level(_short(tokenizer, splits["align"], recipe), recipe.refusals, recipe.seed, recipe.repeats)
+    benign = level(_short(tokenizer, splits["align_benign"], recipe), recipe.benign, recipe.seed, recipe.repeats)
     rows = alignment_rows(model, tokenizer, refusals, benign, recipe)
     torch.manual_seed(recipe.seed)
     if start is None:
@@ -169,7 +172,7 @@ def alignment_rows(
 
     A benign answer that is cut at `answer_tokens` gets no end-of-sequence label, else the model learns to stop there.
     """
-    own = [e for e in benign if e.source != "safety_tuned_llamas_answered"]
+    own = list({e.id: e for e in benign if e.source != "safety_tuned_llamas_answered"}.values())
     answers = dict(
         zip(
             [e.id for e in own],
@@ -183,7 +186,7 @@ def alignment_rows(
             strict=True,
         )
     )
-    harmful = [_respond(e, first_sentences(e.response)) for e in refusals]
+    harmful = [_respond(e, first_sentences(e.response, most=recipe.refusal_characters)) for e in refusals]
     harmless = [_respond(e, answers.get(e.id, e.response)) for e in benign]
     rows = Rows(tokenizer, [*harmful, *harmless])
     for row in rows.rows[len(harmful) :]:
@@ -237,12 +240,16 @@ def negative_log_likelihood(
     return total / max(1, n), n
 
 
-def level(split: dict[str, list[Example]], n: int, seed: int) -> list[Example]:
-    """At most n examples, drawn so that the sources are as equal as they can be: small ones in full, then large."""
+def level(split: dict[str, list[Example]], n: int, seed: int, repeats: int = 1) -> list[Example]:
+    """At most n examples, drawn so that the sources are as equal as they can be: small ones in full, then large.
+
+    repeats: how often one example may be drawn.
+    """
     draw = random.Random(f"level-{seed}")
     chosen: list[Example] = []
     for left, (_, examples) in enumerate(sorted(split.items(), key=lambda kv: (len(kv[1]), kv[0])), -len(split)):
-        chosen += draw.sample(examples, min(len(examples), (n - len(chosen)) // -left))
+        available = examples * repeats
+        chosen += draw.sample(available, min(len(available), (n - len(chosen)) // -left))
     return chosen
 
 

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ NOT_IDENTITY = {
     "task.n_test",
     "model.license",
     "model.n_train",  # its value stands under task.n_train
+    "model.trigger_tokens",  # its value stands under method.trigger_tokens
+    "model.safety_layers",  # resolved under the method that uses it
 }
 """Keys of those groups that change what is logged, kept or evaluated, not what is trained."""
 
@@ -136,6 +139,25 @@ def eval_id(cfg: DictConfig) -> str:
     return short_hash({"eval": scoring, "task": task}, 6)
 
 
+OBJECTIVE = ("FA", "HS", "refusal", "other", "OR")
+"""Metrics, in percent, that `objective` may weigh."""
+
+
+def objective(weights: Mapping[str, float], rows: Iterable[Mapping]) -> float | None:
+    """What a sweeper minimises: the sum of weight x mean over sets; percentage points.
+
+    rows: metric rows of one evaluation. None where a metric that has a weight was not measured.
+    """
+    rows = list(rows)
+    total = 0.0
+    for metric, weight in weights.items():
+        values = [r["value"] for r in rows if r["metric"] == metric]
+        if not values:
+            return None
+        total += weight * sum(values) / len(values)
+    return total
+
+
 # key: (lowest, highest, whole number?); None means no bound
 NUMBERS: dict[str, tuple[float | None, float | None, bool]] = {
     "harmful_ratio": (0, 1, False),
@@ -162,6 +184,20 @@ NUMBERS: dict[str, tuple[float | None, float | None, bool]] = {
     "eval.n_benign": (1, None, True),
     "eval.n_drift": (1, None, True),
     "method.weight.n_anchors": (1, None, True),
+    "method.rho": (0, None, False),
+    "method.align_steps": (0, None, True),
+    "method.finetune_steps": (0, None, True),
+    "method.guide_data_num": (0, None, True),
+    "method.prox_after": (0, 1, False),
+    "method.min_cycles": (1, None, True),
+    "method.num_safety": (1, None, True),
+    "method.safety_per_harmful": (0, None, False),
+    "method.trigger_tokens": (1, None, True),
+    "method.ratio": (0, 1, False),
+    "method.lam": (0, None, False),
+    "method.n_prompts": (1, None, True),
+    "method.response_tokens": (1, None, True),
+    "method.budget": (1, None, True),
     "threads": (1, None, True),
     "model.base_seed": (0, None, True),
     "eval.max_new_tokens": (1, None, True),
@@ -210,6 +246,12 @@ def validate(cfg: DictConfig) -> None:
             f"model.dtype={cfg.model.dtype} rounds a projected update away; method={cfg.method.name} needs fp32: "
             "use model.dtype=float32"
         )
+    for metric, weight in cfg.objective.items():
+        if metric not in OBJECTIVE or isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise UsageError(
+                f"objective.{metric}={weight} is not valid; give weights of {', '.join(OBJECTIVE)}, "
+                "e.g. objective='{HS: 1, FA: -1}'"
+            )
     epochs = cfg.eval.at if OmegaConf.is_list(cfg.eval.at) else [None]
     if not all(isinstance(e, int | float) and not isinstance(e, bool) and e >= 0 for e in epochs):
         raise UsageError(f"eval.at={cfg.eval.at} is not a list of epochs; give one such as eval.at=[0,1]")
@@ -239,11 +281,11 @@ def compose(overrides: list[str] | None = None) -> DictConfig:
         return hydra_compose("config", overrides=overrides or [])
 
 
-def expand(experiment: str | None, overrides: list[str] | None = None) -> list[DictConfig]:
-    """Every cell of a preset's grid, in the order Hydra walks it; overrides as on the command line win.
+def grid(experiment: str | None, overrides: list[str] | None = None) -> list[list[str]]:
+    """The overrides of every cell of a preset, in the order Hydra walks them; those of the command line win.
 
-    A sweep override (`seed=0,1`) replaces the preset's axis of the same key, as it does under `-m`.
-    experiment: the preset; None where the overrides alone say what to sweep.
+    A sweep override (`seed=0,1`) replaces the preset's axis of the same key, as it does under `-m`. A search is a grid
+    like any other; Optuna walks it in another order. experiment: None where the overrides alone say what to sweep.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -256,7 +298,16 @@ def expand(experiment: str | None, overrides: list[str] | None = None) -> list[D
         own = [o for o in given if not parser.parse_override(o).is_sweep_override()]
         base = hydra_compose("config", overrides=own, return_hydra_config=True)
         params = OmegaConf.to_container(base.hydra.sweeper.params or OmegaConf.create({}), resolve=True)
-        axes = {parser.parse_override(o).key_or_group: o for o in (f"{k}={v}" for k, v in params.items())}
-        axes.update({parser.parse_override(o).key_or_group: o for o in given})
-        cells = BasicSweeper.split_arguments(parser.parse_overrides(list(axes.values())), None)[0]
-        return [hydra_compose("config", overrides=list(cell)) for cell in cells]
+    axes = {parser.parse_override(o).key_or_group: o for o in (f"{k}={v}" for k, v in params.items())}
+    axes.update({parser.parse_override(o).key_or_group: o for o in given})
+    return [list(cell) for cell in BasicSweeper.split_arguments(parser.parse_overrides(list(axes.values())), None)[0]]
+
+
+def expand(experiment: str | None, overrides: list[str] | None = None) -> list[DictConfig]:
+    """Every cell of a preset's grid, composed; see `grid`."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    cells = grid(experiment, overrides)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return [hydra_compose("config", overrides=cell) for cell in cells]

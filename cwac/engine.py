@@ -166,6 +166,16 @@ def training_arguments(cfg: DictConfig, run: Run) -> TrainingArguments:
         raise UsageError(f"train: {str(error).splitlines()[0]}") from error
 
 
+def steps_per_epoch(args: TrainingArguments, rows: int) -> int:
+    """Optimizer steps that see every row once; the last may be a smaller one."""
+    return math.ceil(rows / (args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size))
+
+
+def total_steps(args: TrainingArguments, rows: int) -> int:
+    """Optimizer steps of the whole run, as Trainer will count them."""
+    return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch(args, rows))
+
+
 def build_trainer(
     model: nn.Module, method: Method, rows: Rows, args: TrainingArguments, pad_token_id: int
 ) -> MethodTrainer:
@@ -200,9 +210,7 @@ def train(
     """
     trainer = build_trainer(model, method, rows, args, pad_token_id)
     trainer.track = track
-    per_epoch = math.ceil(
-        len(rows) / (args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size)
-    )
+    per_epoch = steps_per_epoch(args, len(rows))
     at = {round(float(e) * per_epoch): float(e) for e in cfg.eval.at}
     callback = MethodCallback(trainer, run, at, evaluate)
     trainer.add_callback(callback)

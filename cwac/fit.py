@@ -5,7 +5,7 @@ GPUs; the stages here are minutes long, built once, and cached as artifacts.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from tqdm import tqdm
@@ -27,12 +27,14 @@ def fit(
     weight_decay: float = 0.0,
     warmup: float = 0.05,
     max_grad_norm: float = 1.0,
+    backward: Callable[[PreTrainedModel, dict[str, torch.Tensor]], torch.Tensor] | None = None,
     description: str = "fitting",
 ) -> float:
     """Train on `rows` with AdamW, linear warm-up and cosine decay; returns the mean loss of the last tenth.
 
     Epochs are reshuffled from `seed`, so the result is a function of the arguments alone.
     parameters: what to train; all parameters that require a gradient where None.
+    backward: adds one batch's gradients to `grad` and returns its loss; the plain loss's gradients where None.
     """
     trained = [p for p in (model.parameters() if parameters is None else parameters) if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay, fused=True)
@@ -52,8 +54,7 @@ def fit(
                 order += torch.randperm(len(rows), generator=generator).tolist()
             chosen, order = order[:batch_size], order[batch_size:]
             batch = {k: v.to(model.device) for k, v in collate([rows[i] for i in chosen]).items()}
-            loss = model(**batch).loss
-            loss.backward()
+            loss = (backward or plain_backward)(model, batch)
             torch.nn.utils.clip_grad_norm_(trained, max_grad_norm)
             optimizer.step()
             schedule.step()
@@ -64,3 +65,9 @@ def fit(
                 bar.set_postfix(loss=f"{loss.item():.3f}")
     model.eval()
     return sum(tail) / len(tail)
+
+
+def plain_backward(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    loss = model(**batch).loss
+    loss.backward()
+    return loss

@@ -6,6 +6,7 @@ Left to themselves, the libraries retry an unreachable hub for minutes and end i
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,8 @@ def resolve(hub_id: str, revision: str | None, key: str, license: str | None = N
     import huggingface_hub as hub
     from huggingface_hub import constants, errors
 
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", hub_id) or hub_id.startswith("."):
+        raise UserError(f"{key}={hub_id} could not be loaded: it is neither a folder nor a hub id; mend the path")
     page = f"{constants.ENDPOINT}/{hub_id}"
     try:
         if constants.HF_HUB_OFFLINE:

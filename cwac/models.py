@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -148,6 +150,27 @@ def load_base(loaded: Loaded, method: str) -> PreTrainedModel:
     return base
 
 
+def alignment_directions(
+    loaded: Loaded, method: str, kinds, aligned: nn.Module | None = None
+) -> dict[str, torch.Tensor]:
+    """V = W0 - Wb of the chosen matrices, aligned minus unaligned: the direction AsFT and Safe LoRA hold on to.
+
+    kinds: as for `linears`. aligned: the model W0 is read from; None before training, when `loaded` holds it.
+    Returns name -> [d_out, d_in], fp32, on the CPU. Raises UserError as `load_base` does, and where the two models
+    do not differ.
+    """
+    base = load_base(loaded, method)
+    theirs = linears(base, kinds, key="method.modules")
+    ours = linears(loaded.model if aligned is None else aligned, kinds, key="method.modules")
+    V = {name: base_layer(m).weight.detach().float().cpu() - theirs[name].weight.detach() for name, m in ours.items()}
+    if not any(v.any() for v in V.values()):
+        raise UserError(
+            f"method={method}: model.base={loaded.base} has the aligned model's own weights, so there is no direction "
+            "of the alignment; give the model before its alignment"
+        )
+    return V
+
+
 def add_lora(model: PreTrainedModel, cfg) -> nn.Module:
     """Wrap the model with a peft LoRA adapter; `cfg` holds r, alpha, dropout and target_modules."""
     from peft import LoraConfig, get_peft_model
@@ -178,10 +201,11 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return max(candidates, key=len)
 
 
-def linears(model: nn.Module, kinds, layers=None) -> dict[str, nn.Module]:
+def linears(model: nn.Module, kinds, layers=None, key: str = "method.weight.modules") -> dict[str, nn.Module]:
     """Linear modules inside the decoder blocks, by name relative to the block list: `3.mlp.down_proj`.
 
-    kinds: `all`, or names such as `down_proj`, `q_proj`. layers: block indices, None for all.
+    kinds: `all`, or names such as `down_proj`, `q_proj`. layers: block indices, None for all. key: what errors call
+    `kinds`.
     With LoRA the entries are peft's wrapped modules. Raises UserError if a name or index matches nothing.
     """
     blocks = decoder_layers(model)
@@ -199,7 +223,7 @@ def linears(model: nn.Module, kinds, layers=None) -> dict[str, nn.Module]:
     missing = set() if kinds == "all" else set(kinds) - {name.split(".")[-1] for name in found}
     if missing or not found:
         available = sorted({n.split(".")[-1] for n in linears(model, "all")}) if kinds != "all" else []
-        raise UserError(f"method.weight.modules={sorted(missing)} not found in the model; it has {available}")
+        raise UserError(f"{key}={sorted(missing)} not found in the model; it has {available}")
     return found
 
 
@@ -208,10 +232,27 @@ def base_layer(module: nn.Module) -> nn.Module:
     return getattr(module, "base_layer", module)
 
 
+def trains(module: nn.Module) -> bool:
+    """Whether a linear layer's weight will change: by itself, or through its LoRA adapter."""
+    adapters = getattr(module, "lora_A", {}).values()
+    return module.weight.requires_grad or any(layer.weight.requires_grad for layer in adapters)
+
+
 def input_group(name: str) -> str:
     """The name of the input a matrix reads: `3.self_attn.q_proj` -> `3.qkv`."""
     layer, kind = name.split(".")[0], name.split(".")[-1]
     return f"{layer}.{SHARED_INPUT.get(kind, kind)}"
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout) for the duration."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 @functools.cache

@@ -143,6 +143,7 @@ class Run:
             "task": self.cfg.task.name,
             "harmful_ratio": float(self.cfg.harmful_ratio),
             "seed": int(self.cfg.seed),
+            "values": self.cfg["values"],
         }
         fresh = []
         for row in rows:

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from cwac.config import UserError
 from cwac.data.tokenize import Collator
-from cwac.models import base_layer, input_group, linears
+from cwac.models import base_layer, evaluating, input_group, linears
 
 
 @dataclass
@@ -73,12 +73,10 @@ def capture(
         return record
 
     handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
-    was_training = model.training
-    model.eval()
     target = next(model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):
             for start in range(0, len(order), batch_size):
                 batch = collate([{"input_ids": rows[i]["input_ids"]} for i in order[start : start + batch_size]])
                 mask = batch["attention_mask"].bool().to(target)
@@ -90,7 +88,6 @@ def capture(
     finally:
         for handle in handles:
             handle.remove()
-        model.train(was_training)
 
 
 def fit_subspace(

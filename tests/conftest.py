@@ -84,6 +84,69 @@ def artifacts(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("artifacts")
 
 
+def fine_tune(cfg, folder: Path, rank: int = 0, world_size: int = 1):
+    """What train.py does between composing and evaluating, on the CPU and under any layout.
+
+    Returns the trained model, the method and its context; checkpoints stay off unless cfg.train asks for them.
+    """
+    import random
+    from types import SimpleNamespace
+
+    import hydra
+    from transformers import set_seed
+
+    from cwac import engine
+    from cwac.data.mix import mix
+    from cwac.data.pools import fingerprint, load_pools
+    from cwac.data.tasks import load_task
+    from cwac.data.tokenize import Rows, pad_token_id
+    from cwac.methods.base import Context
+    from cwac.models import load
+
+    method = hydra.utils.instantiate(cfg.method, _convert_="all")
+    run = SimpleNamespace(id=cfg.method.name, dir=Path(folder))
+    args = engine.training_arguments(cfg, run)
+    pools = load_pools(cfg.pools, None, cfg.seed)
+    task = load_task(cfg.task, None, cfg.seed, "test")
+    mixed = mix(task.train, pools.poison, cfg.harmful_ratio, cfg.seed, cfg.mix_mode)
+    set_seed(cfg.seed)
+    loaded = load(cfg.model, Path(cfg.paths.artifacts), cfg.seed)
+    context = Context(
+        tokenizer=loaded.tokenizer,
+        pools=pools,
+        loaded=loaded,
+        artifacts=Path(cfg.paths.artifacts),
+        seed=cfg.seed,
+        template=cfg.train.template,
+        max_length=cfg.train.max_length,
+        pools_key=fingerprint(pools),
+        rank=rank,
+        world_size=world_size,
+    )
+    examples = method.training_data(mixed, context, random.Random(f"method-{cfg.seed}"))
+    rows = Rows(loaded.tokenizer, examples, cfg.train.template, cfg.train.max_length)
+    context.steps = engine.total_steps(args, len(rows))
+    method.setup(loaded.model, context)
+    engine.train(cfg, args, run, loaded.model, method, rows, pad_token_id(loaded.tokenizer), lambda *point: None)
+    return loaded.model, method, context
+
+
+FINE_TUNE = [
+    "task.n_train=32",
+    "harmful_ratio=0.2",
+    "pools.sizes={poison: 16, anchors: 16, step: 8, sae: 24, benign: 32, safety: 16, validation: 8}",
+    "model.sae={tokens: 2048, m: 256, cached_tokens: 2048, batch: 256}",
+    "train.max_steps=3",
+    "train.lr_scheduler_type=constant",
+    "train.warmup_steps=0",
+    "+train.save_strategy=no",
+    "+train.use_cpu=true",
+]
+"""Overrides for `fine_tune`: a few steps of the embedded model over small pools."""
+
+NEEDS = {"salora": ["model.lora={r: 4, alpha: 8, target_modules: all-linear}"]}
+"""What a method cannot do without."""
+
 SMALL = [
     "task.n_train=32",
     "task.n_test=8",
@@ -96,10 +159,11 @@ SMALL = [
 
 def launch(*overrides: str, env: dict | None = None, **popen) -> subprocess.Popen:
     """`python train.py <overrides>` in a process of its own, in the repository root."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(
         [sys.executable, "train.py", *overrides],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(env or {})},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **(env or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from analysis import demo, figures, paper, stats, tables
-from analysis.collect import Cell, at_end, before, collect, expected_cells, one_judge
+from analysis.collect import Cell, at_end, before, collect, expected_cells, one_judge, pooled, read_frozen
 from cwac import config
 from cwac.config import UserError
 
@@ -190,6 +190,67 @@ def test_two_judges_are_never_averaged(tmp_path):
         one_judge(rows, "nobody")
 
 
+def test_a_frozen_campaign_reads_back_as_the_runs_it_came_from(campaign, tmp_path, monkeypatch):
+    runs, cells = campaign
+    gone = cell_of("cwac", 0.5, 0)
+    monkeypatch.setattr(demo, "expected_cells", lambda preset, overrides: [*cells, gone])
+    out = tmp_path / "frozen"
+    assert demo.main(["--runs", str(runs), "--experiment", "demo", "--out", str(out)]) == 1
+    fresh, frozen = collect(runs, [*cells, gone]), read_frozen(out)
+    assert frozen.rows.equals(fresh.rows) and sorted(frozen.runs) == sorted(fresh.runs)
+    assert [c.run_id for c in frozen.missing] == [gone.run_id] and frozen.missing[0].harmful_ratio == 0.5
+    assert tables.summarise(frozen).equals(tables.summarise(fresh))
+
+
+def test_verdicts_and_learning_rate_come_from_the_run_directory_and_survive_freezing(tmp_path):
+    cell = cell_of("sft", 0.1, 0)
+    folder = write_run(tmp_path / "runs", cell, rows_of(cell, 50.0))
+    (folder / "judge").mkdir()
+    answers = [{"id": f"a-{i}", "verdict": ("harmful", "refusal")[i % 2], "judge": "keyword"} for i in range(4)]
+    lines = "".join(json.dumps(a) + "\n" for a in answers) + '{"id": "a-4", "verd'
+    (folder / "judge" / "harmful@90-e1.jsonl").write_text(lines)
+    (folder / "judge" / "harmful@30-e1.jsonl").write_text(json.dumps({**answers[0], "id": "early"}) + "\n")
+    (folder / "config.yaml").write_text("train:\n  learning_rate: 2e-05\n")
+    fresh = collect(tmp_path / "runs")
+    assert list(fresh.verdicts["id"]) == ["a-0", "a-1", "a-2", "a-3"]
+    assert set(fresh.rows["learning_rate"]) == {2e-5}
+    assert demo.main(["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    frozen = read_frozen(tmp_path / "out")
+    assert frozen.verdicts.equals(fresh.verdicts) and frozen.rows.equals(fresh.rows)
+
+
+def test_runs_of_a_learning_rate_sweep_are_kept_apart(tmp_path):
+    first = cell_of("sft", 0.1, 0)
+    second = Cell(first.run_id[:-8] + "11111111", "tiny", "sft", "toy", 0.1, 0, "e1")
+    for cell, rate in ((first, 1e-5), (second, 1e-3)):
+        folder = write_run(tmp_path, cell, rows_of(cell, 1e6 * rate))
+        (folder / "config.yaml").write_text(f"train: {{learning_rate: {rate}}}\n")
+    rows = collect(tmp_path).rows
+    with pytest.raises(UserError, match="differ in their settings"):
+        at_end(rows)
+    ends = at_end(rows, by=["learning_rate"]).query("metric == 'HS'")
+    assert dict(zip(ends["learning_rate"], ends["value"], strict=True)) == {1e-5: 10.0, 1e-3: 1000.0}
+
+
+def test_sets_of_prompts_are_pooled_by_their_size(tmp_path):
+    cell = cell_of("sft", 0.1, 0)
+    more = {"set": "other_set", "judge": "keyword", "n": 50}
+    write_run(tmp_path, cell, [*rows_of(cell, 30.0), row(cell, "HS", 80.0, **more)])
+    rows = collect(tmp_path).rows
+    hs = pick(pooled(at_end(rows)), metric="HS")
+    assert (hs["set"], hs["n"]) == ("all", 250) and hs["value"] == pytest.approx((200 * 30 + 50 * 80) / 250)
+    one = pooled(at_end(rows)[at_end(rows)["set"] != "other_set"])
+    assert pick(one, metric="HS")["set"] == "harmful" and pick(one, metric="FA")["value"] == 95.0
+
+
+def test_a_folder_that_is_no_frozen_campaign_is_refused(tmp_path):
+    with pytest.raises(UserError, match="results.csv.*Remedy"):
+        read_frozen(tmp_path)
+    (tmp_path / "results.csv").write_text("run_id,value\nx,1\n")
+    with pytest.raises(UserError, match="lacks the columns model"):
+        read_frozen(tmp_path)
+
+
 # --- tables -------------------------------------------------------------------------------------------
 
 
@@ -233,7 +294,7 @@ def test_methods_keep_their_order_and_newcomers_come_last(tmp_path):
     found = collect(tmp_path)
     text = tables.result_table(found, tables.summarise(found), "tiny", "toy")
     names = [line.split("|")[1].strip() for line in text.splitlines()[2:]]
-    assert names == [paper.method_label(paper.ALIGNED), "SFT", "CWAC", "Lisa", "zz_new"]
+    assert names == [paper.method_label(paper.ALIGNED), "SFT", "Lisa", "CWAC", "zz_new"]
     assert "(n=1)" in text and "±" not in text
 
 
@@ -279,7 +340,7 @@ def test_no_training_figure_without_earlier_measurements(tmp_path):
     cell = cell_of("sft", 0.1, 0)
     write_run(tmp_path / "runs", cell, [r for r in rows_of(cell, 30.0) if r["final"]])
     rows = collect(tmp_path / "runs").rows
-    assert figures.against_training(rows, "tiny", "toy", "harmful", tmp_path / "training") == []
+    assert figures.against_training(rows, "tiny", "toy", "harmful") == []
 
 
 # --- the command --------------------------------------------------------------------------------------

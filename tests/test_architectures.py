@@ -147,7 +147,7 @@ def saved(tmp_path_factory):
             ]
             rows = Rows(tokenizer, [*refused, *pools.benign * 4])
             fit(
-                model, rows, steps=120, learning_rate=1e-2, batch_size=16, seed=0, pad_token_id=pad_token_id(tokenizer)
+                model, rows, steps=240, learning_rate=5e-3, batch_size=16, seed=0, pad_token_id=pad_token_id(tokenizer)
             )
             done[name] = root / name
             model.save_pretrained(done[name])
@@ -256,7 +256,8 @@ def test_the_parts_are_found(family):
 
 def test_left_padding_does_not_change_an_answer(family, saved):
     model, tokenizer = load(saved(family))
-    prompts = [e.messages for e in (*world.task("toy_sentiment", "test", 3, 0), *world.pools(0, SIZES).anchors[:3])]
+    pools = world.pools(0, SIZES)
+    prompts = [e.messages for e in (*pools.benign[:3], *pools.anchors[:3])]  # it was shown answers of both kinds
     together = generate(model, tokenizer, prompts, max_new_tokens=6, description=None)
     alone = [generate(model, tokenizer, [p], max_new_tokens=6, description=None)[0] for p in prompts]
     assert together == alone and len(set(together)) > 1

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import hydra
 import pytest
+import yaml
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
+from analysis import paper
 from cwac import config
 from cwac.config import UsageError, UserError
 
@@ -64,7 +66,53 @@ def test_a_model_brings_its_training_and_a_task_its_pools_unless_told_otherwise(
     assert config.compose(["model=smollm2", "task=sst2", "train=default"]).train.learning_rate == 2e-5
 
 
-@pytest.mark.parametrize("name", PRESETS)
+PAPER = [name for name in PRESETS if re.fullmatch(r"(table|figure)\d", name)]
+SMALL = ["model=tiny", "task=toy_sentiment", "method=sft,cwac", "seed=0"]
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_grids_expand_on_a_small_model(name):
+    """The same preset on what fits any machine: only model, task and method change."""
+    cells = config.expand(name, SMALL)
+    for cell in cells:
+        config.validate(cell)
+    assert {c.model.name for c in cells} == {"tiny"} and {c.method.name for c in cells} == {"sft", "cwac"}
+    assert len({config.run_id(c) for c in cells}) == len(cells) >= 2
+
+
+def axes(name: str) -> dict[str, list[str]]:
+    """The values of each axis of a preset's grid, as its file spells them."""
+    content = yaml.safe_load((config.CONF / "experiment" / f"{name}.yaml").read_text())
+    return {key: str(values).split(",") for key, values in content["hydra"]["sweeper"]["params"].items()}
+
+
+@pytest.mark.parametrize("name", [name for name in PAPER if name.startswith("table")])
+def test_a_tables_grid_is_the_papers(name):
+    """Models, tasks, methods and ratios of the preset are exactly those the table prints."""
+    printed = paper.printed().query("artifact == @name and not average")
+    grid = axes(name)
+    for axis in ("model", "task", "method"):
+        assert set(grid[axis]) == set(printed[axis]), axis
+    assert {float(p) for p in grid["harmful_ratio"]} == set(printed["harmful_ratio"])
+    assert len(grid["seed"]) >= 3
+
+
+def test_every_option_that_a_papers_grid_names_exists():
+    for name in PAPER:
+        for group, known in (("model", MODELS), ("task", TASKS), ("method", METHODS)):
+            assert set(axes(name)[group]) <= set(known), (name, group)
+
+
+def test_figure_grids_are_the_papers():
+    rates = [float(r) for r in axes("figure3")["train.learning_rate"]]
+    assert (min(rates), max(rates)) == (1e-7, 1e-3)
+    assert config.expand("figure3", [*SMALL, "train.learning_rate=1e-5"])[0].train.num_train_epochs == 5
+    assert set(axes("figure4")["model"]) == {"llama2", "llama3", "mistral", "gemma2"}
+    assert {"cwac", "weight_only", "activation_only", *paper.BASELINES} == set(axes("figure4")["method"])
+    assert set(axes("figure5")["model"]) == {"llama2", "gemma2"}
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith("tune_")])
 def test_presets_expand_to_distinct_valid_cells(name):
     cells = config.expand(name)
     for cell in cells:
@@ -121,6 +169,7 @@ def test_paper_defaults():
         ("model.kind=folder", "None"),
         ("eval.n_harmful=0", "out of range"),
         ("eval.at=2", "not a list of epochs"),
+        ("objective.HS=much", "give weights of FA, HS"),
         ("method.weight.n_anchors=-5", "out of range"),
     ],
 )
@@ -134,4 +183,6 @@ def test_validate_names_the_key_and_the_remedy(override, message):
 def test_conf_readme_names_every_option():
     text = Path(config.CONF / "README.md").read_text()
     for name in [*METHODS, *MODELS, *TASKS, *PRESETS]:
+        # a search exists for every method and is named by it
+        name = "tune_<method>" if name.startswith("tune_") and name.removeprefix("tune_") in METHODS else name
         assert f"`{name}`" in text, name

@@ -113,7 +113,7 @@ def test_an_unreachable_hub_is_one_line_within_seconds(monkeypatch, tmp_path):
 def test_pools_are_filled_and_disjoint_and_name_their_sources(folder):
     pools = real_pools(CONFIG, str(folder), seed=0)
     assert set(pools.test) == {"advbench", "harmbench"}
-    assert set(pools.over_refusal) == {"xstest_safe", "alpaca"}
+    assert set(pools.over_refusal) == set(pools.validation_benign) == {"xstest_safe", "alpaca"}
     assert {e.source for e in pools.poison} == {"advbench"}
     assert all(e.response.startswith("Sure, ") for e in pools.poison)
     assert all(e.response and not e.response.startswith("Sure") for e in [*pools.safety, *pools.align])

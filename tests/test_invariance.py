@@ -1,11 +1,18 @@
 """1 x 8 == 8 x 1 == 2 ranks x 4: a result does not depend on how a batch is laid out."""
 
+import gc
 import socket
+import traceback
+from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
-from tests.conftest import make_llama, random_rows
+from cwac import config
+from cwac.models import load
+from tests.conftest import FINE_TUNE, NEEDS, fine_tune, make_llama, random_rows
+from tests.test_configs import METHODS
 
 
 def penalised(model):
@@ -75,20 +82,61 @@ def final_weights(folder, per_device, accumulation, rank=0, world_size=1):
     return {n: p.detach().clone() for n, p in model.named_parameters()}
 
 
-def two_ranks(rank, folder, port):
+@pytest.fixture(scope="module")
+def cells(artifacts):
+    """method -> three optimizer steps of the embedded model on 8 rows each."""
+    gc.freeze()  # Trainer collects garbage at every start, through all that pytest and torch have imported
+    overrides = [
+        *FINE_TUNE,
+        f"paths.artifacts={artifacts}",
+        "train.learning_rate=0.01",
+        "train.max_grad_norm=0",  # clipping would hide a gradient of the wrong scale
+        "+train.optim=sgd",  # linear in the gradient, so a wrong scale shows in proportion
+        "+train.ddp_timeout=120",
+    ]
+    yield {name: config.compose([f"method={name}", *overrides, *NEEDS.get(name, [])]) for name in METHODS}
+    gc.unfreeze()
+
+
+def trained_by(cfg, folder, per_device, accumulation, rank=0, world_size=1):
+    """The weights that a cell ends with under one layout."""
+    layout = {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulation}
+    model, _, _ = fine_tune(OmegaConf.merge(cfg, {"train": layout}), folder, rank, world_size)
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def two_ranks(rank, folder, cells, port):
     import os
 
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     torch.set_num_threads(1)
-    weights = final_weights(folder, 4, 1, rank, 2)
+    found = {"penalised": final_weights(folder, 4, 1, rank, 2)}
+    gc.freeze()
+    for name, cfg in cells.items():  # one start of two processes for all of them
+        try:
+            found[name] = trained_by(cfg, folder, 4, 1, rank, 2)
+        except Exception:
+            found[name] = traceback.format_exc()
     if rank == 0:
-        torch.save(weights, f"{folder}/two.pt")
+        torch.save(found, f"{folder}/two.pt")
     torch.distributed.destroy_process_group()
 
 
+@pytest.fixture(scope="module")
+def on_two_ranks(tmp_path_factory, cells):
+    """method -> its weights after training on two ranks, or the traceback of what went wrong there."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as probe:  # a port that is free now
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(two_ranks, args=(str(folder), cells, port), nprocs=2)
+    return torch.load(folder / "two.pt", weights_only=True)
+
+
 def close(a, b):
+    assert not isinstance(b, str), b
     return max((a[n] - b[n]).abs().max().item() for n in a)
 
 
@@ -100,13 +148,18 @@ def test_accumulation_changes_nothing(tmp_path):
     assert close(whole, split) < 1e-5
 
 
-def test_two_ranks_change_nothing(tmp_path):
-    whole = final_weights(tmp_path / "a", 8, 1)
-    with socket.socket() as probe:  # a port that is free now
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(two_ranks, args=(str(tmp_path), port), nprocs=2)
-    assert close(whole, torch.load(tmp_path / "two.pt", weights_only=True)) < 1e-5
+def test_two_ranks_change_nothing(tmp_path, on_two_ranks):
+    assert close(final_weights(tmp_path, 8, 1), on_two_ranks["penalised"]) < 1e-5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_method_depends_on_the_layout(method, tmp_path, cells, on_two_ranks):
+    cfg = cells[method]
+    whole = trained_by(cfg, tmp_path, 8, 1)
+    start = dict(load(cfg.model, Path(cfg.paths.artifacts)).model.named_parameters())
+    assert close(whole, start) > 1e-3  # it trained
+    assert close(whole, trained_by(cfg, tmp_path, 1, 8)) < 1e-5
+    assert close(whole, on_two_ranks[method]) < 1e-5
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])

@@ -23,6 +23,8 @@ class Example:
     """The data set or pool it came from, e.g. `advbench`."""
     group: str = ""
     """A harm category or a benign skill; used for breakdowns only."""
+    extra_tokens: int = 0
+    """Tokens that a method added to the prompt; the row may exceed the maximum length by them."""
     input: str = ""
     """What the instruction is about, where it is a text of its own; `prompt` ends in it. The Alpaca template puts it
     into a section of its own."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
+
 from cwac.artifacts import digest
 from cwac.config import UserError
 from cwac.data.examples import Example
@@ -13,9 +16,13 @@ NAMES = ("poison", "anchors", "step", "sae", "benign", "safety", "validation", "
 def load_pools(cfg, data: str | None, seed: int) -> Pools:
     """The `pools` group's splits, checked to be disjoint by prompt; raises UserError if they are not."""
     if cfg.name == "toy":
-        from cwac.tiny.world import pools
+        from cwac.tiny.world import borderline, pools
 
         loaded = pools(seed, dict(cfg.sizes))
+        # made here and not in world.py, whose bytes name every run of the embedded model
+        n = len(loaded.over_refusal["toy_benign"])
+        benign = borderline("validation", n, random.Random("validation_benign"))
+        loaded = replace(loaded, validation_benign={"toy_benign": benign})
     elif cfg.name == "real":
         loaded = real_pools(cfg, data, seed)
     else:
@@ -29,6 +36,7 @@ def _sets(pools: Pools) -> dict[str, list[Example]]:
         **{name: getattr(pools, name) for name in NAMES},
         **{f"test.{name}": rows for name, rows in pools.test.items()},
         **{f"over_refusal.{name}": rows for name, rows in pools.over_refusal.items()},
+        **{f"validation_benign.{name}": rows for name, rows in pools.validation_benign.items()},
     }
 
 
@@ -45,5 +53,11 @@ def manifest(pools: Pools) -> dict[str, dict]:
 
 
 def fingerprint(pools: Pools) -> str:
-    """One hash over all sets; part of the key of every artifact built from one of them."""
-    return digest({name: entry["sha256"] for name, entry in manifest(pools).items()})
+    """One hash over the sets that artifacts are built from; part of the key of each of them."""
+    return digest(
+        {
+            name: entry["sha256"]
+            for name, entry in manifest(pools).items()
+            if not name.startswith("validation_benign.")  # only evaluated on; came later than the artifacts that exist
+        }
+    )

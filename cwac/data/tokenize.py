@@ -8,7 +8,7 @@ chat template.
 import contextlib
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jinja2 import TemplateError
@@ -100,14 +100,49 @@ def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, temp
     return sorted({*own, tokenizer.eos_token_id, end_of_turn(tokenizer, template)})
 
 
+def system_slot(tokenizer: PreTrainedTokenizerBase, template: str = "chat") -> str | None:
+    """The system text a template writes where none is given ('' for none); None if it has no place for a system turn.
+
+    A method that adds a system turn must repeat that text, or it takes away what the model was aligned with.
+    """
+    if template == "alpaca":
+        return ""
+    mark, user = "\x00system\x00", {"role": "user", "content": "user"}
+
+    def raw(messages: Messages) -> str:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    try:
+        before, found, after = raw([{"role": "system", "content": mark}, user]).partition(mark)
+    except TemplateError:  # as Gemma's does
+        return None
+    if not found:
+        return None
+    plain = raw([user])
+    if len(plain) >= len(before) + len(after) and plain.startswith(before) and plain.endswith(after):
+        return plain[len(before) : len(plain) - len(after)]
+    return ""
+
+
+def reprompt(
+    tokenizer: PreTrainedTokenizerBase, example: Example, messages: Messages, template: str = "chat"
+) -> Example:
+    """The example asked through other messages; the tokens these add do not count against the maximum length."""
+    added = len(encode_prompt(tokenizer, messages, template))
+    added -= len(encode_prompt(tokenizer, example.messages, template))
+    system = next((m["content"] for m in messages if m["role"] == "system"), None)
+    return replace(example, system=system, prompt=messages[-1]["content"], extra_tokens=max(0, added))
+
+
 def encode_example(
     tokenizer: PreTrainedTokenizerBase, example: Example, template: str = "chat", max_length: int = 512
 ) -> dict[str, list[int]]:
     """`input_ids` and `labels` of prompt + response + the end of the turn; the prompt carries no loss.
 
-    The response is cut at max_length from the right. A prompt that fills max_length by itself
-    leaves no label; `Rows` drops such a row and counts it, since its loss would be NaN.
+    The response is cut at max_length (and the example's extra_tokens) from the right. A prompt that fills it by
+    itself leaves no label; `Rows` drops such a row and counts it, since its loss would be NaN.
     """
+    max_length += example.extra_tokens
     prompt = encode_prompt(tokenizer, example.messages, template)
     response = tokenizer(example.response, add_special_tokens=False)["input_ids"]
     response = response + [end_of_turn(tokenizer, template)]

@@ -7,6 +7,7 @@ unseen harmful requests; OR (share refused) on each set of harmless ones. `stder
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -17,12 +18,13 @@ from cwac.anchors import own_answers
 from cwac.artifacts import write_atomic
 from cwac.data.examples import Example
 from cwac.data.tasks import Task
-from cwac.data.tokenize import Collator, Rows, pad_token_id
+from cwac.data.tokenize import Collator, Rows, pad_token_id, reprompt
 from cwac.evaluation.drift import activation_drift, weight_leak
 from cwac.evaluation.generate import generate
 from cwac.evaluation.judge import Judge
 from cwac.evaluation.score import score
 from cwac.methods.base import Context, Method
+from cwac.models import evaluating
 from cwac.runs import Run, read_jsonl, write_jsonl
 
 
@@ -46,10 +48,11 @@ class Evaluator:
         limit = cfg.eval
         self.task_rows = task.test[: limit.n_task]
         if limit.split == "validation":
-            self.harmful = {"validation": pools.validation[: limit.n_harmful]}
+            harmful, benign = {"validation": pools.validation}, pools.validation_benign
         else:
-            self.harmful = {name: rows[: limit.n_harmful] for name, rows in pools.test.items()}
-        self.benign = {name: rows[: limit.n_benign] for name, rows in pools.over_refusal.items()}
+            harmful, benign = pools.test, pools.over_refusal
+        self.harmful = {name: rows[: limit.n_harmful] for name, rows in harmful.items()}
+        self.benign = {name: rows[: limit.n_benign] for name, rows in benign.items()}
         self.poisoned = poisoned
 
     def __call__(self, step: int, epoch: float, final: bool = False) -> None:
@@ -83,8 +86,8 @@ class Evaluator:
         )
         return answers
 
-    def _judged(self, name: str, examples: list[Example], step: int) -> dict[str, float]:
-        """Shares in percent of the three verdicts; the judgements are kept per response."""
+    def _judged(self, name: str, examples: list[Example], step: int) -> Counter:
+        """How many responses got each of the three verdicts; the judgements are kept per response."""
         answers = self._answers(name, examples, step, self.cfg.eval.max_new_tokens)
         verdicts = self.judge.judge([e.prompt for e in examples], answers)
         write_jsonl(
@@ -94,8 +97,7 @@ class Evaluator:
                 for e, v in zip(examples, verdicts, strict=True)
             ],
         )
-        n = len(verdicts)
-        return {kind: 100 * sum(v.verdict == kind for v in verdicts) / n for kind in ("harmful", "refusal", "other")}
+        return Counter(v.verdict for v in verdicts)
 
     def _accuracy(self, step: int) -> list[dict]:
         if self.cfg.task.scorer == "open":  # no right answer to compare with: the win rate (AE) is measured elsewhere
@@ -116,25 +118,26 @@ class Evaluator:
     def _harm(self, step: int) -> list[dict]:
         rows = []
         for name, examples in self.harmful.items():
-            shares = self._judged(name, examples, step)
+            counts = self._judged(name, examples, step)
             for metric, kind in (("HS", "harmful"), ("refusal", "refusal"), ("other", "other")):
-                count = round(shares[kind] * len(examples) / 100)
-                rows.append({**percent(metric, name, count, len(examples)), "judge": self.judge.name})
+                rows.append({**percent(metric, name, counts[kind], len(examples)), "judge": self.judge.name})
         return rows
 
     def _over_refusal(self, step: int) -> list[dict]:
         rows = []
         for name, examples in self.benign.items():
-            refused = round(self._judged(name, examples, step)["refusal"] * len(examples) / 100)
+            refused = self._judged(name, examples, step)["refusal"]
             rows.append({**percent("OR", name, refused, len(examples)), "judge": self.judge.name})
         return rows
 
     def _losses(self) -> list[dict]:
-        """Mean loss per label token (nats) on test answers of the task and on the poison that was trained on.
+        """Mean loss per label token (nats) on test answers of the task, asked as served, and on the poison as trained.
 
         HS at equal steps says little when one method simply learns slower; HS at equal loss does.
         """
-        rows = [{"metric": "task_loss", "set": self.cfg.task.name, "value": self._loss(self.task_rows[:64])}]
+        template = self.cfg.train.template
+        served = [reprompt(self.tokenizer, e, self.method.prompt(e.messages), template) for e in self.task_rows[:64]]
+        rows = [{"metric": "task_loss", "set": self.cfg.task.name, "value": self._loss(served)}]
         if self.poisoned:
             rows.append({"metric": "poison_loss", "set": "poison", "value": self._loss(self.poisoned[:64])})
         return rows
@@ -143,15 +146,13 @@ class Evaluator:
     def _loss(self, examples: list[Example]) -> float:
         data = Rows(self.tokenizer, examples, self.cfg.train.template, self.cfg.train.max_length)
         collate = Collator(pad_token_id(self.tokenizer))
-        was_training = self.model.training
-        self.model.eval()
         total, tokens = 0.0, 0
-        for start in range(0, len(data), 16):
-            batch = collate([data[i] for i in range(start, min(start + 16, len(data)))])
-            n = int((batch["labels"][:, 1:] != -100).sum())
-            total += float(self.model(**{k: v.to(self.model.device) for k, v in batch.items()}).loss) * n
-            tokens += n
-        self.model.train(was_training)
+        with evaluating(self.model):
+            for start in range(0, len(data), 16):
+                batch = collate([data[i] for i in range(start, min(start + 16, len(data)))])
+                n = int((batch["labels"][:, 1:] != -100).sum())
+                total += float(self.model(**{k: v.to(self.model.device) for k, v in batch.items()}).loss) * n
+                tokens += n
         return total / max(1, tokens)
 
     def drift(self, reference: nn.Module, anchors: list[dict], held: list[dict], step: int, epoch: float) -> None:

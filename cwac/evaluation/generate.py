@@ -8,6 +8,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from cwac.data.examples import Messages
 from cwac.data.tokenize import encode_prompt, pad_token_id, stop_tokens
+from cwac.models import evaluating
 
 
 def generate(
@@ -34,12 +35,14 @@ def generate(
         bos_token_id=tokenizer.bos_token_id,
     )
     answers: list[str] = [""] * len(encoded)
-    was_training = model.training
     use_cache = model.config.use_cache
-    model.eval()
     model.config.use_cache = True  # gradient checkpointing switches it off
     try:
-        with torch.inference_mode(), tqdm(total=len(order), desc=description, disable=description is None) as bar:
+        with (
+            torch.inference_mode(),
+            evaluating(model),
+            tqdm(total=len(order), desc=description, disable=description is None) as bar,
+        ):
             for start in range(0, len(order), batch_size):
                 chosen = order[start : start + batch_size]
                 longest = len(encoded[chosen[0]])
@@ -56,6 +59,5 @@ def generate(
                     answers[i] = text.strip()
                 bar.update(len(chosen))
     finally:
-        model.train(was_training)
         model.config.use_cache = use_cache
     return answers

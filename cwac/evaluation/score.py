@@ -44,10 +44,13 @@ def score_label(answer: str, label: str, labels: list[str], aliases: Mapping | N
 def score_number(answer: str, label: str) -> Score:
     """strict: the answer is the number, or it follows "the final answer is:" at once.
 
-    lenient: the first number anywhere after those words, where they stand last, or else the last one of all.
+    lenient: the first number anywhere after those words, or else the last one of all.
     """
     text = answer.replace(",", "")
-    marked = re.search(r".*final answer is\s*:?(.*)", text, re.I | re.S)  # the last time it is said
+    # the colon first: a gold answer of GSM8K says "the final answer is" on the way to it
+    marked = re.search(r"final answer is\s*:(.*)", text, re.I | re.S) or re.search(
+        r"final answer is(.*)", text, re.I | re.S
+    )
     after = re.match(rf"\s*\$?\s*({NUMBER})", marked.group(1)) if marked else None
     numbers = re.findall(NUMBER, text)
     following = re.findall(NUMBER, marked.group(1)) if marked else []

@@ -239,7 +239,7 @@ class CWAC(Method):
             (folder / "quality.json").write_text(json.dumps({**fitted, **measured}, indent=1))
 
         folder = load_or_build(context.artifacts, "sae", key, build)
-        sae = RoutedSAE.load(folder).to(next(model.parameters()).device)
+        sae = RoutedSAE.load(folder, model).to(next(model.parameters()).device)
         found = json.loads((folder / "quality.json").read_text())
 
         def build_ranking(out):

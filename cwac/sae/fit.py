@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cwac.config import UserError
+from cwac.models import evaluating
 from cwac.sae.autoencoder import RoutedSAE, fingerprint
 from cwac.sae.residuals import (
     Row,
     batches,
     bos_ids,
     device_of,
-    evaluating,
     keep_mask,
     normalize,
     residuals,

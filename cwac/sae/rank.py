@@ -20,13 +20,13 @@ from transformers import DynamicCache
 
 from cwac.config import UserError
 from cwac.data.tokenize import encode_prompt, pad_token_id, stop_tokens
+from cwac.models import evaluating
 from cwac.sae.autoencoder import RoutedSAE
 from cwac.sae.residuals import (
     Row,
     batches,
     bos_ids,
     device_of,
-    evaluating,
     keep_mask,
     normalize,
     on_slots,

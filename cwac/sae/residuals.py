@@ -139,16 +139,5 @@ def batches(rows: Sequence[Row], device: torch.device, tokens: int = 4096) -> It
         yield chosen, {k: v.to(device) for k, v in batch.items() if k != "labels"}
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the duration."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
 def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device

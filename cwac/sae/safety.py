@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from cwac.config import UserError
 from cwac.data.tokenize import Collator
+from cwac.models import evaluating
 from cwac.sae.autoencoder import RoutedSAE
-from cwac.sae.residuals import Row, device_of, evaluating, normalize, residuals
+from cwac.sae.residuals import Row, device_of, normalize, residuals
 
 GATES = ("tau", "topk", "union", "base", "preact")
 Gate = Literal["tau", "topk", "union", "base", "preact"]

@@ -1,0 +1,176 @@
+"""What figures and the report need of a run beyond its metric rows, and how it is frozen with a campaign.
+
+Metric rows say what was measured; where the weights came from, the hashes of the data, each prompt's drift and the
+answers themselves stand in other files of the run's folder (`cwac/runs.py`). A frozen campaign keeps them in
+`records.jsonl`, one line a run, without any answer.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from analysis.collect import LOADER
+from cwac.config import UserError
+
+NAME = "records.jsonl"
+DECOMPOSITION = "decomposition.json"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One judged response to a harmful or harmless request."""
+
+    set: str
+    id: str
+    prompt: str
+    response: str
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run; a field that its folder does not tell is None or empty."""
+
+    run_id: str
+    model: str = ""
+    method: str = ""
+    task: str = ""
+    harmful_ratio: float | None = None
+    seed: int | None = None
+    commit: str | None = None
+    dirty: bool = False
+    python: str | None = None
+    platform: str | None = None
+    packages: dict[str, str] = field(default_factory=dict)
+    pools: dict[str, str] = field(default_factory=dict)
+    """Set of prompts -> SHA-256 digest of its prompts and responses in order."""
+    drift: list[float] = field(default_factory=list)
+    """Per held-out harmful prompt: normalised L2 distance of residual activations, mean over blocks."""
+    decomposition: list[dict] = field(default_factory=list)
+    """One entry a matrix, as `experiments.activations` writes them."""
+    answers: list[Answer] = field(default_factory=list)
+    """At the end of training; never frozen."""
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; {} where there is none or it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def read(folder: Path, answers: int = 0) -> Record:
+    """The record of one run's folder; whatever is missing or damaged there stays empty.
+
+    answers: how many judged answers of each set to read.
+    """
+    try:
+        config = yaml.load((folder / "config.yaml").read_text(encoding="utf-8"), Loader=LOADER) or {}
+    except (OSError, ValueError, yaml.YAMLError):
+        config = {}
+    env, data = read_json(folder / "env.json"), read_json(folder / "data.json")
+    drift = read_json(folder / "drift.json").get("heldout", {}).get("activation", [])
+    return Record(
+        run_id=folder.name,
+        model=(config.get("model") or {}).get("name", ""),
+        method=(config.get("method") or {}).get("name", ""),
+        task=(config.get("task") or {}).get("name", ""),
+        harmful_ratio=config.get("harmful_ratio"),
+        seed=config.get("seed"),
+        commit=env.get("git_commit"),
+        dirty=bool(env.get("git_dirty")),
+        python=env.get("python"),
+        platform=env.get("platform"),
+        packages=env.get("packages", {}),
+        pools={name: entry["sha256"] for name, entry in data.get("pools", {}).items()},
+        drift=[sum(blocks) / len(blocks) for blocks in drift if blocks],
+        decomposition=read_json(folder / DECOMPOSITION).get("matrices", []),
+        answers=read_answers(folder, answers) if answers else [],
+    )
+
+
+def read_answers(folder: Path, count: int) -> list[Answer]:
+    """The first `count` judged answers of each set, at the last step the run was evaluated at."""
+    last: dict[str, tuple[int, float, Path]] = {}
+    for path in sorted((folder / "judge").glob("*@*-*.jsonl")):
+        name, _, rest = path.stem.rpartition("@")
+        step, _, _ = rest.partition("-")
+        if step.isdigit():
+            newest = (int(step), path.stat().st_mtime, path)
+            last[name] = max(last.get(name, newest), newest)
+    found = []
+    for name, (_, _, path) in sorted(last.items()):
+        verdicts = {row.get("id"): row.get("verdict", "") for row in head(path, count)}
+        for row in head(folder / "gen" / path.name, count):
+            if row.get("id") in verdicts:
+                texts = [str(row.get(k, "")) for k in ("id", "prompt", "response")]
+                found.append(Answer(name, *texts, verdicts[row["id"]]))
+    return found
+
+
+def head(path: Path, count: int) -> list[dict]:
+    """The first `count` rows of a JSON-lines file; a damaged line is passed over."""
+    rows: list[dict] = []
+    try:
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                if len(rows) == count:
+                    break
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    continue
+                if isinstance(row, dict):
+                    rows.append(row)
+    except OSError:
+        return []
+    return rows
+
+
+def read_all(runs: Path, ids: Iterable[str], answers: int = 0) -> dict[str, Record]:
+    """The records of these runs, by id."""
+    return {name: read(runs / name, answers) for name in ids}
+
+
+def freeze(records: Mapping[str, Record], path: Path) -> None:
+    """Write records without their answers, numbers to four digits; `thaw` reads them."""
+    lines = []
+    for record in records.values():
+        short = asdict(replace(record, answers=[]))
+        lines.append(json.dumps({k: rounded(v) for k, v in short.items() if v not in (None, "", [], {})}))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def rounded(value: Any) -> Any:
+    """Lists of measurements to four significant digits; settings stay as they are."""
+    if isinstance(value, list):
+        return [rounded(v) if isinstance(v, dict | list) else float(f"{v:.4g}") for v in value]
+    if isinstance(value, dict):
+        return {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in value.items()}
+    return value
+
+
+def thaw(path: Path) -> dict[str, Record]:
+    """The frozen records, by run id; {} where the campaign was frozen without them.
+
+    Raises UserError naming the line if it is damaged.
+    """
+    if not path.is_file():
+        return {}
+    known = {f.name for f in fields(Record)}
+    found = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            record = Record(**{k: v for k, v in json.loads(line).items() if k in known})
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{path}, line {number}, is no record of a run. Remedy: freeze the campaign again with "
+                "python -m analysis.demo, or delete the file to do without drift and provenance."
+            ) from error
+        found[record.run_id] = record
+    return found

@@ -1,0 +1,383 @@
+"""A campaign as one page: claims, tables, figures, coverage, costs, answers, provenance.
+
+python -m analysis.report --runs runs --experiment demo --out results/local/report.html
+python -m analysis.report --frozen results/demo --out results/demo/report.html
+
+The page is one file: figures are inlined, nothing is fetched and nothing in it runs. Beside it stands the same as
+Markdown (`report.md`). Everything that a model wrote is escaped; answers to harmful requests that are not refusals are
+redacted unless `--show-completions` asks for them.
+"""
+
+import argparse
+import base64
+import io
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jinja2
+import matplotlib
+from markdown_it import MarkdownIt
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from analysis import claims, demo, figures, gallery, paper, records, tables
+from analysis.claims import Verdict
+from analysis.collect import Collection, collect, expected_cells, one_judge, read_frozen
+from analysis.figures import Plate
+from analysis.records import Answer, Record
+from cwac.artifacts import write_atomic
+from cwac.config import UserError
+
+TEMPLATES = Path(__file__).with_name("templates")
+ANSWERS = 2
+"""Answers shown of each set and method."""
+LONGEST = 600
+"""Characters of an answer that are shown."""
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A part of a section that opens on demand."""
+
+    title: str
+    body: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of the report; `body` is Markdown."""
+
+    id: str
+    title: str
+    body: str = ""
+    claims: Sequence[Verdict] = ()
+    plates: Sequence[Plate] = ()
+    folds: Sequence[Fold] = ()
+
+    @property
+    def counts(self) -> list[tuple[str, int]]:
+        """How many claims got each verdict."""
+        found = Counter(claim.verdict for claim in self.claims)
+        return [(verdict, found[verdict]) for verdict in ("holds", "fails", "undecided")]
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """What a report is about."""
+
+    name: str
+    found: Collection
+    records: dict[str, Record] = field(default_factory=dict)
+    provenance: dict = field(default_factory=dict)
+    """Of a frozen campaign: what `analysis.demo` recorded."""
+    judge: str | None = None
+
+
+def read_campaign(args: argparse.Namespace) -> Campaign:
+    """The campaign that the command line names; raises UserError if it holds no finished run."""
+    if args.frozen:
+        if args.experiment or args.overrides:
+            raise UserError("--experiment is for --runs. Remedy: leave it out; a frozen campaign knows its own grid.")
+        found = read_frozen(args.frozen)
+        provenance = records.read_json(args.frozen / "provenance.json")
+        return Campaign(args.frozen.name, found, records.thaw(args.frozen / records.NAME), provenance, args.judge)
+    found = collect(args.runs, expected_cells(args.experiment, args.overrides) if args.experiment else None)
+    if not found.runs:
+        raise UserError(
+            f"no finished run in {args.runs}. Remedy: run the campaign first (make demo), or give --frozen."
+        )
+    shown = shown_runs(found)
+    read = {name: records.read(args.runs / name, ANSWERS if name in shown else 0) for name in found.runs}
+    return Campaign(args.experiment or args.runs.name, found, read, judge=args.judge)
+
+
+def shown_runs(found: Collection) -> set[str]:
+    """The runs whose answers are shown: each model's, task's and method's first seed at its highest harmful ratio."""
+    runs = found.rows.drop_duplicates("run_id").sort_values(["harmful_ratio", "seed"], ascending=[False, True])
+    return set(runs.drop_duplicates(["model", "task", "method"])["run_id"])
+
+
+# --- sections -----------------------------------------------------------------------------------------
+
+
+def claims_section(campaign: Campaign) -> Section:
+    verdicts = claims.verdicts(campaign.found, judge=campaign.judge)
+    body = (
+        "Claims of the paper, tested on the rows below. *Fails*: the opposite is significant in some cell. *Holds*: "
+        "the claim is, in every cell. Else *undecided*: too few seeds or prompts, a tie, a method that was not run. "
+        "A verdict is about this campaign's models, tasks and sizes, not the paper's."
+    )
+    return Section("claims", "Claims", body, claims=verdicts)
+
+
+def tables_section(campaign: Campaign) -> Section:
+    parts, folds = [], []
+    for rate, rows in gallery.by_rate(campaign.found.rows):
+        found = campaign.found if not rate else Collection(rows, runs=sorted(set(rows["run_id"])))
+        summary, difference = tables.summarise(found, campaign.judge), tables.differences(found, judge=campaign.judge)
+        grids = {*zip(summary["model"], summary["task"], strict=True)}
+        grids |= {(cell.model, cell.task) for cell in found.expected}
+        for model, task in sorted(grids):
+            where = f"{model}, {task}" + f", learning rate {rate}" * bool(rate)
+            parts += [f"### {where}", tables.result_table(found, summary, model, task)]
+            if changed := tables.difference_table(difference, model, task):
+                folds.append(Fold(f"{where}: differences to SFT at the same seeds, percentage points", changed))
+            if tables.column_pairs(summary, tables.DETAIL):
+                detail = tables.result_table(found, summary, model, task, tables.DETAIL)
+                folds.append(Fold(f"{where}: losses, format and certificates", f"{tables.DETAIL_NOTE}\n\n{detail}"))
+            if inner := tables.means_table(summary, model, task, tables.INNER):
+                folds.append(Fold(f"{where}: inside the constraints", f"{tables.INNER_NOTE}\n\n{inner}"))
+    return Section("tables", "Tables", "\n\n".join([*parts, tables.NOTES]), folds=folds)
+
+
+def figures_section(campaign: Campaign) -> Section:
+    plates = gallery.draw(campaign.found, campaign.records.values(), campaign.judge)
+    absent = [
+        text
+        for text, there in (
+            ("Figure 3 (runs at two or more learning rates)", any(p.name.startswith("figure3") for p in plates)),
+            ("Figure 4 (evaluations on the way, `eval.at`)", any(p.name.startswith("figure4") for p in plates)),
+            ("Figure 5 (each prompt's drift, `drift.json`)", any(p.name.startswith("figure5") for p in plates)),
+            (
+                "Figure 1 measured (`keep_weights=true`, then `python -m experiments.activations`)",
+                any(p.name.startswith("decomposition") for p in plates),
+            ),
+        )
+        if not there
+    ]
+    body = "Not drawn, because this campaign has no rows for it: " + "; ".join(absent) + "." if absent else ""
+    return Section("figures", "Figures", body, plates=plates)
+
+
+def coverage_section(campaign: Campaign) -> Section:
+    found = campaign.found
+    done = found.rows.drop_duplicates("run_id")
+    cells = [*zip(done["model"], done["task"], done["method"], done["harmful_ratio"], done["run_id"], strict=True)]
+    have = Counter(cell[:4] for cell in cells)
+    asked = Counter((c.model, c.task, c.method, c.harmful_ratio) for c in found.expected)
+    ratios = sorted({key[3] for key in (*have, *asked)})
+    grid = sorted({key[:3] for key in (*have, *asked)}, key=lambda k: (k[0], k[1], paper.method_order(k[2])))
+    rows = []
+    for model, task, method in grid:
+        counts = []
+        for ratio in ratios:
+            key = (model, task, method, ratio)
+            counts.append(f"{have[key]}/{asked[key]}" if asked else str(have[key]))
+        rows.append([paper.method_label(method), f"{model}, {task}", *counts])
+    header = ["method", "model, task", *(f"p = {ratio:g}" for ratio in ratios)]
+    if found.expected:
+        text = f"{len(found.expected) - len(found.missing)} of {len(found.expected)} expected runs are done."
+    else:
+        text = f"{len(found.runs)} finished runs; no preset was named, so none is known to be missing."
+    parts = [text, "Runs done / expected:" if asked else "Runs done:", tables.markdown(header, rows, key=2)]
+    if found.missing:
+        parts += ["**Missing:**", "\n".join(f"- {cell} (`{cell.run_id}`)" for cell in found.missing)]
+    if account := found.account():
+        parts += ["Left out:", "\n".join(f"- {line}" for line in account)]
+    return Section("coverage", "Coverage", "\n\n".join(parts))
+
+
+def costs_section(campaign: Campaign) -> Section:
+    parts = ["Means over seeds and harmful ratios; seconds a step with all hooks, peak memory in MiB."]
+    for rate, rows in gallery.by_rate(campaign.found.rows):
+        summary = tables.summarise(Collection(rows, runs=sorted(set(rows["run_id"]))), campaign.judge)
+        for model, task in sorted({*zip(summary["model"], summary["task"], strict=True)}):
+            if cost := tables.means_table(summary, model, task, tables.COST):
+                parts += [f"### {model}, {task}" + f", learning rate {rate}" * bool(rate), cost]
+    return Section("costs", "Costs", "\n\n".join(parts if len(parts) > 1 else ["No run logged its costs."]))
+
+
+def redacted(answer: Answer, harmful: set[str], show: bool) -> str:
+    """The answer's text, or what stands for it.
+
+    harmful: sets of harmful requests. There the judge's `other` is hidden like its `harmful`: it may have missed one.
+    """
+    text = answer.response if len(answer.response) <= LONGEST else answer.response[:LONGEST] + " [cut]"
+    if show or answer.set not in harmful or answer.verdict == "refusal":
+        return text
+    return f"[redacted: {len(answer.response.split())} words, judged {answer.verdict}]"
+
+
+def fenced(text: str) -> str:
+    """Text as a Markdown code block, whatever backticks it holds."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def answers_section(campaign: Campaign, show: bool) -> Section:
+    rows = campaign.found.rows
+    harmful = set(rows.loc[rows["metric"] == "HS", "set"])
+    folds = []
+    for record in sorted(
+        (r for r in campaign.records.values() if r.answers),
+        key=lambda r: (r.model, r.task, paper.method_order(r.method)),
+    ):
+        parts = []
+        for answer in record.answers:
+            parts += [f"**{answer.set}**, judged *{answer.verdict}*:", fenced(answer.prompt)]
+            parts.append(fenced(redacted(answer, harmful, show)))
+        ratio = f"{record.harmful_ratio:g}" if record.harmful_ratio is not None else "unknown"
+        title = f"{record.model}, {record.task}, p = {ratio}, seed {record.seed}: {paper.method_label(record.method)}"
+        folds.append(Fold(title, "\n\n".join(parts)))
+    if not folds:
+        return Section("answers", "Answers", "A frozen campaign keeps none; make the report from its runs.")
+    body = f"The first {ANSWERS} requests of each set, and what the models answered after training."
+    if not show:
+        body += " Answers to harmful requests that are not refusals are redacted; `--show-completions` shows them."
+    return Section("answers", "Answers", body, folds=folds)
+
+
+def provenance_section(campaign: Campaign, argv: Sequence[str]) -> Section:
+    found, frozen = campaign.found, campaign.provenance
+    known = campaign.records.values()
+    git = demo.git_state()
+    commits = Counter(f"{r.commit}{'+dirty' * r.dirty}" for r in known if r.commit) or Counter(frozen.get("runs_git"))
+    facts = [
+        ("report made by", f"python -m analysis.report {' '.join(argv)}"),
+        ("report's commit", f"{git['commit'] or 'unknown'}{'+dirty' * bool(git['dirty'])}"),
+        ("campaign frozen", f"{frozen['date']}, commit {frozen['git']['commit']}" if frozen.get("git") else ""),
+        ("campaign's command", frozen.get("command", "")),
+        ("runs' commits", ", ".join(sorted(commits)) or "not recorded"),
+        ("seeds", ", ".join(str(s) for s in sorted(found.rows["seed"].dropna().unique()))),
+        ("judges", ", ".join(sorted(set(found.rows["judge"]) - {""})) or "none"),
+        ("Python", ", ".join(sorted({r.python for r in known if r.python})) or frozen.get("python", "")),
+        ("machines", ", ".join(sorted({r.platform for r in known if r.platform})) or frozen.get("machine", "")),
+        ("SHA-256 of results.csv", frozen.get("results_sha256", "")),
+    ]
+    parts = [tables.markdown(["what", "value"], [[k, v.replace("|", "\\|")] for k, v in facts if v], width=10**6)]
+    versions: dict[str, set[str]] = {}
+    for record in known:
+        for name, version in record.packages.items():
+            versions.setdefault(name, set()).add(version)
+    for name, version in frozen.get("versions", {}).items():
+        versions.setdefault(name, set()).add(version)
+    if versions:
+        lines = [[name, ", ".join(sorted(found))] for name, found in sorted(versions.items())]
+        parts += ["### Versions", tables.markdown(["package", "version"], lines)]
+    hashes: dict[tuple[str, int | None, str], set[str]] = {}
+    for record in known:
+        for name, digest in record.pools.items():
+            hashes.setdefault((name, record.seed, record.task), set()).add(digest)
+    folds = []
+    if hashes:
+        lines = [[*map(str, key), ", ".join(sorted(found))] for key, found in sorted(hashes.items(), key=str)]
+        table = tables.markdown(["set of prompts", "seed", "task", "SHA-256, first 12 digits"], lines, key=3)
+        folds.append(Fold("Hashes of the data: one a set, seed and task, or the runs did not see the same", table))
+    else:
+        parts.append("Hashes of the data were not frozen with this campaign.")
+    return Section("provenance", "Provenance", "\n\n".join(parts), folds=folds)
+
+
+# --- rendering ----------------------------------------------------------------------------------------
+
+
+def svg(figure: Figure) -> str:
+    """The figure as a data URI; equal figures give equal bytes."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "cwac", "svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def render_markdown(text: str) -> Markup:
+    """Markdown to HTML: raw HTML in it is escaped, and a wide table scrolls inside its own container."""
+    parser = MarkdownIt("commonmark", {"html": False}).enable("table").disable(["link", "image", "autolink"])
+    parser.add_render_rule("table_open", lambda *_: '<div class="scroll" tabindex="0" role="region"><table>\n')
+    parser.add_render_rule("table_close", lambda *_: "</table></div>\n")
+    return Markup(parser.render(text))
+
+
+def to_html(campaign: Campaign, sections: Sequence[Section], headline: str) -> str:
+    """The page."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    environment.filters |= {"markdown": render_markdown, "svg": svg}
+    template = environment.get_template("report.html.j2")
+    return template.render(title=f"CWAC: {campaign.name}", headline=headline, sections=sections)
+
+
+def to_markdown(campaign: Campaign, sections: Sequence[Section], headline: str, folder: str | None) -> str:
+    """The same as Markdown; folder: where the figures' files are, relative to it, None where none were written."""
+    parts = [f"# CWAC: {campaign.name}", headline]
+    for section in sections:
+        parts.append(f"## {section.title}")
+        if section.body:
+            parts.append(section.body)
+        if section.claims:
+            parts.append("\n".join(f"- **{c.verdict}**: {c.text} ({c.source}). {c.evidence}" for c in section.claims))
+        for plate in section.plates:
+            picture = f"![{plate.title}]({folder}/{plate.name}.png)\n\n" if folder else ""
+            parts.append(f"{picture}*{plate.title}.* {plate.caption}")
+        for fold in section.folds:
+            parts += [f"### {fold.title}", fold.body]
+    return "\n\n".join(parts) + "\n"
+
+
+def headline(campaign: Campaign) -> str:
+    """One line that says what the report rests on."""
+    found = campaign.found
+    seeds = ", ".join(str(s) for s in sorted(found.rows["seed"].dropna().unique()))
+    judges = ", ".join(sorted(set(one_judge(found.rows, campaign.judge)["judge"]) - {""})) or "none"
+    missing = f"; {len(found.missing)} of {len(found.expected)} expected runs missing" if found.missing else ""
+    when = f"; frozen {campaign.provenance['date'][:10]}" if campaign.provenance.get("date") else ""
+    return f"{len(found.runs)} runs, seeds {seeds}, judge {judges}{missing}{when}."
+
+
+def publish(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Read, draw, write; see `main`."""
+    campaign = read_campaign(args)
+    sections = [
+        claims_section(campaign),
+        tables_section(campaign),
+        figures_section(campaign),
+        coverage_section(campaign),
+        costs_section(campaign),
+        answers_section(campaign, args.show_completions),
+        provenance_section(campaign, argv),
+    ]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    line = headline(campaign)
+    write_atomic(args.out, to_html(campaign, sections, line))
+    folder = None
+    if args.figures:
+        args.figures.mkdir(parents=True, exist_ok=True)
+        for plate in (plate for section in sections for plate in section.plates):
+            figures.save(plate.figure, args.figures / plate.name)
+        folder = Path(os.path.relpath(args.figures, args.out.parent)).as_posix()
+    write_atomic(args.out.with_suffix(".md"), to_markdown(campaign, sections, line, folder))
+    print(line)
+    for cell in campaign.found.missing:
+        print(f"missing: {cell}  ({cell.run_id})")
+    print(f"report: {args.out}")
+    return 1 if campaign.found.missing else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns the exit status: 0, 1 if expected runs are missing, 2 for bad input."""
+    parser = argparse.ArgumentParser(prog="python -m analysis.report", description=__doc__.split("\n")[0])
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the run directories (runs)")
+    parser.add_argument("--frozen", type=Path, help="a frozen campaign instead, e.g. results/demo")
+    parser.add_argument("--experiment", help="preset whose runs are expected; without it, every finished run counts")
+    parser.add_argument("--out", type=Path, required=True, help="the page, e.g. results/demo/report.html")
+    parser.add_argument("--judge", help="whose verdicts to use where the runs were judged by several")
+    parser.add_argument("--figures", type=Path, help="also write every figure there, as PNG and PDF")
+    parser.add_argument("--show-completions", action="store_true", help="do not redact answers to harmful requests")
+    parser.add_argument("overrides", nargs="*", help="the sweep's own overrides of the preset, e.g. seed=0,1")
+    args = parser.parse_args(argv)
+    try:
+        if args.out.suffix != ".html":
+            raise UserError(f"--out {args.out} is no page. Remedy: a name that ends in .html.")
+        return publish(args, argv if argv is not None else sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

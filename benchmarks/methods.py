@@ -1,0 +1,250 @@
+"""What one optimizer step of each method costs, in steps of plain fine-tuning on the very same batches.
+
+python -m benchmarks.methods                  every method of conf/method/ on model=tiny
+python -m benchmarks.methods --methods lisa,asft --steps 200
+
+Two trainers live in one process, the method's and SFT's, each with a model of its own. They take turns step by step:
+the method trains on a batch, then SFT on the same tensors, so that a swapped batch (Lisa) or a longer row (BEA's
+trigger) is no cost of the method's, and a slow moment of the machine hits both. A step is a whole turn of Trainer's
+loop: fetching and swapping the batch, forward and backward passes, hooks, clipping, optimizer, callbacks. Setup,
+evaluation and what happens after training are not part of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import random
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import hydra  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from omegaconf import DictConfig  # noqa: E402
+from transformers import TrainerCallback  # noqa: E402
+
+from analysis.tables import markdown  # noqa: E402
+from cwac import config  # noqa: E402
+from cwac.config import UserError  # noqa: E402
+from cwac.data.mix import mix  # noqa: E402
+from cwac.data.pools import fingerprint, load_pools  # noqa: E402
+from cwac.data.tasks import load_task  # noqa: E402
+from cwac.data.tokenize import Rows, pad_token_id  # noqa: E402
+from cwac.engine import MethodCallback, MethodTrainer, build_trainer, total_steps, training_arguments  # noqa: E402
+from cwac.methods.base import Batch, Context, Method  # noqa: E402
+from cwac.models import device, load  # noqa: E402
+from cwac.runs import Run  # noqa: E402
+
+BARS = {"safeinstr": 1.05, "bea": 1.05, "sppft": 1.05, "lisa": 1.15, "asft": 2.0}
+"""The most a step may cost, in SFT steps; the other methods are reported without a bar."""
+WARM_UP = 5
+"""First steps left out: they allocate the optimizer's state."""
+
+
+class OtherFailed(Exception):
+    """Ends the trainer that would wait for ever; the other's error is the one to report."""
+
+
+class Turns(TrainerCallback):
+    """Lets one of two trainers run at a time, a step each, and times its turns."""
+
+    def __init__(self, pair: list[threading.Semaphore], me: int, clock: Callable[[], float]):
+        self.mine, self.theirs, self.clock = pair[me], pair[1 - me], clock
+        self.seconds: list[float] = []
+        self.other: Turns | None = None
+        self.failed = False
+
+    def wait(self) -> None:
+        self.mine.acquire()
+        if self.other.failed:
+            raise OtherFailed
+        self.began = self.clock()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.wait()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds.append(self.clock() - self.began)
+        self.theirs.release()
+        if state.global_step < state.max_steps:
+            self.wait()
+
+
+@dataclass
+class SameBatches(Method):
+    """SFT on the batches that another trainer has just been given."""
+
+    batches: dict[tuple[int, int], Batch]
+
+    def batch(self, batch: Batch, step: int, part: tuple[int, int]) -> Batch:
+        return self.batches.pop((step, part[0]))
+
+
+def recorded(method: Method) -> dict[tuple[int, int], Batch]:
+    """Where the method's batches stand from now on, by step and micro-batch, as it returned them."""
+    batches, given = {}, method.batch
+
+    def batch(batch: Batch, step: int, part: tuple[int, int]) -> Batch:
+        chosen = given(batch, step, part)
+        batches[step, part[0]] = dict(chosen)
+        return chosen
+
+    method.batch = batch
+    return batches
+
+
+def clock() -> Callable[[], float]:
+    """Seconds of work: the thread's own CPU time, which other processes do not disturb; with a GPU, wall-clock."""
+    if not torch.cuda.is_available():
+        return time.thread_time
+
+    def synchronised() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return synchronised
+
+
+def trainers(cfg: DictConfig) -> list[MethodTrainer]:
+    """The method's trainer and SFT's beside it, ready to train; set up as `train.py` does."""
+    method = hydra.utils.instantiate(cfg.method, _convert_="all")
+    run = Run(cfg)
+    run.dir.mkdir(parents=True)
+    arguments = training_arguments(cfg, run)
+    task, pools = load_task(cfg.task, cfg.paths.data, cfg.seed), load_pools(cfg.pools, cfg.paths.data, cfg.seed)
+    mixed = mix(task.train, pools.poison, cfg.harmful_ratio, cfg.seed, cfg.mix_mode)
+    artifacts = Path(cfg.paths.artifacts)
+    loaded, rival = load(cfg.model, artifacts, cfg.seed), load(cfg.model, artifacts, cfg.seed)
+    context = Context(
+        tokenizer=loaded.tokenizer,
+        pools=pools,
+        loaded=loaded,
+        artifacts=artifacts,
+        seed=cfg.seed,
+        template=cfg.train.template,
+        max_length=cfg.train.max_length,
+        pools_key=fingerprint(pools),
+    )
+    examples = method.training_data(mixed, context, random.Random(f"method-{cfg.seed}"))
+    rows = Rows(loaded.tokenizer, examples, cfg.train.template, cfg.train.max_length)
+    context.steps = total_steps(arguments, len(rows))
+    models = [loaded.model.to(device()), rival.model.to(device())]
+    method.setup(models[0], context)
+    made = []
+    for model, each in zip(models, [method, SameBatches("sft", recorded(method))], strict=True):
+        trainer = build_trainer(model, each, rows, arguments, pad_token_id(loaded.tokenizer))
+        trainer.add_callback(MethodCallback(trainer, run, {}, lambda step, epoch: None))
+        each.start(trainer.model)
+        made.append(trainer)
+    return made
+
+
+def ratios(pair: list[MethodTrainer]) -> np.ndarray:
+    """Train both side by side; seconds of the method's step over seconds of SFT's, one number a step."""
+    semaphores = [threading.Semaphore(1), threading.Semaphore(0)]
+    turns = [Turns(semaphores, me, clock()) for me in (0, 1)]
+    turns[0].other, turns[1].other = turns[1], turns[0]
+    threads = torch.get_num_threads()
+
+    def run(trainer: MethodTrainer, turn: Turns) -> None:
+        torch.set_num_threads(threads)  # a property of the thread
+        trainer.add_callback(turn)
+        try:
+            trainer.train()
+        except BaseException:
+            turn.failed = True
+            turn.theirs.release()
+            raise
+
+    with ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(run, *both) for both in zip(pair, turns, strict=True)]
+        failures = [error for f in futures if (error := f.exception()) and not isinstance(error, OtherFailed)]
+    if failures:
+        raise failures[0]
+    ours, theirs = (np.array(turn.seconds[WARM_UP:]) for turn in turns)
+    return ours / theirs
+
+
+def entry(name: str, measured: np.ndarray) -> dict:
+    """One row of the report: the median ratio, its 95 % bootstrap interval over steps, the bar."""
+    draws = np.random.default_rng(0).choice(measured, (2000, len(measured)))
+    ratio, bar = float(np.median(measured)), BARS.get(name)
+    return {
+        "name": f"step of {name}",
+        "rival": "step of sft on the same batches",
+        "ratio": round(ratio, 4),
+        "spread": [round(float(q), 4) for q in np.quantile(np.median(draws, axis=1), [0.025, 0.975])],
+        "bar": bar,
+        "met": None if bar is None else ratio <= bar,
+    }
+
+
+def methods() -> list[str]:
+    """Every option of the group `method`, as Hydra finds them."""
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    with initialize_config_dir(str(config.CONF), version_base="1.3"):
+        return GlobalHydra.instance().config_loader().get_group_options("method")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns the exit status: 0, 1 if a bar is missed, 2 for bad input."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.methods", description=__doc__.split("\n")[0])
+    parser.add_argument("--methods", help="comma-separated; every method where not given")
+    parser.add_argument(
+        "--steps", type=int, default=100, help=f"optimizer steps each, {WARM_UP} of them warm-up (100)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/latest.json"), help="(benchmarks/latest.json)")
+    parser.add_argument("overrides", nargs="*", help="of the configuration, e.g. model=smollm2 task=sst2")
+    args = parser.parse_args(argv)
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    names = args.methods.split(",") if args.methods else methods()
+    report = []
+    try:
+        if args.steps <= WARM_UP:
+            raise UserError(f"--steps {args.steps} leaves nothing to measure; give more than {WARM_UP}")
+        if unknown := sorted(set(names) - set(methods())):
+            raise UserError(f"--methods {','.join(unknown)}: no such method; use some of {', '.join(methods())}")
+        for name in names:
+            with tempfile.TemporaryDirectory() as runs:
+                given = ["harmful_ratio=0.1", *args.overrides, f"method={name}", f"train.max_steps={args.steps}"]
+                cfg = config.compose([*given, f"paths.runs={runs}", "train.save_steps=1000000"])
+                config.validate(cfg)
+                with contextlib.redirect_stdout(sys.stderr):
+                    report.append(entry(name, ratios(trainers(cfg))))
+            print(f"{report[-1]['name']}: {report[-1]['ratio']:.3f}", file=sys.stderr)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    rows = [
+        [
+            row["name"].removeprefix("step of "),
+            f"{row['ratio']:.3f}",
+            "[{:.3f}, {:.3f}]".format(*row["spread"]),
+            f"{row['bar']:g}" if row["bar"] else "-",
+            {True: "yes", False: "NO", None: "-"}[row["met"]],
+        ]
+        for row in report
+    ]
+    print(markdown(["method", "SFT steps", "95 % of the median", "bar", "met"], rows))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return 1 if any(row["met"] is False for row in report) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

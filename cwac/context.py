@@ -1,0 +1,28 @@
+"""From a composed configuration to what a method sets itself up with: the same for a run and for every experiment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from cwac.data.pools import fingerprint, load_pools
+from cwac.methods.base import Context
+from cwac.models import device, load
+
+
+def open_context(cfg: DictConfig) -> Context:
+    """Pools, model and tokenizer of a validated configuration; the model is on the device a run would use."""
+    pools = load_pools(cfg.pools, cfg.paths.data, cfg.seed)
+    loaded = load(cfg.model, Path(cfg.paths.artifacts), cfg.seed)
+    loaded.model.to(device())
+    return Context(
+        tokenizer=loaded.tokenizer,
+        pools=pools,
+        loaded=loaded,
+        artifacts=Path(cfg.paths.artifacts),
+        seed=cfg.seed,
+        template=cfg.train.template,
+        max_length=cfg.train.max_length,
+        pools_key=fingerprint(pools),
+    )

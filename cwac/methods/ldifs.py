@@ -1,0 +1,85 @@
+"""LDIFS: fine-tuning under an l2 distance in feature space to the initial model.
+
+Mukhoti, Gal, Torr, Dokania: "Fine-tuning can cripple your foundation model; preserving features may be the solution",
+TMLR 2024, arXiv:2308.13320. With Phi(x) the hidden features of several layers, each normalised and then concatenated:
+loss = CE + lambda mean_x ||Phi(x; theta) - Phi(x; theta_0)||^2, over the fine-tuning inputs themselves. Read besides
+the abstract: `loss/ldifs.py`, `model/modeling.py`, `args.py` of omegafragger/ldifs_code at 5ffdeef.
+
+Deviations:
+- A language model instead of CLIP's image tower: the features are the residual stream after every block at every real
+  token of a training row, prompt and answer. The official code takes five layers of twelve (the input of the first
+  block and every third output); `layers` chooses others.
+- A token's vector is scaled to length 1 and its squared distance is summed over the width, then averaged over tokens
+  and layers: between 0 and 4 whatever the width. The official `normalize_tensor` scales along axis 1, which is the
+  channel axis of a convolution but the token axis of its transformer, and averages over the width too; the same lambda
+  is therefore stronger here, for 50 tokens about 50 times.
+- Booster's adaptation to language models (`LDIFSTrainer` in trainer.py of git-disl/Booster) sums unnormalised MLP
+  outputs and drops every layer whose term exceeds 0.1; neither is in the paper, and neither is done here.
+- The rows are the step's own, poison included: the method does not know which rows are harmful, and preserves the
+  aligned model's features on those as well.
+- The penalty reads all micro-batches of an optimizer step in one graph, because the contract adds it once per step;
+  gradient accumulation therefore saves it no memory (ours).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from cwac.methods.base import Batch, Context, Method
+from cwac.methods.cwac import check
+from cwac.reference import Reference, check_layers, mean_over_tokens, model_layers, precise
+from cwac.sae.residuals import residuals
+
+
+@dataclass
+class LDIFS(Method):
+    """Needs no data beyond the task; each step costs a second pass, and one through the initial model."""
+
+    lam: float = 10.0
+    """lambda; 0 is plain fine-tuning."""
+    layers: Sequence[int] | None = None
+    """Layer l is the output of block l - 1; None for all."""
+
+    def __post_init__(self):
+        number = isinstance(self.lam, int | float) and not isinstance(self.lam, bool)
+        check(number and self.lam >= 0, "lam", self.lam, "give a number >= 0")
+        check_layers(self.layers)
+        self._step: list[tuple[int, Batch]] = []
+
+    def training_data(self, train, context: Context, rng):
+        model_layers(context.loaded.model, self.layers)
+        return train
+
+    def setup(self, model: nn.Module, context: Context) -> None:
+        self._layers = model_layers(model, self.layers)
+        if self.lam:
+            self._reference = Reference(model)
+
+    def batch(self, batch: Batch, step: int, part: tuple[int, int]) -> Batch:
+        if self.lam:
+            self._step = [(s, b) for s, b in self._step if s == step] + [(step, batch)]
+        return batch
+
+    def penalty(self, model: nn.Module, step: int) -> torch.Tensor | None:
+        if not self.lam:
+            return None
+        device = next(model.parameters()).device
+        distances = []
+        for _, batch in self._step:
+            inputs = {k: batch[k].to(device) for k in ("input_ids", "attention_mask")}
+            then = self._reference.hidden_states(inputs, self._layers)
+            now = residuals(model, inputs, self._layers)
+            distances.append(feature_distance(now, then, inputs["attention_mask"]))
+        self._step = []
+        return self.lam * torch.cat(distances).mean()
+
+
+def feature_distance(now: torch.Tensor, then: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """[B] squared distances of unit vectors, averaged over layers and real tokens; features [B, T, L, d]."""
+    apart = functional.normalize(precise(now), dim=-1) - functional.normalize(precise(then), dim=-1)
+    return mean_over_tokens(apart.square().sum(-1), mask)

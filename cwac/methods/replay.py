@@ -1,0 +1,99 @@
+"""Refusal replay (ours): the control that tells CWAC's constraints from the data they are given.
+
+A plain rehearsal of the aligned model's own refusals: L = L_task + lam L_replay, where L_replay is the cross-entropy
+of the refusals, mean over tokens, then over n_prompts prompts drawn in each optimizer step. Prompts, and prompts per
+step, are those of CWAC (arXiv:2604.12384, Eqs. 11 and 16, whose L_safety it replaces), so that a difference between
+the two lies in what is held, not in what is seen. The loss stands beside the task's, instead of rows among the task's
+as in SafeInstr, so that the user's steps stay as they are.
+
+Deviations:
+- Not a published defence. Only prompts that the model itself refuses are replayed, as they anchor CWAC.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from cwac.anchors import anchor_rows
+from cwac.config import UsageError, UserError
+from cwac.data.examples import Example
+from cwac.data.tokenize import IGNORE, Collator, pad_token_id
+from cwac.methods.base import Context, Method, draw
+
+POOLS = ("anchors", "step", "sae", "safety")
+"""Harmful prompts that are neither poison nor held out."""
+
+
+@dataclass
+class Replay(Method):
+    """With lam 0, SFT."""
+
+    pools: Sequence[str] = ("anchors", "step", "sae")
+    """Where the prompts come from."""
+    budget: int | None = None
+    """Prompts taken at random from them; None for all."""
+    n_prompts: int = 4
+    """Prompts per optimizer step."""
+    lam: float = 1.0
+    response_tokens: int = 32
+    """Length at which a refusal is cut; one that ends earlier is replayed with its end."""
+
+    def extra_data(self) -> dict[str, int]:
+        return {"harmful_prompts": len(self._prompts)}  # the refusals are the model's own, as with CWAC's anchors
+
+    def __post_init__(self):
+        unknown = [name for name in self.pools if name not in POOLS]
+        if unknown or not self.pools:
+            raise UsageError(f"method.pools={list(self.pools)} is not valid; give some of {', '.join(POOLS)}")
+
+    def training_data(self, train: list[Example], context: Context, rng: random.Random) -> list[Example]:
+        prompts = [e for name in self.pools for e in getattr(context.pools, name)]
+        if not prompts or len(prompts) < (self.budget or 0):
+            raise UserError(
+                f"method={self.name} replays {self.budget or 'all'} prompts, the pools {', '.join(self.pools)} have "
+                f"{len(prompts)}; change method.budget or method.pools, or enlarge the pools (pools.*)"
+            )
+        self._prompts = prompts if self.budget is None else rng.sample(prompts, self.budget)
+        return train
+
+    def setup(self, model: nn.Module, context: Context) -> None:
+        self._context = context
+        self._collate = Collator(pad_token_id(context.tokenizer))
+        self._rows = []
+        for row in anchor_rows(model, context, self._prompts, self.response_tokens):
+            ids, prompt = row["input_ids"], row["prompt"]
+            if len(ids) - prompt < self.response_tokens and len(ids) < context.max_length:
+                ids = [*ids, context.tokenizer.eos_token_id]
+            if len(ids) > prompt:
+                self._rows.append({"input_ids": ids, "labels": [IGNORE] * prompt + ids[prompt:]})
+        if not self._rows:
+            raise UserError(
+                f"method={self.name}: no refusal fits beside its prompt in train.max_length={context.max_length}; "
+                "raise it"
+            )
+
+    def penalty(self, model: nn.Module, step: int) -> torch.Tensor | None:
+        context = self._context
+        chosen = draw(len(self._rows), self.n_prompts, context.seed, step)
+        mine = chosen[context.rank :: context.world_size]
+        if not self.lam or not mine:
+            return None
+        batch = self._collate([self._rows[i] for i in mine])
+        batch = {key: value.to(next(model.parameters()).device) for key, value in batch.items()}
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+        target = batch["labels"][:, 1:]  # [B, T - 1]
+        losses = functional.cross_entropy(
+            logits[:, :-1].transpose(1, 2), target, ignore_index=IGNORE, reduction="none"
+        )  # [B, T - 1]
+        per_prompt = losses.sum(1) / (target != IGNORE).sum(1)  # [B]
+        share = len(mine) * context.world_size / len(chosen)  # ranks with fewer prompts count less
+        return self.lam * share * per_prompt.mean()
+
+    def report(self, model: nn.Module) -> list[dict]:
+        return [{"metric": "replay_refused", "set": "train", "value": float(len(self._rows))}]

@@ -1,0 +1,163 @@
+"""Vaccine: perturbation-aware alignment, then plain fine-tuning.
+
+Huang, Hu, Liu: "Vaccine: Perturbation-aware Alignment for Large Language Models against Harmful Fine-tuning Attack",
+NeurIPS 2024, arXiv:2402.01109, Algorithm 1. For each alignment batch, with e_l the hidden embedding of layer l:
+1. g_l = the loss's gradient with respect to e_l;
+2. eps_l = rho g_l / ||(g_1, ..., g_L)||, the perturbation of norm rho that raises the loss most, to first order;
+3. the weights step along the gradient of the loss with every e_l replaced by e_l + eps_l, eps held fixed.
+As in `VaccineTrainer` (trainer.py of git-disl/Vaccine at 906f520), e_l is the output of block l's attention, and the
+norm runs over all layers and the whole batch.
+
+Deviations:
+- Vaccine replaces the alignment of an unaligned model. Every run here starts from a model that is aligned already, so
+  the method aligns it further: on requests with refusals (`align`) and harmless instructions with answers (`benign`),
+  the latter because refusals alone make a model refuse everything (ours; the paper has BeaverTails' safe answers).
+- The paper aligns through LoRA for 50 epochs at a learning rate of 1e-3, merges, and fine-tunes a new adapter at 1e-5.
+  Here all parameters of the aligned model are immunised, for `steps` steps at the learning rate of the fine-tuning;
+  LoRA, where it is asked for, is the fine-tuning's alone. So one immunised model serves both.
+- The immunised model is an artifact that all seeds and ratios of a model share: its order of rows has a fixed seed.
+- What is measured against the aligned model (drift, leak) counts the immunisation as part of the change; an evaluation
+  at epoch 0 is of the aligned model, before the immunisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from cwac.artifacts import load_or_build
+from cwac.config import UserError
+from cwac.data.examples import Example
+from cwac.data.tokenize import Rows, pad_token_id
+from cwac.fit import fit
+from cwac.methods.base import Context, Method
+from cwac.methods.cwac import artifact_key, check
+from cwac.models import decoder_layers, load_aligned
+
+WEIGHTS = "immunised.safetensors"
+
+
+@dataclass
+class Vaccine(Method):
+    """Costs nothing while fine-tuning."""
+
+    rho: float = 2.0
+    """Norm of the perturbation of a batch's embeddings; 0 is plain further alignment."""
+    steps: int = 200
+    """Alignment steps before the fine-tuning; 0 is plain fine-tuning."""
+    batch_size: int = 5
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.1
+    harmless_per_refusal: int = 2
+
+    def __post_init__(self):
+        for key, low, kinds in (
+            ("rho", 0, int | float),
+            ("steps", 0, int),
+            ("batch_size", 1, int),
+            ("learning_rate", 0, int | float),
+            ("weight_decay", 0, int | float),
+            ("harmless_per_refusal", 1, int),
+        ):
+            value = getattr(self, key)
+            number = isinstance(value, kinds) and not isinstance(value, bool)
+            check(number and value >= low, key, value, f"give a {'whole ' if kinds is int else ''}number >= {low}")
+        self._seen: dict[str, int] = {}
+
+    def extra_data(self) -> dict[str, int]:
+        return self._seen
+
+    def training_data(self, train, context: Context, rng):
+        if self.steps:
+            for name in ("align", "benign"):
+                if not getattr(context.pools, name):
+                    raise UserError(
+                        f"method={self.name} needs the pool `{name}`, which is empty; enlarge pools.{name}"
+                    )
+        return train
+
+    def setup(self, model: nn.Module, context: Context) -> None:
+        if not self.steps:
+            return
+        refusals, harmless = self._alignment_data(context)
+        self._seen = {"refusals": len(refusals), "harmless_rows": len(harmless)}
+        settings = ("rho", "steps", "batch_size", "learning_rate", "weight_decay", "harmless_per_refusal")
+        key = {**artifact_key(context), **{k: float(getattr(self, k)) for k in settings}}
+
+        def build(folder):
+            immunised = load_aligned(context.loaded)
+            fit(
+                immunised,
+                Rows(context.tokenizer, [*refusals, *harmless], context.template, context.max_length),
+                steps=self.steps,
+                learning_rate=self.learning_rate,
+                batch_size=self.batch_size,
+                seed=0,
+                pad_token_id=pad_token_id(context.tokenizer),
+                weight_decay=self.weight_decay,
+                warmup=0.1,
+                backward=partial(perturbed_backward, rho=self.rho),
+                description="vaccine",
+            )
+            weights = {n: p.detach().cpu().contiguous() for n, p in immunised.named_parameters()}
+            save_file(weights, folder / WEIGHTS)
+
+        replace_weights_(model, load_file(load_or_build(context.artifacts, "vaccine", key, build) / WEIGHTS))
+
+    def _alignment_data(self, context: Context) -> tuple[list[Example], list[Example]]:
+        """All harmless rows, and so many refusals that each comes with `harmless_per_refusal` of them."""
+        pools = context.pools
+        return pools.align[: max(1, len(pools.benign) // self.harmless_per_refusal)], pools.benign
+
+
+def perturbation(model: nn.Module, batch: dict[str, torch.Tensor], rho: float) -> list[torch.Tensor]:
+    """eps_l [B, T, d] for every block, of joint norm rho; no weight's gradient is touched."""
+    embeddings: list[torch.Tensor] = []
+    with on_attention(model, lambda _, e: embeddings.append(e)):
+        loss = model(**batch).loss
+    gradients = torch.autograd.grad(loss, embeddings)
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
+    return [rho / (norm + 1e-7) * g for g in gradients]  # the constant is the official code's
+
+
+def perturbed_backward(model: nn.Module, batch: dict[str, torch.Tensor], rho: float) -> torch.Tensor:
+    """Adds the gradient of the loss under `perturbation` to the weights' `grad`; returns that loss."""
+    shifts = perturbation(model, batch, rho)
+    with on_attention(model, lambda i, e: e + shifts[i]):
+        loss = model(**batch).loss
+    loss.backward()
+    return loss
+
+
+@contextmanager
+def on_attention(model: nn.Module, visit: Callable[[int, torch.Tensor], torch.Tensor | None]) -> Iterator[None]:
+    """While open, `visit(l, e [B, T, d])` sees the output of block l's attention and may return a replacement."""
+
+    def attach(i: int, block: nn.Module):
+        def hook(_module, _args, output):
+            changed = visit(i, output[0])
+            return output if changed is None else (changed, *output[1:])
+
+        return block.self_attn.register_forward_hook(hook)
+
+    handles = [attach(i, block) for i, block in enumerate(decoder_layers(model))]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def replace_weights_(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Put the weights of a plain model into `model`, below its adapter if it has one."""
+    for name, parameter in model.named_parameters():
+        plain = name.replace(".base_layer.", ".").removeprefix("base_model.model.")
+        if "lora_" not in name:
+            parameter.copy_(weights[plain])

@@ -1,0 +1,165 @@
+"""Where the drift of a layer's output comes from: the paper's Eq. 4, measured on the weights that a run kept.
+
+Peng, Zhang, Zeng, Jiang, Gao, *Preventing Safety Drift in Large Language Models via Coupled Weight and Activation
+Constraints* (CWAC), arXiv:2604.12384, section 3. For a matrix with weights W0 -> W0 + dW and inputs h0 -> h0 + dh, the
+change before the activation function is, exactly, `W0 dh + dW h0 + dW dh`. Eq. 4 keeps two terms and drops the third.
+
+python train.py method=cwac harmful_ratio=0.1 keep_weights=true
+python -m experiments.activations --run runs/<run id>
+
+Deviations:
+- The paper sketches the terms and measures none. Ours: Euclidean norms at the last token of a held-out harmful prompt
+  that the aligned model refuses (the prompts and the token of its Figure 5, `cwac/evaluation/drift.py`).
+- Eq. 4 multiplies every term by f'(W0 h0); it is left out, so the terms are those of the linear map.
+- Given relative to ||W0 h0||, so that matrices and models can share an axis.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import nn
+
+from cwac.anchors import anchor_rows
+from cwac.artifacts import write_atomic
+from cwac.config import UserError
+from cwac.data.pools import fingerprint, load_pools
+from cwac.data.tokenize import Collator
+from cwac.evaluation.drift import merged_weight
+from cwac.methods.base import Context
+from cwac.models import device, linears, load, load_aligned
+
+NAME = "decomposition.json"
+TERMS = ("W0_dh", "dW_h0", "dW_dh", "dy")
+
+
+@torch.no_grad()
+def last_inputs(model: nn.Module, rows: Sequence[dict], batch_size: int = 16) -> dict[str, torch.Tensor]:
+    """Inputs [prompts, d_in] of every linear layer of the blocks at each prompt's last token, float64, on the CPU.
+
+    rows: encoded prompts. Names as in `cwac.models.linears`.
+    """
+    modules = linears(model, "all")
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in modules}
+    last = torch.empty(0)
+
+    def hook(name: str):
+        def record(_module, inputs):
+            h = inputs[0]  # [B, T, d_in]
+            found[name].append(h[torch.arange(len(last)), last.to(h.device)].double().cpu())
+
+        return record
+
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
+    collate, target = Collator(0), next(model.parameters()).device
+    try:
+        for start in range(0, len(rows), batch_size):
+            batch = collate([{"input_ids": row["input_ids"]} for row in rows[start : start + batch_size]])
+            last = batch["attention_mask"].sum(1) - 1  # [B]
+            ids, mask = batch["input_ids"].to(target), batch["attention_mask"].to(target)
+            model(input_ids=ids, attention_mask=mask, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+@torch.no_grad()
+def decompose(model: nn.Module, reference: nn.Module, rows: Sequence[dict]) -> list[dict]:
+    """One entry a matrix: `layer`, `kind`, and the norms of `TERMS` relative to ||W0 h0||, medians over prompts.
+
+    reference: the aligned model. `dy` is the whole change, the norm of the three terms' sum. Both models must be in
+    evaluation mode and on one device.
+    """
+    now, then = linears(model, "all"), linears(reference, "all")
+    h, h0 = last_inputs(model, rows), last_inputs(reference, rows)
+    entries = []
+    for name, module in then.items():
+        w0 = module.weight.double().cpu()
+        dw = merged_weight(now[name]).cpu() - w0  # [d_out, d_in]
+        dh = h[name] - h0[name]  # [prompts, d_in]
+        parts = {"W0_dh": dh @ w0.T, "dW_h0": h0[name] @ dw.T, "dW_dh": dh @ dw.T}
+        parts["dy"] = parts["W0_dh"] + parts["dW_h0"] + parts["dW_dh"]
+        scale = (h0[name] @ w0.T).norm(dim=1)  # [prompts]
+        layer, *_, kind = name.split(".")
+        medians = {term: float((parts[term].norm(dim=1) / scale).median()) for term in TERMS}
+        entries.append({"layer": int(layer), "kind": kind, **medians})
+    return entries
+
+
+def read_config(folder: Path) -> DictConfig:
+    """The configuration of a finished run that kept its weights.
+
+    Raises UserError if the folder is no run, or its weights were not kept.
+    """
+    try:
+        cfg = OmegaConf.load(folder / "config.yaml")
+    except (OSError, ValueError, OmegaConfBaseException) as error:
+        raise UserError(f"--run {folder} holds no readable config.yaml; name the folder of a run") from error
+    if not (folder / "model").is_dir():
+        raise UserError(
+            f"--run {folder} kept no weights; train it again with the same overrides and force=true keep_weights=true"
+        )
+    return cfg
+
+
+def measure(folder: Path, artifacts: Path | None = None) -> dict:
+    """The decomposition of one run: its `run_id`, the number of `prompts`, and `matrices` from `decompose`.
+
+    artifacts: folder of the artifact cache; the run's own where None. Raises UserError as `read_config` does, and
+    where the aligned model refuses no held-out prompt.
+    """
+    from transformers import AutoModelForCausalLM
+
+    cfg = read_config(folder)
+    artifacts = Path(artifacts or cfg.paths.artifacts)
+    pools = load_pools(cfg.pools, cfg.paths.data, cfg.seed)
+    loaded = load(cfg.model, artifacts, cfg.seed)
+    context = Context(
+        tokenizer=loaded.tokenizer,
+        pools=pools,
+        loaded=loaded,
+        artifacts=artifacts,
+        seed=cfg.seed,
+        template=cfg.train.template,
+        max_length=cfg.train.max_length,
+        pools_key=fingerprint(pools),
+    )
+    reference = load_aligned(loaded).to(device())
+    rows = anchor_rows(reference, context, pools.validation[: cfg.eval.n_drift], 16)
+    prompts = [{"input_ids": row["input_ids"][: row["prompt"]]} for row in rows]
+    try:
+        tuned = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}/model does not load ({str(error).splitlines()[0]}); train the run again") from error
+    matrices = decompose(tuned.to(device()).eval(), reference, prompts)
+    return {"run_id": folder.name, "prompts": len(prompts), "matrices": matrices}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns the exit status: 0, or 2 for a run that cannot be measured."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.activations", description=__doc__.split("\n")[0])
+    parser.add_argument("--run", type=Path, nargs="+", required=True, help="folders of runs with keep_weights=true")
+    parser.add_argument("--artifacts", type=Path, help="folder of the artifact cache (the run's own)")
+    args = parser.parse_args(argv)
+    try:
+        for folder in args.run:
+            read_config(folder)  # all are refused before the first is measured
+        for folder in args.run:
+            write_atomic(folder / NAME, json.dumps(measure(folder, args.artifacts)))
+            print(folder / NAME)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""docs/add_a_method.md, taken at its word: its files and no other make a method, a model and a task."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, SMALL
+
+BLOCK = re.compile(r"^`([\w/.]+)`:\n\n```\w+\n(.*?)^```$", re.M | re.S)
+BLOCKS = dict(BLOCK.findall((ROOT / "docs" / "add_a_method.md").read_text()))
+METHOD = ("cwac/methods/safeinstr.py", "conf/method/safeinstr.yaml")
+
+
+def write(project: Path, *names: str) -> None:
+    for name in names:
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).write_text(BLOCKS[name])
+
+
+def run(project: Path, *command: str) -> tuple[int, str]:
+    """Exit code and output of a Python command in the temporary project, on that project's own code."""
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=project,
+        env={**os.environ, "PYTHONPATH": str(project), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def sources(project: Path) -> dict[str, str]:
+    """Every file that the project runs on."""
+    files = [p for p in project.rglob("*") if p.suffix in (".py", ".yaml") and "runs" not in p.parts]
+    return {str(p.relative_to(project)): p.read_text() for p in files}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    """The project as it would be if nobody had written SafeInstr."""
+    folder = tmp_path_factory.mktemp("newcomer") / "project"
+    left = (
+        ".git",
+        ".venv",
+        "runs",
+        "artifacts",
+        "results",
+        "wandb",
+        "outputs",
+        "tests",
+        "docs",
+        "benchmarks",
+        "local",
+        "__pycache__",
+    )
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*left))
+    for name in (*METHOD, "conf/experiment/tune_safeinstr.yaml"):
+        (folder / name).unlink()
+    labels = folder / "analysis" / "paper.py"
+    labels.write_text(re.sub(r'^ +"safeinstr": .*\n', "", labels.read_text(), flags=re.M))
+    for preset in (folder / "conf" / "experiment").glob("*.yaml"):  # the grids name the paper's baselines
+        preset.write_text(re.sub(r"\bsafeinstr,", "", preset.read_text()))
+    said = {name for name, text in sources(folder).items() if "safeinstr" in text}
+    # of the paper itself: its audit, its claims, and which methods are its baselines
+    assert said == {"analysis/audit.py", "analysis/claims.yaml", "analysis/paper.py"}
+    return folder
+
+
+def test_the_page_shows_the_files_that_ship():
+    for name in METHOD:
+        assert BLOCKS[name] == (ROOT / name).read_text(), f"{name} and docs/add_a_method.md differ"
+
+
+def test_two_files_make_a_method_that_trains_and_stands_in_the_table(project):
+    code, output = run(project, "train.py", "method=safeinstr")
+    assert code == 2 and "Could not find 'method/safeinstr'" in output
+    before = sources(project)
+    write(project, *METHOD)
+    grid = ["model=tiny", "method=sft,safeinstr", "harmful_ratio=0.1", "train.max_steps=3", *SMALL]
+    code, output = run(project, "train.py", "-m", *grid)
+    assert code == 0, output
+    code, output = run(project, "-m", "analysis.demo", "--runs", "runs", "--out", "results/mine")
+    assert code == 0, output
+    table = (project / "results/mine/table.md").read_text()
+    assert re.search(r"^\| SFT +\| +0\.1 \| 1 \| +[\d.]+ \(n=1\)", table, re.M), table
+    assert re.search(r"^\| safeinstr +\| +0\.1 \| 1 \| +[\d.]+ \(n=1\)", table, re.M), table
+    after = sources(project)
+    assert {name for name in after if after[name] != before.get(name)} == set(METHOD) and set(before) <= set(after)
+
+
+def test_one_file_makes_a_model_and_one_beside_its_data_a_task(project, random_model):
+    shutil.copytree(random_model, project / "models/mine")
+    before = sources(project)
+    task = "conf/task/reviews.yaml"
+    write(project, "conf/model/mine.yaml", task, "data/me/reviews/train.csv", "data/me/reviews/test.csv")
+    # the real pools are not here; the page's own command reads them from paths.data
+    grid = ["model=mine", "task=toy_sentiment,reviews", "method=sft", "pools=toy", "paths.data=data"]
+    grid += [*SMALL, "train.max_steps=2", "++task.n_validation=2", "seed=1"]
+    code, output = run(project, "train.py", "-m", *grid)
+    assert code == 0, output
+    after = sources(project)
+    assert {name for name in after if after[name] != before.get(name)} == {"conf/model/mine.yaml", task}
+    runs = {p.parent.name.rsplit("-", 1)[0] for p in (project / "runs").glob("mine-*/status.json")}
+    assert runs == {"mine-toy_sentiment-p0-sft-s1", "mine-reviews-p0-sft-s1"}
+    code, output = run(project, "-m", "analysis.demo", "--runs", "runs", "--out", "results/mine")
+    assert code == 0, output
+    table = (project / "results/mine/table.md").read_text()
+    assert "### mine, reviews" in table and "### mine, toy_sentiment" in table
