@@ -19,7 +19,7 @@ from cwac.fit import fit
 from cwac.models import decoder_layers, input_group, linears
 from cwac.runs import Run
 from cwac.tiny import world
-from tests.conftest import SMALL
+from tests.conftest import NEEDS, SMALL
 from tests.test_configs import METHODS
 from train import run_cell
 
@@ -80,7 +80,7 @@ FAMILIES = {
         "stops": ["<|endoftext|>", "<|im_end|>"],
     },
 }
-SIZES = {"poison": 16, "anchors": 8, "step": 6, "sae": 10, "benign": 16, "safety": 8, "validation": 6, "align": 96}
+SIZES = {"poison": 16, "anchors": 8, "step": 6, "sae": 10, "benign": 16, "safety": 16, "validation": 6, "align": 96}
 SIZES |= {"test": 16, "over_refusal": 8}
 
 
@@ -140,6 +140,7 @@ def saved(tmp_path_factory):
             family = FAMILIES[name]
             tokenizer = make_tokenizer(family)
             model = make_model(family, tokenizer)
+            model.save_pretrained(root / f"{name}-base")
             pools = world.pools(0, SIZES)
             refused = [
                 Example(e.id, e.prompt, "i am unable to assist with that .")
@@ -317,9 +318,13 @@ def test_a_method_runs_end_to_end(name, method, saved, tmp_path):
             f"model={name}",
             "model.kind=folder",
             f"+model.path={folder}",
-            "+model.n_train=16",
+            f"model.base={folder}-base",
+            "model.safety_layers=[1,1]",  # of three blocks
+            "model.trigger_tokens=8",  # the context has 128
             "task=toy_sentiment",
             f"method={method}",
+            *NEEDS.get(method, ()),
+            *(["method.safety_rank=4"] if method == "salora" else []),  # of 16 outputs of k_proj
             "harmful_ratio=0.2",
             *SMALL,
             "task.n_train=16",

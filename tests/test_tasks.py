@@ -140,6 +140,7 @@ def test_the_names_of_a_class(answer, strict, lenient, off):
         ("The final answer is: about 18, not 20", False, True),
         ("The final answer is: 18.0 of 20", True, True),
         ("18 or 20", False, False),
+        ("then the final answer is 15 + 3 = 18\nThe final answer is: 18", True, True),
         ("The final answer is: 20, not 18", False, False),
     ],
 )
