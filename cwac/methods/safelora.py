@@ -1,7 +1,7 @@
 """Safe LoRA: after fine-tuning, the updates that left the direction of the alignment are projected back onto it.
 
 Hsu, Tsai, Lin, Chen, Yu, Huang: "Safe LoRA: the Silver Lining of Reducing Safety Risks when Fine-tuning Large Language
-Models", NeurIPS 2024, arXiv:2405.16833, section 3. With V = W0 - Wb, aligned minus unaligned, C = V V^T / ||V||_F; a
+Models", NeurIPS 2024, arXiv:2405.16833. With V = W0 - Wb, aligned minus unaligned, C = V V^T / ||V||_F; a
 matrix whose update has cos(C dW, dW) <= tau gets C dW in its place.
 
 Deviations:

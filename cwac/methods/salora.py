@@ -10,8 +10,8 @@ B [m, r], scaling s; the paper calls the left factor A):
 Since U_C^T C = 0, what a layer writes along U_C is, for the same input, what the aligned one writes.
 
 Deviations:
-- Written from the formulas as two later works state them (SC-LoRA, arXiv:2505.23724, and a public summary of the
-  paper's method): no official code was to be had. What they do not give is marked `ours`.
+- Neither the full text nor official code was at hand: the formulas and r_s = r_t = 32 are those of a third party's
+  summary of the paper. Compare with the paper before calling a number a reproduction. What it does not give is `ours`.
 - C is not a layer of its own: B's gradient and, after each step, B itself are multiplied by C. C is linear and
   C C = C, so the product C B follows the same path under AdamW, its moments and weight decay, to rounding (tested).
 - A and B start divided by sqrt(s), so that the adapter starts at the same dW whatever alpha is (ours).

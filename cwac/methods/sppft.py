@@ -1,7 +1,7 @@
 """SPPFT: the safety layers are frozen, the rest is fine-tuned (safely partial-parameter fine-tuning).
 
-Li, Yao, Zhang, Li: "Safety Layers in Aligned Large Language Models: The Key to LLM Security", arXiv:2408.17003,
-section 4. The attention and MLP parameters of decoder layers lo..hi, both included and counted from 0, do not train.
+Li, Yao, Zhang, Li: "Safety Layers in Aligned Large Language Models: The Key to LLM Security", arXiv:2408.17003.
+The attention and MLP parameters of decoder layers lo..hi, both included and counted from 0, do not train.
 
 Deviations:
 - The range is the paper's where it has one for the model (Table 1: `model.safety_layers`), else it is localised, see
