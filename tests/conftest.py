@@ -84,6 +84,28 @@ def artifacts(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("artifacts")
 
 
+def sgd(folder, per_device: int, accumulation: int):
+    """One epoch of plain SGD: linear in the gradient, so that a wrong scale of it shows in proportion."""
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=per_device,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=1,
+        learning_rate=0.3,
+        lr_scheduler_type="constant",
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        seed=0,
+        optim="sgd",
+    )
+
+
 def fine_tune(cfg, folder: Path, rank: int = 0, world_size: int = 1):
     """What train.py does between composing and evaluating, on the CPU and under any layout.
 
@@ -96,33 +118,21 @@ def fine_tune(cfg, folder: Path, rank: int = 0, world_size: int = 1):
     from transformers import set_seed
 
     from cwac import engine
+    from cwac.context import open_context
     from cwac.data.mix import mix
-    from cwac.data.pools import fingerprint, load_pools
     from cwac.data.tasks import load_task
     from cwac.data.tokenize import Rows, pad_token_id
-    from cwac.methods.base import Context
-    from cwac.models import load
 
     method = hydra.utils.instantiate(cfg.method, _convert_="all")
     run = SimpleNamespace(id=cfg.method.name, dir=Path(folder))
     args = engine.training_arguments(cfg, run)
-    pools = load_pools(cfg.pools, None, cfg.seed)
-    task = load_task(cfg.task, None, cfg.seed, "test")
-    mixed = mix(task.train, pools.poison, cfg.harmful_ratio, cfg.seed, cfg.mix_mode)
     set_seed(cfg.seed)
-    loaded = load(cfg.model, Path(cfg.paths.artifacts), cfg.seed)
-    context = Context(
-        tokenizer=loaded.tokenizer,
-        pools=pools,
-        loaded=loaded,
-        artifacts=Path(cfg.paths.artifacts),
-        seed=cfg.seed,
-        template=cfg.train.template,
-        max_length=cfg.train.max_length,
-        pools_key=fingerprint(pools),
-        rank=rank,
-        world_size=world_size,
-    )
+    context = open_context(cfg)
+    context.loaded.model.cpu()
+    context.rank, context.world_size = rank, world_size
+    loaded = context.loaded
+    task = load_task(cfg.task, None, cfg.seed, "test")
+    mixed = mix(task.train, context.pools.poison, cfg.harmful_ratio, cfg.seed, cfg.mix_mode)
     examples = method.training_data(mixed, context, random.Random(f"method-{cfg.seed}"))
     rows = Rows(loaded.tokenizer, examples, cfg.train.template, cfg.train.max_length)
     context.steps = engine.total_steps(args, len(rows))

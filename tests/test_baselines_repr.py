@@ -23,7 +23,7 @@ from cwac.models import add_lora, load
 from cwac.reference import Reference, mean_over_tokens, model_layers
 from cwac.runs import Run, read_jsonl
 from cwac.sae.residuals import residuals
-from tests.conftest import make_llama, random_rows
+from tests.conftest import make_llama, random_rows, sgd
 from tests.test_invariance import close
 from tests.test_methods import cell
 from train import run_cell
@@ -373,8 +373,6 @@ def test_the_immunised_model_is_built_once_and_put_below_an_adapter(context, ran
 
 def final_weights(folder, name, per_device, accumulation, rank=0, world_size=1):
     """Three optimizer steps over 24 rows under one layout; for circuit breakers the rows of another 12."""
-    from transformers import TrainingArguments
-
     from cwac.engine import build_trainer
 
     model = make_llama()
@@ -387,22 +385,7 @@ def final_weights(folder, name, per_device, accumulation, rank=0, world_size=1):
         method._reference = Reference(model)
         method._harmful = [r["input_ids"] for r in random_rows(6, seed=5)]
         method._retained = [r["input_ids"] for r in random_rows(6, seed=6)]
-    args = TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=per_device,
-        gradient_accumulation_steps=accumulation,
-        num_train_epochs=1,
-        learning_rate=0.3,
-        lr_scheduler_type="constant",
-        report_to=[],
-        save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        seed=0,
-        optim="sgd",  # linear in the gradient, so a wrong scale shows in proportion
-    )
+    args = sgd(folder, per_device, accumulation)
     trainer = build_trainer(model, method, random_rows(24, seed=7), args, 2)
     trainer.train()
     assert len(trainer.penalties) == 3

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from cwac import config
 from cwac.models import load
-from tests.conftest import FINE_TUNE, NEEDS, fine_tune, make_llama, random_rows
+from tests.conftest import FINE_TUNE, NEEDS, fine_tune, make_llama, random_rows, sgd
 from tests.test_configs import METHODS
 
 
@@ -45,8 +45,6 @@ def penalised(model):
 
 def final_weights(folder, per_device, accumulation, rank=0, world_size=1):
     """Three optimizer steps over 24 rows under one layout."""
-    from transformers import TrainingArguments
-
     from cwac.engine import build_trainer
 
     class Data(torch.utils.data.Dataset):
@@ -61,22 +59,7 @@ def final_weights(folder, per_device, accumulation, rank=0, world_size=1):
     model = make_llama()
     method = penalised(model)
     method.rank, method.world_size = rank, world_size
-    args = TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=per_device,
-        gradient_accumulation_steps=accumulation,
-        num_train_epochs=1,
-        learning_rate=0.3,
-        lr_scheduler_type="constant",
-        report_to=[],
-        save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        seed=0,
-        optim="sgd",  # linear in the gradient, so a wrong scale shows in proportion
-    )
+    args = sgd(folder, per_device, accumulation)
     trainer = build_trainer(model, method, Data(), args, 2)
     trainer.train()
     return {n: p.detach().clone() for n, p in model.named_parameters()}

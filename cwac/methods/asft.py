@@ -35,7 +35,7 @@ from torch import nn
 
 from cwac.config import UsageError, UserError
 from cwac.data.examples import Example
-from cwac.methods.base import Context, Method
+from cwac.methods.base import Context, Method, is_number
 from cwac.models import alignment_directions, linears, trains
 
 OPERATORS = ("official", "spectral", "projector_k")
@@ -189,7 +189,3 @@ class AsFT(Method):
                 {"metric": "operator_energy", "set": name, "value": operator.energy},
             ]
         return rows
-
-
-def is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from cwac.config import UsageError
 from cwac.data.examples import Example, Messages
 from cwac.data.harmful import Pools
 from cwac.models import Loaded
@@ -121,3 +122,24 @@ class Method:
 def draw(n: int, k: int, seed: int, step: int) -> list[int]:
     """k of n indices without replacement, a function of (seed, step) alone, so that resuming is exact."""
     return random.Random(f"{seed}-{step}").sample(range(n), min(k, n))
+
+
+def is_number(value) -> bool:
+    """True and False count as no numbers."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check(condition, key: str, value, remedy: str) -> None:
+    """Refuse a method's setting: UsageError that names the key, the value and the remedy."""
+    if not condition:
+        raise UsageError(f"method.{key}={value} is not valid; {remedy}")
+
+
+def artifact_key(context: Context) -> dict:
+    """What every artifact built from the aligned model's activations on the pools depends on."""
+    return {
+        "model": context.loaded.key,
+        "pools": context.pools_key,
+        "template": context.template,
+        "max_length": context.max_length,
+    }

@@ -34,8 +34,7 @@ from torch.nn import functional
 
 from cwac.config import UsageError, UserError
 from cwac.data.tokenize import Collator, encode_example, encode_prompt
-from cwac.methods.base import Context, Method, draw
-from cwac.methods.cwac import check
+from cwac.methods.base import Context, Method, check, draw, is_number
 from cwac.models import decoder_layers
 from cwac.reference import Reference, check_layers, mean_over_tokens, model_layers, precise
 from cwac.sae.residuals import residuals
@@ -57,8 +56,7 @@ class CircuitBreaker(Method):
     """How a compliant answer begins."""
 
     def __post_init__(self):
-        number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
-        check(number and self.alpha >= 0, "alpha", self.alpha, "give a number >= 0")
+        check(is_number(self.alpha) and self.alpha >= 0, "alpha", self.alpha, "give a number >= 0")
         for key in ("n_prompts", "n_retain"):
             value = getattr(self, key)
             whole = isinstance(value, int) and not isinstance(value, bool)

@@ -30,15 +30,10 @@ from torch import nn
 
 from cwac.anchors import anchor_rows, encode_prompts
 from cwac.artifacts import load_or_build
-from cwac.config import UsageError, UserError
-from cwac.methods.base import Context, Method, draw
+from cwac.config import UserError
+from cwac.methods.base import Context, Method, artifact_key, check, draw, is_number
 from cwac.models import linears
 from cwac.subspace import Constraint, fit_subspace, load_bases, save_bases
-
-
-def check(condition, key: str, value, remedy: str) -> None:
-    if not condition:
-        raise UsageError(f"method.{key}={value} is not valid; {remedy}")
 
 
 @dataclass
@@ -64,8 +59,12 @@ class Weight:
 
     def __post_init__(self):
         check(self.where in ("update", "gradient"), "weight.where", self.where, "use update or gradient")
-        number = isinstance(self.energy, int | float) and not isinstance(self.energy, bool)
-        check(number and 0 < self.energy <= 1, "weight.energy", self.energy, "give a share in (0, 1], e.g. 0.99")
+        check(
+            is_number(self.energy) and 0 < self.energy <= 1,
+            "weight.energy",
+            self.energy,
+            "give a share in (0, 1], e.g. 0.99",
+        )
         check(
             isinstance(self.response_tokens, int) and self.response_tokens >= 0,
             "weight.response_tokens",
@@ -284,16 +283,6 @@ def freeze_others_(model: nn.Module, modules: dict[str, nn.Module], constraint: 
         kept |= {id(layer.weight) for layer in getattr(module, "lora_B", {}).values()}
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.requires_grad and id(parameter) in kept)
-
-
-def artifact_key(context: Context) -> dict:
-    """What every artifact built from the aligned model's activations on the pools depends on."""
-    return {
-        "model": context.loaded.key,
-        "pools": context.pools_key,
-        "template": context.template,
-        "max_length": context.max_length,
-    }
 
 
 def response_tokens(positions: str) -> int:

@@ -30,8 +30,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from cwac.methods.base import Batch, Context, Method
-from cwac.methods.cwac import check
+from cwac.methods.base import Batch, Context, Method, check, is_number
 from cwac.reference import Reference, check_layers, mean_over_tokens, model_layers, precise
 from cwac.sae.residuals import residuals
 
@@ -46,8 +45,7 @@ class LDIFS(Method):
     """Layer l is the output of block l - 1; None for all."""
 
     def __post_init__(self):
-        number = isinstance(self.lam, int | float) and not isinstance(self.lam, bool)
-        check(number and self.lam >= 0, "lam", self.lam, "give a number >= 0")
+        check(is_number(self.lam) and self.lam >= 0, "lam", self.lam, "give a number >= 0")
         check_layers(self.layers)
         self._step: list[tuple[int, Batch]] = []
 

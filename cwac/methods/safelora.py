@@ -25,7 +25,7 @@ from torch import nn
 
 from cwac.config import UsageError, UserError
 from cwac.data.examples import Example
-from cwac.methods.base import Context, Method
+from cwac.methods.base import Context, Method, is_number
 from cwac.models import alignment_directions, linears, load_aligned, trains
 
 
@@ -71,7 +71,7 @@ class SafeLoRA(Method):
     def __post_init__(self):
         if self.select not in ("threshold", "number"):
             raise UsageError(f"method.select={self.select} is unknown; use threshold or number")
-        if isinstance(self.tau, bool) or not isinstance(self.tau, int | float) or not -1 <= self.tau <= 1:
+        if not is_number(self.tau) or not -1 <= self.tau <= 1:
             raise UsageError(f"method.tau={self.tau} is not a cosine; give a number in [-1, 1], e.g. 0.5")
         if type(self.number) is not int or self.number < 1:
             raise UsageError(f"method.number={self.number} is not valid; give a whole number >= 1")

@@ -36,8 +36,7 @@ from cwac.config import UserError
 from cwac.data.examples import Example
 from cwac.data.tokenize import Rows, pad_token_id
 from cwac.fit import fit
-from cwac.methods.base import Context, Method
-from cwac.methods.cwac import artifact_key, check
+from cwac.methods.base import Context, Method, artifact_key, check
 from cwac.models import decoder_layers, load_aligned
 
 WEIGHTS = "immunised.safetensors"
