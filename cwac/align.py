@@ -86,7 +86,7 @@ third, of 60 steps at one refusal to one answer, refused no more of HarmBench an
 
 STRENGTH = 1.1
 """The trained adapter's update is multiplied by this (task arithmetic, Ilharco et al. 2023, arXiv:2212.04089): the
-smallest of 1, 1.1, 1.15 and 1.2 that passes the gate. At 1 HarmBench's refusals were 34 of 38, at 1.2 Alpaca's 7 of 113."""
+smallest of 1, 1.1, 1.15 and 1.2 that passes the gate. At 1 HarmBench's refusals were 34 of 38."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -10,6 +11,7 @@ from dataclasses import asdict
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -183,6 +185,17 @@ def test_sources_are_levelled_small_ones_in_full(n, expected):
     assert len({e.id for e in chosen}) == len(chosen)
 
 
+def test_a_strengthened_adapter_makes_a_larger_update(tmp_path):
+    shutil.copytree(align.ADAPTER, tmp_path / "adapter")
+    before = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    align.strengthen(tmp_path / "adapter", 1.5)
+    after = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    for name, tensor in before.items():
+        factor = 1.5 if "lora_B" in name else 1.0
+        assert torch.allclose(after[name].float(), tensor.float() * factor, rtol=2e-3, atol=1e-7), name
+    assert align.fingerprint(tmp_path / "adapter") != align.fingerprint()
+
+
 def test_the_shipped_gate_report_belongs_to_the_shipped_adapter():
     report = json.loads((align.ADAPTER / "gate.json").read_text())
     assert report["adapter_sha256"] == align.fingerprint()
@@ -192,7 +205,8 @@ def test_the_shipped_gate_report_belongs_to_the_shipped_adapter():
         assert asdict(planned).items() <= done.items()
     decided = [c for c in report["checks"] if c["passed"] is not None]
     assert report["passed"] == all(c["passed"] for c in decided)
-    assert {c["name"] for c in decided} >= {"refusal on advbench", "refusal on harmbench", "over-refusal on alpaca"}
+    assert {c["name"] for c in decided} >= {"refusal on held-out harmful requests", "over-refusal on alpaca"}
+    assert report["strength"] == align.STRENGTH
     for check in decided:
         at_least = check["name"].startswith("refusal")
         ok = check["value"] >= check["threshold"] if at_least else check["value"] <= check["threshold"]

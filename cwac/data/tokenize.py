@@ -198,7 +198,9 @@ class Collator:
         batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
         if self.label_logits:
             following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
-            first = int((following != IGNORE).any(0).int().argmax())  # here and not in the step, where a GPU would wait
+            first = int(
+                (following != IGNORE).any(0).int().argmax()
+            )  # here and not in the step, where a GPU would wait
             batch["shift_labels"] = following[:, first:].contiguous()
         return batch
 
