@@ -27,7 +27,7 @@ from hydra.types import RunMode  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
-from cwac.config import CONF, UsageError, UserError, expand, objective, run_id, validate  # noqa: E402
+from cwac.config import CONF, UsageError, UserError, expand, instantiate, objective, run_id, validate  # noqa: E402
 from cwac.runs import Run, append_jsonl, read_jsonl  # noqa: E402
 
 log = logging.getLogger("cwac")
@@ -179,21 +179,6 @@ def headline(run: Run) -> float | None:
     shown = [r for r in final if r["metric"] in ("FA", "HS", "refusal", "other", "OR")]
     log.info("%s: %s", run.id, "  ".join(f"{r['metric']}[{r['set']}] {r['value']:.1f}" for r in shown))
     return objective(run.cfg.objective, final)
-
-
-def instantiate(node: DictConfig):
-    """Hydra's instantiate; an invalid value surfaces as the UserError its dataclass raised."""
-    from hydra.errors import InstantiationException
-
-    try:
-        return hydra.utils.instantiate(node, _convert_="all")
-    except InstantiationException as error:
-        cause = error.__cause__
-        if isinstance(cause, UserError):
-            raise cause from error
-        if isinstance(cause, TypeError):  # a key the class does not have
-            raise UsageError(f"{node.get('name', '')}: {cause}; see conf/README.md for the keys") from error
-        raise
 
 
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")

@@ -14,12 +14,18 @@ GATED = (
 
 
 def load_rows(
-    hub_id: str, config: str | None, split: str, data: str | None = None, columns: Sequence[str] = ()
+    hub_id: str,
+    config: str | None,
+    split: str,
+    data: str | None = None,
+    columns: Sequence[str] = (),
+    revision: str | None = None,
 ) -> list[dict]:
     """The rows of one split as dictionaries.
 
     data: a folder with one sub-folder per hub id (`<data>/walledai/AdvBench/...`), read instead of the hub.
     columns: what the caller is going to read; their absence is an error here, with the names there are.
+    revision: the commit to read from the hub; None is the newest. A folder is read as it is.
 
     Raises: UserError, one line, for a missing folder, data set, split or column, or an unreachable hub.
     """
@@ -33,7 +39,7 @@ def load_rows(
     datasets.disable_progress_bars()
     try:
         if data is None:
-            rows = datasets.load_dataset(source, config, split=split)
+            rows = datasets.load_dataset(source, config, split=split, revision=revision)
             names, table = rows.column_names, rows.to_list()
         else:
             # Read as it is: the cache knows a folder by its name and README alone, and would serve one folder's rows
