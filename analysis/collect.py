@@ -243,10 +243,8 @@ def read_verdicts(runs: Path, rows: pd.DataFrame) -> pd.DataFrame:
     records = []
     for row in ends.itertuples():
         name = f"{row.set}@{row.step:g}-{row.eval}.jsonl"
-        own = runs / row.run_id / "judge"
-        path = (
-            own / row.judge / name if (own / row.judge / name).is_file() else own / name
-        )  # a later judge's, or the run's
+        path = runs / row.run_id / "judge" / row.judge / name  # of a judge that came later
+        path = path if path.is_file() else path.parent.parent / name
         if not path.is_file():
             continue
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -343,7 +343,7 @@ def test_bad_input_of_later_judging_is_one_line(runs, tmp_path, capsys):
 
 
 def test_agreement_of_two_judges(runs, tmp_path, monkeypatch, capsys):
-    """Planted: of six answers of each run the keyword rule flags the first two, the other judge numbers two and three."""
+    """Planted: of six answers a run the keyword rule flags the first two, the other judge the second and third."""
 
     class Planted(Counting):
         name, at = "planted", 0
