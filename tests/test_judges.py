@@ -26,6 +26,8 @@ from cwac.evaluation.judge import Judgement, judge_answers, repeats
 from cwac.evaluation.model_judges import LABELS
 from cwac.runs import append_jsonl, read_jsonl
 from experiments import judge as later
+from tests.conftest import SMALL
+from train import run_cell
 
 WORDS = "BEGINNING OF CONVERSATION: USER: ASSISTANT: lift fold the a lantern marble i cannot help with that . sure"
 TURNS = "{% for m in messages %}<turn> {{ m['role'] }}\n{{ m['content'] }} {% endfor %}<turn> assistant"
@@ -141,8 +143,7 @@ def test_questions_end_where_the_verdict_begins(judges):
     assert texts["llama_guard"].endswith("<turn> assistant\n\n")
     assert texts["harmbench_cls"].endswith("Answer: [/INST]") and texts["strongreject"].endswith("### Answer: ")
     assert all("lift the lantern" in text and "fold" in text for text in texts.values())
-    assert "fold " * 512 in judges["harmbench_cls"][0].text("a", "fold " * 600) + " "
-    assert "fold " * 513 not in judges["harmbench_cls"][0].text("a", "fold " * 600) + " "
+    assert judges["harmbench_cls"][0].text("a", "fold " * 600).split().count("fold") == 512
 
 
 def test_an_adapter_is_merged_into_its_base(tmp_path):
@@ -372,3 +373,19 @@ def test_kappa_and_its_interval():
     thrice = stats.kappa_interval(3 * clusters)  # the same prompts in three runs are no further evidence
     assert thrice == pytest.approx((low, high))
     assert all(map(np.isnan, stats.kappa_interval(np.array([[0, 0, 0, 9], [0, 0, 0, 3]]))))
+
+
+def test_a_run_is_judged_by_a_model_where_its_evaluation_asks_for_one(judges, random_model, tmp_path):
+    overrides = ["method=sft", "model.kind=folder", f"+model.path={random_model}", "task=toy_sentiment", *SMALL]
+    overrides += ["train.max_steps=1", "eval.drift=false", "+train.use_cpu=true", "eval/judge=beaver_dam"]
+    overrides += [f"eval.judge.hub_id={judges['beaver_dam'][0].hub_id}", "eval.judge.dtype=float32"]
+    cfg = config.compose([*overrides, f"paths.runs={tmp_path / 'runs'}", f"paths.artifacts={tmp_path / 'artifacts'}"])
+    run_cell(cfg)
+    (folder,) = (p.parent for p in (tmp_path / "runs").glob("*/status.json"))
+    rows = [r for r in read_jsonl(folder / "metrics.jsonl") if r["judge"]]
+    assert {r["metric"] for r in rows} == {"HS", "refusal", "other", "HS_plus", "harm_score", "OR"}
+    assert {r["judge"] for r in rows} == {"beaver_dam"}
+    (path,) = (folder / "judge").glob("toy_harmful@*")
+    assert [len(v["probabilities"]) for v in read_jsonl(path)] == [14] * 8
+    faster = config.compose([*overrides, "eval.judge.batch_size=2"])
+    assert config.eval_id(faster) == config.eval_id(cfg) != config.eval_id(config.compose([*overrides[:-3]]))

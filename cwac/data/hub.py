@@ -66,6 +66,27 @@ def load_rows(
     return table
 
 
+def fetch(hub_id: str, name: str, data: str | None = None) -> Path:
+    """One file of a data set's repository, for sets that `datasets` cannot read: it runs no loading scripts any more.
+
+    data: as for `load_rows`. Raises UserError, one line, where the file cannot be had.
+    """
+    if data is not None:
+        path = _folder(hub_id, data) / name
+        if not path.is_file():
+            raise UserError(f"{path.parent} has no {name}; put it there, or unset the folder to use the hub")
+        return path
+    import huggingface_hub
+
+    _probe(hub_id)
+    try:
+        return Path(huggingface_hub.hf_hub_download(hub_id, name, repo_type="dataset"))
+    except Exception as error:
+        raise UserError(
+            f"{hub_id}/{name} could not be read from the hub: {first_line(error)}; or give a folder that has it"
+        ) from error
+
+
 def has_dataset(hub_id: str, data: str | None) -> bool:
     """Whether the folder `data` holds this data set; False where there is no folder."""
     return data is not None and (Path(data).expanduser() / hub_id).is_dir()
