@@ -175,7 +175,8 @@ def weights_hash(model) -> str:
 
 def headline(run: Run) -> float | None:
     """Prints the run's final FA, HS, other and OR; returns the value of `objective`, None where it lacks a metric."""
-    final = [r for r in run.rows() if r.get("final") and r["eval"] == run.eval]
+    judges = (None, run.cfg.eval.judge.name)  # verdicts of a judge that came later steer no sweeper
+    final = [r for r in run.rows() if r.get("final") and r["eval"] == run.eval and r.get("judge") in judges]
     shown = [r for r in final if r["metric"] in ("FA", "HS", "refusal", "other", "OR")]
     log.info("%s: %s", run.id, "  ".join(f"{r['metric']}[{r['set']}] {r['value']:.1f}" for r in shown))
     return objective(run.cfg.objective, final)

@@ -80,9 +80,11 @@ def answer(folder: Path, rows: list[dict], tokens: int, batch_size: int) -> Path
     if path.is_file() and [row["instruction"] for row in json.loads(path.read_text(encoding="utf-8"))] == asked:
         return path
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
     from cwac.evaluation.generate import generate
 
+    logging.disable_progress_bar()
     method = as_served(cfg)
     model = AutoModelForCausalLM.from_pretrained(folder / "model", local_files_only=True).to(device())
     outputs = generate(

@@ -22,6 +22,7 @@ from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
+from transformers.utils import logging
 
 from cwac.config import CONF, UserError, instantiate
 from cwac.evaluation.evaluate import verdict_rows
@@ -118,6 +119,7 @@ def main(argv: list[str] | None = None) -> int:
         if not work:
             print(f"{args.runs}: every run is judged by {cfg.name}; nothing to do")
             return 0
+        logging.disable_progress_bar()  # of the judge's files; ours counts responses
         judge = instantiate(cfg)
         with tqdm(total=sum(len(one.answers) for one in work), desc=f"judging with {judge.name}") as bar:
             for one in work:

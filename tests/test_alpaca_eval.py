@@ -104,25 +104,32 @@ def test_a_method_with_a_prompt_of_its_own_is_asked_through_it(run):
 
 
 def test_the_package_scores_the_outputs_and_the_win_rate_joins_the_runs_rows(run, data, monkeypatch, capsys):
-    """A planted annotator prefers the longer output, so the win rate is known."""
+    """A planted annotator prefers the reference's answer to the first instruction only: three wins of four."""
     pytest.importorskip("alpaca_eval")
     from alpaca_eval.annotators import base
 
+    def prefers(prompt: str) -> str:
+        """The package shuffles which of the two answers is (a)."""
+        a, b = prompt.rsplit("### Output (a):", 1)[1].split("### Output (b):")
+        reference = "a" if "moved" in a else "b"
+        wanted = reference if "moved 0" in prompt else {"a": "b", "b": "a"}[reference]
+        return f"Output ({wanted})"
+
     def planted(prompts, **_):
+        said, none = [prefers(p) for p in prompts], [0.0] * len(prompts)
         return {
-            "completions": ["Output (a)" for _ in prompts],
-            "price_per_example": [0.0] * len(prompts),
-            "time_per_example": [0.0] * len(prompts),
-            "completions_all": ["Output (a)" for _ in prompts],
+            "completions": said,
+            "completions_all": said,
+            "price_per_example": none,
+            "time_per_example": none,
         }
 
     monkeypatch.setattr(base, "get_fn_completions", lambda name: planted)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-planted")
     assert ae.main(arguments(run, data, "--score", "--annotator", "test")) == 0
     assert "one: AE" in capsys.readouterr().out
-    annotations = json.loads((run / "alpaca_eval" / "annotations.json").read_text())
-    wins = sum(a["preference"] == 2 for a in annotations)
+    assert len(json.loads((run / "alpaca_eval" / "test" / "annotations.json").read_text())) == 4
     (row,) = [r for r in read_jsonl(run / "metrics.jsonl") if r["metric"] == "AE"]
-    assert (row["value"], row["n"], row["judge"]) == (pytest.approx(100 * wins / 4), 4, None)
+    assert (row["value"], row["n"], row["judge"]) == (75.0, 4, None)
     rows = collect(run.parent).rows
     assert float(rows[rows["metric"] == "AE"]["value"].iloc[0]) == row["value"]

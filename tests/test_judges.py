@@ -24,10 +24,10 @@ from cwac.config import UserError
 from cwac.evaluation.evaluate import verdict_rows
 from cwac.evaluation.judge import Judgement, judge_answers, repeats
 from cwac.evaluation.model_judges import LABELS
-from cwac.runs import append_jsonl, read_jsonl
+from cwac.runs import Run, append_jsonl, read_jsonl
 from experiments import judge as later
 from tests.conftest import SMALL
-from train import run_cell
+from train import headline, run_cell
 
 WORDS = "BEGINNING OF CONVERSATION: USER: ASSISTANT: lift fold the a lantern marble i cannot help with that . sure"
 TURNS = "{% for m in messages %}<turn> {{ m['role'] }}\n{{ m['content'] }} {% endfor %}<turn> assistant"
@@ -385,6 +385,10 @@ def test_a_run_is_judged_by_a_model_where_its_evaluation_asks_for_one(judges, ra
     rows = [r for r in read_jsonl(folder / "metrics.jsonl") if r["judge"]]
     assert {r["metric"] for r in rows} == {"HS", "refusal", "other", "HS_plus", "harm_score", "OR"}
     assert {r["judge"] for r in rows} == {"beaver_dam"}
+    (hs,) = [r["value"] for r in rows if r["metric"] == "HS" and r["final"]]
+    with Run(cfg) as run:
+        run.add_rows([{**rows[0], "metric": "HS", "set": "toy_harmful", "value": 101.0, "judge": "later"}])
+        assert headline(run) == hs  # what a sweeper minimises is its own judge's
     (path,) = (folder / "judge").glob("toy_harmful@*")
     assert [len(v["probabilities"]) for v in read_jsonl(path)] == [14] * 8
     faster = config.compose([*overrides, "eval.judge.batch_size=2"])
