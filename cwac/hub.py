@@ -71,8 +71,8 @@ def resolve(
             return Resolved(hub_id, Path(cached).parent.name, False)
         raise UserError(
             f"{key}={hub_id} could not be reached: the hub ({constants.ENDPOINT}) does not answer "
-            f"({first_line(error)}) and the cache has no copy; connect, or give a local one with model.kind=folder "
-            "+model.path=<folder>"
+            f"({first_line(error)}) and the cache has no copy; connect, or give a local one with "
+            + ("model.kind=folder +model.path=<folder>" if key == "model.hub_id" else f"{key}=<folder>")
         ) from error
     return Resolved(hub_id, found.commit_hash, True)
 

@@ -170,7 +170,7 @@ def test_an_adapter_is_merged_into_its_base(tmp_path):
     ("name", "overrides", "said"),
     [
         ("beaver_dam", [], "eval.judge.hub_id=PKU-Alignment/beaver-dam-7b could not be reached"),
-        ("strongreject", ["hub_id={folder}"], "eval.judge.hub_id=qylu4156/strongreject-15k-v1 could not be reached"),
+        ("strongreject", ["hub_id={folder}"], "eval.judge.adapter=qylu4156/strongreject-15k-v1 could not be reached"),
         ("beaver_dam", ["hub_id={folder}", "threshold=2"], "eval.judge.threshold=2 of beaver_dam"),
         ("beaver_dam", ["hub_id={folder}", "batch_size=0"], "eval.judge.batch_size=0"),
         ("harmbench_cls", ["hub_id={folder}", "dtype=int8"], "eval.judge.dtype=int8"),

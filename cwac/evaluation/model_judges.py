@@ -68,27 +68,28 @@ class Weights:
     source: str
     revision: str | None = None
     license: str | None = None
+    key: str = "eval.judge.hub_id"
     file: str = "config.json"
 
     def __post_init__(self):
         self.found = None
         if not Path(self.source).is_dir():
-            self.found = hub.resolve(self.source, self.revision, "eval.judge.hub_id", self.license, self.file)
+            self.found = hub.resolve(self.source, self.revision, self.key, self.license, self.file)
 
     @property
-    def key(self) -> str:
+    def identity(self) -> str:
         return f"{self.source}@{self.found.commit}" if self.found else str(Path(self.source).resolve())
 
     @cached_property
     def folder(self) -> Path:
-        return hub.download(self.found, "eval.judge.hub_id") if self.found else Path(self.source)
+        return hub.download(self.found, self.key) if self.found else Path(self.source)
 
     def load(self, auto, **settings):
         """Raises UserError for a folder that `auto` cannot read."""
         try:
             return auto.from_pretrained(self.folder, local_files_only=True, **settings)
         except (OSError, ValueError) as error:
-            raise UserError(f"eval.judge.hub_id={self.source} does not load ({hub.first_line(error)})") from error
+            raise UserError(f"{self.key}={self.source} does not load ({hub.first_line(error)})") from error
 
 
 def check(name: str, threshold: float, batch_size: int, dtype: str) -> None:
@@ -137,7 +138,9 @@ class LabelJudge:
 
     @property
     def settings(self) -> str:
-        return short_hash({"weights": self._weights.key, "length": self.max_length, "threshold": self.threshold}, 6)
+        return short_hash(
+            {"weights": self._weights.identity, "length": self.max_length, "threshold": self.threshold}, 6
+        )
 
     @cached_property
     def _loaded(self):
@@ -206,12 +209,12 @@ class TokenJudge:
             raise UserError(f"eval.judge.template={self.template} of {self.name} is no file of {TEMPLATES}")
         self._weights = Weights(self.hub_id, self.revision, self.license)
         self._adapter = self.adapter and Weights(
-            self.adapter, self.adapter_revision, self.license, "adapter_config.json"
+            self.adapter, self.adapter_revision, self.license, "eval.judge.adapter", "adapter_config.json"
         )
 
     @property
     def settings(self) -> str:
-        weights = [self._weights.key, self._adapter.key if self._adapter else None]
+        weights = [self._weights.identity, self._adapter.identity if self._adapter else None]
         asked = [self.template, self.ending, self.answers, self.response_tokens, self.threshold]
         return short_hash({"weights": weights, "asked": asked}, 6)
 
