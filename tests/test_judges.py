@@ -185,6 +185,13 @@ def test_a_judge_that_cannot_run_is_refused_at_once(tmp_path, name, overrides, s
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_folder_without_a_model_is_named(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    judge = config.instantiate(later.configure("beaver_dam", [f"hub_id={tmp_path}"]))
+    with pytest.raises(UserError, match=r"eval\.judge\.hub_id=.* does not load .*\[judges\]"):
+        judge.judge(PROMPTS, RESPONSES)
+
+
 def test_another_model_than_the_judge_is_named(tmp_path):
     saved(tmp_path / "labels", LlamaForSequenceClassification, LlamaConfig, num_labels=3)
     saved(tmp_path / "words", LlamaForCausalLM, LlamaConfig, "safe")

@@ -88,8 +88,11 @@ class Weights:
         """Raises UserError for a folder that `auto` cannot read."""
         try:
             return auto.from_pretrained(self.folder, local_files_only=True, **settings)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.key}={self.source} does not load ({hub.first_line(error)})") from error
+        except (OSError, ValueError, ImportError) as error:
+            raise UserError(
+                f"{self.key}={self.source} does not load ({hub.first_line(error)}); a tokenizer may need the extra "
+                "`judges`: pip install -e '.[judges]'"
+            ) from error
 
 
 def check(name: str, threshold: float, batch_size: int, dtype: str) -> None:
