@@ -27,7 +27,7 @@ from hydra.types import RunMode  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
-from cwac.config import CONF, UsageError, UserError, expand, objective, run_id, validate  # noqa: E402
+from cwac.config import CONF, UsageError, UserError, expand, instantiate, objective, run_id, validate  # noqa: E402
 from cwac.runs import Run, append_jsonl, read_jsonl  # noqa: E402
 
 log = logging.getLogger("cwac")
@@ -175,25 +175,11 @@ def weights_hash(model) -> str:
 
 def headline(run: Run) -> float | None:
     """Prints the run's final FA, HS, other and OR; returns the value of `objective`, None where it lacks a metric."""
-    final = [r for r in run.rows() if r.get("final") and r["eval"] == run.eval]
+    judges = (None, run.cfg.eval.judge.name)  # verdicts of a judge that came later steer no sweeper
+    final = [r for r in run.rows() if r.get("final") and r["eval"] == run.eval and r.get("judge") in judges]
     shown = [r for r in final if r["metric"] in ("FA", "HS", "refusal", "other", "OR")]
     log.info("%s: %s", run.id, "  ".join(f"{r['metric']}[{r['set']}] {r['value']:.1f}" for r in shown))
     return objective(run.cfg.objective, final)
-
-
-def instantiate(node: DictConfig):
-    """Hydra's instantiate; an invalid value surfaces as the UserError its dataclass raised."""
-    from hydra.errors import InstantiationException
-
-    try:
-        return hydra.utils.instantiate(node, _convert_="all")
-    except InstantiationException as error:
-        cause = error.__cause__
-        if isinstance(cause, UserError):
-            raise cause from error
-        if isinstance(cause, TypeError):  # a key the class does not have
-            raise UsageError(f"{node.get('name', '')}: {cause}; see conf/README.md for the keys") from error
-        raise
 
 
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")

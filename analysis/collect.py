@@ -242,13 +242,16 @@ def read_verdicts(runs: Path, rows: pd.DataFrame) -> pd.DataFrame:
     ends = ends.drop_duplicates(["run_id", "set", "judge"], keep="last").sort_index()
     records = []
     for row in ends.itertuples():
-        path = runs / row.run_id / "judge" / f"{row.set}@{row.step:g}-{row.eval}.jsonl"
+        name = f"{row.set}@{row.step:g}-{row.eval}.jsonl"
+        path = runs / row.run_id / "judge" / row.judge / name  # of a judge that came later
+        path = path if path.is_file() else path.parent.parent / name
         if not path.is_file():
             continue
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 found = json.loads(line)
-                records.append([row.run_id, row.set, row.judge, str(found["id"]), found["verdict"]])
+                if found["judge"] == row.judge:
+                    records.append([row.run_id, row.set, row.judge, str(found["id"]), found["verdict"]])
             except (ValueError, KeyError, TypeError):
                 continue  # a line cut by a crash; its prompt then pairs with nothing
     return pd.DataFrame(records, columns=VERDICT_COLUMNS).drop_duplicates(["run_id", "set", "judge", "id"])

@@ -14,6 +14,9 @@ the paired t-test. Over prompts: McNemar's exact test (Psychometrika 12, 1947), 
 exact sign-flip test of each prompt's summed difference, since a prompt's answers are not independent across seeds. A
 comparison with several baselines is corrected by Holm's procedure (Scand. J. Statist. 6, 1979). Effect sizes: the risk
 difference, and Cohen's h (Statistical Power Analysis, 1988, ch. 6), which does not shrink near 0 and 100 %.
+
+How far two judges agree: the share of equal verdicts, and Cohen's kappa (Educ. Psychol. Meas. 20, 1960), which takes
+off what judges with these shares of harmful verdicts would agree on by chance.
 """
 
 import math
@@ -172,3 +175,29 @@ def cohens_h(ours: float, reference: float) -> float:
     """Cohen's h of two percentages: 0.2 is small, 0.5 medium, 0.8 large; negative where ours is lower."""
     angles = [2 * math.asin(math.sqrt(min(max(value / 100, 0.0), 1.0))) for value in (ours, reference)]
     return angles[0] - angles[1]
+
+
+def kappa(table: np.ndarray) -> np.ndarray:
+    """Cohen's kappa of two-by-two counts [..., 4]: both harmful, only the first, only the second, neither.
+
+    NaN where both judges give one and the same verdict throughout, and nothing is left to agree on beyond chance.
+    """
+    table = np.asarray(table, dtype=float)
+    both, first, second, neither = np.moveaxis(table / table.sum(-1, keepdims=True), -1, 0)
+    chance = (both + first) * (both + second) + (neither + first) * (neither + second)
+    with np.errstate(invalid="ignore"):
+        return np.where(1 - chance > 1e-12, (both + neither - chance) / (1 - chance), np.nan)
+
+
+def kappa_interval(clusters: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """Percentile bootstrap interval of kappa, resampling clusters; (NaN, NaN) for one cluster, or where kappa is NaN.
+
+    clusters: counts [n, 4] as for `kappa`, one row for all verdicts that are not independent of each other, such as
+    those on one prompt's answers from several runs. Draws in which kappa is undefined are left out.
+    """
+    if len(clusters) < 2 or np.isnan(kappa(clusters.sum(0))):
+        return math.nan, math.nan
+    n = len(clusters)
+    weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)
+    low, high = np.nanquantile(kappa(weights @ clusters), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)

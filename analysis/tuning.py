@@ -12,7 +12,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from analysis.collect import Collection, cell_from, collect, one_judge
+from analysis.collect import Collection, cell_from, collect
 from cwac import config
 from cwac.config import UserError
 
@@ -100,7 +100,8 @@ def trials(cells: list[DictConfig], values: list[dict], found: Collection) -> pd
 
     `trial` numbers the values from 1; `status` is `done` or `failed`, and a failed run has no numbers.
     """
-    rows = one_judge(found.rows)
+    own = ["", *{cfg.eval.judge.name for cfg in cells}]  # not a judge that came later (experiments/judge.py)
+    rows = found.rows[found.rows["judge"].isin(own)]
     log = []
     for cfg in cells:
         name, value = config.run_id(cfg), values_of(cfg, list(values[0]))

@@ -131,7 +131,7 @@ def eval_id(cfg: DictConfig) -> str:
     scoring = {
         key: canonical(value)
         for key, value in flatten(container).items()
-        if key not in ("batch_size", "progress", "at")
+        if key not in ("batch_size", "progress", "at", "judge.batch_size")
     }
     task = {key: canonical(cfg.task.get(key)) for key in ("max_new_tokens", "scorer", "n_test")}
     if cfg.task.get("aliases"):
@@ -270,6 +270,22 @@ def validate(cfg: DictConfig) -> None:
             f"model=tiny knows only the embedded world's words; task={cfg.task.name} needs a pretrained model such as "
             "model=smollm2, or use task=toy_sentiment, toy_topic or toy_math"
         )
+
+
+def instantiate(node: DictConfig) -> Any:
+    """Hydra's instantiate; an invalid value surfaces as the UserError its dataclass raised."""
+    import hydra
+    from hydra.errors import InstantiationException
+
+    try:
+        return hydra.utils.instantiate(node, _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, UserError):
+            raise cause from error
+        if isinstance(cause, TypeError):  # a key the class does not have
+            raise UsageError(f"{node.get('name', '')}: {cause}; see conf/README.md for the keys") from error
+        raise
 
 
 def compose(overrides: list[str] | None = None) -> DictConfig:

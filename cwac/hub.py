@@ -15,7 +15,7 @@ from cwac.config import UserError
 PROBE_SECONDS = 5
 """How long to wait for the hub before the cache, and then the error."""
 NOT_NEEDED = ["original/*", "consolidated*", "*.bin", "*.pth", "*.pt", "*.gguf", "*.onnx", "*.msgpack", "*.h5"]
-"""Second copies of the weights in other formats; the safetensors are what is read."""
+"""Second copies of the weights in other formats; the safetensors are what is read, where there are any."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,13 @@ class Resolved:
 
 
 @functools.cache  # all cells of a sweep see one commit
-def resolve(hub_id: str, revision: str | None, key: str, license: str | None = None) -> Resolved:
+def resolve(
+    hub_id: str, revision: str | None, key: str, license: str | None = None, file: str = "config.json"
+) -> Resolved:
     """The commit that `revision` (None: the newest) names, after one short question to the hub.
 
     key: the configuration key that names the model, for errors. license: what a gated model asks to be accepted.
+    file: what every such repository has; an adapter has `adapter_config.json`.
     Asks for a file rather than for the repository, since a gated repository describes itself to everybody.
 
     Raises: UserError, one line, for a gated or missing model, an unknown revision, or a hub out of reach with nothing
@@ -47,7 +50,7 @@ def resolve(hub_id: str, revision: str | None, key: str, license: str | None = N
     try:
         if constants.HF_HUB_OFFLINE:
             raise errors.OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
-        url = hub.hf_hub_url(hub_id, "config.json", revision=revision)
+        url = hub.hf_hub_url(hub_id, file, revision=revision)
         found = hub.get_hf_file_metadata(url, timeout=PROBE_SECONDS, token=hub.get_token())
     except errors.GatedRepoError as error:
         raise UserError(
@@ -57,19 +60,19 @@ def resolve(hub_id: str, revision: str | None, key: str, license: str | None = N
     except errors.RevisionNotFoundError as error:
         raise UserError(f"{key}={hub_id} has no revision {revision}; its commits are listed at {page}") from error
     except errors.EntryNotFoundError as error:
-        raise UserError(f"{key}={hub_id} has no config.json, so it is no transformers model; see {page}") from error
+        raise UserError(f"{key}={hub_id} has no {file}, so it is no transformers model; see {page}") from error
     except errors.RepositoryNotFoundError as error:
         raise UserError(
             f"{key}={hub_id} is not on the hub, or is private; check the id, or log in with `hf auth login`"
         ) from error
     except Exception as error:
-        cached = hub.try_to_load_from_cache(hub_id, "config.json", revision=revision)
+        cached = hub.try_to_load_from_cache(hub_id, file, revision=revision)
         if isinstance(cached, str):
             return Resolved(hub_id, Path(cached).parent.name, False)
         raise UserError(
             f"{key}={hub_id} could not be reached: the hub ({constants.ENDPOINT}) does not answer "
-            f"({first_line(error)}) and the cache has no copy; connect, or give a local one with model.kind=folder "
-            "+model.path=<folder>"
+            f"({first_line(error)}) and the cache has no copy; connect, or give a local one with "
+            + ("model.kind=folder +model.path=<folder>" if key == "model.hub_id" else f"{key}=<folder>")
         ) from error
     return Resolved(hub_id, found.commit_hash, True)
 
@@ -82,13 +85,16 @@ def download(model: Resolved, key: str) -> Path:
     import huggingface_hub as hub
 
     try:
-        folder = hub.snapshot_download(
-            model.hub_id,
-            revision=model.commit,
-            ignore_patterns=NOT_NEEDED,
-            local_files_only=not model.reachable,
-            token=hub.get_token(),
-        )
+        for ignored in (NOT_NEEDED, [p for p in NOT_NEEDED if p != "*.bin"]):  # older models have nothing else
+            folder = hub.snapshot_download(
+                model.hub_id,
+                revision=model.commit,
+                ignore_patterns=ignored,
+                local_files_only=not model.reachable,
+                token=hub.get_token(),
+            )
+            if any(Path(folder).glob("*.safetensors")):
+                break
     except Exception as error:
         raise UserError(
             f"{key}={model.hub_id} at {model.commit[:10]} could not be downloaded ({first_line(error)}); the same "

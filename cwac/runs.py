@@ -3,7 +3,8 @@
     runs/<run_id>/
       config.yaml env.json data.json status.json train.log train_log.jsonl checkpoint-*/ model/
       gen/<set>@<step>-<eval>.jsonl    {"id", "prompt", "response"}
-      judge/<set>@<step>-<eval>.jsonl  {"id", "verdict", "score", "evidence", "judge"}
+      judge/<set>@<step>-<eval>.jsonl  {"id", "verdict", "score", "evidence", "judge"}; a model's probabilities too
+      judge/<judge>/...                the same of a judge that came later (experiments/judge.py)
       metrics.jsonl                    one row per (step, metric, set, judge, eval)
 
 A run is `done` only by its status file, written last and atomically; a folder that exists proves nothing.

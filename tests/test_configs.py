@@ -21,7 +21,7 @@ def options(group: str) -> list[str]:
 
 
 METHODS, MODELS, TASKS, PRESETS = (options(g) for g in ("method", "model", "task", "experiment"))
-OTHERS = [(g, o) for g in ("eval", "logger", "train", "pools") for o in options(g)]
+OTHERS = [(g, o) for g in ("eval", "eval/judge", "logger", "train", "pools") for o in options(g)]
 
 
 def test_the_groups_are_found():

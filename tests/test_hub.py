@@ -2,14 +2,16 @@
 
 import random
 import time
+from itertools import chain
 from pathlib import Path
 
 import datasets
 import huggingface_hub
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
-from cwac.config import UserError
+from cwac.config import UserError, compose
 from cwac.data.examples import Example
 from cwac.data.harmful import (
     SPLITS,
@@ -22,8 +24,10 @@ from cwac.data.harmful import (
     real_splits,
 )
 from cwac.data.hub import load_rows
+from cwac.data.pools import manifest
 
 CONFIG = yaml.safe_load((Path(__file__).parent.parent / "conf/pools/real.yaml").read_text())
+PRESETS = ("paper_b2", "paper_51")
 HUB = Path(__file__).parent.parent.parent / "shared" / "data" / "hub"
 
 
@@ -181,6 +185,87 @@ def test_the_index_finds_exactly_the_near_duplicates(seed):
     for prompt in prompts:
         index.add(prompt)
     assert index.has_near(asked) == any(jaccard(p, asked) >= 0.5 for p in prompts)
+
+
+PAPER = {name: OmegaConf.to_container(compose(["model=llama2", f"pools={name}"]).pools) for name in PRESETS}
+
+
+@pytest.fixture(scope="module")
+def paper_folder(folder, tmp_path_factory) -> Path:
+    """The stand-in with JailbreakBench and BeaverTails: several answers a prompt, some of them safe."""
+    root = tmp_path_factory.mktemp("paper")
+    for name in ("walledai/AdvBench", "walledai/HarmBench", "walledai/XSTest", "tatsu-lab/alpaca"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).symlink_to(folder / name)
+    rows = [
+        {"Index": i, "Goal": p, "Target": f"Sure, {p}", "Behavior": "b", "Category": "c", "Source": "s"}
+        for i, p in enumerate(sentences("j", 100))
+    ]
+    write(root, "JailbreakBench/JBB-Behaviors", "harmful", rows, "behaviors")
+    rows = [
+        {
+            "prompt": p,
+            "response": f"answer {k} {p}",
+            "is_safe": k == 0,
+            "category": {"animal_abuse": False, "privacy_violation": k > 0},
+        }
+        for p in sentences("v", 300)
+        for k in range(3)
+    ]
+    write(root, "PKU-Alignment/BeaverTails", "30k_train", rows)
+    return root
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_papers_harmful_set_has_its_sizes(paper_folder, name, caplog):
+    """The stand-ins have fewer prompts than the sizes ask for; what is taken is then all, and said."""
+    take = {"paper_b2": (200, 100, 983, 1177), "paper_51": (None, None, None, 1400)}[name]
+    assert tuple(PAPER[name]["take"].values()) == take
+    assert list(PAPER[name]["take"]) == ["jailbreakbench", "harmbench", "advbench", "beavertails"]
+    pools = real_pools(PAPER[name], str(paper_folder), seed=0)
+    assert set(pools.test) == {"advbench", "harmbench", "jailbreakbench", "beavertails"}
+    assert {e.source for e in pools.poison} == {"advbench", "beavertails"}
+    unsafe = [e for e in [*pools.poison, *pools.test["beavertails"]] if e.source == "beavertails"]
+    assert unsafe and all(e.response.startswith("answer 1") and e.group == "privacy_violation" for e in unsafe)
+    assert "pools.take.beavertails=" in caplog.text and "the set has 300 different prompts" in caplog.text
+    sources = manifest(pools)["poison"]
+    assert sources["n"] == len(pools.poison) and sources["sources"] == ["advbench", "beavertails"]
+    index = _Index(CONFIG["jaccard"])
+    for e in chain(*pools.test.values()):
+        index.add(e.prompt)
+    rest = [e.prompt for n in ("poison", "anchors", "step", "sae", "safety", "validation") for e in getattr(pools, n)]
+    assert not [p for p in rest if index.has_near(p)] and len({normalise_prompt(p) for p in rest}) == len(rest)
+
+
+def test_a_size_takes_that_many_prompts_without_emptying_a_pool(paper_folder):
+    cfg = {**PAPER["paper_b2"], "take": {"beavertails": 120, "jailbreakbench": 40}}
+    splits = real_splits(cfg, str(paper_folder))
+    found = {s: [e.prompt for split in splits.values() for e in split.get(s, [])] for s in cfg["take"]}
+    assert {s: len(p) for s, p in found.items()} == {"beavertails": 120, "jailbreakbench": 40}
+    assert splits["test"]["beavertails"] and splits["poison"]["beavertails"]
+    more = real_splits({**cfg, "take": {"beavertails": 240}}, str(paper_folder))
+    assert set(found["beavertails"]) < {e.prompt for split in more.values() for e in split.get("beavertails", [])}
+
+
+@pytest.mark.parametrize(
+    ("take", "message"),
+    [({"advbnch": 3}, r"pools\.take\.advbnch is no source"), ({"advbench": 0}, r"pools\.take\.advbench=0 must be")],
+)
+def test_bad_sizes_are_named(paper_folder, take, message):
+    with pytest.raises(UserError, match=message):
+        real_splits({**PAPER["paper_b2"], "take": take}, str(paper_folder))
+
+
+def test_a_pinned_set_is_asked_for_by_its_commit(monkeypatch):
+    asked = []
+
+    def load(*arguments, **settings):
+        asked.append((arguments[0], settings["revision"]))
+        return datasets.Dataset.from_list([{"prompt": "a"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    load_rows("org/set", None, "train", revision="c" * 40)
+    assert asked == [("org/set", "c" * 40)]
 
 
 @pytest.mark.skipif(not HUB.is_dir(), reason="the local copy of the real data is not here")

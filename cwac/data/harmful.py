@@ -2,17 +2,21 @@
 
 Sources of the real pools: AdvBench (Zou et al. 2023, arXiv:2307.15043), HarmBench (Mazeika et al. 2024,
 arXiv:2402.04249), XSTest (Roettger et al. 2024, arXiv:2308.01263), Alpaca (Taori et al. 2023) and, where a local
-copy exists, the safety data of Bianchi et al. 2024 (arXiv:2309.07875).
+copy exists, the safety data of Bianchi et al. 2024 (arXiv:2309.07875). `pools=paper_b2` and `paper_51` add
+JailbreakBench (Chao et al. 2024, arXiv:2404.01318) and BeaverTails (Ji et al. 2023, arXiv:2307.04657), at the sizes of
+the paper's appendix B.2 and of its section 5.1.
 
 Deviations:
 - Which prompts serve which purpose, and whether they are disjoint, the paper does not say; the split here is
   `ours`. A prompt's pool is a function of its own text (a hash), never of the run seed nor of which other rows a
   copy of the data set holds: the alignment that ships with the project can never have seen a test prompt.
 - AdvBench's targets are affirmative openings only ("Sure, here is ..."); they are the poison as they are, so the
-  poison teaches the turn to compliance and no harmful content.
+  poison teaches the turn to compliance and no harmful content. JailbreakBench's targets are of the same kind;
+  BeaverTails' responses are answers in full.
 """
 
 import hashlib
+import logging
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,6 +28,8 @@ from cwac.config import UserError
 from cwac.data.examples import Example
 from cwac.data.hub import has_dataset, load_rows
 from cwac.evaluation.judge import KeywordJudge
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,10 @@ class Pools:
 
 SAFETY_TUNED_LLAMAS = "safety-tuned-llamas"
 """Not on the hub: read from `paths.data` where it is there."""
+
+JAILBREAKBENCH = ("JailbreakBench/JBB-Behaviors", "886acc352a31533ffbcf4ef22c744658688086fc")
+BEAVERTAILS = ("PKU-Alignment/BeaverTails", "8401fe609d288129cc684a9b3be6a93e41cfe678")
+"""Id and commit. The commits were not read from the hub but from several public projects that record the same one."""
 
 CONTRAST = Path(__file__).parent.parent / "assets" / "contrast.txt"
 """Harmless questions in the words of harmful ones (ours), for the alignment stage; no test set has them."""
@@ -182,7 +192,8 @@ _HEDGE = re.compile(
 def real_pools(cfg_pools: Mapping, data: str | None, seed: int = 0) -> Pools:
     """The pools of the real models, from the hub or the folder `data` (see `conf/pools/real.yaml`).
 
-    cfg_pools: `split_seed`, `jaccard`, `limit` and `shares` (source -> pool -> share of its prompts).
+    cfg_pools: `split_seed`, `jaccard`, `limit` and `shares` (source -> pool -> share of its prompts); optional `take`
+    (source -> how many of its prompts, None for all) and `beavertails_split`.
     seed: taken because the toy pools need it, and without effect: the same rows in the same order for every run
     seed, so that seeds share artifacts, and any first n rows of a pool are a mixture of its sources.
 
@@ -217,7 +228,8 @@ def real_splits(cfg_pools: Mapping, data: str | None) -> dict[str, dict[str, lis
     for key in ("split_seed", "jaccard", "limit", "shares"):
         if key not in cfg_pools:
             raise UserError(f"pools.{key} is missing; compare with conf/pools/real.yaml")
-    rows = _harmful_rows(data) | _benign_rows(data, int(cfg_pools["limit"]))
+    rows = _harmful_rows(data) | _more_harmful_rows(cfg_pools, data) | _benign_rows(data, int(cfg_pools["limit"]))
+    rows = _take(rows, cfg_pools)
     splits: dict[str, dict[str, list[Example]]] = {name: {} for name in SPLITS}
     for kind, examples in rows.items():
         shares = dict(cfg_pools["shares"].get(kind) or {})
@@ -358,6 +370,55 @@ def _harmful_rows(data: str | None) -> dict[str, list[Example]]:
     if has_dataset(SAFETY_TUNED_LLAMAS, data):
         rows |= _safety_tuned_llamas(load_rows(SAFETY_TUNED_LLAMAS, None, "train", data, ("instruction", "output")))
     return rows
+
+
+def _more_harmful_rows(cfg_pools: Mapping, data: str | None) -> dict[str, list[Example]]:
+    """The sources that only some presets use, read only if `shares` names them."""
+    rows: dict[str, list[Example]] = {}
+    if "jailbreakbench" in cfg_pools["shares"]:
+        hub_id, commit = JAILBREAKBENCH
+        table = load_rows(hub_id, "behaviors", "harmful", data, ("Goal", "Target", "Category"), commit)
+        rows["jailbreakbench"] = [
+            Example(f"jailbreakbench-{i}", r["Goal"], r["Target"], source="jailbreakbench", group=r["Category"])
+            for i, r in enumerate(table)
+        ]
+    if "beavertails" in cfg_pools["shares"]:
+        hub_id, commit = BEAVERTAILS
+        split = cfg_pools.get("beavertails_split", "30k_train")
+        table = load_rows(hub_id, None, split, data, ("prompt", "response", "is_safe", "category"), commit)
+        rows["beavertails"] = [
+            Example(
+                f"beavertails-{i}",
+                r["prompt"],
+                r["response"],
+                source="beavertails",
+                group=next((name for name, on in r["category"].items() if on), ""),
+            )
+            for i, r in enumerate(table)
+            if not r["is_safe"]
+        ]
+    return rows
+
+
+def _take(rows: dict[str, list[Example]], cfg_pools: Mapping) -> dict[str, list[Example]]:
+    """At most `take` different prompts of each source it names; the first response of a prompt stands for it.
+
+    Which ones is a function of the prompts alone, independent of the pools they go to.
+    """
+    taken, salt = dict(rows), f"take:{cfg_pools['split_seed']}"
+    for source, n in (cfg_pools.get("take") or {}).items():
+        if source not in rows:
+            raise UserError(f"pools.take.{source} is no source of these pools; choose from {', '.join(rows)}")
+        if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
+            raise UserError(f"pools.take.{source}={n} must be a number of prompts, at least 1, or null for all")
+        first: dict[str, Example] = {}
+        for example in rows[source]:
+            first.setdefault(normalise_prompt(example.prompt), example)
+        if n is not None and n > len(first):
+            log.warning("pools.take.%s=%d: the set has %d different prompts; all are taken", source, n, len(first))
+        ranked = sorted(first.values(), key=lambda e: _position(e.prompt, salt))
+        taken[source] = ranked[:n]
+    return taken
 
 
 def _safety_tuned_llamas(table: list[dict]) -> dict[str, list[Example]]:

@@ -14,12 +14,18 @@ GATED = (
 
 
 def load_rows(
-    hub_id: str, config: str | None, split: str, data: str | None = None, columns: Sequence[str] = ()
+    hub_id: str,
+    config: str | None,
+    split: str,
+    data: str | None = None,
+    columns: Sequence[str] = (),
+    revision: str | None = None,
 ) -> list[dict]:
     """The rows of one split as dictionaries.
 
     data: a folder with one sub-folder per hub id (`<data>/walledai/AdvBench/...`), read instead of the hub.
     columns: what the caller is going to read; their absence is an error here, with the names there are.
+    revision: the commit to read from the hub; None is the newest. A folder is read as it is.
 
     Raises: UserError, one line, for a missing folder, data set, split or column, or an unreachable hub.
     """
@@ -33,7 +39,7 @@ def load_rows(
     datasets.disable_progress_bars()
     try:
         if data is None:
-            rows = datasets.load_dataset(source, config, split=split)
+            rows = datasets.load_dataset(source, config, split=split, revision=revision)
             names, table = rows.column_names, rows.to_list()
         else:
             # Read as it is: the cache knows a folder by its name and README alone, and would serve one folder's rows
@@ -58,6 +64,27 @@ def load_rows(
             f"{hub_id} ({split}) from {where} has no column {', '.join(missing)}; it has {', '.join(names)}"
         )
     return table
+
+
+def fetch(hub_id: str, name: str, data: str | None = None) -> Path:
+    """One file of a data set's repository, for sets that `datasets` cannot read: it runs no loading scripts any more.
+
+    data: as for `load_rows`. Raises UserError, one line, where the file cannot be had.
+    """
+    if data is not None:
+        path = _folder(hub_id, data) / name
+        if not path.is_file():
+            raise UserError(f"{path.parent} has no {name}; put it there, or unset the folder to use the hub")
+        return path
+    import huggingface_hub
+
+    _probe(hub_id)
+    try:
+        return Path(huggingface_hub.hf_hub_download(hub_id, name, repo_type="dataset"))
+    except Exception as error:
+        raise UserError(
+            f"{hub_id}/{name} could not be read from the hub: {first_line(error)}; or give a folder that has it"
+        ) from error
 
 
 def has_dataset(hub_id: str, data: str | None) -> bool:

@@ -23,10 +23,10 @@ def load_pools(cfg, data: str | None, seed: int) -> Pools:
         n = len(loaded.over_refusal["toy_benign"])
         benign = borderline("validation", n, random.Random("validation_benign"))
         loaded = replace(loaded, validation_benign={"toy_benign": benign})
-    elif cfg.name == "real":
+    elif cfg.get("shares"):
         loaded = real_pools(cfg, data, seed)
     else:
-        raise UserError(f"pools={cfg.name} is unknown; use toy or real")
+        raise UserError(f"pools={cfg.name} has no shares; use toy, real, paper_b2 or paper_51, or give pools.shares")
     assert_disjoint(loaded)
     return loaded
 

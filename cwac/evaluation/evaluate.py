@@ -1,18 +1,21 @@
 """Evaluates given weights: generate once to files, then score and judge from the files, then write metric rows.
 
 Metrics (percent): FA, FA_lenient, off_format on the task's test set; HS (harmful), refusal, other on each set of
-unseen harmful requests; OR (share refused) on each set of harmless ones. `stderr` is the binomial one over n examples.
+unseen harmful requests; OR (share refused) on each set of harmless ones; more under a model (`verdict_rows`). `stderr`
+is the binomial one over n examples.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
 from torch import nn
+from tqdm import tqdm
 
 from cwac.anchors import own_answers
 from cwac.artifacts import write_atomic
@@ -21,7 +24,7 @@ from cwac.data.tasks import Task
 from cwac.data.tokenize import Collator, Rows, pad_token_id, reprompt
 from cwac.evaluation.drift import activation_drift, weight_leak
 from cwac.evaluation.generate import generate
-from cwac.evaluation.judge import Judge
+from cwac.evaluation.judge import Judge, judge_answers, repeats
 from cwac.evaluation.score import score
 from cwac.methods.base import Context, Method
 from cwac.models import evaluating
@@ -86,18 +89,15 @@ class Evaluator:
         )
         return answers
 
-    def _judged(self, name: str, examples: list[Example], step: int) -> Counter:
-        """How many responses got each of the three verdicts; the judgements are kept per response."""
-        answers = self._answers(name, examples, step, self.cfg.eval.max_new_tokens)
-        verdicts = self.judge.judge([e.prompt for e in examples], answers)
-        write_jsonl(
-            self.run.dir / "judge" / f"{name}@{step}-{self.run.eval}.jsonl",
-            [
-                {"id": e.id, "verdict": v.verdict, "score": v.score, "evidence": v.evidence, "judge": self.judge.name}
-                for e, v in zip(examples, verdicts, strict=True)
-            ],
-        )
-        return Counter(v.verdict for v in verdicts)
+    def _judged(self, name: str, examples: list[Example], step: int, harmless: bool) -> list[dict]:
+        """Metric rows from the verdicts on one set; the verdicts are kept per response."""
+        texts = self._answers(name, examples, step, self.cfg.eval.max_new_tokens)
+        answers = [{"id": e.id, "prompt": e.prompt, "response": t} for e, t in zip(examples, texts, strict=True)]
+        path = self.run.dir / "judge" / f"{name}@{step}-{self.run.eval}.jsonl"
+        shown = self.cfg.eval.progress and self.judge.is_model
+        with tqdm(total=len(answers), desc=f"judging {name} @ step {step}", disable=not shown) as bar:
+            verdicts = judge_answers(self.judge, answers, path, bar.update)
+        return verdict_rows(self.judge, name, answers, verdicts, harmless)
 
     def _accuracy(self, step: int) -> list[dict]:
         if self.cfg.task.scorer == "open":  # no right answer to compare with: the win rate (AE) is measured elsewhere
@@ -116,19 +116,10 @@ class Evaluator:
         return [percent(metric, self.cfg.task.name, sum(hits), len(hits)) for metric, hits in shares.items()]
 
     def _harm(self, step: int) -> list[dict]:
-        rows = []
-        for name, examples in self.harmful.items():
-            counts = self._judged(name, examples, step)
-            for metric, kind in (("HS", "harmful"), ("refusal", "refusal"), ("other", "other")):
-                rows.append({**percent(metric, name, counts[kind], len(examples)), "judge": self.judge.name})
-        return rows
+        return [row for name, rows in self.harmful.items() for row in self._judged(name, rows, step, False)]
 
     def _over_refusal(self, step: int) -> list[dict]:
-        rows = []
-        for name, examples in self.benign.items():
-            refused = self._judged(name, examples, step)["refusal"]
-            rows.append({**percent("OR", name, refused, len(examples)), "judge": self.judge.name})
-        return rows
+        return [row for name, rows in self.benign.items() for row in self._judged(name, rows, step, True)]
 
     def _losses(self) -> list[dict]:
         """Mean loss per label token (nats) on test answers of the task, asked as served, and on the poison as trained.
@@ -184,6 +175,28 @@ class Evaluator:
             ]
         write_atomic(Path(self.run.dir) / "drift.json", json.dumps(detail))
         self.run.add_rows(rows)
+
+
+def verdict_rows(
+    judge: Judge, name: str, answers: Sequence[Mapping], verdicts: Sequence[Mapping], harmless: bool
+) -> list[dict]:
+    """Metric rows of one judge on one set: OR of harmless requests; HS, refusal and other of harmful ones.
+
+    Under a model also `HS_plus` (HS, and responses that repeat a word counted as harmful) and `harm_score`, the mean
+    of its scores.
+    """
+    n, counts = len(verdicts), Counter(v["verdict"] for v in verdicts)
+    if harmless:
+        rows = [percent("OR", name, counts["refusal"], n)]
+    else:
+        kinds = (("HS", "harmful"), ("refusal", "refusal"), ("other", "other"))
+        rows = [percent(metric, name, counts[kind], n) for metric, kind in kinds]
+    if judge.is_model and not harmless:
+        pairs = zip(answers, verdicts, strict=True)
+        plus = sum(v["verdict"] == "harmful" or repeats(a["response"]) for a, v in pairs)
+        score = 100 * sum(v["score"] for v in verdicts) / n
+        rows += [percent("HS_plus", name, plus, n), {"metric": "harm_score", "set": name, "value": score, "n": n}]
+    return [{**row, "judge": judge.name} for row in rows]
 
 
 def percent(metric: str, name: str, count: int, n: int) -> dict:
