@@ -27,7 +27,7 @@ from hydra.types import RunMode  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
-from cwac.config import CONF, UsageError, UserError, expand, objective, run_id, validate  # noqa: E402
+from cwac.config import CONF, UsageError, UserError, expand, instantiate, objective, run_id, validate  # noqa: E402
 from cwac.runs import Run, append_jsonl, read_jsonl  # noqa: E402
 
 log = logging.getLogger("cwac")
@@ -76,7 +76,7 @@ def execute(cfg: DictConfig, run: Run) -> float | None:
     from cwac.data.tokenize import Rows, pad_token_id
     from cwac.engine import total_steps, train, training_arguments
     from cwac.evaluation.evaluate import Evaluator
-    from cwac.models import load_aligned
+    from cwac.models import load_aligned, weights_hash
     from cwac.tracking import Tracker
 
     hf_logging.set_verbosity_error()
@@ -162,38 +162,12 @@ def evaluate_again(run: Run, evaluator, loaded) -> None:
     run.finish()
 
 
-def weights_hash(model) -> str:
-    """SHA-256 over all parameters in name order; equal hashes are bit-identical weights."""
-    import hashlib
-
-    state = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        state.update(name.encode())
-        state.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return state.hexdigest()
-
-
 def headline(run: Run) -> float | None:
     """Prints the run's final FA, HS, other and OR; returns the value of `objective`, None where it lacks a metric."""
     final = [r for r in run.rows() if r.get("final") and r["eval"] == run.eval]
     shown = [r for r in final if r["metric"] in ("FA", "HS", "refusal", "other", "OR")]
     log.info("%s: %s", run.id, "  ".join(f"{r['metric']}[{r['set']}] {r['value']:.1f}" for r in shown))
     return objective(run.cfg.objective, final)
-
-
-def instantiate(node: DictConfig):
-    """Hydra's instantiate; an invalid value surfaces as the UserError its dataclass raised."""
-    from hydra.errors import InstantiationException
-
-    try:
-        return hydra.utils.instantiate(node, _convert_="all")
-    except InstantiationException as error:
-        cause = error.__cause__
-        if isinstance(cause, UserError):
-            raise cause from error
-        if isinstance(cause, TypeError):  # a key the class does not have
-            raise UsageError(f"{node.get('name', '')}: {cause}; see conf/README.md for the keys") from error
-        raise
 
 
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")

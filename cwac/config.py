@@ -16,7 +16,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 PACKAGE = Path(__file__).resolve().parent
-CONF = PACKAGE.parent / "conf"
+CONF = next((p for p in (PACKAGE / "conf", PACKAGE.parent / "conf") if p.is_dir()), PACKAGE.parent / "conf")
+"""Every setting: inside the package where a wheel installed it, beside it in a checkout."""
 
 
 class UserError(Exception):
@@ -270,6 +271,22 @@ def validate(cfg: DictConfig) -> None:
             f"model=tiny knows only the embedded world's words; task={cfg.task.name} needs a pretrained model such as "
             "model=smollm2, or use task=toy_sentiment, toy_topic or toy_math"
         )
+
+
+def instantiate(node: DictConfig):
+    """Hydra's instantiate; an invalid value surfaces as the UserError its dataclass raised."""
+    import hydra
+    from hydra.errors import InstantiationException
+
+    try:
+        return hydra.utils.instantiate(node, _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, UserError):
+            raise cause from error
+        if isinstance(cause, TypeError):  # a key the class does not have
+            raise UsageError(f"{node.get('name', '')}: {cause}; see conf/README.md for the keys") from error
+        raise
 
 
 def compose(overrides: list[str] | None = None) -> DictConfig:
