@@ -1,8 +1,7 @@
-"""A defence in somebody's own script: the same weights as through train.py, under Trainer and under TRL's SFTTrainer."""
+"""A defence in somebody's own script gives the weights of train.py, under Trainer and under TRL's SFTTrainer."""
 
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -82,13 +81,12 @@ def test_the_weights_are_those_of_train_py_bit_for_bit(name, tmp_path, artifacts
 
 
 def test_a_checkpoint_holds_the_methods_state_and_evaluation_changes_nothing(tmp_path, artifacts):
-    cfg = config.compose(["method=lisa", f"paths.artifacts={artifacts}", *FINE_TUNE, "method.prox_after=0"])
-    cfg.train.save_strategy, cfg.train.save_steps, cfg.train.max_steps = "steps", 2, 4
-    cfg.train.eval_strategy, cfg.train.eval_steps = "steps", 1
-    trainer = own_trainer(cfg, tmp_path / "a", artifacts, eval_dataset=random_rows(8, vocab=40))
+    kept = ["train.save_strategy=steps", "train.save_steps=2", "train.max_steps=4"]
+    cfg = config.compose(["method=lisa", f"paths.artifacts={artifacts}", *FINE_TUNE, *kept])
+    evaluated = config.compose([*FINE_TUNE, *kept, "+train.eval_strategy=steps", "+train.eval_steps=1"])
+    trainer = own_trainer(evaluated, tmp_path / "a", artifacts, eval_dataset=random_rows(8, vocab=40))
     straight = defended(cfg, trainer, artifacts)
     straight.train()
-    del cfg.train.eval_strategy, cfg.train.eval_steps
     stopped = defended(cfg, own_trainer(cfg, tmp_path / "b", artifacts), artifacts)
     stopped.train()
     assert_equal(weights(straight.model), weights(stopped.model))
@@ -176,9 +174,8 @@ def test_the_example_equals_train_py(kind, tmp_path, artifacts):
     paths = [f"paths.runs={tmp_path}", f"paths.artifacts={artifacts}", "keep_weights=true", "eval.progress=false"]
     small = ["task.n_train=32", "task.n_test=4", "eval.n_harmful=4", "eval.n_benign=4", "harmful_ratio=0.25"]
     cfg = config.compose(["method=cwac", SAE, *paths, *small])
-    assert {k: cfg.train[k] for k in SETTINGS if k in cfg.train} | {"save_steps": 10} == {
-        k: v for k, v in SETTINGS.items() if k in cfg.train
-    }
+    shared = {k: v for k, v in SETTINGS.items() if k in cfg.train and k != "save_steps"}
+    assert len(shared) == 5 and shared == {k: cfg.train[k] for k in shared}
     run_cell(cfg)
     data = tmp_path / "mine.jsonl"
     data.write_text("\n".join(json.dumps({"prompt": e.prompt, "response": e.response}) for e in own_rows(cfg)))
