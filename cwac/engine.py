@@ -6,6 +6,7 @@ Trainer brings DDP and FSDP, mixed precision, accumulation, checkpointing, resum
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import math
 import os
@@ -38,6 +39,8 @@ class MethodTrainer(Trainer):
     """Trainer that swaps batches and adds a penalty as the method asks; `attach` mixes it into any other trainer."""
 
     method: Method
+    label_logits: bool = False
+    """Whether the model computes logits only where a label is predicted; a user's own collator does not say where."""
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         if resume_from_checkpoint is True:  # the newest, as Trainer chooses; without one, it says so itself
@@ -78,6 +81,10 @@ class MethodTrainer(Trainer):
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.label_logits:
+            inputs = {**inputs, "logits_to_keep": inputs["shift_labels"].shape[1]}
+        else:
+            inputs = {key: value for key, value in inputs.items() if key != "shift_labels"}
         # outputs only where they are wanted: TRL runs the model once more for them
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not model.training:  # Trainer's own evaluation on the way
@@ -223,11 +230,15 @@ def build_trainer(
 ) -> MethodTrainer:
     """A trainer for `method`, without Trainer's own printing; raises as `refuse_deepspeed` does."""
     refuse_deepspeed(args, method)
-    trainer = Trainer(model=model, args=args, train_dataset=rows, data_collator=Collator(pad_token_id))
+    collate = Collator(pad_token_id, label_logits=True)
+    trainer = attach(Trainer(model=model, args=args, train_dataset=rows, data_collator=collate), method)
+    # the label smoother compares the logits with unshifted labels, so it needs all of them
+    whole = trainer.label_smoother is not None
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's forward names no arguments
+    trainer.label_logits = not whole and "logits_to_keep" in inspect.signature(inner.forward).parameters
+    trainer.track = None
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    trainer = attach(trainer, method)
-    trainer.track = None
     return trainer
 
 
