@@ -33,7 +33,7 @@ def own_rows(cfg):
     return mix(task.train, load_pools(cfg.pools, None, cfg.seed).poison, cfg.harmful_ratio, cfg.seed, cfg.mix_mode)
 
 
-def own_trainer(cfg, folder, artifacts, **more) -> Trainer:
+def own_trainer(cfg, folder, artifacts, collator=None, **more) -> Trainer:
     """A trainer as a user's script makes it: model and tokenizer from a folder, rows encoded by itself."""
     source = load(cfg.model, artifacts).source
     model, tokenizer = AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
@@ -42,7 +42,7 @@ def own_trainer(cfg, folder, artifacts, **more) -> Trainer:
     return Trainer(
         model=model,
         args=args,
-        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        data_collator=collator or DataCollatorForSeq2Seq(tokenizer),
         train_dataset=rows,
         processing_class=tokenizer,
         **more,
@@ -67,14 +67,18 @@ def assert_equal(one: dict, other: dict) -> None:
 
 @pytest.mark.parametrize("name", ["cwac", "safeinstr", "safelora"])
 def test_the_weights_are_those_of_train_py_bit_for_bit(name, tmp_path, artifacts):
-    """The weight and the activation half, rows that a method adds, and what it does after training."""
+    """The weight and the activation half, rows that a method adds, and what it does after training.
+
+    Where both compute logits at label positions only; without that, the last bits of the loss differ.
+    """
     cfg = config.compose([f"method={name}", f"paths.artifacts={artifacts}", *FINE_TUNE])
     theirs, _, context = fine_tune(cfg, tmp_path)
-    trainer = own_trainer(cfg, tmp_path, artifacts)
+    trainer = own_trainer(cfg, tmp_path, artifacts, engine.Collator(context.tokenizer.pad_token_id, label_logits=True))
     start = weights(trainer.model)
     method = load_method(name, "tiny", SAE)
     pools = load_pools(cfg.pools, None, 0)
     trainer = defend(trainer, method, pools, artifacts=artifacts, max_length=64, base=context.loaded.base)
+    trainer.label_logits = True
     assert trainer.train().global_step == 3
     assert_equal(weights(theirs), weights(trainer.model))
     assert any(not torch.equal(start[n], p) for n, p in trainer.model.named_parameters())
@@ -164,7 +168,7 @@ def test_added_rows_have_the_users_columns(tmp_path, artifacts):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["hf", "sft"])
 def test_the_example_equals_train_py(kind, tmp_path, artifacts):
-    """Bit for bit under Trainer. TRL sums the cross-entropy in a fused kernel of its own, whose rounding differs."""
+    """Up to rounding: train.py computes logits at label positions only, TRL sums the loss in a fused kernel."""
     if kind == "sft":
         pytest.importorskip("trl")
     from cwac.runs import Run
@@ -183,8 +187,6 @@ def test_the_example_equals_train_py(kind, tmp_path, artifacts):
     argv = ["--trainer", kind, "--data", str(data), "--artifacts", str(artifacts), "--out", str(out)]
     main([*argv, SAE])
     theirs, ours = (load_file(f / "model.safetensors") for f in (Run(cfg).dir / "model", out))
-    if kind == "hf":
-        assert_equal(theirs, ours)
     # AdamW turns a rounding difference of a near-zero gradient into a step of up to its rate; 12 steps of at most 1e-4
     assert theirs.keys() == ours.keys()
     gaps = torch.cat([(theirs[n] - ours[n]).abs().flatten() for n in theirs])
