@@ -76,7 +76,7 @@ def execute(cfg: DictConfig, run: Run) -> float | None:
     from cwac.data.tokenize import Rows, pad_token_id
     from cwac.engine import total_steps, train, training_arguments
     from cwac.evaluation.evaluate import Evaluator
-    from cwac.models import load_aligned
+    from cwac.models import load_aligned, weights_hash
     from cwac.tracking import Tracker
 
     hf_logging.set_verbosity_error()
@@ -160,17 +160,6 @@ def evaluate_again(run: Run, evaluator, loaded) -> None:
     evaluator.model = AutoModelForCausalLM.from_pretrained(folder).to(evaluator.model.device)
     evaluator(status["step"], status["epoch"], final=True)
     run.finish()
-
-
-def weights_hash(model) -> str:
-    """SHA-256 over all parameters in name order; equal hashes are bit-identical weights."""
-    import hashlib
-
-    state = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        state.update(name.encode())
-        state.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return state.hexdigest()
 
 
 def headline(run: Run) -> float | None:

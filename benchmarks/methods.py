@@ -137,7 +137,6 @@ def trainers(cfg: DictConfig) -> list[MethodTrainer]:
     for model, each in zip(models, [method, SameBatches("sft", recorded(method))], strict=True):
         trainer = build_trainer(model, each, rows, arguments, pad_token_id(loaded.tokenizer))
         trainer.add_callback(MethodCallback(trainer, run, {}, lambda step, epoch: None))
-        each.start(trainer.model)
         made.append(trainer)
     return made
 

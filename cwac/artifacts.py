@@ -20,6 +20,14 @@ from filelock import FileLock
 
 log = logging.getLogger(__name__)
 MANIFEST = "artifact.json"
+CARD = "README.md"
+WHAT = {
+    "sae": "Sparse autoencoder over several layers' residuals (Eq. 9; RouteSAE, arXiv:2503.08200)",
+    "latents": "Safety-critical latents of the autoencoder, ranked (section 4.1)",
+    "targets": "The aligned model's features on harmful prompts, which L_safety holds (Eq. 11)",
+    "subspace": "Protected directions V of the anchors' activations (section 4.2)",
+}
+"""What CWAC (arXiv:2604.12384) prepares, for the card."""
 
 
 def digest(key: dict) -> str:
@@ -73,13 +81,42 @@ def load_or_build(root: Path, kind: str, key: dict, build: Callable[[Path], obje
                 for p in sorted(temporary.rglob("*"))
                 if p.is_file()
             }
-            write_atomic(temporary / MANIFEST, json.dumps({"kind": kind, "key": key, "files": files}, indent=1))
+            manifest = {"kind": kind, "key": key, "files": files}
+            write_atomic(temporary / MANIFEST, json.dumps(manifest, indent=1))
+            (temporary / CARD).write_text(card(temporary, manifest))
             temporary.chmod(0o755)
             temporary.rename(folder)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
     return folder
+
+
+def card(folder: Path, manifest: dict) -> str:
+    """Markdown on an artifact: what it is, of which model and data (its key), quality, files, licences."""
+    kind, model = manifest["kind"], manifest["key"].get("model")
+    reports = {p.name: json.loads(p.read_text()) for p in sorted(folder.glob("*.json")) if p.name != MANIFEST}
+    blocks = {"Made of": manifest["key"], **{f"Quality: {name}": report for name, report in reports.items()}}
+    hub_id = model.get("hub_id") if isinstance(model, dict) else None
+    head = [
+        "---",
+        "library_name: cwac",
+        f"tags: [cwac, {kind}]",
+        *([f"base_model: {hub_id}"] if hub_id else []),
+        "---",
+    ]
+    return "\n".join(
+        [
+            *head,
+            f"# {WHAT.get(kind, kind)}\n",
+            "`model` names the weights, `pools` is the hash of the prompts it was built on, the rest are settings.",
+            *(f"\n## {title}\n```json\n{json.dumps(content, indent=1)}\n```" for title, content in blocks.items()),
+            "\n## Files\n| file | bytes | SHA-256 |\n|---|---|---|",
+            *(f"| {name} | {entry['bytes']} | {entry['sha256']} |" for name, entry in manifest["files"].items()),
+            "\n## Licence\nDerived from the model's weights and its activations on the prompt sets: the licences",
+            "of both apply to it (conf/pools names the sets). It is no safety certificate.\n",
+        ]
+    )
 
 
 def damage(folder: Path) -> str | None:

@@ -16,7 +16,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 PACKAGE = Path(__file__).resolve().parent
-CONF = PACKAGE.parent / "conf"
+CONF = next((p for p in (PACKAGE / "conf", PACKAGE.parent / "conf") if p.is_dir()), PACKAGE.parent / "conf")
+"""Every setting: inside the package where a wheel installed it, beside it in a checkout."""
 
 
 class UserError(Exception):

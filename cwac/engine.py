@@ -21,6 +21,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 from cwac.artifacts import write_atomic
 from cwac.config import UsageError, UserError
@@ -35,11 +36,32 @@ OURS = ("max_length", "template")
 
 
 class MethodTrainer(Trainer):
-    """Trainer that swaps batches and adds a penalty as the method asks."""
+    """Trainer that swaps batches and adds a penalty as the method asks; `attach` mixes it into any other trainer."""
 
     method: Method
-    label_logits: bool
-    """Whether the model computes logits only where a label is predicted."""
+    label_logits: bool = False
+    """Whether the model computes logits only where a label is predicted; a user's own collator does not say where."""
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        if resume_from_checkpoint is True:  # the newest, as Trainer chooses; without one, it says so itself
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
+        self.method.start(self.model)
+        if isinstance(resume_from_checkpoint, str | os.PathLike):
+            state = Path(resume_from_checkpoint) / METHOD_STATE
+            if not state.is_file():
+                raise UserError(f"{state.parent} has no {METHOD_STATE}: it was saved without a defence; start anew")
+            self.method.load_state_dict(torch.load(state, weights_only=True))
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        with torch.no_grad():
+            self.method.finish(self.model)
+        return result
+
+    def log(self, logs, *args, **kwargs):
+        if "loss" in logs and self.penalties:  # in a run of train.py its own log has emptied them
+            logs["penalty"] = float(torch.stack(self.penalties).mean())
+            self.task_losses.clear()
+            self.penalties.clear()
+        super().log(logs, *args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """A method's batch must be in place before Trainer counts the label tokens that normalise the loss."""
@@ -63,19 +85,46 @@ class MethodTrainer(Trainer):
             inputs = {**inputs, "logits_to_keep": inputs["shift_labels"].shape[1]}
         else:
             inputs = {key: value for key, value in inputs.items() if key != "shift_labels"}
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        # outputs only where they are wanted: TRL runs the model once more for them
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not model.training:  # Trainer's own evaluation on the way
+            return result
+        loss = result[0] if return_outputs else result
         self.task_losses.append(loss.detach())
         if self.accelerator.gradient_state.sync_gradients:  # the last micro-batch of this optimizer step
             penalty = self.method.penalty(model, self.state.global_step)
             if penalty is not None:
                 self.penalties.append(penalty.detach())
-                divided = not (self.model_accepts_loss_kwargs and num_items_in_batch is not None)
-                loss = loss + penalty * (self.current_gradient_accumulation_steps if divided else 1)
-        return (loss, outputs) if return_outputs else loss
+                scaled = getattr(self, "loss_is_scaled_for_ga", None)  # since transformers 5.19
+                if scaled is None:
+                    counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+                    scaled = counted or self.compute_loss_func is not None
+                loss = loss + penalty * (1 if scaled else self.current_gradient_accumulation_steps)
+        return (loss, result[1]) if return_outputs else loss
+
+
+class StepHooks(TrainerCallback):
+    """The hooks around the optimizer step, and the method's state in every checkpoint."""
+
+    def __init__(self, trainer: MethodTrainer):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        with torch.no_grad():
+            self.trainer.method.before_step(self.trainer.model)
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        with torch.no_grad():
+            self.trainer.method.after_step(self.trainer.model)
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.trainer.is_world_process_zero():
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            torch.save(self.trainer.method.state_dict(), folder / METHOD_STATE)
 
 
 class MethodCallback(TrainerCallback):
-    """Step hooks, the loss log, evaluations on the way, and what a checkpoint needs beyond Trainer's files."""
+    """A run's clock, loss log, evaluations on the way, and the seal of its checkpoints; StepHooks come before it."""
 
     def __init__(self, trainer: MethodTrainer, run: Run, evaluate_at: dict[int, float], evaluate: Callable):
         self.trainer, self.run, self.evaluate_at, self.evaluate = trainer, run, evaluate_at, evaluate
@@ -92,13 +141,7 @@ class MethodCallback(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         self.began = time.perf_counter()
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        with torch.no_grad():
-            self.trainer.method.before_step(self.trainer.model)
-
     def on_optimizer_step(self, args, state, control, **kwargs):
-        with torch.no_grad():
-            self.trainer.method.after_step(self.trainer.model)
         self.seconds.append(time.perf_counter() - self.began)
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -139,7 +182,6 @@ class MethodCallback(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         if self.trainer.is_world_process_zero():
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            torch.save(self.trainer.method.state_dict(), folder / METHOD_STATE)
             files = {p.name: p.stat().st_size for p in folder.iterdir()}
             # written last: a checkpoint without it was cut short and is not resumed from
             write_atomic(folder / COMPLETE, json.dumps({"step": state.global_step, "files": files}))
@@ -186,22 +228,39 @@ def total_steps(args: TrainingArguments, rows: int) -> int:
 def build_trainer(
     model: nn.Module, method: Method, rows: Rows, args: TrainingArguments, pad_token_id: int
 ) -> MethodTrainer:
-    """A trainer for `method`; refuses DeepSpeed where the method edits gradients or weights."""
+    """A trainer for `method`, without Trainer's own printing; raises as `refuse_deepspeed` does."""
+    refuse_deepspeed(args, method)
+    collate = Collator(pad_token_id, label_logits=True)
+    trainer = attach(Trainer(model=model, args=args, train_dataset=rows, data_collator=collate), method)
+    # the label smoother compares the logits with unshifted labels, so it needs all of them
+    whole = trainer.label_smoother is not None
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's forward names no arguments
+    trainer.label_logits = not whole and "logits_to_keep" in inspect.signature(inner.forward).parameters
+    trainer.track = None
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    return trainer
+
+
+def attach(trainer: Trainer, method: Method) -> MethodTrainer:
+    """Give a trainer that exists a method's hooks, in place: its class becomes one of its own and MethodTrainer.
+
+    So TRL's SFTTrainer keeps its own loss and step, with the hooks around them.
+    """
+    kind = type(trainer)
+    trainer.__class__ = type(f"Defended{kind.__name__}", (MethodTrainer, kind), {})
+    trainer.method, trainer.task_losses, trainer.penalties = method, [], []
+    trainer.add_callback(StepHooks(trainer))
+    return trainer
+
+
+def refuse_deepspeed(args: TrainingArguments, method: Method) -> None:
+    """Raises UserError for DeepSpeed where the method edits gradients or weights."""
     if args.deepspeed and method.needs_step_hooks:
         raise UserError(
             f"method={method.name} edits gradients or weights around the optimizer step, but DeepSpeed steps inside "
             "backward; use DDP or FSDP (train.fsdp) instead of train.deepspeed"
         )
-    collate = Collator(pad_token_id, label_logits=True)
-    trainer = MethodTrainer(model=model, args=args, train_dataset=rows, data_collator=collate)
-    # the label smoother compares the logits with unshifted labels, so it needs all of them
-    whole = trainer.label_smoother is not None
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's forward names no arguments
-    trainer.label_logits = not whole and "logits_to_keep" in inspect.signature(inner.forward).parameters
-    trainer.method, trainer.task_losses, trainer.penalties, trainer.track = method, [], [], None
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    return trainer
 
 
 def train(
@@ -226,17 +285,13 @@ def train(
     at = {round(float(e) * per_epoch): float(e) for e in cfg.eval.at}
     callback = MethodCallback(trainer, run, at, evaluate)
     trainer.add_callback(callback)
-    method.start(trainer.model)
     checkpoint = newest_checkpoint(run.dir)
     if checkpoint is not None:
         step = json.loads((checkpoint / COMPLETE).read_text())["step"]
-        method.load_state_dict(torch.load(checkpoint / METHOD_STATE, weights_only=True))
         log_path = run.dir / "train_log.jsonl"
         write_jsonl(log_path, [r for r in read_jsonl(log_path) if r["step"] <= step])
     reset_peak_memory()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    with torch.no_grad():
-        method.finish(trainer.model)
     ordered = sorted(callback.seconds)
     return {
         "step": trainer.state.global_step,

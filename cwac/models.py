@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -111,6 +112,19 @@ def load_aligned(loaded: Loaded) -> PreTrainedModel:
         loaded.source, dtype=torch.float32, attn_implementation=loaded.model.config._attn_implementation
     )
     return reference.to(loaded.model.device).eval()
+
+
+def weights_hash(model: nn.Module, adapter: bool = True) -> str:
+    """SHA-256 over all parameters in name order; equal hashes are bit-identical weights.
+
+    adapter: with a LoRA adapter's own matrices, where the model has one.
+    """
+    state = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if adapter or "lora_" not in name:
+            state.update(name.encode())
+            state.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return state.hexdigest()
 
 
 def load_base(loaded: Loaded, method: str) -> PreTrainedModel:

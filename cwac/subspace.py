@@ -216,6 +216,11 @@ class Constraint:
             lora = getattr(module, "lora_A", None)
             weights = [module.weight] if lora is None else [layer.weight for layer in lora.values()]
             for weight in weights:
+                if weight.dtype != torch.float32:
+                    raise UserError(
+                        f"{name} trains in {weight.dtype}, which rounds a projected update away; load the model with "
+                        "dtype=float32 and let bf16=True (train.bf16) lower the precision of the passes alone"
+                    )
                 if group not in moved:
                     moved[group] = bases[group].V.to(weight.device)
                 V = moved[group]

@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from cwac.anchors import anchor_rows, encode_prompts
-from cwac.artifacts import load_or_build
+from cwac.artifacts import digest, load_or_build
 from cwac.config import UserError
 from cwac.methods.base import Context, Method, artifact_key, check, draw, is_number
 from cwac.models import linears
@@ -257,16 +257,17 @@ class CWAC(Method):
         ranking_key = {**key, "rank": activation.rank, "n": activation.n_latents}
         ranking = load_or_build(context.artifacts, "latents", ranking_key, build_ranking)
         table = pd.read_csv(ranking / "latents.csv")
+        latents = table["latent"].tolist()
         for name, prompts in (("anchors", pools.step), ("heldout", pools.validation)):
-            self._targets[name] = SafetyTarget.build(
-                model,
-                sae,
-                table["latent"].tolist(),
-                anchor_rows(model, context, prompts, response_tokens(activation.positions)),
-                gate=activation.gate,
-                positions=activation.positions,
-                units=activation.units,
-            )
+            rows = anchor_rows(model, context, prompts, response_tokens(activation.positions))
+            asked = digest({"prompts": [row["input_ids"] for row in rows]})
+            target_key = {**ranking_key, "positions": activation.positions, "prompts": asked}
+
+            def build_target(out, rows=rows):
+                SafetyTarget.build(model, sae, latents, rows, positions=activation.positions).save(out)
+
+            folder = load_or_build(context.artifacts, "targets", target_key, build_target)
+            self._targets[name] = SafetyTarget.load(folder, sae, latents, activation.gate, activation.units)
         self._report.update(
             sae_fvu=found["fvu_harmful"],
             sae_l0=found["l0_harmful"],

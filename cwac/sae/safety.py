@@ -9,10 +9,12 @@ further average. Latents are read from LayerNormed residuals, so lambda has othe
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cwac.config import UserError
@@ -46,7 +48,7 @@ class SafetyTarget:
     """The aligned model's features on a set of prompts, and the distance of a current model from them.
 
     Build it on the model before any update. It moves what it needs to the model's device by itself,
-    holds no parameter that trains, and is a function of its inputs: rebuild it instead of saving it.
+    and holds no parameter that trains.
 
     Gates decide what counts as feature i of the current model, a being its pre-activation. Active at
     baseline: a always (so that a latent that left the TopK still gets a gradient), except `topk`.
@@ -110,6 +112,25 @@ class SafetyTarget:
                 tau = top.values[:, -1].clamp_min(0)
                 cached = (weights, z, pre[:, chosen], z > 0, tau, raw)
                 prompts.append(_Prompt(ids, where, *(t.cpu() for t in cached)))
+        return cls(sae, latents, gate, units, prompts)
+
+    def save(self, folder: Path) -> None:
+        """Write `targets.safetensors`, which depends neither on the gate nor on the units."""
+        tensors = {
+            f"{i}.{f.name}": torch.as_tensor(getattr(p, f.name)).contiguous()
+            for i, p in enumerate(self.prompts)
+            for f in fields(_Prompt)
+        }
+        save_file(tensors, folder / "targets.safetensors")
+
+    @classmethod
+    def load(cls, folder: Path, sae: RoutedSAE, latents: Sequence[int], gate: Gate, units: str) -> "SafetyTarget":
+        """Read what `save` wrote, for the same autoencoder and latents."""
+        stored = load_file(folder / "targets.safetensors")
+        prompts = []
+        for i in range(len(stored) // len(fields(_Prompt))):
+            found = {f.name: stored[f"{i}.{f.name}"] for f in fields(_Prompt)}
+            prompts.append(_Prompt(**found | {name: found[name].tolist() for name in ("ids", "positions")}))
         return cls(sae, latents, gate, units, prompts)
 
     def __len__(self) -> int:

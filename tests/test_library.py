@@ -1,0 +1,229 @@
+"""A defence in somebody's own script gives the weights of train.py, under Trainer and under TRL's SFTTrainer."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer
+
+from cwac import config, engine
+from cwac.config import UsageError, UserError
+from cwac.data.mix import mix
+from cwac.data.pools import load_pools
+from cwac.data.tasks import load_task
+from cwac.data.tokenize import Rows
+from cwac.library import EncodedRow, Mixed, defend, load_method
+from cwac.methods.base import Method
+from cwac.models import load
+from tests.conftest import FINE_TUNE, ROOT, fine_tune, make_llama, random_rows
+
+SAE = "model.sae={tokens: 2048, m: 256, cached_tokens: 2048, batch: 256}"
+
+
+def own_rows(cfg):
+    task = load_task(cfg.task, None, cfg.seed, "test")
+    return mix(task.train, load_pools(cfg.pools, None, cfg.seed).poison, cfg.harmful_ratio, cfg.seed, cfg.mix_mode)
+
+
+def own_trainer(cfg, folder, artifacts, collator=None, **more) -> Trainer:
+    """A trainer as a user's script makes it: model and tokenizer from a folder, rows encoded by itself."""
+    source = load(cfg.model, artifacts).source
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+    rows = Dataset.from_list(list(Rows(tokenizer, own_rows(cfg), max_length=cfg.train.max_length)))
+    args = engine.training_arguments(cfg, SimpleNamespace(dir=folder))
+    return Trainer(
+        model=model,
+        args=args,
+        data_collator=collator or DataCollatorForSeq2Seq(tokenizer),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        **more,
+    )
+
+
+def defended(cfg, trainer, artifacts):
+    method = load_method(cfg.method.name, "tiny", SAE)
+    return defend(
+        trainer, method, load_pools(cfg.pools, None, 0), artifacts=artifacts, max_length=cfg.train.max_length
+    )
+
+
+def weights(model) -> dict:
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def assert_equal(one: dict, other: dict) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[n], other[n]) for n in one), [n for n in one if not torch.equal(one[n], other[n])]
+
+
+@pytest.mark.parametrize("name", ["cwac", "safeinstr", "safelora"])
+def test_the_weights_are_those_of_train_py_bit_for_bit(name, tmp_path, artifacts):
+    """The weight and the activation half, rows that a method adds, and what it does after training.
+
+    Where both compute logits at label positions only; without that, the last bits of the loss differ.
+    """
+    cfg = config.compose([f"method={name}", f"paths.artifacts={artifacts}", *FINE_TUNE])
+    theirs, _, context = fine_tune(cfg, tmp_path)
+    trainer = own_trainer(cfg, tmp_path, artifacts, engine.Collator(context.tokenizer.pad_token_id, label_logits=True))
+    start = weights(trainer.model)
+    method = load_method(name, "tiny", SAE)
+    pools = load_pools(cfg.pools, None, 0)
+    trainer = defend(trainer, method, pools, artifacts=artifacts, max_length=64, base=context.loaded.base)
+    trainer.label_logits = True
+    assert trainer.train().global_step == 3
+    assert_equal(weights(theirs), weights(trainer.model))
+    assert any(not torch.equal(start[n], p) for n, p in trainer.model.named_parameters())
+
+
+def test_a_checkpoint_holds_the_methods_state_and_evaluation_changes_nothing(tmp_path, artifacts):
+    kept = ["train.save_strategy=steps", "train.save_steps=2", "train.max_steps=4"]
+    cfg = config.compose(["method=lisa", f"paths.artifacts={artifacts}", *FINE_TUNE, *kept])
+    evaluated = config.compose([*FINE_TUNE, *kept, "+train.eval_strategy=steps", "+train.eval_steps=1"])
+    trainer = own_trainer(evaluated, tmp_path / "a", artifacts, eval_dataset=random_rows(8, vocab=40))
+    straight = defended(cfg, trainer, artifacts)
+    straight.train()
+    stopped = defended(cfg, own_trainer(cfg, tmp_path / "b", artifacts), artifacts)
+    stopped.train()
+    assert_equal(weights(straight.model), weights(stopped.model))
+    shutil.rmtree(tmp_path / "b" / "checkpoint-4")
+    assert torch.load(tmp_path / "b" / "checkpoint-2" / engine.METHOD_STATE, weights_only=True)
+    resumed = defended(cfg, own_trainer(cfg, tmp_path / "b", artifacts), artifacts)
+    resumed.train(resume_from_checkpoint=True)
+    assert_equal(weights(straight.model), weights(resumed.model))
+    (tmp_path / "b" / "checkpoint-2" / engine.METHOD_STATE).unlink()
+    with pytest.raises(UserError, match="saved without a defence"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-2"))
+
+
+@dataclass
+class Penalised(Method):
+    def penalty(self, model, step):
+        return sum(p.square().sum() for p in model.parameters())
+
+
+@pytest.mark.parametrize("scaled", [None, False, True])
+def test_the_penalty_counts_once_whoever_scales_the_loss(tmp_path, scaled):
+    """Some of TRL's trainers say themselves whether their loss is divided over the micro-batches already."""
+    from tests.conftest import sgd
+
+    gradients = {}
+    for method in (Method("sft"), Penalised("penalised")):
+        trainer = Trainer(
+            model=make_llama(),
+            args=sgd(tmp_path, 2, 4),
+            train_dataset=random_rows(8, seed=7),
+            data_collator=engine.Collator(2),
+        )
+        trainer.args.max_grad_norm, trainer.loss_is_scaled_for_ga = 0.0, scaled
+        engine.attach(trainer, method).train()
+        gradients[method.name] = weights(trainer.model)
+    start = weights(make_llama())
+    for name, plain in gradients["sft"].items():  # one SGD step of rate 0.3 on the squared norm moves by -0.6 w
+        assert torch.allclose(gradients["penalised"][name] - plain, -0.6 * start[name], atol=1e-5), name
+
+
+def test_what_cannot_work_is_refused_before_anything_is_trained(tmp_path, artifacts):
+    cfg = config.compose(["method=lisa", f"paths.artifacts={artifacts}", *FINE_TUNE])
+    pools = load_pools(cfg.pools, None, 0)
+
+    def refused(message, method="sft", change=lambda trainer: None, *overrides):
+        trainer = own_trainer(cfg, tmp_path, artifacts)
+        change(trainer)
+        with pytest.raises(UserError, match=message):
+            defend(trainer, load_method(method, "tiny", SAE, *overrides), pools, artifacts=artifacts, max_length=64)
+
+    refused("no processing_class", change=lambda t: setattr(t, "processing_class", None))
+    refused("model_init", change=lambda t: setattr(t, "model_init", make_llama))
+    refused("padding_free=False", "lisa", lambda t: setattr(t.args, "padding_free", True))
+    refused("packing=False", "safeinstr", lambda t: setattr(t.args, "packing", True))
+    refused("load the model with dtype=float32", "weight_only", lambda t: t.model.bfloat16())
+    refused("already", change=lambda t: engine.attach(t, Method("sft")))
+    with pytest.raises(UsageError, match="method.rho=-1"):
+        load_method("lisa", "tiny", "method.rho=-1")
+    with pytest.raises(UserError, match="reads the training rows as text"):
+        EncodedRow("0", "").messages  # noqa: B018
+
+
+def test_added_rows_have_the_users_columns(tmp_path, artifacts):
+    cfg = config.compose([f"paths.artifacts={artifacts}", *FINE_TUNE])
+    tokenizer = load(cfg.model, artifacts).tokenizer
+    context = SimpleNamespace(tokenizer=tokenizer, template="chat", max_length=64)
+    refusal = load_pools(cfg.pools, None, 0).safety[0]
+    given = [{"input_ids": [1, 5], "labels": [-100, 5], "attention_mask": [1, 1]}]
+    mixed = Mixed(given, [refusal, EncodedRow("0", "")], context)
+    assert len(mixed) == 2 and mixed[1] == given[0]
+    assert mixed[0].keys() == given[0].keys() and len(mixed[0]["attention_mask"]) == len(mixed[0]["input_ids"])
+    assert tokenizer.decode([i for i in mixed[0]["labels"] if i >= 0]).startswith(refusal.response)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["hf", "sft"])
+def test_the_example_equals_train_py(kind, tmp_path, artifacts):
+    """Up to rounding: train.py computes logits at label positions only, TRL sums the loss in a fused kernel."""
+    if kind == "sft":
+        pytest.importorskip("trl")
+    from cwac.runs import Run
+    from examples.defend_your_trainer import SETTINGS, main
+    from train import run_cell
+
+    paths = [f"paths.runs={tmp_path}", f"paths.artifacts={artifacts}", "keep_weights=true", "eval.progress=false"]
+    small = ["task.n_train=32", "task.n_test=4", "eval.n_harmful=4", "eval.n_benign=4", "harmful_ratio=0.25"]
+    cfg = config.compose(["method=cwac", SAE, *paths, *small])
+    shared = {k: v for k, v in SETTINGS.items() if k in cfg.train and k != "save_steps"}
+    assert len(shared) == 5 and shared == {k: cfg.train[k] for k in shared}
+    run_cell(cfg)
+    data = tmp_path / "mine.jsonl"
+    data.write_text("\n".join(json.dumps({"prompt": e.prompt, "response": e.response}) for e in own_rows(cfg)))
+    out = tmp_path / kind
+    argv = ["--trainer", kind, "--data", str(data), "--artifacts", str(artifacts), "--out", str(out)]
+    main([*argv, SAE])
+    theirs, ours = (load_file(f / "model.safetensors") for f in (Run(cfg).dir / "model", out))
+    # AdamW turns a rounding difference of a near-zero gradient into a step of up to its rate; 12 steps of at most 1e-4
+    assert theirs.keys() == ours.keys()
+    gaps = torch.cat([(theirs[n] - ours[n]).abs().flatten() for n in theirs])
+    assert gaps.max() < 1e-4 and gaps.mean() < 1e-6
+    shutil.rmtree(out / "checkpoint-12")
+    shutil.copy(out / "model.safetensors", tmp_path / "straight.safetensors")
+    main([*argv, "--resume", SAE])
+    assert_equal(load_file(tmp_path / "straight.safetensors"), load_file(out / "model.safetensors"))
+
+
+def test_every_package_is_installed():
+    listed = (ROOT / "pyproject.toml").read_text().split("packages = [")[1].split("]")[0]
+    found = {str(p.parent.relative_to(ROOT)).replace("/", ".") for p in (ROOT / "cwac").rglob("*.py")}
+    assert {name.strip(' "\n') for name in listed.split(",")} == found | {"cwac.conf"}
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_finds_its_settings_and_weights(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    ignored = shutil.ignore_patterns("__pycache__", "local")
+    for name in ("cwac", "conf"):
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    (source / "conf" / "local").mkdir()
+    (source / "conf" / "local" / "default.yaml").write_text("seed: 99\n")
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", str(target)]
+    subprocess.run([*pip, str(source)], check=True, timeout=600)
+    script = (
+        "import cwac, cwac.config as c; from pathlib import Path; from cwac.library import load_method; "
+        "from cwac.models import load; cfg = c.compose([]); print(cwac.__file__, c.CONF, cfg.seed); "
+        "c.origin({'kind': 'smollm2', 'wheel_sha256': ''}); m = load_method('cwac', 'qwen'); "
+        "print(m.name, load(cfg.model, Path('artifacts')).model.num_parameters())"
+    )
+    env = {**os.environ, "PYTHONPATH": str(target)}
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()[-2:]
+    assert first.split() == [str(target / "cwac" / "__init__.py"), str(target / "cwac" / "conf"), "0"]
+    assert second.split()[0] == "cwac" and int(second.split()[1]) > 900_000
