@@ -79,6 +79,9 @@ def execute(cfg: DictConfig, run: Run) -> float | None:
 
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.WARNING)  # it tells of every file of a checkpoint in shards
+    if not run.leads:
+        logging.getLogger("cwac").setLevel(logging.WARNING)
     method = instantiate(cfg.method)
     arguments = training_arguments(cfg, run)
     set_seed(cfg.seed)

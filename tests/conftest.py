@@ -168,11 +168,12 @@ SMALL = [
 ]
 
 
-def launch(*overrides: str, env: dict | None = None, **popen) -> subprocess.Popen:
-    """`python train.py <overrides>` in a process of its own, in the repository root."""
+def launch(*overrides: str, env: dict | None = None, ranks: int = 1, **popen) -> subprocess.Popen:
+    """`python train.py <overrides>` in a process of its own, in the repository root; by torchrun for several ranks."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}")
     return subprocess.Popen(
-        [sys.executable, "train.py", *overrides],
+        [sys.executable, *(torchrun if ranks > 1 else ()), "train.py", *overrides],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **(env or {})},
         stdout=subprocess.PIPE,
@@ -182,8 +183,8 @@ def launch(*overrides: str, env: dict | None = None, **popen) -> subprocess.Pope
     )
 
 
-def run_train(*overrides: str, env: dict | None = None) -> tuple[int, str]:
+def run_train(*overrides: str, env: dict | None = None, ranks: int = 1) -> tuple[int, str]:
     """Exit code and everything printed."""
-    process = launch(*overrides, env=env)
+    process = launch(*overrides, env=env, ranks=ranks)
     output, _ = process.communicate(timeout=600)
     return process.returncode, output
