@@ -219,7 +219,7 @@ def cell(cfg: DictConfig) -> float | None:
         if sweep and ranks.world_size() > 1:
             raise UsageError(
                 "torchrun and accelerate launch start the processes of one cell; start a sweep (-m, experiment=...) "
-                "without them, and choose a launcher for it: hydra/launcher=local, slurm or ray"
+                "without them, and choose a launcher for it: hydra/launcher=local, slurm or ray_cluster"
             )
         if HydraConfig.get().runtime.choices["values"] == "tuned" and cfg["values"] != "tuned":
             log.warning(

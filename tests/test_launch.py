@@ -112,7 +112,7 @@ def test_failures_of_several_machines_are_read_in_the_sweeps_order(tmp_path, mon
     [
         ("local", "joblib", ["hydra.launcher.n_jobs=2"]),
         ("submitit_local", "submitit", []),
-        ("ray", "ray", ["hydra.launcher.ray.init.address=null"]),
+        ("ray_cluster", "ray", ["hydra.launcher.ray.init.address=null"]),
     ],
 )
 def test_a_failed_cell_is_told_whatever_runs_it(launcher, plugin, more, tmp_path, random_model, artifacts):
@@ -129,7 +129,7 @@ def test_a_failed_cell_is_told_whatever_runs_it(launcher, plugin, more, tmp_path
     assert not list(Path(runs).glob(".failures-*"))
 
 
-@pytest.mark.parametrize(("launcher", "plugin"), [("slurm", "submitit"), ("ray", "ray")])
+@pytest.mark.parametrize(("launcher", "plugin"), [("slurm", "submitit"), ("ray_cluster", "ray")])
 def test_a_presets_grid_goes_to_a_cluster(launcher, plugin):
     from hydra import compose, initialize_config_dir
 
