@@ -19,7 +19,7 @@ SWEEP = [
     "model.kind=folder",
     "train.max_steps=1",
     "paths.artifacts={artifacts}",
-    "pools.sizes={{anchors:4,step:4,sae:8,benign:8,align:4,safety:4,validation:4,validation_benign:4}}",
+    "pools.sizes={{anchors:4,step:4,sae:8,benign:8,safety:4,validation:4}}",
 ]
 
 
@@ -64,7 +64,7 @@ def test_a_cell_in_shards_is_the_same_run(tmp_path, artifacts):
     ],
 )
 def test_a_command_that_cannot_be_shared_is_refused(overrides, env, message, tmp_path):
-    code, output = run_train("method=sft", f"paths.runs={tmp_path / 'runs'}", *overrides, env=env)
+    code, output = run_train(*overrides, "method=sft", f"paths.runs={tmp_path / 'runs'}", env=env)
     assert code == 2 and message in output and "Traceback" not in output
     assert not list(tmp_path.rglob("*.json*"))
 
