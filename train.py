@@ -14,7 +14,6 @@ import os
 import sys
 import tempfile
 import traceback
-from pathlib import Path
 
 os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach main(), which prints one line for what the user can mend
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -27,23 +26,22 @@ from hydra.types import RunMode  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
+from cwac import failures, ranks  # noqa: E402
 from cwac.config import CONF, UsageError, UserError, expand, instantiate, objective, run_id, validate  # noqa: E402
-from cwac.runs import Run, append_jsonl, read_jsonl  # noqa: E402
+from cwac.runs import Run  # noqa: E402
 
 log = logging.getLogger("cwac")
-FAILURES = "CWAC_FAILURES"
-"""Environment variable: the file in which cells, whichever process runs them, record that they failed."""
 
 
 def run_cell(cfg: DictConfig) -> float | None:
     """Execute one cell: skip if done, else train or resume, evaluate, mark done. Returns `objective` for sweepers."""
     validate(cfg)
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UsageError(
-            "train.py runs each cell in one process so far; start it without torchrun or accelerate launch"
-        )
+    if ranks.world_size() > 1:
+        from cwac.engine import training_arguments
+
+        training_arguments(cfg, Run(cfg))  # TrainingArguments bring the ranks together
     with Run(cfg) as run:
-        if run.done() and not cfg.force:
+        if ranks.agree(run.done()) and not cfg.force:
             log.info("%s is done; nothing to do", run.id)
             return headline(run)
         try:
@@ -81,6 +79,9 @@ def execute(cfg: DictConfig, run: Run) -> float | None:
 
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.WARNING)  # it tells of every file of a checkpoint in shards
+    if not run.leads:
+        logging.getLogger("cwac").setLevel(logging.WARNING)
     method = instantiate(cfg.method)
     arguments = training_arguments(cfg, run)
     set_seed(cfg.seed)
@@ -100,20 +101,34 @@ def execute(cfg: DictConfig, run: Run) -> float | None:
     poison_ids = {e.id for e in pools.poison}
     poisoned = [e for e in train_rows if e.id in poison_ids]
 
-    was_trained = run.trained() and not cfg.force
-    run.start(loaded.provenance)
-    recorded = {"rows": [e.id for e in train_rows], "harmful": [e.id for e in poisoned], "dropped": rows.dropped}
-    (run.dir / "data.json").write_text(json.dumps({**recorded, "pools": manifest(pools)}, indent=1))
+    was_trained = ranks.agree(run.trained()) and not cfg.force
+    if was_trained and not run.leads:
+        return None
+    if run.leads:
+        run.start(loaded.provenance)
+        recorded = {"rows": [e.id for e in train_rows], "harmful": [e.id for e in poisoned], "dropped": rows.dropped}
+        (run.dir / "data.json").write_text(json.dumps({**recorded, "pools": manifest(pools)}, indent=1))
     judge = instantiate(cfg.eval.judge)
     evaluator = Evaluator(cfg, run, model, context, method, task, judge, poisoned)
     if was_trained:
         evaluate_again(run, evaluator, loaded)
         return headline(run)
     with Tracker(cfg, run) as tracker:
-        if 0 in cfg.eval.at:
+        if 0 in cfg.eval.at and run.leads:
             evaluator(0, 0.0)
         method.setup(model, context)
-        cost = train(cfg, arguments, run, model, method, rows, pad_token_id(loaded.tokenizer), evaluator, tracker.log)
+        ranks.wait()
+
+        def evaluate(trained, step, epoch):
+            evaluator.model = trained
+            evaluator(step, epoch)
+
+        model, cost = train(
+            cfg, arguments, run, model, method, rows, pad_token_id(loaded.tokenizer), evaluate, tracker.log
+        )
+        if not run.leads:
+            return None
+        evaluator.model = model
         step, epoch = cost["step"], cost["epoch"]
         evaluator(step, epoch, final=True)
         at = {"step": step, "epoch": epoch, "final": True}
@@ -174,7 +189,13 @@ def headline(run: Run) -> float | None:
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
 def cell(cfg: DictConfig) -> float | None:
     """One cell; its failure is recorded for main() and never stops the sweep's other cells."""
+    sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
+        if sweep and ranks.world_size() > 1:
+            raise UsageError(
+                "torchrun and accelerate launch start the processes of one cell; start a sweep (-m, experiment=...) "
+                "without them, and choose a launcher for it: hydra/launcher=local, slurm or ray_cluster"
+            )
         if HydraConfig.get().runtime.choices["values"] == "tuned" and cfg["values"] != "tuned":
             log.warning(
                 "values=tuned: nothing was chosen for model=%s method=%s (no conf/chosen/tuned/%s_%s.yaml); its "
@@ -186,16 +207,19 @@ def cell(cfg: DictConfig) -> float | None:
     except Exception as error:
         expected = isinstance(error, UserError) and not cfg.debug
         overrides = " ".join(HydraConfig.get().overrides.task)
-        entry = {
+        failure = {
+            "num": HydraConfig.get().job.num if sweep else 0,
             "cell": overrides,
             "message": str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}",
             "code": 2 if isinstance(error, UsageError) else 1,
         }
         if not expected:
             log.error("%s", "".join(traceback.format_exception(error)))
-        elif HydraConfig.get().mode == RunMode.MULTIRUN:
+        elif sweep:
             log.error("%s: %s", overrides, error)
-        append_jsonl(Path(os.environ[FAILURES]), [entry])
+        if failures.FOLDER not in os.environ:  # a launcher that keeps the environment to itself has to tell
+            raise
+        failures.record(failure)
         return math.inf  # the worst a sweeper can be told; NaN or None, a failed trial, ends Optuna's whole search
 
 
@@ -214,7 +238,7 @@ def print_cells(arguments: list[str]) -> bool:
 def main() -> int:
     """Exit code: 0 if every cell is done, 1 if one failed, 2 for a configuration that cannot be run."""
     with tempfile.TemporaryDirectory() as folder:
-        os.environ[FAILURES] = str(Path(folder) / "failures.jsonl")  # cells may run in other processes
+        os.environ[failures.FOLDER] = folder
         try:
             if print_cells(sys.argv[1:]):
                 return 0
@@ -224,13 +248,15 @@ def main() -> int:
             if "hydra/sweeper/optuna" in str(error):
                 print("Remedy: searches need the extra `tune`: pip install -e '.[tune]'", file=sys.stderr)
             return 2
-        failures = read_jsonl(Path(os.environ[FAILURES]))
-    if len(failures) > 1:
-        print(f"error: {len(failures)} cells failed; the same command again runs only these:", file=sys.stderr)
-    for failure in failures:
-        where = f"[{failure['cell']}] " if len(failures) > 1 else ""
+        failed = failures.collect()
+    if len(failed) > 1:
+        print(f"error: {len(failed)} cells failed; the same command again runs only these:", file=sys.stderr)
+    for failure in failed:
+        if ranks.rank() and failure["code"] == 2:  # what is wrong with the command, rank 0 says
+            continue
+        where = f"[{failure['cell']}] " if len(failed) > 1 else ""
         print(f"error: {where}{failure['message']}", file=sys.stderr)
-    return max((failure["code"] for failure in failures), default=0)
+    return max((failure["code"] for failure in failed), default=0)
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ def trainers(cfg: DictConfig) -> list[MethodTrainer]:
     made = []
     for model, each in zip(models, [method, SameBatches("sft", recorded(method))], strict=True):
         trainer = build_trainer(model, each, rows, arguments, pad_token_id(loaded.tokenizer))
-        trainer.add_callback(MethodCallback(trainer, run, {}, lambda step, epoch: None))
+        trainer.add_callback(MethodCallback(trainer, run, {}, lambda *point: None))
         made.append(trainer)
     return made
 

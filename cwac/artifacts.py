@@ -3,6 +3,10 @@
 An artifact's folder is named by the hash of its key, written to a temporary folder and moved into place, and
 guarded by a file lock that the operating system releases when its holder dies; so two sweeps on one file
 system share artifacts without racing, and a crash leaves nothing that looks finished.
+
+Between machines the lock is flock(2) on the shared file system: NFS (version 4, or 3 with its lock daemon), GPFS
+and Lustre mounted with `flock` pass it on. Where one keeps locks to each machine (Lustre's `localflock`), two machines
+may build the same artifact, each in a folder of its own, and the first to finish is used.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -45,7 +50,7 @@ def sha256(path: Path) -> str:
 
 def write_atomic(path: Path, text: str) -> None:
     """Write a text file so that a reader sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     with temporary.open("w") as file:
         file.write(text)
         file.flush()
@@ -70,10 +75,11 @@ def load_or_build(root: Path, kind: str, key: dict, build: Callable[[Path], obje
             aside = folder.with_suffix(".damaged")
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
-        for unfinished in folder.parent.glob(f".{folder.name}-*"):  # of a builder that died; we hold its lock
+        own = f".{folder.name}-{socket.gethostname()}-"
+        for unfinished in folder.parent.glob(f"{own}*"):  # of a builder that died here; we hold its lock
             shutil.rmtree(unfinished)
         log.info("building %s %s", kind, folder.name)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=own, dir=folder.parent))
         try:
             build(temporary)
             files = {
@@ -85,7 +91,10 @@ def load_or_build(root: Path, kind: str, key: dict, build: Callable[[Path], obje
             write_atomic(temporary / MANIFEST, json.dumps(manifest, indent=1))
             (temporary / CARD).write_text(card(temporary, manifest))
             temporary.chmod(0o755)
-            temporary.rename(folder)
+            if folder.exists():  # of a machine that our lock did not reach
+                shutil.rmtree(temporary)
+            else:
+                temporary.rename(folder)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise

@@ -15,6 +15,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from cwac.ranks import world_size
+
 PACKAGE = Path(__file__).resolve().parent
 CONF = next((p for p in (PACKAGE / "conf", PACKAGE.parent / "conf") if p.is_dir()), PACKAGE.parent / "conf")
 """Every setting: inside the package where a wheel installed it, beside it in a checkout."""
@@ -47,6 +49,9 @@ NOT_IDENTITY = {
     "model.safety_layers",  # resolved under the method that uses it
 }
 """Keys of those groups that change what is logged, kept or evaluated, not what is trained."""
+
+LAYOUT = ("train.fsdp", "train.ddp_")
+"""How ranks share the work, which changes no more than rounding."""
 
 NEUTRAL: dict[str, Any] = {"model.lora": None, "train.max_steps": -1}
 """A key at its neutral value is left out of the identity, so that a new option orphans no finished run."""
@@ -82,8 +87,8 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
         key: canonical(value)
         for key, value in sorted(flat.items())
         if key not in NOT_IDENTITY
-        # the first are resolved under the method that uses them, the second are for scoring
-        and not key.startswith(("model.sae.", "task.aliases."))
+        # the first are resolved under the method that uses them, the next are for scoring
+        and not key.startswith(("model.sae.", "task.aliases.", *LAYOUT))
         and not key.endswith("._target_")
         and not (key in NEUTRAL and canonical(value) == canonical(NEUTRAL[key]))
     }
@@ -241,6 +246,11 @@ def validate(cfg: DictConfig) -> None:
     if cfg.model.kind == "folder" and not (cfg.model.get("path") and Path(cfg.model.path).is_dir()):
         raise UsageError(
             f"model.path={cfg.model.get('path')} is not a folder; give +model.path=<a saved model's folder>"
+        )
+    if cfg.train.get("fsdp") and world_size() == 1:
+        raise UsageError(
+            f"train.fsdp={cfg.train.fsdp} shards a model over several processes; start them with torchrun "
+            "--nproc_per_node=<GPUs> train.py ..., or leave parallel=fsdp2 out"
         )
     if OmegaConf.select(cfg, "method.weight") is not None and cfg.model.dtype != "float32":
         raise UsageError(

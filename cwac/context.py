@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 from cwac.data.pools import fingerprint, load_pools
 from cwac.methods.base import Context
 from cwac.models import device, load
+from cwac.ranks import rank, world_size
 
 
 def open_context(cfg: DictConfig) -> Context:
@@ -25,4 +26,6 @@ def open_context(cfg: DictConfig) -> Context:
         template=cfg.train.template,
         max_length=cfg.train.max_length,
         pools_key=fingerprint(pools),
+        rank=rank(),
+        world_size=world_size(),
     )

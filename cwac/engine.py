@@ -6,6 +6,7 @@ Trainer brings DDP and FSDP, mixed precision, accumulation, checkpointing, resum
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import json
 import math
@@ -16,6 +17,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
+from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from tqdm import tqdm
@@ -23,9 +25,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from cwac import ranks
 from cwac.artifacts import write_atomic
 from cwac.config import UsageError, UserError
-from cwac.data.tokenize import Collator, Rows
+from cwac.data.tokenize import IGNORE, Collator, Rows
 from cwac.methods.base import Method
 from cwac.runs import Run, append_jsonl, read_jsonl, write_jsonl
 
@@ -45,15 +48,16 @@ class MethodTrainer(Trainer):
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         if resume_from_checkpoint is True:  # the newest, as Trainer chooses; without one, it says so itself
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
-        self.method.start(self.model)
         if isinstance(resume_from_checkpoint, str | os.PathLike):
             state = Path(resume_from_checkpoint) / METHOD_STATE
             if not state.is_file():
                 raise UserError(f"{state.parent} has no {METHOD_STATE}: it was saved without a defence; start anew")
             self.method.load_state_dict(torch.load(state, weights_only=True))
         result = super().train(resume_from_checkpoint, *args, **kwargs)
-        with torch.no_grad():
-            self.method.finish(self.model)
+        self.trained = self.gathered()
+        if self.is_world_process_zero():
+            with torch.no_grad():
+                self.method.finish(self.trained)
         return result
 
     def log(self, logs, *args, **kwargs):
@@ -63,15 +67,48 @@ class MethodTrainer(Trainer):
             self.penalties.clear()
         super().log(logs, *args, **kwargs)
 
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp and not self.is_fsdp_enabled:  # accelerate shards on no CPU, but PyTorch does, with gloo
+            state = self.accelerator.state
+            state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """A method's batch must be in place before Trainer counts the label tokens that normalise the loss."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        ranks, rank = self.args.world_size, self.args.process_index
-        batches = [
-            self.method.batch(b, self.state.global_step, (i * ranks + rank, len(batches) * ranks))
-            for i, b in enumerate(batches)
-        ]
+        size, rank, step = self.args.world_size, self.args.process_index, self.state.global_step
+        parts = [(i * size + rank, len(batches) * size) for i in range(len(batches))]
+        if size > 1:
+            for batch, (part, _) in zip(batches, parts, strict=True):
+                self._ignore_repeated(batch, part)
+        batches = [self.method.batch(b, step, part) for b, part in zip(batches, parts, strict=True)]
         return batches, self._get_num_items_in_batch(batches, device)
+
+    def _ignore_repeated(self, batch, part: int) -> None:
+        """No loss on the first rows of an epoch where accelerate repeats them to give every rank a full last batch."""
+        args, rows = self.args, len(self.train_dataset)
+        of_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        first = self.state.global_step % steps_per_epoch(args, rows) * of_step
+        first += part * args.per_device_train_batch_size
+        for key in batch.keys() & {"labels", "shift_labels"}:
+            batch[key][max(0, rows - first) :] = IGNORE
+
+    def gathered(self) -> nn.Module | None:
+        """The model with whole parameters: itself, or under FSDP2 a copy on rank 0 and None on the others.
+
+        Every rank must ask at once.
+        """
+        if not self.is_fsdp_enabled:
+            return self.model
+        state = self.accelerator.get_state_dict(self.model)
+        if not self.is_world_process_zero():
+            return None
+        model = copy.deepcopy(self.skeleton)
+        model.load_state_dict(state, assign=True)
+        model.tie_weights()
+        return model.to(self.args.device)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -109,6 +146,9 @@ class StepHooks(TrainerCallback):
     def __init__(self, trainer: MethodTrainer):
         self.trainer = trainer
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.method.start(self.trainer.model)
+
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         with torch.no_grad():
             self.trainer.method.before_step(self.trainer.model)
@@ -118,9 +158,10 @@ class StepHooks(TrainerCallback):
             self.trainer.method.after_step(self.trainer.model)
 
     def on_save(self, args, state, control, **kwargs):
+        extra = self.trainer.method.state_dict()
+        ranks.wait()  # each rank has written its own files
         if self.trainer.is_world_process_zero():
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            torch.save(self.trainer.method.state_dict(), folder / METHOD_STATE)
+            torch.save(extra, Path(args.output_dir) / f"checkpoint-{state.global_step}" / METHOD_STATE)
 
 
 class MethodCallback(TrainerCallback):
@@ -133,7 +174,10 @@ class MethodCallback(TrainerCallback):
         self.bar: tqdm | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.run.id, unit="step", leave=False)
+        first, shown = state.global_step, self.trainer.is_world_process_zero()
+        self.bar = tqdm(
+            total=state.max_steps, initial=first, desc=self.run.id, unit="step", leave=False, disable=not shown
+        )
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
@@ -151,19 +195,25 @@ class MethodCallback(TrainerCallback):
             self.log(args, state)
         if step in self.evaluate_at and step < state.max_steps:
             self.memory = max(self.memory, peak_memory())
-            self.evaluate(step, self.evaluate_at[step])
+            model = self.trainer.gathered()
+            if self.trainer.is_world_process_zero():
+                self.evaluate(model, step, self.evaluate_at[step])
+            ranks.wait()
             reset_peak_memory()  # the peak reported is the training's, not the generation's
 
     def log(self, args, state) -> None:
         """One line of train_log.jsonl; a loss that is not finite ends the run here rather than in its tables."""
         per_step = args.gradient_accumulation_steps
-        losses = torch.stack(self.trainer.task_losses)
+        losses, penalties = (
+            self.trainer.accelerator.reduce(torch.stack(values), "mean") if values else None
+            for values in (self.trainer.task_losses, self.trainer.penalties)
+        )
         row = {
             "step": state.global_step,
             "epoch": state.epoch,
             # micro-batches hold shares of one normalised loss, so a step's loss is their sum
             "loss": float(losses.sum()) / (len(losses) / per_step),
-            "penalty": float(torch.stack(self.trainer.penalties).mean()) if self.trainer.penalties else None,
+            "penalty": None if penalties is None else float(penalties.mean()),
             "learning_rate": self.trainer._get_learning_rate(),
         }
         self.trainer.task_losses.clear()
@@ -176,19 +226,24 @@ class MethodCallback(TrainerCallback):
         self.bar.set_postfix(loss=f"{row['loss']:.3f}")
         if self.trainer.is_world_process_zero():
             append_jsonl(self.run.dir / "train_log.jsonl", [row])
-        if self.trainer.track is not None:
-            self.trainer.track(row)
+            if self.trainer.track is not None:
+                self.trainer.track(row)
 
     def on_save(self, args, state, control, **kwargs):
         if self.trainer.is_world_process_zero():
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             files = {p.name: p.stat().st_size for p in folder.iterdir()}
             # written last: a checkpoint without it was cut short and is not resumed from
-            write_atomic(folder / COMPLETE, json.dumps({"step": state.global_step, "files": files}))
+            entry = {"step": state.global_step, "files": files, "sharded": self.trainer.is_fsdp_enabled}
+            write_atomic(folder / COMPLETE, json.dumps(entry))
 
 
 def training_arguments(cfg: DictConfig, run: Run) -> TrainingArguments:
-    """The `train` group as TrainingArguments; raises UserError naming a key they do not have."""
+    """The `train` group as TrainingArguments; raises UserError naming a key they do not have.
+
+    The rows of an optimizer step are those of the configuration, however many ranks share them: a cell's result does
+    not depend on its layout, and may be resumed under another one.
+    """
     given = {k: v for k, v in OmegaConf.to_container(cfg.train, resolve=True).items() if k not in OURS}
     unknown = set(given) - {f.name for f in fields(TrainingArguments)}
     if unknown:
@@ -208,11 +263,30 @@ def training_arguments(cfg: DictConfig, run: Run) -> TrainingArguments:
         "seed": int(cfg.seed),
         "data_seed": int(cfg.seed),
         **given,
+        **shared_batch(given, ranks.world_size()),
     }
     try:
-        return TrainingArguments(**settings)
+        arguments = TrainingArguments(**settings)
+        if arguments.n_gpu > 1:
+            arguments._n_gpu = 1  # Trainer would run the model in threads (DataParallel), which no hook is made for
+        return arguments
     except ValueError as error:
         raise UsageError(f"train: {str(error).splitlines()[0]}") from error
+
+
+def shared_batch(given: dict, world_size: int) -> dict[str, int]:
+    """One rank's share of a step's micro-batches, or where those do not divide, of the rows of each."""
+    rows, micro = given.get("per_device_train_batch_size", 8), given.get("gradient_accumulation_steps", 1)
+    split = math.gcd(micro, world_size)
+    if rows % (world_size // split):
+        raise UsageError(
+            f"train.per_device_train_batch_size={rows} x train.gradient_accumulation_steps={micro} rows a step cannot "
+            f"be shared by {world_size} processes; raise one of the two to a multiple of them"
+        )
+    return {
+        "per_device_train_batch_size": rows * split // world_size,
+        "gradient_accumulation_steps": micro // split,
+    }
 
 
 def steps_per_epoch(args: TrainingArguments, rows: int) -> int:
@@ -231,7 +305,7 @@ def build_trainer(
     """A trainer for `method`, without Trainer's own printing; raises as `refuse_deepspeed` does."""
     refuse_deepspeed(args, method)
     collate = Collator(pad_token_id, label_logits=True)
-    trainer = attach(Trainer(model=model, args=args, train_dataset=rows, data_collator=collate), method)
+    trainer = attach(MethodTrainer(model=model, args=args, train_dataset=rows, data_collator=collate), method)
     # the label smoother compares the logits with unshifted labels, so it needs all of them
     whole = trainer.label_smoother is not None
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's forward names no arguments
@@ -248,8 +322,12 @@ def attach(trainer: Trainer, method: Method) -> MethodTrainer:
     So TRL's SFTTrainer keeps its own loss and step, with the hooks around them.
     """
     kind = type(trainer)
-    trainer.__class__ = type(f"Defended{kind.__name__}", (MethodTrainer, kind), {})
+    if not issubclass(kind, MethodTrainer):
+        trainer.__class__ = type(f"Defended{kind.__name__}", (MethodTrainer, kind), {})
     trainer.method, trainer.task_losses, trainer.penalties = method, [], []
+    if trainer.is_fsdp_enabled and trainer.is_world_process_zero():
+        empty = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in trainer.model.parameters()}
+        trainer.skeleton = copy.deepcopy(trainer.model, empty)
     trainer.add_callback(StepHooks(trainer))
     return trainer
 
@@ -271,13 +349,14 @@ def train(
     method: Method,
     rows: Rows,
     pad_token_id: int,
-    evaluate: Callable[[int, float], None],
+    evaluate: Callable[[nn.Module, int, float], None],
     track: Callable[[dict], None] | None = None,
-) -> dict[str, float]:
+) -> tuple[nn.Module | None, dict[str, float]]:
     """Train to the end, resuming from the newest complete checkpoint in the run's directory.
 
-    evaluate(step, epoch) is called at the epochs of `eval.at` that lie strictly inside the training.
-    Returns step count, epochs, median seconds per step (hooks included), the training's peak memory in MiB.
+    evaluate(model, step, epoch) is called on rank 0 at the epochs of `eval.at` that lie strictly inside the training.
+    Returns the trained model, whole and on rank 0 alone, with step count, epochs, median seconds per step (hooks
+    included), the training's peak memory in MiB of one rank.
     """
     trainer = build_trainer(model, method, rows, args, pad_token_id)
     trainer.track = track
@@ -285,15 +364,21 @@ def train(
     at = {round(float(e) * per_epoch): float(e) for e in cfg.eval.at}
     callback = MethodCallback(trainer, run, at, evaluate)
     trainer.add_callback(callback)
-    checkpoint = newest_checkpoint(run.dir)
+    checkpoint = ranks.agree(newest_checkpoint(run.dir))
     if checkpoint is not None:
-        step = json.loads((checkpoint / COMPLETE).read_text())["step"]
-        log_path = run.dir / "train_log.jsonl"
-        write_jsonl(log_path, [r for r in read_jsonl(log_path) if r["step"] <= step])
+        entry = json.loads((checkpoint / COMPLETE).read_text())
+        if entry.get("sharded", False) != trainer.is_fsdp_enabled:
+            raise UserError(
+                f"{checkpoint} was written {'under' if entry.get('sharded') else 'without'} FSDP; go on as the run "
+                "was begun (parallel=fsdp2 or not), or start over with force=true"
+            )
+        if trainer.is_world_process_zero():
+            log_path = run.dir / "train_log.jsonl"
+            write_jsonl(log_path, [r for r in read_jsonl(log_path) if r["step"] <= entry["step"]])
     reset_peak_memory()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     ordered = sorted(callback.seconds)
-    return {
+    return trainer.trained, {
         "step": trainer.state.global_step,
         "epoch": trainer.state.global_step / per_epoch,
         # None for a run that was resumed after its last step

@@ -30,6 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cwac.artifacts import write_atomic
 from cwac.config import UserError, eval_id, run_id
+from cwac.ranks import rank
 
 log = logging.getLogger(__name__)
 ROW_KEY = ("step", "metric", "set", "judge", "eval")
@@ -37,7 +38,10 @@ PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "hydra-co
 
 
 class Run:
-    """One cell of a grid on disk. Use as a context manager: it holds the cell's lock."""
+    """One cell of a grid on disk. Use as a context manager: it holds the cell's lock.
+
+    Where several ranks train the cell, rank 0 alone locks and writes.
+    """
 
     def __init__(self, cfg: DictConfig):
         self.cfg = cfg
@@ -47,6 +51,7 @@ class Run:
         self.dir = Path(cfg.paths.runs) / self.id
         self._lock = FileLock(Path(cfg.paths.runs) / f".{self.id}.lock")
         self._handler: logging.Handler | None = None
+        self.leads = rank() == 0
 
     # --- status -------------------------------------------------------------------------------------
     @property
@@ -82,7 +87,7 @@ class Run:
 
     def fail(self, error: Exception) -> None:
         """Record why a run that had begun stopped; one that had not leaves no folder."""
-        if self.status["status"] == "running":
+        if self.leads and self.status["status"] == "running":
             self.write_status("failed", error=f"{type(error).__name__}: {error}")
 
     def finish(self, **fields) -> None:
@@ -95,8 +100,9 @@ class Run:
 
     # --- opening ------------------------------------------------------------------------------------
     def __enter__(self) -> Run:
-        self.dir.parent.mkdir(parents=True, exist_ok=True)
-        self._lock.acquire()
+        if self.leads:
+            self.dir.parent.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
         return self
 
     def __exit__(self, kind, value, traceback) -> None:

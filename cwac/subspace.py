@@ -31,6 +31,7 @@ from tqdm import tqdm
 from cwac.config import UserError
 from cwac.data.tokenize import Collator
 from cwac.models import base_layer, evaluating, input_group, linears
+from cwac.ranks import local, spread
 
 
 @dataclass
@@ -209,13 +210,13 @@ class Constraint:
     """
 
     def __init__(self, modules: dict[str, nn.Module], bases: dict[str, Basis]):
-        self.entries: list[tuple[str, nn.Parameter, torch.Tensor, torch.Tensor]] = []
+        self.entries: list[tuple[str, nn.Linear, torch.Tensor, torch.Tensor]] = []
         moved: dict[str, torch.Tensor] = {}
         for name, module in modules.items():
             group = input_group(name)
             lora = getattr(module, "lora_A", None)
-            weights = [module.weight] if lora is None else [layer.weight for layer in lora.values()]
-            for weight in weights:
+            for layer in [base_layer(module)] if lora is None else lora.values():
+                weight = layer.weight
                 if weight.dtype != torch.float32:
                     raise UserError(
                         f"{name} trains in {weight.dtype}, which rounds a projected update away; load the model with "
@@ -228,16 +229,21 @@ class Constraint:
                 # W_0 V in float64: an error in it would stay in the weights for the whole run
                 pinned = (weight.detach().double() @ V.double()).float()
                 A = pinned if lora is None else torch.zeros_like(pinned)
-                self.entries.append((name, weight, V, A))
+                self.entries.append((name, layer, V, A))
+
+    def keep_own_rows(self) -> None:
+        """Under FSDP2, when parameters have become shards: W V of some rows of W is the same rows of A."""
+        self.entries = [(name, layer, V, local(spread(A, layer.weight))) for name, layer, V, A in self.entries]
 
     @torch.no_grad()
     def project_weights_(self) -> None:
-        for _, weight, V, A in self.entries:
-            project_(weight, V, A)
+        for _, layer, V, A in self.entries:
+            project_(local(layer.weight), V, A)
 
     @torch.no_grad()
     def project_gradients_(self) -> None:
         """Algorithm 1 to the letter: grad <- grad (I - V V^T)."""
-        for _, weight, V, _ in self.entries:
-            if weight.grad is not None:
-                weight.grad.addmm_(weight.grad @ V, V.T, alpha=-1)
+        for _, layer, V, _ in self.entries:
+            if layer.weight.grad is not None:
+                grad = local(layer.weight.grad)
+                grad.addmm_(grad @ V, V.T, alpha=-1)

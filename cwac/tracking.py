@@ -14,7 +14,7 @@ class Tracker:
         self.cfg, self.run, self.session = cfg, run, None
 
     def __enter__(self) -> Tracker:
-        if self.cfg.logger.name == "wandb":
+        if self.cfg.logger.name == "wandb" and self.run.leads:
             import wandb
 
             self.session = wandb.init(

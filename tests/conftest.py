@@ -106,10 +106,11 @@ def sgd(folder, per_device: int, accumulation: int):
     )
 
 
-def fine_tune(cfg, folder: Path, rank: int = 0, world_size: int = 1):
-    """What train.py does between composing and evaluating, on the CPU and under any layout.
+def fine_tune(cfg, folder: Path):
+    """What train.py does between composing and evaluating, on the CPU, by the ranks that the environment names.
 
-    Returns the trained model, the method and its context; checkpoints stay off unless cfg.train asks for them.
+    Returns the trained model (None on ranks beyond 0 under FSDP), the method and its context; checkpoints stay off
+    unless cfg.train asks for them.
     """
     import random
     from types import SimpleNamespace
@@ -129,7 +130,6 @@ def fine_tune(cfg, folder: Path, rank: int = 0, world_size: int = 1):
     set_seed(cfg.seed)
     context = open_context(cfg)
     context.loaded.model.cpu()
-    context.rank, context.world_size = rank, world_size
     loaded = context.loaded
     task = load_task(cfg.task, None, cfg.seed, "test")
     mixed = mix(task.train, context.pools.poison, cfg.harmful_ratio, cfg.seed, cfg.mix_mode)
@@ -137,8 +137,9 @@ def fine_tune(cfg, folder: Path, rank: int = 0, world_size: int = 1):
     rows = Rows(loaded.tokenizer, examples, cfg.train.template, cfg.train.max_length)
     context.steps = engine.total_steps(args, len(rows))
     method.setup(loaded.model, context)
-    engine.train(cfg, args, run, loaded.model, method, rows, pad_token_id(loaded.tokenizer), lambda *point: None)
-    return loaded.model, method, context
+    pad = pad_token_id(loaded.tokenizer)
+    model, _ = engine.train(cfg, args, run, loaded.model, method, rows, pad, lambda *point: None)
+    return model, method, context
 
 
 FINE_TUNE = [
@@ -167,11 +168,12 @@ SMALL = [
 ]
 
 
-def launch(*overrides: str, env: dict | None = None, **popen) -> subprocess.Popen:
-    """`python train.py <overrides>` in a process of its own, in the repository root."""
+def launch(*overrides: str, env: dict | None = None, ranks: int = 1, **popen) -> subprocess.Popen:
+    """`python train.py <overrides>` in a process of its own, in the repository root; by torchrun for several ranks."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}")
     return subprocess.Popen(
-        [sys.executable, "train.py", *overrides],
+        [sys.executable, *(torchrun if ranks > 1 else ()), "train.py", *overrides],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **(env or {})},
         stdout=subprocess.PIPE,
@@ -181,8 +183,8 @@ def launch(*overrides: str, env: dict | None = None, **popen) -> subprocess.Pope
     )
 
 
-def run_train(*overrides: str, env: dict | None = None) -> tuple[int, str]:
+def run_train(*overrides: str, env: dict | None = None, ranks: int = 1) -> tuple[int, str]:
     """Exit code and everything printed."""
-    process = launch(*overrides, env=env)
+    process = launch(*overrides, env=env, ranks=ranks)
     output, _ = process.communicate(timeout=600)
     return process.returncode, output

@@ -162,7 +162,7 @@ def test_asft_gradient_by_finite_differences():
     module = torch.nn.Linear(7, 5, bias=False)
     with torch.no_grad():
         module.weight.copy_(W0)
-        term = Full(module.weight, Operator(V, method.operator))
+        term = Full(module, Operator(V, method.operator))
         module.weight.add_(torch.randn(5, 7))
         C = C_of(V, "official")
 

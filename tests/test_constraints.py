@@ -35,7 +35,7 @@ def constrained(model, anchors, kinds, energy=1.0, freeze=False):
     bases = fit_subspace(model, anchors, kinds, energy=energy)
     constraint = Constraint(linears(model, kinds), bases)
     if freeze:
-        kept = {id(p) for _, p, _, _ in constraint.entries}
+        kept = {id(layer.weight) for _, layer, _, _ in constraint.entries}
         for p in model.parameters():
             p.requires_grad_(id(p) in kept)
     return constraint, bases
@@ -209,6 +209,6 @@ def test_a_frozen_model_does_not_move():
     before = copy.deepcopy(model.state_dict())
     constraint, _ = constrained(model, random_rows(3, seed=1), "all", freeze=True)
     step_adamw(model, random_rows(20, seed=2), constraint)
-    touched = {id(p) for _, p, _, _ in constraint.entries}
+    touched = {id(layer.weight) for _, layer, _, _ in constraint.entries}
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) == (id(parameter) not in touched), name

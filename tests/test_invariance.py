@@ -1,6 +1,7 @@
-"""1 x 8 == 8 x 1 == 2 ranks x 4: a result does not depend on how a batch is laid out."""
+"""1 x 8 == 8 x 1 == 2 ranks x 4, whole or in shards: a result does not depend on how a batch is laid out."""
 
 import gc
+import shutil
 import socket
 import traceback
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from cwac import config
+from cwac import config, ranks
 from cwac.models import load
 from tests.conftest import FINE_TUNE, NEEDS, fine_tune, make_llama, random_rows, sgd
 from tests.test_configs import METHODS
@@ -77,15 +78,35 @@ def cells(artifacts):
         "+train.optim=sgd",  # linear in the gradient, so a wrong scale shows in proportion
         "+train.ddp_timeout=120",
     ]
-    yield {name: config.compose([f"method={name}", *overrides, *NEEDS.get(name, [])]) for name in METHODS}
+    cells = {name: config.compose([f"method={name}", *overrides, *NEEDS.get(name, [])]) for name in METHODS}
+    cells["ragged"] = config.compose(["method=sft", *overrides, "task.n_train=19"])  # steps of 8, 8 and 3 rows
+    cells["lora"] = config.compose(["method=cwac", *overrides, *NEEDS["salora"]])
+    for cell in cells.values():
+        OmegaConf.set_struct(cell, False)  # a layout adds keys
+    yield cells
     gc.unfreeze()
 
 
-def trained_by(cfg, folder, per_device, accumulation, rank=0, world_size=1):
-    """The weights that a cell ends with under one layout."""
-    layout = {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulation}
-    model, _, _ = fine_tune(OmegaConf.merge(cfg, {"train": layout}), folder, rank, world_size)
-    return {n: p.detach().clone() for n, p in model.named_parameters()}
+FSDP2 = {k: v for k, v in config.compose(["parallel=fsdp2"]).train.items() if k.startswith("fsdp")}
+
+
+def trained_by(cfg, folder, per_device, accumulation, **more):
+    """The weights that a cell ends with under one layout; None on ranks that do not hold them."""
+    layout = {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulation, **more}
+    model, _, _ = fine_tune(OmegaConf.merge(cfg, {"train": layout}), folder)
+    return None if model is None else {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def resumed(cfg, folder):
+    """Weights of an uninterrupted run in shards, and of one that lost what came after its checkpoint of step 2."""
+    found = []
+    for _ in range(2):
+        keys = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", **FSDP2}
+        found.append(trained_by(cfg, folder, 8, 1, **keys))
+        if ranks.rank() == 0:
+            shutil.rmtree(folder / "checkpoint-3")
+        ranks.wait()
+    return found
 
 
 def two_ranks(rank, folder, cells, port):
@@ -99,9 +120,12 @@ def two_ranks(rank, folder, cells, port):
     gc.freeze()
     for name, cfg in cells.items():  # one start of two processes for all of them
         try:
-            found[name] = trained_by(cfg, folder, 4, 1, rank, 2)
+            found[name] = trained_by(cfg, Path(folder), 8, 1)
+            found[name, "fsdp2"] = trained_by(cfg, Path(folder), 8, 1, **FSDP2)
+            if name in ("cwac", "lisa"):
+                found[name, "resumed"] = resumed(cfg, Path(folder) / name)
         except Exception:
-            found[name] = traceback.format_exc()
+            found[name, "error"] = traceback.format_exc()
     if rank == 0:
         torch.save(found, f"{folder}/two.pt")
     torch.distributed.destroy_process_group()
@@ -119,7 +143,6 @@ def on_two_ranks(tmp_path_factory, cells):
 
 
 def close(a, b):
-    assert not isinstance(b, str), b
     return max((a[n] - b[n]).abs().max().item() for n in a)
 
 
@@ -135,14 +158,22 @@ def test_two_ranks_change_nothing(tmp_path, on_two_ranks):
     assert close(final_weights(tmp_path, 8, 1), on_two_ranks["penalised"]) < 1e-5
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "ragged", "lora"])
 def test_no_method_depends_on_the_layout(method, tmp_path, cells, on_two_ranks):
+    assert (method, "error") not in on_two_ranks, on_two_ranks[method, "error"]
     cfg = cells[method]
     whole = trained_by(cfg, tmp_path, 8, 1)
     start = dict(load(cfg.model, Path(cfg.paths.artifacts)).model.named_parameters())
     assert close(whole, start) > 1e-3  # it trained
     assert close(whole, trained_by(cfg, tmp_path, 1, 8)) < 1e-5
     assert close(whole, on_two_ranks[method]) < 1e-5
+    assert close(whole, on_two_ranks[method, "fsdp2"]) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["cwac", "lisa"])
+def test_shards_resume_bit_for_bit(method, on_two_ranks):
+    whole, resumed = on_two_ranks[method, "resumed"]
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])

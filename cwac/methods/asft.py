@@ -37,6 +37,7 @@ from cwac.config import UsageError, UserError
 from cwac.data.examples import Example
 from cwac.methods.base import Context, Method, is_number
 from cwac.models import alignment_directions, linears, trains
+from cwac.ranks import local, spread, whole
 
 OPERATORS = ("official", "spectral", "projector_k")
 
@@ -86,31 +87,38 @@ class Operator:
 class Full:
     """The penalty of a matrix that trains itself: dW = W - W0."""
 
-    def __init__(self, weight: nn.Parameter, operator: Operator):
-        self.weight, self.operator, self.W0 = weight, operator, weight.detach().float().clone()
+    def __init__(self, layer: nn.Linear, operator: Operator):
+        self.layer, self.operator, self.W0 = layer, operator, layer.weight.detach().float().clone()
 
     def add_gradient_(self, lam: float) -> torch.Tensor:
         """grad += 2 lambda Q dW; returns ||(I - C) dW||_F^2. In fp32, whatever the weights are kept in."""
-        D = self.weight.float() - self.W0
+        weight = self.layer.weight
+        self.W0 = spread(self.W0, weight)
+        D = whole(weight.float() - self.W0)  # Q mixes rows
         QD = self.operator(D)
-        self.weight.grad.add_(QD.to(self.weight.grad.dtype), alpha=2 * lam)
+        add_(weight.grad, QD, 2 * lam)
         return torch.dot(D.view(-1), QD.view(-1))
 
 
 class Adapter:
     """The penalty of a LoRA adapter, dW = s B A with A [r, n] and B [m, r]; dW is never formed."""
 
-    def __init__(self, A: nn.Parameter, B: nn.Parameter, scaling: float, operator: Operator):
+    def __init__(self, A: nn.Linear, B: nn.Linear, scaling: float, operator: Operator):
         self.A, self.B, self.scaling, self.operator = A, B, scaling, operator
 
     def add_gradient_(self, lam: float) -> torch.Tensor:
         """grad_B += 2 lambda s^2 Q B (A A^T), grad_A += 2 lambda s^2 (B^T Q B) A; returns ||(I - C) dW||_F^2."""
-        A, B, square = self.A.float(), self.B.float(), self.scaling**2
+        A, B, square = whole(self.A.weight).float(), whole(self.B.weight).float(), self.scaling**2
         QB = self.operator(B)  # [m, r]
         left, right = B.T @ QB, A @ A.T  # [r, r]
-        self.B.grad.add_((QB @ right).to(self.B.grad.dtype), alpha=2 * lam * square)
-        self.A.grad.add_((left @ A).to(self.A.grad.dtype), alpha=2 * lam * square)
+        add_(self.B.weight.grad, QB @ right, 2 * lam * square)
+        add_(self.A.weight.grad, left @ A, 2 * lam * square)
         return square * (left * right).sum()
+
+
+def add_(grad: torch.Tensor, change: torch.Tensor, factor: float) -> None:
+    """grad += factor change, for a whole `change` and whichever rows of `grad` are here."""
+    local(grad).add_(local(spread(change, grad)).to(grad.dtype), alpha=factor)
 
 
 @dataclass
@@ -160,14 +168,12 @@ class AsFT(Method):
             V = self._V.pop(name)
             if not trains(module):
                 continue
-            weight = module.weight
-            operator = Operator(V.to(weight.device), self.operator, self.rank, self.energy)
+            operator = Operator(V.to(module.weight.device), self.operator, self.rank, self.energy)
             self._operators[name] = operator
             if not hasattr(module, "lora_A"):
-                self._terms.append(Full(weight, operator))
+                self._terms.append(Full(module, operator))
             for key, lora_A in getattr(module, "lora_A", {}).items():
-                B = module.lora_B[key].weight
-                self._terms.append(Adapter(lora_A.weight, B, module.scaling[key], operator))
+                self._terms.append(Adapter(lora_A, module.lora_B[key], module.scaling[key], operator))
 
     def after_backward(self, model: nn.Module) -> None:
         value = sum(term.add_gradient_(self.lam) for term in self._terms)

@@ -74,7 +74,11 @@ class Method:
         """Called once on the unwrapped aligned model, before the optimizer exists: freeze, load or build artifacts."""
 
     def start(self, model: nn.Module) -> None:
-        """Called once before training, when the optimizer's parameters are fixed and before a checkpoint is loaded."""
+        """Called once before the first step, when the model is wrapped and a checkpoint is loaded.
+
+        Under FSDP2 `setup` saw whole parameters, and from here on they are DTensors of which this rank holds some rows
+        (cwac/ranks.py): a method that edits weights or gradients looks them up by their module, not before.
+        """
 
     def batch(self, batch: Batch, step: int, part: tuple[int, int]) -> Batch:
         """The micro-batch to train on; long [B, T], label -100 = no loss.
@@ -102,14 +106,14 @@ class Method:
         """The optimizer has stepped; parameters may be edited; runs under no_grad."""
 
     def finish(self, model: nn.Module) -> None:
-        """Called once after training, for post-hoc methods."""
+        """Called once after training, on rank 0 alone, with whole parameters: for post-hoc methods."""
 
     def prompt(self, messages: Messages) -> Messages:
         """The conversation as it is served at inference."""
         return messages
 
     def state_dict(self) -> dict:
-        """What resuming needs beyond the seed, the step and the weights."""
+        """What resuming needs beyond the seed, the step and the weights; asked of every rank, kept for rank 0."""
         return {}
 
     def load_state_dict(self, state: dict) -> None: ...
@@ -122,6 +126,15 @@ class Method:
 def draw(n: int, k: int, seed: int, step: int) -> list[int]:
     """k of n indices without replacement, a function of (seed, step) alone, so that resuming is exact."""
     return random.Random(f"{seed}-{step}").sample(range(n), min(k, n))
+
+
+def share_of(chosen: list[int], context: Context) -> tuple[list[int], float]:
+    """This rank's part of what is drawn for a step, and the weight of its mean: ranks with fewer rows count less.
+
+    A rank that is left without any takes one at weight 0, because all ranks must make the same forward passes.
+    """
+    mine = chosen[context.rank :: context.world_size]
+    return (mine, len(mine) * context.world_size / len(chosen)) if mine else (chosen[:1], 0.0)
 
 
 def is_number(value) -> bool:

@@ -34,7 +34,7 @@ from torch.nn import functional
 
 from cwac.config import UsageError, UserError
 from cwac.data.tokenize import Collator, encode_example, encode_prompt
-from cwac.methods.base import Context, Method, check, draw, is_number
+from cwac.methods.base import Context, Method, check, draw, is_number, share_of
 from cwac.models import decoder_layers
 from cwac.reference import Reference, check_layers, mean_over_tokens, model_layers, precise
 from cwac.sae.residuals import residuals
@@ -109,16 +109,13 @@ class CircuitBreaker(Method):
     def _mean(self, model, step: int, rows: list[list[int]], n: int, layers: list[int], measure: Callable):
         """Mean of `measure` over this rank's share of the rows drawn for the step."""
         context = self._context
-        chosen = draw(len(rows), n, context.seed, step)
-        mine = chosen[context.rank :: context.world_size]
+        mine, share = share_of(draw(len(rows), n, context.seed, step), context)
         device = next(model.parameters()).device
-        if not mine:
-            return torch.zeros((), device=device)
         batch = Collator(0)([{"input_ids": rows[i]} for i in mine])
         inputs = {k: batch[k].to(device) for k in ("input_ids", "attention_mask")}
         then = self._reference.hidden_states(inputs, layers)
         values = mean_over_tokens(measure(residuals(model, inputs, layers), then), inputs["attention_mask"])
-        return values.sum() * context.world_size / len(chosen)  # ranks with fewer rows count less
+        return share * values.mean()
 
     def _rerouted(self, model: nn.Module) -> list[int]:
         n = len(decoder_layers(model))

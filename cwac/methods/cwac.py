@@ -31,7 +31,7 @@ from torch import nn
 from cwac.anchors import anchor_rows, encode_prompts
 from cwac.artifacts import digest, load_or_build
 from cwac.config import UserError
-from cwac.methods.base import Context, Method, artifact_key, check, draw, is_number
+from cwac.methods.base import Context, Method, artifact_key, check, draw, is_number, share_of
 from cwac.models import linears
 from cwac.subspace import Constraint, fit_subspace, load_bases, save_bases
 
@@ -150,18 +150,15 @@ class CWAC(Method):
             self._setup_weight(model, context)
 
     def start(self, model: nn.Module) -> None:
-        lora = any("lora_" in name for name, _ in model.named_parameters())
-        if self._constraint is not None and lora:
-            self._constraint.project_weights_()  # LoRA's A starts at random, and may not read V
+        if self._constraint is not None:
+            self._constraint.keep_own_rows()
 
     def penalty(self, model: nn.Module, step: int) -> torch.Tensor | None:
         if self.activation is None:
             return None
         context = self._context
         target = self._targets["anchors"]
-        chosen = draw(len(target), self.activation.n_prompts, context.seed, step)
-        mine = chosen[context.rank :: context.world_size]
-        share = len(mine) * context.world_size / len(chosen)  # ranks with fewer prompts count less
+        mine, share = share_of(draw(len(target), self.activation.n_prompts, context.seed, step), context)
         return self.activation.lam * share * target.loss(model, mine)
 
     def before_step(self, model: nn.Module) -> None:
@@ -199,6 +196,8 @@ class CWAC(Method):
                 "learn; lower it or use fewer anchors"
             )
         self._constraint = Constraint(modules, bases)
+        if any("lora_" in name for name, _ in model.named_parameters()):
+            self._constraint.project_weights_()  # LoRA's A starts at random, and may not read V
         if weight.freeze_others:
             freeze_others_(model, modules, self._constraint)
         ranks = sorted(b.rank for b in bases.values())
@@ -279,7 +278,7 @@ class CWAC(Method):
 
 def freeze_others_(model: nn.Module, modules: dict[str, nn.Module], constraint: Constraint) -> None:
     """Freeze what no constraint covers; what was frozen before, as by peft, stays frozen."""
-    kept = {id(p) for _, p, _, _ in constraint.entries}
+    kept = {id(layer.weight) for _, layer, _, _ in constraint.entries}
     for module in modules.values():  # with LoRA, B reads only what a constrained A lets through
         kept |= {id(layer.weight) for layer in getattr(module, "lora_B", {}).values()}
     for parameter in model.parameters():

@@ -30,6 +30,7 @@ from cwac.config import UserError
 from cwac.data.examples import Example
 from cwac.data.tokenize import Collator, Rows, pad_token_id
 from cwac.methods.base import Batch, Context, Method, draw
+from cwac.ranks import spread, whole
 
 log = logging.getLogger("cwac")
 
@@ -109,6 +110,10 @@ class Lisa(Method):
         rows = [self._guide[order[i % n]] for i in range(start, start + size)]
         return {key: value.to(batch["input_ids"].device) for key, value in self._collate(rows).items()}
 
+    def start(self, model: nn.Module) -> None:
+        parameters = dict(model.named_parameters())
+        self._reference = {name: spread(W, parameters[name]) for name, W in self._reference.items()}
+
     def after_backward(self, model: nn.Module) -> None:
         if not self.rho:
             return
@@ -121,7 +126,8 @@ class Lisa(Method):
                     p.grad.add_((p.float() - self._reference[name]).to(p.grad.dtype), alpha=self.rho)
 
     def state_dict(self) -> dict:
-        return {"reference": self._reference, "seen": sorted(self._seen)}
+        reference = {name: whole(W) for name, W in self._reference.items()}
+        return {"reference": reference, "seen": sorted(self._seen)}
 
     def load_state_dict(self, state: dict) -> None:
         self._reference, self._seen = state["reference"], set(state["seen"])

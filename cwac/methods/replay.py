@@ -24,7 +24,7 @@ from cwac.anchors import anchor_rows
 from cwac.config import UsageError, UserError
 from cwac.data.examples import Example
 from cwac.data.tokenize import IGNORE, Collator, pad_token_id
-from cwac.methods.base import Context, Method, draw
+from cwac.methods.base import Context, Method, draw, share_of
 
 POOLS = ("anchors", "step", "sae", "safety")
 """Harmful prompts that are neither poison nor held out."""
@@ -80,10 +80,9 @@ class Replay(Method):
 
     def penalty(self, model: nn.Module, step: int) -> torch.Tensor | None:
         context = self._context
-        chosen = draw(len(self._rows), self.n_prompts, context.seed, step)
-        mine = chosen[context.rank :: context.world_size]
-        if not self.lam or not mine:
+        if not self.lam:
             return None
+        mine, share = share_of(draw(len(self._rows), self.n_prompts, context.seed, step), context)
         batch = self._collate([self._rows[i] for i in mine])
         batch = {key: value.to(next(model.parameters()).device) for key, value in batch.items()}
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
@@ -92,7 +91,6 @@ class Replay(Method):
             logits[:, :-1].transpose(1, 2), target, ignore_index=IGNORE, reduction="none"
         )  # [B, T - 1]
         per_prompt = losses.sum(1) / (target != IGNORE).sum(1)  # [B]
-        share = len(mine) * context.world_size / len(chosen)  # ranks with fewer prompts count less
         return self.lam * share * per_prompt.mean()
 
     def report(self, model: nn.Module) -> list[dict]:

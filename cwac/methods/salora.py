@@ -34,6 +34,7 @@ from cwac.config import UsageError, UserError
 from cwac.data.examples import Example
 from cwac.methods.base import Context, Method
 from cwac.models import base_layer, linears
+from cwac.ranks import local, spread, whole
 from cwac.subspace import capture
 
 
@@ -93,7 +94,7 @@ class SaLoRA(Method):
         self._n_harmful = len(context.pools.anchors[: self.n_prompts])
         safe = leading_outputs(model, harmful, adapted, self.safety_rank)
         self._energy = min(energy for _, energy in safe.values())
-        self._entries = [(m.lora_B[key].weight, safe[n][0]) for n, m in adapted.items() for key in m.lora_A]
+        self._entries = [(m.lora_B[key], safe[n][0]) for n, m in adapted.items() for key in m.lora_A]
         if self.task_rank is not None:
             task = leading_outputs(model, encode_prompts(context, self._task, True), adapted, self.task_rank)
             with torch.no_grad():
@@ -101,12 +102,12 @@ class SaLoRA(Method):
                     start_(module, safe[name][0], task[name][0])
 
     def after_backward(self, model: nn.Module) -> None:
-        for B, U in self._entries:
-            project_(B.grad, U)
+        for layer, U in self._entries:
+            project_(layer.weight.grad, U)
 
     def after_step(self, model: nn.Module) -> None:
-        for B, U in self._entries:
-            project_(B, U)
+        for layer, U in self._entries:
+            project_(layer.weight, U)
 
     def report(self, model: nn.Module) -> list[dict]:
         return [{"metric": "safety_energy", "set": "train", "value": self._energy}]
@@ -153,4 +154,5 @@ def start_(module: nn.Module, U_C: torch.Tensor, U_t: torch.Tensor) -> None:
 
 def project_(B: torch.Tensor, U: torch.Tensor) -> None:
     """B <- C B = B - U (U^T B), in place."""
-    B.sub_((U @ (U.T @ B.float())).to(B.dtype))
+    change = U @ (U.T @ whole(B).float())
+    local(B).sub_(local(spread(change, B)).to(B.dtype))

@@ -141,7 +141,7 @@ class SafetyTarget:
 
         Summed over latents, averaged over positions, then over prompts; the caller multiplies by lambda.
         """
-        if not len(indices):  # a rank that drew no prompt this step
+        if not len(indices):
             return torch.zeros((), device=device_of(model))
         a, prompts, _, mask, u = self._read(model, indices)
         base = self._stack(prompts, "z", a)
