@@ -47,7 +47,7 @@ NOT_IDENTITY = {
 }
 """Keys of those groups that change what is logged, kept or evaluated, not what is trained."""
 
-NEUTRAL: dict[str, Any] = {"model.lora": None, "train.max_steps": -1}
+NEUTRAL: dict[str, Any] = {"model.lora": None, "model.load_in_4bit": False, "train.max_steps": -1}
 """A key at its neutral value is left out of the identity, so that a new option orphans no finished run."""
 
 
@@ -81,8 +81,8 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
         key: canonical(value)
         for key, value in sorted(flat.items())
         if key not in NOT_IDENTITY
-        # the first are resolved under the method that uses them, the second are for scoring
-        and not key.startswith(("model.sae.", "task.aliases."))
+        # resolved under the method that uses them; for estimates of cost; for scoring
+        and not key.startswith(("model.sae.", "model.shape.", "task.aliases."))
         and not key.endswith("._target_")
         and not (key in NEUTRAL and canonical(value) == canonical(NEUTRAL[key]))
     }
@@ -241,10 +241,16 @@ def validate(cfg: DictConfig) -> None:
         raise UsageError(
             f"model.path={cfg.model.get('path')} is not a folder; give +model.path=<a saved model's folder>"
         )
-    if OmegaConf.select(cfg, "method.weight") is not None and cfg.model.dtype != "float32":
+    lora = OmegaConf.select(cfg, "model.lora")
+    if OmegaConf.select(cfg, "method.weight") is not None and cfg.model.dtype != "float32" and not lora:
         raise UsageError(
-            f"model.dtype={cfg.model.dtype} rounds a projected update away; method={cfg.method.name} needs fp32: "
-            "use model.dtype=float32"
+            f"model.dtype={cfg.model.dtype} rounds a projected update away; method={cfg.method.name} needs fp32 "
+            "masters: use model.dtype=float32 with train.bf16=true, or train an adapter, which is fp32 (model.lora)"
+        )
+    if OmegaConf.select(cfg, "model.load_in_4bit") and not lora:
+        raise UsageError(
+            "model.load_in_4bit=true holds weights that cannot be trained; train an adapter on them, e.g. "
+            "model.lora='{r: 8, alpha: 16, target_modules: all-linear}' (QLoRA), or use model.load_in_4bit=false"
         )
     for metric, weight in cfg.objective.items():
         if metric not in OBJECTIVE or isinstance(weight, bool) or not isinstance(weight, int | float):

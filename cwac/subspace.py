@@ -216,6 +216,11 @@ class Constraint:
             lora = getattr(module, "lora_A", None)
             weights = [module.weight] if lora is None else [layer.weight for layer in lora.values()]
             for weight in weights:
+                if weight.dtype not in (torch.float32, torch.float64):
+                    raise UserError(
+                        f"{name} is held in {str(weight.dtype).removeprefix('torch.')}, where a projected update of "
+                        "usual size rounds away; load the model in float32 and compute in bf16 by autocast (bf16=True)"
+                    )
                 if group not in moved:
                     moved[group] = bases[group].V.to(weight.device)
                 V = moved[group]
