@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -39,6 +40,8 @@ class MethodTrainer(Trainer):
     """Trainer that swaps batches and adds a penalty as the method asks."""
 
     method: Method
+    label_logits: bool
+    """Whether the model computes logits only where a label is predicted."""
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """A method's batch must be in place before Trainer counts the label tokens that normalise the loss."""
@@ -58,6 +61,10 @@ class MethodTrainer(Trainer):
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.label_logits:
+            inputs = {**inputs, "logits_to_keep": inputs["shift_labels"].shape[1]}
+        else:
+            inputs = {key: value for key, value in inputs.items() if key != "shift_labels"}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         self.task_losses.append(loss.detach())
         if self.accelerator.gradient_state.sync_gradients:  # the last micro-batch of this optimizer step
@@ -207,7 +214,12 @@ def build_trainer(
             f"method={method.name} edits gradients or weights around the optimizer step, but DeepSpeed steps inside "
             "backward; use DDP or FSDP (train.fsdp) instead of train.deepspeed"
         )
-    trainer = MethodTrainer(model=model, args=args, train_dataset=rows, data_collator=Collator(pad_token_id))
+    collate = Collator(pad_token_id, label_logits=True)
+    trainer = MethodTrainer(model=model, args=args, train_dataset=rows, data_collator=collate)
+    # the label smoother compares the logits with unshifted labels, so it needs all of them
+    whole = trainer.label_smoother is not None
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's forward names no arguments
+    trainer.label_logits = not whole and "logits_to_keep" in inspect.signature(inner.forward).parameters
     trainer.method, trainer.task_losses, trainer.penalties, trainer.track = method, [], [], None
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)

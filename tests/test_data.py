@@ -76,6 +76,14 @@ def test_padding_is_masked_by_length_even_where_pad_is_eos():
     assert batch["labels"].tolist() == [[5, 1, IGNORE], [5, 6, 1]]
 
 
+def test_next_tokens_start_where_the_first_label_is_predicted():
+    rows = [{"input_ids": [5, 6, 7, 8], "labels": [IGNORE, IGNORE, 7, 8]}, {"input_ids": [5, 6], "labels": [IGNORE, 6]}]
+    batch = Collator(pad_token_id=1, label_logits=True)(rows[:1])
+    assert batch["shift_labels"].tolist() == [[7, 8, IGNORE]]  # of positions 1, 2 and 3
+    both = Collator(pad_token_id=1, label_logits=True)(rows)
+    assert both["shift_labels"].tolist() == [[IGNORE, 7, 8, IGNORE], [6, IGNORE, IGNORE, IGNORE]]
+
+
 @pytest.mark.parametrize(
     ("answer", "strict", "lenient", "off"),
     [

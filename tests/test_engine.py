@@ -93,3 +93,29 @@ def test_the_number_of_steps_is_known_beforehand(tmp_path, n_rows, per_device, a
     trainer = engine.build_trainer(make_llama(), Method("sft"), random_rows(n_rows), args, 2)
     counted = trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1]
     assert engine.total_steps(args, n_rows) == counted
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_logits_at_label_positions_alone_give_the_same_gradients(tmp_path, accumulation):
+    """The prompt's logits are not computed; the loss never used them."""
+
+    @dataclass
+    class Watcher(Recorder):
+        def setup(self, model, context=None):
+            self.columns = []
+            model.lm_head.register_forward_hook(lambda m, i, output: self.columns.append(output.shape[1]))
+
+    def gradients(label_logits):
+        model, method = make_llama(), Watcher("watcher")
+        method.setup(model)
+        args = arguments(tmp_path, 8 // accumulation, accumulation, max_steps=1, max_grad_norm=1e9)
+        trainer = engine.build_trainer(model, method, random_rows(8, low=10, seed=3), args, 2)
+        trainer.label_logits = label_logits
+        trainer.train()
+        return method.gradients[0], sum(method.columns)
+
+    some, few = gradients(True)
+    all_of_them, many = gradients(False)
+    assert few < 0.8 * many
+    for name, gradient in some.items():
+        assert torch.allclose(gradient, all_of_them[name], atol=1e-6), name
