@@ -158,8 +158,8 @@ def build(cfg: DictConfig, architecture: PretrainedConfig, where: torch.device |
         model = AutoModelForCausalLM.from_config(
             architecture, dtype=DTYPES[cfg.model.dtype], attn_implementation=cfg.model.get("attention")
         )
-    model.tie_weights()
-    return add_lora(model, cfg.model.lora).to(where) if cfg.model.get("lora") else model
+        model.tie_weights()
+        return add_lora(model, cfg.model.lora) if cfg.model.get("lora") else model
 
 
 def prepare(cfg: DictConfig, folder: str = "", **settings) -> tuple[TrainingArguments, Method]:
