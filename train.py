@@ -72,7 +72,7 @@ def execute(cfg: DictConfig, run: Run) -> float | None:
     from cwac.data.pools import manifest
     from cwac.data.tasks import load_task
     from cwac.data.tokenize import Rows, pad_token_id
-    from cwac.engine import total_steps, train, training_arguments
+    from cwac.engine import check_precision, total_steps, train, training_arguments
     from cwac.evaluation.evaluate import Evaluator
     from cwac.models import load_aligned, weights_hash
     from cwac.tracking import Tracker
@@ -84,6 +84,7 @@ def execute(cfg: DictConfig, run: Run) -> float | None:
         logging.getLogger("cwac").setLevel(logging.WARNING)
     method = instantiate(cfg.method)
     arguments = training_arguments(cfg, run)
+    check_precision(cfg, arguments, method)
     set_seed(cfg.seed)
     context = open_context(cfg)
     pools, loaded = context.pools, context.loaded

@@ -53,7 +53,7 @@ NOT_IDENTITY = {
 LAYOUT = ("train.fsdp", "train.ddp_")
 """How ranks share the work, which changes no more than rounding."""
 
-NEUTRAL: dict[str, Any] = {"model.lora": None, "train.max_steps": -1}
+NEUTRAL: dict[str, Any] = {"model.lora": None, "model.load_in_4bit": False, "train.max_steps": -1}
 """A key at its neutral value is left out of the identity, so that a new option orphans no finished run."""
 
 
@@ -87,8 +87,8 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
         key: canonical(value)
         for key, value in sorted(flat.items())
         if key not in NOT_IDENTITY
-        # the first are resolved under the method that uses them, the next are for scoring
-        and not key.startswith(("model.sae.", "task.aliases.", *LAYOUT))
+        # resolved under the method that uses them; for estimates of cost; for scoring; how work is shared
+        and not key.startswith(("model.sae.", "model.shape.", "task.aliases.", *LAYOUT))
         and not key.endswith("._target_")
         and not (key in NEUTRAL and canonical(value) == canonical(NEUTRAL[key]))
     }
@@ -252,10 +252,16 @@ def validate(cfg: DictConfig) -> None:
             f"train.fsdp={cfg.train.fsdp} shards a model over several processes; start them with torchrun "
             "--nproc_per_node=<GPUs> train.py ..., or leave parallel=fsdp2 out"
         )
-    if OmegaConf.select(cfg, "method.weight") is not None and cfg.model.dtype != "float32":
+    lora = OmegaConf.select(cfg, "model.lora")
+    if OmegaConf.select(cfg, "method.weight") is not None and cfg.model.dtype != "float32" and not lora:
         raise UsageError(
-            f"model.dtype={cfg.model.dtype} rounds a projected update away; method={cfg.method.name} needs fp32: "
-            "use model.dtype=float32"
+            f"model.dtype={cfg.model.dtype} rounds a projected update away; method={cfg.method.name} needs fp32 "
+            "masters: use model.dtype=float32 with train.bf16=true, or train an adapter, which is fp32 (model.lora)"
+        )
+    if OmegaConf.select(cfg, "model.load_in_4bit") and not lora:
+        raise UsageError(
+            "model.load_in_4bit=true holds weights that cannot be trained; train an adapter on them, e.g. "
+            "model.lora='{r: 8, alpha: 16, target_modules: all-linear}' (QLoRA), or use model.load_in_4bit=false"
         )
     for metric, weight in cfg.objective.items():
         if metric not in OBJECTIVE or isinstance(weight, bool) or not isinstance(weight, int | float):

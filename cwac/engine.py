@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.util
 import inspect
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import fields
@@ -287,6 +289,26 @@ def shared_batch(given: dict, world_size: int) -> dict[str, int]:
         "per_device_train_batch_size": rows * split // world_size,
         "gradient_accumulation_steps": micro // split,
     }
+
+
+def check_precision(cfg: DictConfig, args: TrainingArguments, method: Method) -> None:
+    """Refuse what would train wrongly or fail late, before a model is loaded; raises UserError."""
+    edits = [h for h in ("after_backward", "before_step") if getattr(type(method), h) is not getattr(Method, h)]
+    if args.fp16 and edits:
+        raise UsageError(
+            f"train.fp16=true multiplies gradients by a loss scale that {edits[0]} of method={method.name}, an edit "
+            "of them, does not know; use train.bf16=true"
+        )
+    quantised = bool(cfg.model.get("load_in_4bit"))
+    if quantised and method.needs_base_weights:
+        raise UsageError(
+            f"model.load_in_4bit=true: method={method.name} reads or edits the base's weights, which 4 bits do not "
+            "hold; use model.load_in_4bit=false"
+        )
+    key = "model.load_in_4bit=true" if quantised else f"train.optim={args.optim.value}"
+    needed = quantised or re.search("^paged|bnb|^adamw_8bit|^lion|^ademamix", args.optim.value)
+    if needed and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"{key} needs bitsandbytes, which is not installed; pip install 'cwac[gpu]'")
 
 
 def steps_per_epoch(args: TrainingArguments, rows: int) -> int:

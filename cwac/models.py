@@ -53,7 +53,8 @@ class Loaded:
 def load(cfg, artifacts: Path, seed: int = 0) -> Loaded:
     """Load `cfg.model`; builds or downloads what is missing, once.
 
-    cfg: the `model` group: `kind` (tiny | smollm2 | hub | folder), `dtype`, `lora` and the kind's own keys.
+    cfg: the `model` group: `kind` (tiny | smollm2 | hub | folder), `dtype`, `lora`, `load_in_4bit` and the kind's own
+    keys.
     seed: of a LoRA adapter's initialisation. Raises UserError for a folder without a model and a hub out of reach.
     """
     if cfg.kind == "tiny":
@@ -77,6 +78,12 @@ def load(cfg, artifacts: Path, seed: int = 0) -> Loaded:
     else:
         loaded = _from_hub(cfg)
     loaded.key["dtype"] = cfg.dtype
+    if cfg.get("load_in_4bit"):
+        from peft import prepare_model_for_kbit_training
+
+        loaded.key["load_in_4bit"] = True
+        # the norms and the head go to fp32; Trainer turns checkpointing on by itself
+        loaded.model = prepare_model_for_kbit_training(loaded.model, use_gradient_checkpointing=False)
     if cfg.get("lora"):
         torch.manual_seed(seed)  # peft draws A here; building an artifact on the way must not move the draw
         loaded.model = add_lora(loaded.model, cfg.lora)
@@ -86,7 +93,11 @@ def load(cfg, artifacts: Path, seed: int = 0) -> Loaded:
 def _from_folder(folder: Path, cfg, key: dict, base: str | None = None) -> Loaded:
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=DTYPES[cfg.dtype], attn_implementation=cfg.get("attention"), local_files_only=True
+            folder,
+            dtype=DTYPES[cfg.dtype],
+            attn_implementation=cfg.get("attention"),
+            quantization_config=quantization(DTYPES[cfg.dtype]) if cfg.get("load_in_4bit") else None,
+            local_files_only=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -106,10 +117,28 @@ def _from_hub(cfg) -> Loaded:
     return loaded
 
 
+def quantization(compute: torch.dtype):
+    """QLoRA's storage (arXiv:2305.14314, section 3): 4-bit NormalFloat with doubly quantised scales.
+
+    compute: the dtype that matrices are multiplied in.
+    """
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
+
+
 def load_aligned(loaded: Loaded) -> PreTrainedModel:
     """A second copy of the weights the run started from, for comparing; without LoRA, in evaluation mode."""
     reference = AutoModelForCausalLM.from_pretrained(
-        loaded.source, dtype=torch.float32, attn_implementation=loaded.model.config._attn_implementation
+        loaded.source,
+        dtype=torch.float32,
+        attn_implementation=loaded.model.config._attn_implementation,
+        quantization_config=quantization(torch.float32) if loaded.key.get("load_in_4bit") else None,
     )
     return reference.to(loaded.model.device).eval()
 
@@ -244,6 +273,13 @@ def linears(model: nn.Module, kinds, layers=None, key: str = "method.weight.modu
 def base_layer(module: nn.Module) -> nn.Module:
     """The plain layer inside a peft wrapper, or the module itself."""
     return getattr(module, "base_layer", module)
+
+
+def plain_weight(module: nn.Module) -> torch.Tensor:
+    """The weight [d_out, d_in] of a linear layer below its adapter, detached, and dequantised if held in 4 bits."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    return dequantize_module_weight(base_layer(module)).detach()
 
 
 def trains(module: nn.Module) -> bool:

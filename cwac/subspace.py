@@ -217,10 +217,10 @@ class Constraint:
             lora = getattr(module, "lora_A", None)
             for layer in [base_layer(module)] if lora is None else lora.values():
                 weight = layer.weight
-                if weight.dtype != torch.float32:
+                if weight.dtype not in (torch.float32, torch.float64):
                     raise UserError(
-                        f"{name} trains in {weight.dtype}, which rounds a projected update away; load the model with "
-                        "dtype=float32 and let bf16=True (train.bf16) lower the precision of the passes alone"
+                        f"{name} is held in {str(weight.dtype).removeprefix('torch.')}, where a projected update of "
+                        "usual size rounds away; load the model in float32 and compute in bf16 by autocast (bf16=True)"
                     )
                 if group not in moved:
                     moved[group] = bases[group].V.to(weight.device)

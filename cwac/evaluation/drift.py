@@ -18,13 +18,13 @@ import torch
 from torch import nn
 
 from cwac.data.tokenize import Collator
-from cwac.models import base_layer, decoder_layers, evaluating, linears
+from cwac.models import decoder_layers, evaluating, linears, plain_weight
 from cwac.subspace import capture
 
 
 def merged_weight(module: nn.Module) -> torch.Tensor:
     """The effective weight [d_out, d_in] of a plain or a LoRA-wrapped linear layer, in float64."""
-    weight = base_layer(module).weight.detach().double()
+    weight = plain_weight(module).double()
     for name, lora_A in getattr(module, "lora_A", {}).items():
         weight = weight + module.scaling[name] * module.lora_B[name].weight.double() @ lora_A.weight.detach().double()
     return weight
@@ -38,7 +38,7 @@ def weight_leak(model: nn.Module, reference: nn.Module, rows: Sequence[dict]) ->
     """
     now, then = linears(model, "all"), linears(reference, "all")
     # the difference in float64, its products in float32: rounding there (1e-7) stays below any leak that matters
-    delta = {name: (merged_weight(now[name]) - then[name].weight.double()).float() for name in then}
+    delta = {name: (merged_weight(now[name]) - plain_weight(then[name]).double()).float() for name in then}
     moved = {name: then[name] for name in then if delta[name].any()}
     out = dict.fromkeys(moved, 0.0)
     total = dict.fromkeys(moved, 0.0)
@@ -52,7 +52,7 @@ def weight_leak(model: nn.Module, reference: nn.Module, rows: Sequence[dict]) ->
     for name in then:
         norm = float(delta[name].norm())
         leak = (out[name] / total[name]) ** 0.5 / norm if name in moved else 0.0
-        result[name] = {"leak": leak, "change": norm / float(then[name].weight.double().norm())}
+        result[name] = {"leak": leak, "change": norm / float(plain_weight(then[name]).double().norm())}
     return result
 
 

@@ -135,6 +135,7 @@ class AsFT(Method):
     """Share of ||V||_F^2 that `projector_k` keeps."""
 
     needs_step_hooks: ClassVar[bool] = True
+    needs_base_weights: ClassVar[bool] = True
 
     def __post_init__(self):
         if not is_number(self.lam) or self.lam < 0:

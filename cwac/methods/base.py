@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -49,6 +49,29 @@ class Context:
 
 
 @dataclass
+class Sizes:
+    """What a rehearsal cannot know, since it has no data; also the context it runs in."""
+
+    prompt_tokens: int = 64
+    """Of each harmful prompt in a penalty's batch, its template included."""
+    rank_share: float = 0.5
+    """Rank of V over the dimension of its input; measured at energy 0.99: SmolLM2 0.52, the embedded model 0.25."""
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+
+
+@dataclass
+class Rehearsal:
+    """What a method takes beside the model, in parts."""
+
+    held: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    """Tensors that stay through the training."""
+    before: dict[str, float] = field(default_factory=dict)
+    """Bytes that `setup` needs for a time, each part by itself, beside the model."""
+
+
+@dataclass
 class Method:
     """Plain fine-tuning. A defence overrides only the hooks it needs; none calls super()."""
 
@@ -58,6 +81,9 @@ class Method:
     needs_step_hooks: ClassVar[bool] = False
     """True where after_backward, before_step or after_step is used; such a method refuses DeepSpeed, which steps
     inside backward."""
+
+    needs_base_weights: ClassVar[bool] = False
+    """True where W itself is read or edited, not only what passes through it; such a method refuses a 4-bit base."""
 
     def extra_data(self) -> dict[str, int]:
         """How much it saw of what SFT does not see, by the names of EXTRA_DATA; asked after `setup`."""
@@ -72,6 +98,13 @@ class Method:
 
     def setup(self, model: nn.Module, context: Context) -> None:
         """Called once on the unwrapped aligned model, before the optimizer exists: freeze, load or build artifacts."""
+
+    def rehearse(self, model: nn.Module, sizes: Sizes) -> Rehearsal:
+        """`setup` with stand-ins of the right shapes: experiments/cost.py then runs the other hooks without data.
+
+        model: random or fake. A method that overrides `setup` alone is estimated without what it keeps, which is said.
+        """
+        return Rehearsal()
 
     def start(self, model: nn.Module) -> None:
         """Called once before the first step, when the model is wrapped and a checkpoint is loaded.

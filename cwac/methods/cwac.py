@@ -31,9 +31,9 @@ from torch import nn
 from cwac.anchors import anchor_rows, encode_prompts
 from cwac.artifacts import digest, load_or_build
 from cwac.config import UserError
-from cwac.methods.base import Context, Method, artifact_key, check, draw, is_number, share_of
-from cwac.models import linears
-from cwac.subspace import Constraint, fit_subspace, load_bases, save_bases
+from cwac.methods.base import Context, Method, Rehearsal, Sizes, artifact_key, check, draw, is_number, share_of
+from cwac.models import base_layer, input_group, linears
+from cwac.subspace import Basis, Constraint, fit_subspace, load_bases, save_bases
 
 
 @dataclass
@@ -148,6 +148,39 @@ class CWAC(Method):
             self._setup_activation(model, context)
         if self.weight is not None:
             self._setup_weight(model, context)
+
+    def rehearse(self, model: nn.Module, sizes: Sizes) -> Rehearsal:
+        self._context, found = sizes, Rehearsal()
+        if self.activation is not None:
+            from cwac.sae import RoutedSAE, SAEConfig, SafetyTarget, slots_of
+
+            activation, config = self.activation, SAEConfig(**self.activation.sae)
+            d = model.get_input_embeddings().embedding_dim
+            slots = slots_of(model, config.slots)
+            with model.device:
+                sae = RoutedSAE(d, config.m or 8 * d, config.latents(d), slots, config.router).requires_grad_(False)
+            for parameter in sae.parameters():  # written to, or the operating system gives no memory
+                parameter.fill_(1 / d)
+            target = (activation.n_latents, activation.n_prompts, sizes.prompt_tokens, activation.gate)
+            self._targets["anchors"] = SafetyTarget.stand_in(sae, *target)
+            found.held["SAE"] = list(sae.parameters())
+            # weights, gradients, two moments; and the tokens it is fitted on
+            fitted = 4 * sum(p.nbytes for p in sae.parameters())
+            tokens = config.tokens if config.cached_tokens is None else min(config.cached_tokens, config.tokens)
+            found.before["fit of the SAE"] = fitted + min(config.buffer_gib * 2**30, 2 * len(slots) * d * tokens)
+        if self.weight is not None:
+            modules = linears(model, self.weight.modules, self.weight.layers)
+            dims = {input_group(name): base_layer(module).in_features for name, module in modules.items()}
+            bases = {
+                name: Basis(torch.eye(d, max(1, round(sizes.rank_share * d))), 1.0, 1) for name, d in dims.items()
+            }
+            self._constraint = Constraint(modules, bases)
+            if self.weight.freeze_others:
+                freeze_others_(model, modules, self._constraint)
+            moved = {id(V): V for _, _, V, _ in self._constraint.entries}.values()
+            found.held["V and A of the constraint"] = [*moved, *(A for *_, A in self._constraint.entries)]
+            found.before["fit of the subspaces"] = sum(8 * d * d for d in dims.values())  # covariances in float64
+        return found
 
     def start(self, model: nn.Module) -> None:
         if self._constraint is not None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -67,6 +68,8 @@ class SafeLoRA(Method):
     number: int = 10
     modules: Sequence[str] | str = "all"
     """`all`, or names of linear layers."""
+
+    needs_base_weights: ClassVar[bool] = True
 
     def __post_init__(self):
         if self.select not in ("threshold", "number"):

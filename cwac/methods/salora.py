@@ -54,6 +54,7 @@ class SaLoRA(Method):
     """Tokens of the aligned model's own refusal that follow each harmful prompt."""
 
     needs_step_hooks: ClassVar[bool] = True
+    needs_base_weights: ClassVar[bool] = True
 
     def __post_init__(self):
         for key, low in (

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -54,6 +55,8 @@ class Vaccine(Method):
     learning_rate: float = 1e-4
     weight_decay: float = 0.1
     harmless_per_refusal: int = 2
+
+    needs_base_weights: ClassVar[bool] = True
 
     def __post_init__(self):
         for key, low, kinds in (

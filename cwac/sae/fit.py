@@ -79,6 +79,10 @@ class SAEConfig:
         if self.backend not in ("auto", "csr", "dense"):
             raise UserError(f"model.sae.backend={self.backend!r}: use auto, csr or dense")
 
+    def latents(self, d: int) -> int:
+        """Active latents k for residuals of dimension d."""
+        return self.k or (64 if d >= 512 else max(4, d // 8))
+
     def learning_rate(self, steps: int) -> float:
         if self.lr is not None:
             return self.lr
@@ -247,7 +251,7 @@ def fit_sae(
         raise UserError("the SAE has no text to be fitted on: give it general rows or harmful prompts")
     with torch.no_grad():
         d = residuals(model, next(batches((rows or harmful_rows)[:1], device_of(model)))[1], slots).shape[-1]
-    k = cfg.k or (64 if d >= 512 else max(4, d // 8))
+    k = cfg.latents(d)
     info = {"model_fingerprint": fingerprint(model), "config": asdict(cfg)}
     sae = RoutedSAE(d, cfg.m or 8 * d, k, slots, cfg.router, info)
     generator = torch.Generator().manual_seed(cfg.seed)

@@ -10,6 +10,7 @@ further average. Latents are read from LayerNormed residuals, so lambda has othe
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -59,12 +60,16 @@ class SafetyTarget:
     def __init__(self, sae: RoutedSAE, latents: Sequence[int], gate: Gate, units: str, prompts: list[_Prompt]):
         self.sae, self.gate, self.units, self.prompts = sae, gate, units, prompts
         self.latents = torch.as_tensor(list(latents), dtype=torch.long)
-        used = torch.stack([p.weights.amax(0) for p in prompts]).amax(0) > 0
-        self.used = used.nonzero().flatten().tolist()  # slots nobody is routed to are not computed
-        energy = torch.stack([p.z.pow(2).sum(-1).mean() for p in prompts]).mean().item()
-        self.baseline_energy = energy
-        if units == "relative" and energy == 0:
-            raise UserError("method.activation.units=relative: no latent fires on the prompts; use units=raw")
+
+    @cached_property
+    def used(self) -> list[int]:
+        """Slots, by their number in `sae.slots`; those that nobody is routed to are not computed."""
+        return (torch.stack([p.weights.amax(0) for p in self.prompts]).amax(0) > 0).nonzero().flatten().tolist()
+
+    @cached_property
+    def baseline_energy(self) -> float:
+        """Mean over prompts of sum_S z_base^2."""
+        return torch.stack([p.z.pow(2).sum(-1).mean() for p in self.prompts]).mean().item()
 
     @classmethod
     def build(
@@ -112,7 +117,19 @@ class SafetyTarget:
                 tau = top.values[:, -1].clamp_min(0)
                 cached = (weights, z, pre[:, chosen], z > 0, tau, raw)
                 prompts.append(_Prompt(ids, where, *(t.cpu() for t in cached)))
-        return cls(sae, latents, gate, units, prompts)
+        target = cls(sae, latents, gate, units, prompts)
+        if units == "relative" and target.baseline_energy == 0:
+            raise UserError("method.activation.units=relative: no latent fires on the prompts; use units=raw")
+        return target
+
+    @classmethod
+    def stand_in(cls, sae: RoutedSAE, n_latents: int, n_prompts: int, tokens: int, gate: Gate) -> "SafetyTarget":
+        """A target of these sizes without a model's answers, for what it costs; every slot that may be read is."""
+        w, z = torch.ones(1, len(sae.slots)), torch.ones(1, n_latents)
+        prompt = _Prompt([1] * tokens, [tokens - 1], w, z, z, z > 0, torch.ones(1), torch.ones(1, sae.d))
+        target = cls(sae, range(n_latents), gate, "raw", [prompt] * n_prompts)
+        target.used = list(range(len(sae.slots))) if sae.router is not None else [sae.fixed]
+        return target
 
     def save(self, folder: Path) -> None:
         """Write `targets.safetensors`, which depends neither on the gate nor on the units."""
@@ -154,7 +171,8 @@ class SafetyTarget:
             tau = self._stack(prompts, "tau", a).unsqueeze(-1)
             q = torch.where(active | (a > tau * (1 + MARGIN)), a, 0.0)
         else:
-            z = self.sae.dense(u)[..., self.latents.to(u.device)]
+            with full_precision(u):
+                z = self.sae.dense(u)[..., self.latents.to(u.device)]
             q = z if self.gate == "topk" else torch.where(active, a, z)
         loss = self._mean((q - base).pow(2).sum(-1), mask)
         return loss / self.baseline_energy if self.units == "relative" else loss
@@ -202,11 +220,13 @@ class SafetyTarget:
         lengths = torch.tensor([len(p.positions) for p in prompts], device=r.device)
         mask = torch.arange(where.shape[1], device=r.device) < lengths.unsqueeze(1)  # [B, Q]
         weights = self._stack(prompts, "weights", x)[..., self.used].unsqueeze(-1)
-        self.sae.to(device=x.device, dtype=x.dtype)
+        if (self.sae.w_enc.device, self.sae.w_enc.dtype) != (x.device, x.dtype):
+            self.sae.to(device=x.device, dtype=x.dtype)
         u = (weights * x).sum(-2)
         latents = self.latents.to(u.device)
         # only the |S| rows of the encoder: the other latents matter to `topk` and `union` alone
-        a = nn.functional.linear(u - self.sae.b_pre, self.sae.w_enc[latents], self.sae.b_enc[latents])
+        with full_precision(u):
+            a = nn.functional.linear(u - self.sae.b_pre, self.sae.w_enc[latents], self.sae.b_enc[latents])
         return a, prompts, (weights * r).sum(-2), mask, u
 
     @staticmethod
@@ -218,6 +238,11 @@ class SafetyTarget:
     def _mean(values: Tensor, mask: Tensor) -> Tensor:
         """Mean over the positions of each prompt, then over prompts; values and mask [B, Q]."""
         return ((values * mask).sum(1) / mask.sum(1)).mean()
+
+
+def full_precision(u: Tensor) -> torch.autocast:
+    """Features in their own dtype also under autocast: in bf16 their rounding would count as drift."""
+    return torch.autocast(u.device.type, enabled=False)
 
 
 def locate(row: Row, positions: str) -> tuple[list[int], list[int]]:
