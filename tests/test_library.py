@@ -145,7 +145,7 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(tmp_path, artifa
     refused("model_init", change=lambda t: setattr(t, "model_init", make_llama))
     refused("padding_free=False", "lisa", lambda t: setattr(t.args, "padding_free", True))
     refused("packing=False", "safeinstr", lambda t: setattr(t.args, "packing", True))
-    refused("load the model with dtype=float32", "weight_only", lambda t: t.model.bfloat16())
+    refused("load the model in float32", "weight_only", lambda t: t.model.bfloat16())
     refused("already", change=lambda t: engine.attach(t, Method("sft")))
     with pytest.raises(UsageError, match="method.rho=-1"):
         load_method("lisa", "tiny", "method.rho=-1")
