@@ -9,13 +9,14 @@ from omegaconf import DictConfig
 from cwac.data.pools import fingerprint, load_pools
 from cwac.methods.base import Context
 from cwac.models import device, load
-from cwac.ranks import rank, world_size
+from cwac.ranks import leader_first, rank, world_size
 
 
 def open_context(cfg: DictConfig) -> Context:
     """Pools, model and tokenizer of a validated configuration; the model is on the device a run would use."""
     pools = load_pools(cfg.pools, cfg.paths.data, cfg.seed)
-    loaded = load(cfg.model, Path(cfg.paths.artifacts), cfg.seed)
+    with leader_first():  # transformers saves a model that is built on the way on rank 0 alone
+        loaded = load(cfg.model, Path(cfg.paths.artifacts), cfg.seed)
     loaded.model.to(device())
     return Context(
         tokenizer=loaded.tokenizer,

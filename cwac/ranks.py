@@ -7,8 +7,10 @@ where it is needed, because a sweep skips its finished cells without it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +43,18 @@ def wait() -> None:
         import torch.distributed as dist
 
         dist.barrier(_patient())
+
+
+@contextlib.contextmanager
+def leader_first() -> Iterator[None]:
+    """Rank 0 goes through the block before the others do: what it builds there, they find."""
+    if rank():
+        wait()
+    try:
+        yield
+    finally:
+        if not rank():
+            wait()
 
 
 @functools.cache
