@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import time
@@ -21,14 +22,17 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from cwac.artifacts import write_atomic
+from cwac.artifacts import sha256, write_atomic
 from cwac.config import UsageError, UserError
 from cwac.data.tokenize import Collator, Rows
 from cwac.methods.base import Method
 from cwac.runs import Run, append_jsonl, read_jsonl, write_jsonl
 
+log = logging.getLogger(__name__)
 COMPLETE = "complete.json"
 METHOD_STATE = "method.pt"
+PENDING = ("task_losses", "penalties")
+"""What the next line of the loss log is a mean of, kept over a resume."""
 OURS = ("max_length", "template")
 """Keys of the `train` group that are not TrainingArguments'."""
 
@@ -133,9 +137,12 @@ class MethodCallback(TrainerCallback):
         if self.trainer.is_world_process_zero():
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             torch.save(self.trainer.method.state_dict(), folder / METHOD_STATE)
-            files = {p.name: p.stat().st_size for p in folder.iterdir()}
+            files = {p.name: sha256(p) for p in folder.iterdir() if p.name != COMPLETE}
+            pending = {name: [float(x) for x in getattr(self.trainer, name)] for name in PENDING}
             # written last: a checkpoint without it was cut short and is not resumed from
-            write_atomic(folder / COMPLETE, json.dumps({"step": state.global_step, "files": files}))
+            write_atomic(
+                folder / COMPLETE, json.dumps({"step": state.global_step, "files": files, "pending": pending})
+            )
 
 
 def training_arguments(cfg: DictConfig, run: Run) -> TrainingArguments:
@@ -215,16 +222,23 @@ def train(
     callback = MethodCallback(trainer, run, at, evaluate)
     trainer.add_callback(callback)
     method.start(trainer.model)
-    checkpoint = newest_checkpoint(run.dir)
+    checkpoint, step = newest_checkpoint(run.dir), 0
     if checkpoint is not None:
-        step = json.loads((checkpoint / COMPLETE).read_text())["step"]
+        saved = json.loads((checkpoint / COMPLETE).read_text())
+        step = saved["step"]
+        for name in PENDING:
+            setattr(trainer, name, [torch.tensor(x, device=args.device) for x in saved["pending"][name]])
         method.load_state_dict(torch.load(checkpoint / METHOD_STATE, weights_only=True))
-        log_path = run.dir / "train_log.jsonl"
+    log_path = run.dir / "train_log.jsonl"
+    if log_path.exists():  # of an attempt that was cut short: its steps come again
         write_jsonl(log_path, [r for r in read_jsonl(log_path) if r["step"] <= step])
     reset_peak_memory()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     with torch.no_grad():
         method.finish(trainer.model)
+    broken = next((n for n, p in trainer.model.named_parameters() if not torch.isfinite(p).all()), None)
+    if broken is not None:  # the last step's gradient comes after the last loss
+        raise UserError(f"{broken} is not finite after training; lower train.learning_rate or the method's weight")
     ordered = sorted(callback.seconds)
     return {
         "step": trainer.state.global_step,
@@ -236,16 +250,29 @@ def train(
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The latest checkpoint whose last file was written and whose files have the sizes it names."""
+    """The latest checkpoint whose last file was written and whose files have the SHA-256 it names.
+
+    One that was cut short is passed over silently, since a run may be killed at any time; a damaged one is named.
+    """
     found = []
     for path in folder.glob("checkpoint-*"):
         try:
             entry = json.loads((path / COMPLETE).read_text())
-        except (OSError, ValueError):
+            found.append((int(entry["step"]), path, dict(entry["files"])))
+        except FileNotFoundError:
             continue
-        if all((path / n).is_file() and (path / n).stat().st_size == size for n, size in entry["files"].items()):
-            found.append((entry["step"], path))
-    return max(found)[1] if found else None
+        except (OSError, ValueError, KeyError, TypeError):
+            log.warning("%s is damaged (%s); it is not resumed from", path, COMPLETE)
+    for _, path, files in sorted(found, reverse=True):
+        odd = [
+            name
+            for name, expected in files.items()
+            if not ((path / name).is_file() and sha256(path / name) == expected)
+        ]
+        if not odd:
+            return path
+        log.warning("%s is damaged (%s); an earlier one is resumed from", path, ", ".join(odd))
+    return None
 
 
 def reset_peak_memory() -> None:

@@ -14,7 +14,7 @@ from cwac.data.examples import Example
 from cwac.data.harmful import (
     SPLITS,
     Pools,
-    _Index,
+    PromptIndex,
     assert_disjoint,
     jaccard,
     normalise_prompt,
@@ -177,7 +177,7 @@ def test_the_index_finds_exactly_the_near_duplicates(seed):
     draw = random.Random(seed)
     prompts = [" ".join(draw.choices(NOUNS[:6], k=draw.randint(1, 5))) for _ in range(draw.randint(0, 4))]
     asked = " ".join(draw.choices(NOUNS[:6], k=draw.randint(1, 5)))
-    index = _Index(0.5)
+    index = PromptIndex(0.5)
     for prompt in prompts:
         index.add(prompt)
     assert index.has_near(asked) == any(jaccard(p, asked) >= 0.5 for p in prompts)
@@ -190,7 +190,7 @@ def test_the_real_pools_are_large_enough_and_free_of_near_duplicates():
     assert min(len(v) for v in pools.test.values()) >= 60
     assert len(pools.anchors) >= 200 and len({e.source for e in pools.anchors}) >= 3
     assert len(pools.poison) >= 120
-    index = _Index(CONFIG["jaccard"])
+    index = PromptIndex(CONFIG["jaccard"])
     for rows in splits["test"].values():
         for e in rows:
             index.add(e.prompt)

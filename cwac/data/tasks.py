@@ -27,13 +27,17 @@ class Task:
     """Class name -> its other names: `strict` ones count as the label, `lenient` ones in the lenient score alone."""
 
 
-def load_task(cfg, data: str | None, seed: int, split: str = "test", avoid: Iterable[str] = ()) -> Task:
+def load_task(
+    cfg, data: str | None, seed: int, split: str = "test", avoid: Iterable[str] = (), near: float | None = None
+) -> Task:
     """`cfg.n_train` training and `cfg.n_test` test examples, fewer where the set is smaller.
 
     The test examples do not depend on the seed, so that every run is scored on the same prompts.
     split: `test`, or `validation` for tuning; the two never share a prompt.
     avoid: prompts that may not be trained on: the held-out pools, one of which comes from Alpaca, as the task does.
+    near: word-set Jaccard from which a drawn row is a near-duplicate of one of them, and dropped; None for none.
     """
+    avoid = list(avoid)
     if cfg.kind == "toy":
         from cwac.tiny.world import task
 
@@ -43,6 +47,13 @@ def load_task(cfg, data: str | None, seed: int, split: str = "test", avoid: Iter
         train, test = _real(cfg, data, seed, split, {normalised(prompt) for prompt in avoid})
     seen = {normalised(e.prompt) for e in test}
     train = [e for e in train if normalised(e.prompt) not in seen]
+    if near is not None:
+        from cwac.data.harmful import PromptIndex
+
+        index = PromptIndex(near)
+        for prompt in avoid:
+            index.add(prompt)
+        train = [e for e in train if not index.has_near(e.prompt)]
     if not train or not test:
         raise UserError(f"task={cfg.name} has {len(train)} training and {len(test)} test rows; check paths.data")
     return Task(train, test, list(cfg.get("labels") or []), dict(cfg.get("aliases") or {}))
