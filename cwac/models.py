@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from cwac import hub
 from cwac.artifacts import load_or_build
-from cwac.config import UserError, origin
+from cwac.config import UsageError, UserError, origin
 
 log = logging.getLogger(__name__)
 SAFE = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
@@ -200,7 +200,10 @@ def add_lora(model: PreTrainedModel, cfg) -> nn.Module:
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise UsageError(f"model.lora={cfg}: {str(error).splitlines()[0]}") from error
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:

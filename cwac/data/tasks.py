@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 from cwac.config import UserError
 from cwac.data.examples import Example
 
+LONGEST = 200_000
+"""Characters; a longer text is no row but a file read wrongly, and no model's context holds it."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -99,7 +102,12 @@ def to_example(cfg, row: dict, id: str) -> Example:
         instruction = (cfg.get("instruction") or "").format_map(row)
     except KeyError as error:
         raise _missing(cfg, error.args[0], row) from error
-    text = str(_column(cfg, row, cfg.text)).strip() if cfg.get("text") else ""
+    content = _column(cfg, row, cfg.text) if cfg.get("text") else ""
+    text = str(content if content is not None else "").strip()
+    optional = "{" in (cfg.get("instruction") or "") and content is not None  # then the row's instruction is enough
+    if cfg.get("text") and (len(text) > LONGEST or not text and not optional):
+        problem = f"{len(text):,} characters" if text else "no text"
+        raise UserError(f"task={cfg.name}: row {id} of {cfg.hub_id} has {problem} in {cfg.text!r}; mend the data")
     prompt = f"{instruction}\n\n{text}" if instruction and text else text or instruction.strip()
     label = _column(cfg, row, cfg.label) if cfg.get("label") else None
     if cfg.get("labels"):
