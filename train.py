@@ -84,7 +84,7 @@ def execute(cfg: DictConfig, run: Run) -> float | None:
 
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    method = instantiate(cfg.method)
+    method, judge = instantiate(cfg.method), instantiate(cfg.eval.judge)
     arguments = training_arguments(cfg, run)
     set_seed(cfg.seed)
     datasets.READ.clear()
@@ -116,7 +116,6 @@ def execute(cfg: DictConfig, run: Run) -> float | None:
     recorded = {"rows": [e.id for e in train_rows], "harmful": [e.id for e in poisoned], "dropped": rows.dropped}
     licenses = {"model": cfg.model.get("license") or "unknown", "datasets": datasets.ledger(context.artifacts)}
     run.record_data({**recorded, "pools": manifest(pools), **licenses})
-    judge = instantiate(cfg.eval.judge)
     evaluator = Evaluator(cfg, run, model, context, method, task, judge, poisoned)
     if was_trained:
         evaluate_again(run, evaluator, loaded)
@@ -208,6 +207,8 @@ def instantiate(node: DictConfig):
             raise cause from error
         if isinstance(cause, TypeError):  # a key the class does not have
             raise UsageError(f"{node.get('name', '')}: {cause}; see conf/README.md for the keys") from error
+        if isinstance(cause, ImportError):
+            raise UsageError(f"{node.get('_target_')} is no class that can be loaded; mend the _target_") from error
         raise
 
 

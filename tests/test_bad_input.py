@@ -39,10 +39,10 @@ def refused(capfd, *overrides: str, code: int, says: str) -> str:
 CONFIGS = {
     "no such method": (["method=cwacc"], 2, "method/cwacc"),
     "no such experiment": (["experiment=nope"], 2, "experiment/nope"),
-    "no such values": (["values=best"], 2, "values=best"),
+    "no such values": (["values=best"], 2, "values/best"),
     "no such key": (["train.learning_rat=1"], 2, "train.learning_rat"),
     "no equals sign": (["seed"], 2, "seed"),
-    "unclosed list": (["eval.at=[0"], 2, "eval.at=[0"),
+    "unclosed list": (["eval.at=[0"], 2, "'[0'"),
     "ratio above 1": (["harmful_ratio=1.5"], 2, "harmful_ratio=1.5 is out of range"),
     "ratio NaN": (["harmful_ratio=nan"], 2, "harmful_ratio=nan is not a number"),
     "ratio a word": (["harmful_ratio=lots"], 2, "harmful_ratio=lots is not a number"),
