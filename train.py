@@ -241,7 +241,7 @@ def cell(cfg: DictConfig) -> float | None:
         return math.inf  # the worst a sweeper can be told; NaN or None, a failed trial, ends Optuna's whole search
 
 
-STORAGE = "ENOSPC EDQUOT EROFS EACCES EPERM EIO EFBIG ENOTDIR ESTALE ENAMETOOLONG".split()
+STORAGE = "ENOSPC EDQUOT EROFS EACCES EPERM EIO EFBIG EEXIST ENOTDIR ESTALE ENAMETOOLONG".split()
 
 
 def storage_error(error: Exception) -> UserError | None:
@@ -283,6 +283,11 @@ def main() -> int:
             if "hydra/sweeper/optuna" in str(error):
                 print("Remedy: searches need the extra `tune`: pip install -e '.[tune]'", file=sys.stderr)
             return 2
+        except OSError as error:  # Hydra makes paths.runs before there is a cell
+            if (known := storage_error(error)) is None:
+                raise
+            print(f"error: {known}", file=sys.stderr)
+            return 1
         failures = read_jsonl(Path(os.environ[FAILURES]))
     if len(failures) > 1:
         print(f"error: {len(failures)} cells failed; the same command again runs only these:", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 import time
 from pathlib import Path
@@ -31,7 +32,7 @@ def refused(capfd, *overrides: str, code: int, says: str) -> str:
     captured = capfd.readouterr()
     output = captured.out + captured.err
     assert found == code, output
-    assert output.count("error: ") == 1 and says in output and "Traceback" not in output, output
+    assert len(re.findall("^error: ", output, re.M)) == 1 and says in output and "Traceback" not in output, output
     assert spent < 10
     return output
 
@@ -157,7 +158,7 @@ DATA = {
     "wrong label": ("train.json", lines({"sentence": "fine", "label": 7}), "has the label 7"),
     "null text": ("train.json", lines({"sentence": None, "label": 1}), "no text in 'sentence'"),
     "text of blanks": ("train.json", lines({"sentence": "  ", "label": 1}), "no text in 'sentence'"),
-    "mixed types": ("train.json", lines({"sentence": ["a", "b"], "label": "x"}), "could not be read"),
+    "mixed types": ("train.json", lines({"sentence": ["a", "b"], "label": "x"}), "has the label 'x'"),
     "10 MB line": ("train.json", lines({"sentence": "long " * 2_000_000, "label": 1}), "characters in 'sentence'"),
     "empty file": ("train.json", b"", "sst2"),
     "no JSON": ("train.json", b'{"sentence": "a", "label": 1}\n{"sent', "could not be read"),
@@ -343,7 +344,7 @@ OPTIONS = {
 
 
 @given(st.fixed_dictionaries(OPTIONS))
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 def test_any_combination_of_valid_options_composes_and_names_one_run(options):
     cfg = config.compose([f"{k}={v}" for k, v in options.items()])
     config.validate(cfg)

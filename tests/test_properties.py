@@ -18,7 +18,7 @@ from cwac.data.harmful import Pools, PromptIndex, assert_disjoint, jaccard, norm
 from cwac.data.mix import mix
 from cwac.subspace import project_, rank_for
 
-settings.register_profile("ours", deadline=None, derandomize=True, max_examples=60)
+settings.register_profile("ours", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("ours")
 TEXT = st.text(st.characters(codec="utf-8"), max_size=20)
 
@@ -188,7 +188,7 @@ METRICS = [
 ]
 
 
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(attempts=st.lists(st.lists(st.sampled_from(range(len(METRICS))), max_size=6), min_size=1, max_size=4))
 def test_rows_added_by_any_attempts_are_each_there_once(attempts, tmp_path_factory):
     """However often a run died and measured again, and in whatever order."""

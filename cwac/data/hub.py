@@ -49,7 +49,9 @@ def load_rows(
     where = f"paths.data={data}" if data is not None else "the hub"
     revision = _probe(hub_id) if data is None else None
     bars = datasets.utils.logging.is_progress_bar_enabled()
+    verbosity = datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what went wrong is said once, below
     try:
         if data is None:
             rows = datasets.load_dataset(source, config, split=split)
@@ -69,6 +71,7 @@ def load_rows(
             + ("compare the folder with its README" if data is not None else "or set paths.data to a local copy")
         ) from error
     finally:
+        datasets.logging.set_verbosity(verbosity)
         if bars:
             datasets.enable_progress_bars()
     missing = [c for c in columns if c not in names]
