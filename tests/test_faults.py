@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import train  # noqa: F401  what it imports must not meet a patched function first
 from analysis import collect
 from cwac import artifacts, config, engine, runs, smollm2
 from cwac.config import UserError
@@ -469,8 +470,8 @@ def test_a_test_row_of_the_task_may_not_be_trained_on(tmp_path):
 
 
 def test_a_method_that_trains_on_a_test_prompt_is_stopped(random_model, tmp_path, capfd, monkeypatch):
-    def training_data(self, train, context, rng):
-        return [*train, *next(iter(context.pools.test.values()))[:1]]
+    def training_data(self, rows, context, rng):
+        return [*rows, *next(iter(context.pools.test.values()))[:1]]
 
     monkeypatch.setattr("cwac.methods.base.Method.training_data", training_data)
     assert call(*command(random_model, tmp_path)) == 1
@@ -535,11 +536,10 @@ def test_no_secret_reaches_a_run_or_the_output(random_model, tmp_path, capfd, mo
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
 
-    def leaky(self, train, context, rng):
+    def leaky(self, model, context):
         logging.getLogger("leaky").warning("Authorization: Bearer %s", os.environ["HF_TOKEN"])
-        return train
 
-    monkeypatch.setattr("cwac.methods.base.Method.setup", lambda self, model, context: leaky(self, [], context, None))
+    monkeypatch.setattr("cwac.methods.base.Method.setup", leaky)
     other = "hf_" + "Another1" * 4
     assert call(*command(random_model, tmp_path, f"+model.note={other}")) == 0
     for path in tmp_path.rglob("*"):
