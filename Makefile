@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-full smollm2 smollm2-rivals audit claims report tables table1 table2 table3 table4 \
+.PHONY: help setup demo demo-full smollm2 smollm2-rivals audit audit-deps claims report tables table1 table2 table3 table4 \
   table5 table6 test test-slow bench lint clean
 
 PYTHON ?= python3
@@ -55,6 +55,9 @@ table1 table2 table3 table4 table5 table6: $(ENV)
 
 tables: $(ENV) ## Tables 1 to 6 from finished runs (or one: make table3 ARGS="model=tiny task=toy_sentiment")
 	for t in 1 2 3 4 5 6; do $(PY) -m analysis.paper_tables table$$t --runs runs --out results/local/table$$t $(ARGS) || true; done
+
+audit-deps: $(ENV) ## check the installed packages for known vulnerabilities (pip-audit; needs PyPI)
+	$(PY) -m pip_audit --skip-editable
 
 claims: $(ENV) ## what a frozen campaign says about the paper's claims (ARGS="--results results/demo" by default)
 	$(PY) -m analysis.claims $(or $(ARGS),--results results/demo)

@@ -7,10 +7,11 @@ python train.py -m experiment=demo                                              
 
 from __future__ import annotations
 
-import json
+import errno
 import logging
 import math
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -28,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
 from cwac import failures, ranks  # noqa: E402
 from cwac.config import CONF, UsageError, UserError, expand, instantiate, objective, run_id, validate  # noqa: E402
-from cwac.runs import Run  # noqa: E402
+from cwac.runs import Run, redact  # noqa: E402
 
 log = logging.getLogger("cwac")
 
@@ -68,6 +69,8 @@ def execute(cfg: DictConfig, run: Run) -> float | None:
 
     from cwac.anchors import anchor_rows
     from cwac.context import open_context
+    from cwac.data import hub as datasets
+    from cwac.data.harmful import assert_unseen
     from cwac.data.mix import mix
     from cwac.data.pools import manifest
     from cwac.data.tasks import load_task
@@ -82,18 +85,26 @@ def execute(cfg: DictConfig, run: Run) -> float | None:
     logging.getLogger("accelerate").setLevel(logging.WARNING)  # it tells of every file of a checkpoint in shards
     if not run.leads:
         logging.getLogger("cwac").setLevel(logging.WARNING)
-    method = instantiate(cfg.method)
+    method, judge = instantiate(cfg.method), instantiate(cfg.eval.judge)
     arguments = training_arguments(cfg, run)
     check_precision(cfg, arguments, method)
     set_seed(cfg.seed)
+    datasets.READ.clear()
     context = open_context(cfg)
     pools, loaded = context.pools, context.loaded
     model = loaded.model
     held_out = [*pools.validation, *chain(*pools.test.values(), *pools.over_refusal.values())]
-    task = load_task(cfg.task, cfg.paths.data, cfg.seed, cfg.eval.split, avoid=[e.prompt for e in held_out])
+    near = cfg.pools.get("jaccard")
+    task = load_task(cfg.task, cfg.paths.data, cfg.seed, cfg.eval.split, [e.prompt for e in held_out], near)
     mixed = mix(task.train, pools.poison, cfg.harmful_ratio, cfg.seed, cfg.mix_mode)
     train_rows = method.training_data(mixed, context, random.Random(f"method-{cfg.seed}"))
+    assert_unseen(pools, task.test, train_rows, near)
     rows = Rows(loaded.tokenizer, train_rows, cfg.train.template, cfg.train.max_length)
+    if not len(rows):
+        raise UserError(
+            f"none of the {len(train_rows)} rows has a token to learn within train.max_length={cfg.train.max_length}; "
+            "raise it"
+        )
     context.steps = total_steps(arguments, len(rows))
     if rows.dropped:
         log.warning(
@@ -108,8 +119,8 @@ def execute(cfg: DictConfig, run: Run) -> float | None:
     if run.leads:
         run.start(loaded.provenance)
         recorded = {"rows": [e.id for e in train_rows], "harmful": [e.id for e in poisoned], "dropped": rows.dropped}
-        (run.dir / "data.json").write_text(json.dumps({**recorded, "pools": manifest(pools)}, indent=1))
-    judge = instantiate(cfg.eval.judge)
+        licenses = {"model": cfg.model.get("license") or "unknown", "datasets": datasets.ledger(context.artifacts)}
+        run.record_data({**recorded, "pools": manifest(pools), **licenses})
     evaluator = Evaluator(cfg, run, model, context, method, task, judge, poisoned)
     if was_trained:
         evaluate_again(run, evaluator, loaded)
@@ -136,6 +147,7 @@ def execute(cfg: DictConfig, run: Run) -> float | None:
         costs = [{"metric": m, "set": "train", "value": cost[m]} for m in ("seconds_per_step", "memory")]
         extra = [{"metric": "extra_data", "set": of, "value": n} for of, n in method.extra_data().items()]
         run.add_rows({**at, **row, "eval": None} for row in [*costs, *extra, *method.report(model)])
+        guard = None
         if cfg.eval.drift:
             reference = load_aligned(loaded)
             try:
@@ -146,19 +158,21 @@ def execute(cfg: DictConfig, run: Run) -> float | None:
             except UserError as error:
                 log.warning("drift is not measured: %s", error)
             else:
-                evaluator.drift(reference, anchors, held, step, epoch)
+                guard = evaluator.drift(reference, anchors, held, step, epoch)
         if cfg.keep_weights:
             merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
             merged.save_pretrained(run.dir / "model")
             loaded.tokenizer.save_pretrained(run.dir / "model")
         tracker.summary(run.rows())
-        run.finish(step=step, epoch=epoch, weights_sha256=weights_hash(model))
+        run.finish(step=step, epoch=epoch, weights_sha256=weights_hash(model), guard=guard)
     return headline(run)
 
 
 def evaluate_again(run: Run, evaluator, loaded) -> None:
     """A finished run under new evaluation settings: from the kept weights, without training."""
     from transformers import AutoModelForCausalLM
+
+    from cwac.models import SAFE
 
     folder = run.dir / "model"
     status = run.status
@@ -173,7 +187,7 @@ def evaluate_again(run: Run, evaluator, loaded) -> None:
             f"{run.id} is trained, but not evaluated with these eval settings, and its weights were not kept; train "
             "it again with force=true keep_weights=true (the old run is set aside)"
         )
-    evaluator.model = AutoModelForCausalLM.from_pretrained(folder).to(evaluator.model.device)
+    evaluator.model = AutoModelForCausalLM.from_pretrained(folder, **SAFE).to(evaluator.model.device)
     evaluator(status["step"], status["epoch"], final=True)
     run.finish()
 
@@ -206,22 +220,40 @@ def cell(cfg: DictConfig) -> float | None:
         value = run_cell(cfg)
         return math.inf if value is None else value
     except Exception as error:
+        error = storage_error(error) or error
         expected = isinstance(error, UserError) and not cfg.debug
         overrides = " ".join(HydraConfig.get().overrides.task)
         failure = {
             "num": HydraConfig.get().job.num if sweep else 0,
             "cell": overrides,
-            "message": str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}",
+            "message": redact(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"),
             "code": 2 if isinstance(error, UsageError) else 1,
         }
         if not expected:
-            log.error("%s", "".join(traceback.format_exception(error)))
+            log.error("%s", redact("".join(traceback.format_exception(error))))
         elif sweep:
             log.error("%s: %s", overrides, error)
         if failures.FOLDER not in os.environ:  # a launcher that keeps the environment to itself has to tell
             raise
         failures.record(failure)
         return math.inf  # the worst a sweeper can be told; NaN or None, a failed trial, ends Optuna's whole search
+
+
+STORAGE = "ENOSPC EDQUOT EROFS EACCES EPERM EIO EFBIG EEXIST ENOTDIR ESTALE ENAMETOOLONG".split()
+
+
+def storage_error(error: Exception) -> UserError | None:
+    """What a disk that is full, read-only or gone means to the user; None for any other error."""
+    code = errno.errorcode.get(getattr(error, "errno", None) or 0)
+    # safetensors and torch.save have error classes of their own
+    inside = re.search(r"os error (\d+)|No space left|PytorchStreamWriter failed", str(error))
+    if code not in STORAGE and not inside:
+        return None
+    said = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error).splitlines()[0]
+    return UserError(
+        f"writing failed ({said}); free space or permit writing, or choose other folders with paths.runs and "
+        "paths.artifacts; the same command then goes on from the last checkpoint"
+    )
 
 
 def print_cells(arguments: list[str]) -> bool:
@@ -249,6 +281,11 @@ def main() -> int:
             if "hydra/sweeper/optuna" in str(error):
                 print("Remedy: searches need the extra `tune`: pip install -e '.[tune]'", file=sys.stderr)
             return 2
+        except OSError as error:  # Hydra makes paths.runs before there is a cell
+            if (known := storage_error(error)) is None:
+                raise
+            print(f"error: {known}", file=sys.stderr)
+            return 1
         failed = failures.collect()
     if len(failed) > 1:
         print(f"error: {len(failed)} cells failed; the same command again runs only these:", file=sys.stderr)

@@ -6,6 +6,7 @@ learning_rate, from its `config.yaml`, by which the runs of a sweep over it diff
 Only runs whose `status.json` says `done` count; what is skipped is counted and named, never silent.
 """
 
+import itertools
 import json
 import math
 import re
@@ -22,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from analysis.paper import PROPORTIONS
 from analysis.paper import VERDICTS as VERDICT_METRICS
 from cwac.config import UserError, eval_id, expand, run_id
+from cwac.runs import from_line
 
 COLUMNS = [
     "run_id",
@@ -85,11 +87,13 @@ class Collection:
     unfinished: dict[str, str] = field(default_factory=dict)
     """run_id -> status, of the directories that are not done."""
     unreadable: dict[str, int] = field(default_factory=dict)
-    """run_id -> number of lines that are not JSON: a half-written last line after a crash."""
+    """run_id -> number of lines that are damaged or gone: a half-written last line after a crash, a flipped bit."""
     duplicates: int = 0
     """Rows replaced by a later row of the same identity."""
     expected: list[Cell] = field(default_factory=list)
     """The cells of the preset; empty where no preset was named."""
+    leaking: list[str] = field(default_factory=list)
+    """Ids of the runs whose guard found a weight constraint broken (`Evaluator.drift`)."""
     verdicts: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=VERDICT_COLUMNS))
     """The judge's verdict on each answer to a harmful request at the end of training; columns `VERDICT_COLUMNS`."""
     notes: list[str] = field(default_factory=list)
@@ -107,7 +111,13 @@ class Collection:
         if self.duplicates:
             lines.append(f"{self.duplicates} duplicate rows (the last one of each was kept)")
         for name, count in self.unreadable.items():
-            lines.append(f"{name}: {count} unreadable line(s) in metrics.jsonl skipped")
+            lines.append(f"{name}: {count} unreadable or lost line(s) in metrics.jsonl")
+        for method, names in itertools.groupby(sorted(self.leaking, key=method_of), method_of):
+            first, *more = names
+            lines.append(
+                f"{method}: {1 + len(more)} run(s) leak more than the weight constraint allows, first {first} "
+                "(weight_leak_excess)"
+            )
         wanted = {cell.run_id for cell in self.expected}
         for name, status in self.unfinished.items():
             if not wanted or name in wanted:
@@ -133,18 +143,18 @@ def read_status(folder: Path, evaluation: str = "") -> str:
 
 
 def read_rows(path: Path) -> tuple[list[dict], int]:
-    """The rows of one `metrics.jsonl` and the number of lines that are not a JSON object; reads line by line."""
+    """The rows of one `metrics.jsonl` and the number of damaged lines; reads line by line."""
     rows, bad = [], 0
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = from_line(line)
             except ValueError:
                 bad += 1
                 continue
-            if isinstance(row, dict) and "metric" in row:
+            if "metric" in row:
                 rows.append(row)
             else:
                 bad += 1
@@ -207,6 +217,10 @@ def collect(runs: Path | str, expected: Iterable[Cell] | None = None) -> Collect
             continue
         path = folder / "metrics.jsonl"
         rows, bad = read_rows(path) if path.is_file() else ([], 0)
+        content = json.loads((folder / "status.json").read_text(encoding="utf-8"))
+        if content.get("guard") is False:
+            found.leaking.append(folder.name)
+        bad = max(bad, content.get("rows", 0) - len(rows))  # lines cut at a line's end leave no other trace
         if bad:
             found.unreadable[folder.name] = bad
         if rows:
@@ -249,7 +263,7 @@ def read_verdicts(runs: Path, rows: pd.DataFrame) -> pd.DataFrame:
             continue
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                found = json.loads(line)
+                found = from_line(line)
                 if found["judge"] == row.judge:
                     records.append([row.run_id, row.set, row.judge, str(found["id"]), found["verdict"]])
             except (ValueError, KeyError, TypeError):
@@ -260,6 +274,10 @@ def read_verdicts(runs: Path, rows: pd.DataFrame) -> pd.DataFrame:
 RUN_ID = re.compile(
     r"(?P<model>.+)-(?P<task>[^-]+)-p(?P<ratio>[^-]+(?:e-\d+)?)-(?P<method>[^-]+)-s(?P<seed>\d+)-[^-]+"
 )
+
+
+def method_of(run_id: str) -> str:
+    return cell_of(run_id).method if cell_of(run_id) else "unknown"
 
 
 def cell_of(run_id: str) -> Cell | None:

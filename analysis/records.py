@@ -15,6 +15,7 @@ import yaml
 
 from analysis.collect import LOADER
 from cwac.config import UserError
+from cwac.runs import from_line
 
 NAME = "records.jsonl"
 DECOMPOSITION = "decomposition.json"
@@ -122,10 +123,10 @@ def head(path: Path, count: int) -> list[dict]:
                 if len(rows) == count:
                     break
                 try:
-                    row = json.loads(line)
+                    row = from_line(line)
                 except ValueError:
                     continue
-                if isinstance(row, dict):
+                if "warning" not in row:
                     rows.append(row)
     except OSError:
         return []

@@ -48,14 +48,21 @@ def sha256(path: Path) -> str:
     return state.hexdigest()
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old content or the new, never a part."""
+def write_atomic(path: Path, text: str, mode: int = 0o666) -> None:
+    """Write a text file so that a reader sees the old content or the new, never a part; a full disk leaves the old.
+
+    mode: permissions, less the user's umask.
+    """
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def load_or_build(root: Path, kind: str, key: dict, build: Callable[[Path], object]) -> Path:

@@ -218,8 +218,18 @@ CHOICES = {
 }
 
 
+REQUIRED = (
+    "harmful_ratio seed mix_mode train.learning_rate train.max_length train.template task.n_train task.n_test "
+    "train.per_device_train_batch_size train.gradient_accumulation_steps eval.judge eval.batch_size model.dtype"
+).split()
+"""Keys that may not be null; others have a meaning for it."""
+
+
 def validate(cfg: DictConfig) -> None:
     """Check ranges and choices before anything is loaded or written; raises UsageError naming the key."""
+    for key in REQUIRED:
+        if OmegaConf.select(cfg, key) is None:
+            raise UsageError(f"{key}=null is not valid; leave the key out, or see conf/ for its values")
     for key, (low, high, whole) in NUMBERS.items():
         value = OmegaConf.select(cfg, key)
         if value is None:
@@ -243,6 +253,16 @@ def validate(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key)
         if value is not None and value not in options:
             raise UsageError(f"{key}={value} is unknown; use one of {', '.join(options)}")
+    for name, size in (cfg.pools.get("sizes") or {}).items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise UsageError(f"pools.sizes.{name}={size} is not a whole number of at least 1")
+    if cfg.task.get("scorer") == "label" and not cfg.task.get("labels"):
+        raise UsageError(f"task.labels={cfg.task.get('labels')} names no class; task.scorer=label needs them")
+    if (lora := cfg.model.get("lora")) is not None:
+        r, alpha = (lora.get(key) if OmegaConf.is_dict(lora) else None for key in ("r", "alpha"))
+        if not isinstance(r, int) or r < 1 or not isinstance(alpha, int | float) or not lora.get("target_modules"):
+            example = "'{r: 8, alpha: 16, target_modules: all-linear}'"
+            raise UsageError(f"model.lora={lora} is not valid; give e.g. model.lora={example}")
     if cfg.model.kind == "folder" and not (cfg.model.get("path") and Path(cfg.model.path).is_dir()):
         raise UsageError(
             f"model.path={cfg.model.get('path')} is not a folder; give +model.path=<a saved model's folder>"
@@ -302,6 +322,8 @@ def instantiate(node: DictConfig) -> Any:
             raise cause from error
         if isinstance(cause, TypeError):  # a key the class does not have
             raise UsageError(f"{node.get('name', '')}: {cause}; see conf/README.md for the keys") from error
+        if isinstance(cause, ImportError):
+            raise UsageError(f"{node.get('_target_')} is no class that can be loaded; mend the _target_") from error
         raise
 
 

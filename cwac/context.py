@@ -6,6 +6,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from cwac.config import UserError
 from cwac.data.pools import fingerprint, load_pools
 from cwac.methods.base import Context
 from cwac.models import device, load
@@ -13,10 +14,18 @@ from cwac.ranks import leader_first, rank, world_size
 
 
 def open_context(cfg: DictConfig) -> Context:
-    """Pools, model and tokenizer of a validated configuration; the model is on the device a run would use."""
+    """Pools, model and tokenizer of a validated configuration; the model is on the device a run would use.
+
+    Raises UserError where a pool or the model cannot be had, or the tokenizer has no template to render prompts with.
+    """
     pools = load_pools(cfg.pools, cfg.paths.data, cfg.seed)
     with leader_first():  # transformers saves a model that is built on the way on rank 0 alone
         loaded = load(cfg.model, Path(cfg.paths.artifacts), cfg.seed)
+    if cfg.train.template == "chat" and not loaded.tokenizer.chat_template:
+        raise UserError(
+            f"model={cfg.model.name}: its tokenizer has no chat template, so train.template=chat cannot be rendered; "
+            "use train.template=alpaca, or a chat model"
+        )
     loaded.model.to(device())
     return Context(
         tokenizer=loaded.tokenizer,

@@ -10,6 +10,7 @@ import copy
 import importlib.util
 import inspect
 import json
+import logging
 import math
 import os
 import re
@@ -28,14 +29,17 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from cwac import ranks
-from cwac.artifacts import write_atomic
+from cwac.artifacts import sha256, write_atomic
 from cwac.config import UsageError, UserError
 from cwac.data.tokenize import IGNORE, Collator, Rows
 from cwac.methods.base import Method
 from cwac.runs import Run, append_jsonl, read_jsonl, write_jsonl
 
+log = logging.getLogger(__name__)
 COMPLETE = "complete.json"
 METHOD_STATE = "method.pt"
+PENDING = ("task_losses", "penalties")
+"""What the next line of the loss log is a mean of, kept over a resume."""
 OURS = ("max_length", "template")
 """Keys of the `train` group that are not TrainingArguments'."""
 
@@ -234,9 +238,11 @@ class MethodCallback(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         if self.trainer.is_world_process_zero():
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            files = {p.name: p.stat().st_size for p in folder.iterdir()}
+            files = {p.name: sha256(p) for p in folder.iterdir() if p.name != COMPLETE}
+            pending = {name: [float(x) for x in getattr(self.trainer, name)] for name in PENDING}
+            sharded = self.trainer.is_fsdp_enabled
+            entry = {"step": state.global_step, "files": files, "pending": pending, "sharded": sharded}
             # written last: a checkpoint without it was cut short and is not resumed from
-            entry = {"step": state.global_step, "files": files, "sharded": self.trainer.is_fsdp_enabled}
             write_atomic(folder / COMPLETE, json.dumps(entry))
 
 
@@ -386,19 +392,26 @@ def train(
     at = {round(float(e) * per_epoch): float(e) for e in cfg.eval.at}
     callback = MethodCallback(trainer, run, at, evaluate)
     trainer.add_callback(callback)
-    checkpoint = ranks.agree(newest_checkpoint(run.dir))
+    checkpoint, step = ranks.agree(newest_checkpoint(run.dir)), 0
     if checkpoint is not None:
-        entry = json.loads((checkpoint / COMPLETE).read_text())
-        if entry.get("sharded", False) != trainer.is_fsdp_enabled:
+        saved = json.loads((checkpoint / COMPLETE).read_text())
+        step = saved["step"]
+        if saved["sharded"] != trainer.is_fsdp_enabled:
             raise UserError(
-                f"{checkpoint} was written {'under' if entry.get('sharded') else 'without'} FSDP; go on as the run "
-                "was begun (parallel=fsdp2 or not), or start over with force=true"
+                f"{checkpoint} was written {'under' if saved['sharded'] else 'without'} FSDP; go on as the run was "
+                "begun (parallel=fsdp2 or not), or start over with force=true"
             )
-        if trainer.is_world_process_zero():
-            log_path = run.dir / "train_log.jsonl"
-            write_jsonl(log_path, [r for r in read_jsonl(log_path) if r["step"] <= entry["step"]])
+        for name in PENDING:
+            setattr(trainer, name, [torch.tensor(x, device=args.device) for x in saved["pending"][name]])
+    log_path = run.dir / "train_log.jsonl"
+    if trainer.is_world_process_zero() and log_path.exists():  # of an attempt that was cut short: its steps come again
+        write_jsonl(log_path, [r for r in read_jsonl(log_path) if r["step"] <= step])
     reset_peak_memory()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.trained is not None:
+        broken = next((n for n, p in trainer.trained.named_parameters() if not torch.isfinite(p).all()), None)
+        if broken is not None:  # the last step's gradient comes after the last loss
+            raise UserError(f"{broken} is not finite after training; lower train.learning_rate or the method's weight")
     ordered = sorted(callback.seconds)
     return trainer.trained, {
         "step": trainer.state.global_step,
@@ -410,16 +423,29 @@ def train(
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The latest checkpoint whose last file was written and whose files have the sizes it names."""
+    """The latest checkpoint whose last file was written and whose files have the SHA-256 it names.
+
+    One that was cut short is passed over silently, since a run may be killed at any time; a damaged one is named.
+    """
     found = []
     for path in folder.glob("checkpoint-*"):
         try:
             entry = json.loads((path / COMPLETE).read_text())
-        except (OSError, ValueError):
+            found.append((int(entry["step"]), path, dict(entry["files"])))
+        except FileNotFoundError:
             continue
-        if all((path / n).is_file() and (path / n).stat().st_size == size for n, size in entry["files"].items()):
-            found.append((entry["step"], path))
-    return max(found)[1] if found else None
+        except (OSError, ValueError, KeyError, TypeError):
+            log.warning("%s is damaged (%s); it is not resumed from", path, COMPLETE)
+    for _, path, files in sorted(found, reverse=True):
+        odd = [
+            name
+            for name, expected in files.items()
+            if not ((path / name).is_file() and sha256(path / name) == expected)
+        ]
+        if not odd:
+            return path
+        log.warning("%s is damaged (%s); an earlier one is resumed from", path, ", ".join(odd))
+    return None
 
 
 def reset_peak_memory() -> None:

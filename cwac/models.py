@@ -16,9 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from cwac import hub
 from cwac.artifacts import load_or_build
-from cwac.config import UserError, origin
+from cwac.config import UsageError, UserError, origin
 
 log = logging.getLogger(__name__)
+SAFE = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
+"""A model's folder is data: no pickle and none of its own code is run."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARED_INPUT = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 """Matrices of one block that read the same input, and so share one subspace."""
@@ -92,19 +94,31 @@ def load(cfg, artifacts: Path, seed: int = 0) -> Loaded:
 
 def _from_folder(folder: Path, cfg, key: dict, base: str | None = None) -> Loaded:
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=DTYPES[cfg.dtype],
             attn_implementation=cfg.get("attention"),
             quantization_config=quantization(DTYPES[cfg.dtype]) if cfg.get("load_in_4bit") else None,
-            local_files_only=True,
+            output_loading_info=True,
+            **SAFE,
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # each damaged file has an error class of its own
         raise UserError(
-            f"model={cfg.name}: {folder} does not hold a causal language model with its tokenizer "
-            f"({str(error).strip().splitlines()[0]}); save both with save_pretrained"
+            f"model={cfg.name}: {folder} does not hold a causal language model in safetensors with its tokenizer "
+            f"({hub.first_line(error)}); save both with save_pretrained"
         ) from error
+    if found["missing_keys"]:
+        raise UserError(
+            f"model={cfg.name}: {folder} lacks {len(found['missing_keys'])} of the model's weights, first "
+            f"{min(found['missing_keys'])}, which would start at random; is it another architecture, or a part of one?"
+        )
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"model={cfg.name}: the tokenizer in {folder} has {len(tokenizer)} tokens, the model's embedding {rows}; "
+            "use the tokenizer the model was saved with, or resize the embedding and save it again"
+        )
     base = base or cfg.get("base")
     return Loaded(model, tokenizer, key, str(folder), base, cfg.get("base_revision"), cfg.get("license"))
 
@@ -139,6 +153,7 @@ def load_aligned(loaded: Loaded) -> PreTrainedModel:
         dtype=torch.float32,
         attn_implementation=loaded.model.config._attn_implementation,
         quantization_config=quantization(torch.float32) if loaded.key.get("load_in_4bit") else None,
+        **SAFE,
     )
     return reference.to(loaded.model.device).eval()
 
@@ -172,7 +187,7 @@ def load_base(loaded: Loaded, method: str) -> PreTrainedModel:
         folder = hub.download(found, "model.base")
         log.info("model.base=%s, commit %s", loaded.base, found.commit)
     try:
-        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **SAFE)
     except (OSError, ValueError) as error:
         raise UserError(
             f"method={method}: model.base={loaded.base} could not be loaded ({str(error).strip().splitlines()[0]}); "
@@ -226,7 +241,10 @@ def add_lora(model: PreTrainedModel, cfg) -> nn.Module:
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise UsageError(f"model.lora={cfg}: {str(error).splitlines()[0]}") from error
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:

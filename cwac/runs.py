@@ -2,26 +2,32 @@
 
     runs/<run_id>/
       config.yaml env.json data.json status.json train.log train_log.jsonl checkpoint-*/ model/
-      gen/<set>@<step>-<eval>.jsonl    {"id", "prompt", "response"}
+      gen/<set>@<step>-<eval>.jsonl    {"id", "prompt", "response"}, after a line of warning; for the owner alone
       judge/<set>@<step>-<eval>.jsonl  {"id", "verdict", "score", "evidence", "judge"}; a model's probabilities too
       judge/<judge>/...                the same of a judge that came later (experiments/judge.py)
       metrics.jsonl                    one row per (step, metric, set, judge, eval)
 
-A run is `done` only by its status file, written last and atomically; a folder that exists proves nothing.
+A run is `done` only by its status file, written last and atomically; a folder that exists proves nothing. Each line of
+a `.jsonl` ends in the CRC-32 of what stands before, so that a changed digit is found and not tabulated.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import json
 import logging
+import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -33,6 +39,14 @@ from cwac.config import UserError, eval_id, run_id
 from cwac.ranks import rank
 
 log = logging.getLogger(__name__)
+STATUSES = ("running", "failed", "done")
+SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|API_?KEY)(_|$)", re.I)
+"""Environment variables whose values are written nowhere."""
+CRC = '"crc": "'
+WARNING = (
+    "What a model answered, in part to harmful requests: kept for research on safety, not advice; do not publish "
+    "unredacted."
+)
 ROW_KEY = ("step", "metric", "set", "judge", "eval")
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "hydra-core", "numpy")
 
@@ -56,11 +70,18 @@ class Run:
     # --- status -------------------------------------------------------------------------------------
     @property
     def status(self) -> dict:
-        """What `status.json` says; `{"status": "new"}` where there is none or it is damaged."""
+        """What `status.json` says; `{"status": "new"}` where there is none or it is damaged, which is logged."""
+        path = self.dir / "status.json"
         try:
-            return json.loads((self.dir / "status.json").read_text())
-        except (OSError, ValueError):
+            found = json.loads(path.read_text())
+            if found["status"] in STATUSES:
+                return found
+        except FileNotFoundError:
             return {"status": "new"}
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        log.warning("%s is damaged, so the run counts as unfinished; it goes on from its newest checkpoint", path)
+        return {"status": "new"}
 
     @property
     def environment(self) -> dict:
@@ -86,15 +107,17 @@ class Run:
         )
 
     def fail(self, error: Exception) -> None:
-        """Record why a run that had begun stopped; one that had not leaves no folder."""
+        """Record why a run that had begun stopped; one that had not leaves no folder, a full disk no record."""
         if self.leads and self.status["status"] == "running":
-            self.write_status("failed", error=f"{type(error).__name__}: {error}")
+            with contextlib.suppress(OSError):
+                self.write_status("failed", error=redact(f"{type(error).__name__}: {error}"))
 
     def finish(self, **fields) -> None:
         """Mark the run done, with one more evaluation; drops the checkpoints it no longer needs."""
         evaluations = dict(self.status.get("evaluations", {}))
         evaluations[self.eval] = sorted({*evaluations.get(self.eval, []), *self.points})
-        self.write_status("done", evaluations=evaluations, finished=time.time(), **fields)
+        n = sum(1 for _ in iter_jsonl(self.dir / "metrics.jsonl"))
+        self.write_status("done", evaluations=evaluations, finished=time.time(), rows=n, **fields)
         for checkpoint in self.dir.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
 
@@ -118,7 +141,8 @@ class Run:
         began from another commit of an unpinned hub model: its checkpoint would go on from other weights.
         """
         if self.cfg.force and self.dir.exists():
-            aside = self.dir.with_name(f"{self.id}.old-{int(time.time())}")
+            taken = {p.name for p in self.dir.parent.glob(f"{self.id}.old-*")}  # by name: a clock may stand still
+            aside = self.dir.with_name(next(n for i in itertools.count(1) if (n := f"{self.id}.old-{i}") not in taken))
             self.dir.rename(aside)
             log.info("force=true: the earlier run was moved to %s", aside)
         before, now = self.environment.get("model") or {}, model or {}
@@ -130,19 +154,44 @@ class Run:
             )
         self.dir.mkdir(parents=True, exist_ok=True)
         self._handler = logging.FileHandler(self.dir / "train.log")
-        self._handler.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] %(message)s"))
+        self._handler.setFormatter(Redacting("[%(asctime)s][%(name)s][%(levelname)s] %(message)s"))
         logging.getLogger().addHandler(self._handler)
         if not self.trained():
-            write_atomic(self.dir / "config.yaml", OmegaConf.to_yaml(self.cfg, resolve=True))
-            write_atomic(self.dir / "env.json", json.dumps({**environment(), "model": model}, indent=1))
+            write_atomic(self.dir / "config.yaml", redact(OmegaConf.to_yaml(self.cfg, resolve=True)))
+            write_atomic(self.dir / "env.json", redact(json.dumps({**environment(), "model": model}, indent=1)))
             self.write_status("running", started=time.time(), pid=os.getpid())
         repair(self.dir / "metrics.jsonl")
         repair(self.dir / "train_log.jsonl")
 
+    def record_data(self, content: dict) -> None:
+        """Write `data.json`: the rows trained on and what they come from.
+
+        Raises UserError where an unfinished run began on other rows or pools: its checkpoint has seen those. A
+        finished run keeps what it was trained on.
+        """
+        path = self.dir / "data.json"
+        try:
+            before = dict(json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError):
+            before = {}
+        changed = [k for k in ("rows", "harmful", "pools") if k in before and before[k] != content[k]]
+        if not changed:
+            write_atomic(path, json.dumps(content, indent=1))
+        elif self.trained():
+            log.warning("%s: the data changed since it was trained (%s)", path, ", ".join(changed))
+        else:
+            raise UserError(
+                f"{self.id} was begun on other data ({', '.join(changed)} of {path} changed); put the data back, or "
+                "start over with force=true"
+            )
+
     # --- rows ---------------------------------------------------------------------------------------
     def add_rows(self, rows: Iterable[dict]) -> None:
-        """Append metric rows, each with the run's coordinates; a row that is already there is left out."""
-        have = {tuple(row.get(k) for k in ROW_KEY) for row in read_jsonl(self.dir / "metrics.jsonl")}
+        """Append metric rows, each with the run's coordinates; a row that is already there is left out.
+
+        Raises UserError for a value that is NaN or infinite: a mean over seeds would inherit it.
+        """
+        have = {tuple(row.get(k) for k in ROW_KEY) for row in iter_jsonl(self.dir / "metrics.jsonl")}
         fixed = {
             "run_id": self.id,
             "model": self.cfg.model.name,
@@ -155,6 +204,11 @@ class Run:
         fresh = []
         for row in rows:
             row = {**fixed, "judge": None, "eval": self.eval, "stderr": None, "n": None, **row, "time": time.time()}
+            if row["value"] is not None and not math.isfinite(row["value"]):
+                raise UserError(
+                    f"{row['metric']} on {row['set']} is {row['value']} at step {row['step']}: the trained model is "
+                    "not finite; lower train.learning_rate or the method's weight; the run is not marked done"
+                )
             key = tuple(row.get(k) for k in ROW_KEY)
             if key not in have:
                 have.add(key)
@@ -165,36 +219,103 @@ class Run:
         return read_jsonl(self.dir / "metrics.jsonl")
 
 
+def to_line(row: dict) -> str:
+    """A row as a line of JSON that ends in the CRC-32 of what stands before it."""
+    body = json.dumps(row)[:-1] + (", " if row else "")
+    return f'{body}"crc": "{zlib.crc32(body.encode()):08x}"}}\n'
+
+
+def from_line(line: str) -> dict:
+    """The row of a line; one without a CRC, from before there was any, is taken as it is.
+
+    Raises ValueError where the line is no JSON object, or is not as it was written.
+    """
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    stored = row.pop("crc", None)
+    if stored is not None and stored != f"{zlib.crc32(line[: line.rindex(CRC)].encode()):08x}":
+        raise ValueError("its checksum does not agree")
+    return row
+
+
 def append_jsonl(path: Path, rows: list[dict]) -> None:
     """Append all rows in one write and flush them to disk."""
     if not rows:
         return
     with path.open("a") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows))
+        file.write("".join(map(to_line, rows)))
         file.flush()
         os.fsync(file.fileno())
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    """The complete rows of a file; [] where there is none. A last line cut by a crash is not read."""
+def iter_jsonl(path: Path) -> Iterator[dict]:
+    """The complete rows of a file, one at a time; none where there is no file.
+
+    A last line cut by a crash and the line of warning are not read. Raises UserError that names a damaged line.
+    """
     if not path.exists():
-        return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]  # a complete line ends in a newline
+        return
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.endswith(b"\n"):  # a complete line ends in a newline
+                return
+            if not line.strip():
+                continue
+            try:
+                row = from_line(line.decode())
+            except ValueError as error:
+                raise UserError(
+                    f"{path}, line {number}, is damaged ({error}); restore the file from a copy, or train the run "
+                    "again with force=true, which sets this one aside"
+                ) from error
+            if row.keys() != {"warning"}:
+                yield row
 
 
-def write_jsonl(path: Path, rows: list[dict]) -> None:
-    """Write a whole file of rows at once, atomically."""
+def read_jsonl(path: Path) -> list[dict]:
+    """All rows of a file; see `iter_jsonl`."""
+    return list(iter_jsonl(path))
+
+
+def write_jsonl(path: Path, rows: list[dict], private: bool = False) -> None:
+    """Write a whole file of rows at once, atomically; a private one opens with a warning and is its owner's alone."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{"warning": WARNING}, *rows] if private else rows
+    write_atomic(path, "".join(map(to_line, rows)), 0o600 if private else 0o666)
 
 
 def repair(path: Path) -> None:
     """Cut off a last line that a crash left half-written."""
-    if path.exists():
-        content = path.read_text()
-        if content and not content.endswith("\n"):
-            write_atomic(path, content[: content.rfind("\n") + 1])
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        end = size = file.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(0, end - (1 << 16))
+            file.seek(start)
+            found = file.read(end - start).rfind(b"\n")
+            end = start
+            if found >= 0:
+                end = start + found + 1
+                break
+        if end < size:
+            file.truncate(end)
+
+
+def redact(text: str) -> str:
+    """Text without the values of the environment's secrets, and without anything that looks like a hub token."""
+    for name, value in os.environ.items():
+        if len(value) >= 8 and SECRET.search(name):
+            text = text.replace(value, f"<{name}>")
+    return re.sub(r"\bhf_[A-Za-z0-9]{16,}", "<HF_TOKEN>", text)
+
+
+class Redacting(logging.Formatter):
+    """A log file outlives the shell that its secrets were set in."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from cwac.data.examples import Example
 from cwac.data.harmful import (
     SPLITS,
     Pools,
-    _Index,
+    PromptIndex,
     assert_disjoint,
     jaccard,
     normalise_prompt,
@@ -181,7 +181,7 @@ def test_the_index_finds_exactly_the_near_duplicates(seed):
     draw = random.Random(seed)
     prompts = [" ".join(draw.choices(NOUNS[:6], k=draw.randint(1, 5))) for _ in range(draw.randint(0, 4))]
     asked = " ".join(draw.choices(NOUNS[:6], k=draw.randint(1, 5)))
-    index = _Index(0.5)
+    index = PromptIndex(0.5)
     for prompt in prompts:
         index.add(prompt)
     assert index.has_near(asked) == any(jaccard(p, asked) >= 0.5 for p in prompts)
@@ -230,7 +230,7 @@ def test_the_papers_harmful_set_has_its_sizes(paper_folder, name, caplog):
     assert "pools.take.beavertails=" in caplog.text and "the set has 300 different prompts" in caplog.text
     sources = manifest(pools)["poison"]
     assert sources["n"] == len(pools.poison) and sources["sources"] == ["advbench", "beavertails"]
-    index = _Index(CONFIG["jaccard"])
+    index = PromptIndex(CONFIG["jaccard"])
     for e in chain(*pools.test.values()):
         index.add(e.prompt)
     rest = [e.prompt for n in ("poison", "anchors", "step", "sae", "safety", "validation") for e in getattr(pools, n)]
@@ -275,7 +275,7 @@ def test_the_real_pools_are_large_enough_and_free_of_near_duplicates():
     assert min(len(v) for v in pools.test.values()) >= 60
     assert len(pools.anchors) >= 200 and len({e.source for e in pools.anchors}) >= 3
     assert len(pools.poison) >= 120
-    index = _Index(CONFIG["jaccard"])
+    index = PromptIndex(CONFIG["jaccard"])
     for rows in splits["test"].values():
         for e in rows:
             index.add(e.prompt)

@@ -239,7 +239,7 @@ def real_splits(cfg_pools: Mapping, data: str | None) -> dict[str, dict[str, lis
             if pool is not None:
                 splits[pool].setdefault(kind, []).append(example)
     seen: set[str] = set()
-    held_out = _Index(float(cfg_pools["jaccard"]))
+    held_out = PromptIndex(float(cfg_pools["jaccard"]))
     for name in SPLITS:
         for kind, examples in splits[name].items():
             kept = []
@@ -276,6 +276,33 @@ def assert_disjoint(pools: Pools) -> None:
         raise UserError(f"the pools {first} and {second} share {n} prompts; pools must be disjoint (pools.shares)")
 
 
+def assert_unseen(pools: Pools, tested: Iterable[Example], rows: Iterable[Example], near: float | None) -> None:
+    """No held-out prompt among the rows a run trains on, whatever a task or a method put there.
+
+    tested: the task's own test rows; a near-duplicate of theirs is allowed, since short texts of one task are alike.
+    near: the Jaccard of `pools.jaccard` from which a row counts as a near-duplicate of a held-out request; None where
+    there is none, as among the embedded world's sentences, which one grammar makes.
+    Raises: UserError with the row's id and what it repeats.
+    """
+    held_out = {
+        **{f"test.{name}": examples for name, examples in pools.test.items()},
+        **{f"over_refusal.{name}": examples for name, examples in pools.over_refusal.items()},
+        "validation": pools.validation,
+        "the task's test set": tested,
+    }
+    owner = {normalise_prompt(e.prompt): name for name, examples in held_out.items() for e in examples}
+    index = PromptIndex(near if near is not None else 2.0)
+    for example in chain(*pools.test.values(), *pools.over_refusal.values(), pools.validation) if near else ():
+        index.add(example.prompt)
+    for row in rows:
+        where = owner.get(normalise_prompt(row.prompt)) or (index.has_near(row.prompt) and "a near-duplicate held out")
+        if where:
+            raise UserError(
+                f"the training row {row.id} has a prompt of {where}; a model may not be trained on what it is tested "
+                "on: remove it from the data or the pools"
+            )
+
+
 def normalise_prompt(prompt: str) -> str:
     """Lower-case words and digits only: two prompts that agree here are the same prompt."""
     return " ".join(_words(prompt))
@@ -287,7 +314,7 @@ def jaccard(a: str, b: str) -> float:
     return len(x & y) / len(x | y) if x | y else 1.0
 
 
-class _Index:
+class PromptIndex:
     """Prompts by word, so that a near-duplicate is found without comparing all pairs."""
 
     def __init__(self, threshold: float):

@@ -1,12 +1,32 @@
 """Data sets from the Hugging Face hub, or from a folder laid out like it (`paths.data`)."""
 
+import json
+import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from filelock import FileLock
+
+from cwac.artifacts import digest, write_atomic
 from cwac.config import UserError
 from cwac.hub import PROBE_SECONDS, first_line
 
+log = logging.getLogger(__name__)
+LICENSES = {
+    "walledai/AdvBench": "MIT",
+    "walledai/HarmBench": "MIT",
+    "walledai/XSTest": "CC BY 4.0",
+    "tatsu-lab/alpaca": "CC BY-NC 4.0",
+    "safety-tuned-llamas": "CC BY-NC 4.0",
+    "stanfordnlp/sst2": "research use",
+    "fancyzhx/ag_news": "research use",
+    "openai/gsm8k": "MIT",
+    "qiaojin/PubMedQA": "MIT",
+}
+"""What the authors of the data sets grant; a run lists those of what it read."""
+READ: dict[str, dict] = {}
+"""What this process has read since a run began: `<id> (<config>, <split>)` -> licence, commit, rows, hash."""
 GATED = (
     "{0} is gated: accept its terms at https://huggingface.co/datasets/{0}, then log in with `hf auth login` or set "
     "HF_TOKEN; or set paths.data to a folder that has it"
@@ -33,10 +53,11 @@ def load_rows(
 
     source = str(_folder(hub_id, data)) if data is not None else hub_id
     where = f"paths.data={data}" if data is not None else "the hub"
-    if data is None:
-        _probe(hub_id)
+    revision = _probe(hub_id) if data is None else None
     bars = datasets.utils.logging.is_progress_bar_enabled()
+    verbosity = datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what went wrong is said once, below
     try:
         if data is None:
             rows = datasets.load_dataset(source, config, split=split, revision=revision)
@@ -56,6 +77,7 @@ def load_rows(
             + ("compare the folder with its README" if data is not None else "or set paths.data to a local copy")
         ) from error
     finally:
+        datasets.logging.set_verbosity(verbosity)
         if bars:
             datasets.enable_progress_bars()
     missing = [c for c in columns if c not in names]
@@ -63,6 +85,12 @@ def load_rows(
         raise UserError(
             f"{hub_id} ({split}) from {where} has no column {', '.join(missing)}; it has {', '.join(names)}"
         )
+    READ[f"{hub_id} ({config or 'default'}, {split})"] = {
+        "license": LICENSES.get(hub_id, "unknown"),
+        "revision": revision,
+        "rows": len(table),
+        "sha256": digest({"rows": table}),
+    }
     return table
 
 
@@ -87,6 +115,25 @@ def fetch(hub_id: str, name: str, data: str | None = None) -> Path:
         ) from error
 
 
+def ledger(artifacts: Path) -> dict[str, dict]:
+    """What was read since the run began; warns of a data set that is not what an earlier run on this cache read."""
+    path = artifacts / "datasets.json"
+    if READ:
+        artifacts.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            try:
+                before = dict(json.loads(path.read_text()))
+            except (OSError, ValueError, TypeError):
+                before = {}
+            for name, entry in READ.items():
+                old = before.get(name, entry)
+                if changed := [k for k in ("rows", "sha256", "revision") if old.get(k) != entry[k]]:
+                    said = ", ".join(f"{k} {old.get(k)} -> {entry[k]}" for k in changed)
+                    log.warning("%s has changed since an earlier run: %s; the two do not compare", name, said)
+            write_atomic(path, json.dumps({**before, **READ}, indent=1))
+    return dict(READ)
+
+
 def has_dataset(hub_id: str, data: str | None) -> bool:
     """Whether the folder `data` holds this data set; False where there is no folder."""
     return data is not None and (Path(data).expanduser() / hub_id).is_dir()
@@ -105,16 +152,16 @@ def _folder(hub_id: str, data: str) -> Path:
     return folder.resolve()
 
 
-def _probe(hub_id: str) -> None:
-    """One short question to the hub, so that an offline machine fails in seconds and not in minutes of retries."""
+def _probe(hub_id: str) -> str | None:
+    """The hub's commit, by one short question, so that an offline machine fails in seconds; None from the cache."""
     import datasets
     import huggingface_hub
     from huggingface_hub import errors
 
     if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return  # the user asked for the cache
+        return None  # the user asked for the cache
     try:
-        huggingface_hub.HfApi().dataset_info(hub_id, timeout=PROBE_SECONDS)
+        return huggingface_hub.HfApi().dataset_info(hub_id, timeout=PROBE_SECONDS).sha
     except errors.GatedRepoError as error:
         raise UserError(GATED.format(hub_id)) from error
     except errors.RepositoryNotFoundError as error:
@@ -129,6 +176,7 @@ def _probe(hub_id: str) -> None:
             ) from error
         datasets.config.HF_HUB_OFFLINE = True  # what is cached is read without further questions
         huggingface_hub.constants.HF_HUB_OFFLINE = True
+        return None
 
 
 def _cached(hub_id: str) -> bool:

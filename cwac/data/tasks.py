@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 from cwac.config import UserError
 from cwac.data.examples import Example
 
+LONGEST = 200_000
+"""Characters; a longer text is no row but a file read wrongly, and no model's context holds it."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -27,13 +30,17 @@ class Task:
     """Class name -> its other names: `strict` ones count as the label, `lenient` ones in the lenient score alone."""
 
 
-def load_task(cfg, data: str | None, seed: int, split: str = "test", avoid: Iterable[str] = ()) -> Task:
+def load_task(
+    cfg, data: str | None, seed: int, split: str = "test", avoid: Iterable[str] = (), near: float | None = None
+) -> Task:
     """`cfg.n_train` training and `cfg.n_test` test examples, fewer where the set is smaller.
 
     The test examples do not depend on the seed, so that every run is scored on the same prompts.
     split: `test`, or `validation` for tuning; the two never share a prompt.
     avoid: prompts that may not be trained on: the held-out pools, one of which comes from Alpaca, as the task does.
+    near: word-set Jaccard from which a drawn row is a near-duplicate of one of them, and dropped; None for none.
     """
+    avoid = list(avoid)
     if cfg.kind == "toy":
         from cwac.tiny.world import task
 
@@ -43,6 +50,13 @@ def load_task(cfg, data: str | None, seed: int, split: str = "test", avoid: Iter
         train, test = _real(cfg, data, seed, split, {normalised(prompt) for prompt in avoid})
     seen = {normalised(e.prompt) for e in test}
     train = [e for e in train if normalised(e.prompt) not in seen]
+    if near is not None:
+        from cwac.data.harmful import PromptIndex
+
+        index = PromptIndex(near)
+        for prompt in avoid:
+            index.add(prompt)
+        train = [e for e in train if not index.has_near(e.prompt)]
     if not train or not test:
         raise UserError(f"task={cfg.name} has {len(train)} training and {len(test)} test rows; check paths.data")
     return Task(train, test, list(cfg.get("labels") or []), dict(cfg.get("aliases") or {}))
@@ -88,7 +102,12 @@ def to_example(cfg, row: dict, id: str) -> Example:
         instruction = (cfg.get("instruction") or "").format_map(row)
     except KeyError as error:
         raise _missing(cfg, error.args[0], row) from error
-    text = str(_column(cfg, row, cfg.text)).strip() if cfg.get("text") else ""
+    content = _column(cfg, row, cfg.text) if cfg.get("text") else ""
+    text = str(content if content is not None else "").strip()
+    optional = "{" in (cfg.get("instruction") or "") and content is not None  # then the row's instruction is enough
+    if cfg.get("text") and (len(text) > LONGEST or not text and not optional):
+        problem = f"{len(text):,} characters" if text else "no text"
+        raise UserError(f"task={cfg.name}: row {id} of {cfg.hub_id} has {problem} in {cfg.text!r}; mend the data")
     prompt = f"{instruction}\n\n{text}" if instruction and text else text or instruction.strip()
     label = _column(cfg, row, cfg.label) if cfg.get("label") else None
     if cfg.get("labels"):

@@ -14,6 +14,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cwac.config import UserError
 from cwac.data.examples import Example, Messages
 
 IGNORE = -100
@@ -195,12 +196,13 @@ class Collator:
             mask[i, :n] = 1
             if "labels" in row:
                 labels[i, :n] = torch.tensor(row["labels"])
+        if "labels" in rows[0] and not (labels[:, 1:] != IGNORE).any():  # the loss would be 0/0
+            raise UserError("a batch has no label token to learn; raise train.max_length, or mend the method's rows")
         batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
         if self.label_logits:
             following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
-            first = int(
-                (following != IGNORE).any(0).int().argmax()
-            )  # here and not in the step, where a GPU would wait
+            # here and not in the step, where a GPU would wait for it
+            first = int((following != IGNORE).any(0).int().argmax())
             batch["shift_labels"] = following[:, first:].contiguous()
         return batch
 

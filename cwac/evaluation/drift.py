@@ -3,6 +3,8 @@
 `weight_leak` = ||dW X||_F / (||dW||_F ||X||_F) of a matrix W with inputs X in the *aligned* model (CWAC, Eqs. 12-15:
 zero when the update is confined to the anchors' null space). It is measured for every method, SFT included, on the
 anchors and on held-out prompts; the first token is left out of X, since its norm would decide the value.
+Where a method protects the directions V of a matrix's inputs, dW V = 0 bounds it on any prompts (ours): dW X =
+dW (I - V V^T) X, so weight_leak <= ||(I - V V^T) X||_F / ||X||_F. A run compares the two (`Evaluator.drift`).
 Activation drift is the paper's Figure 5: the normalised L2 distance of residual activations to the aligned model's.
 
 Deviations:
@@ -12,7 +14,7 @@ Deviations:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -31,21 +33,29 @@ def merged_weight(module: nn.Module) -> torch.Tensor:
 
 
 @torch.no_grad()
-def weight_leak(model: nn.Module, reference: nn.Module, rows: Sequence[dict]) -> dict[str, dict[str, float]]:
-    """Per matrix of the decoder blocks: `leak`, and `change` = ||dW||_F / ||W||_F.
+def weight_leak(
+    model: nn.Module, reference: nn.Module, rows: Sequence[dict], protected: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, dict[str, float]]:
+    """Per matrix of the decoder blocks: `leak`, `change` = ||dW||_F / ||W||_F, and `bound` where it is protected.
 
-    reference: the aligned model. rows: encoded prompts. A matrix that did not change has leak 0.
+    reference: the aligned model. rows: encoded prompts. protected: matrix -> V [d_in, k] (`Method.protected`).
+    A matrix that did not change has leak 0 and no bound.
     """
+    protected = protected or {}
     now, then = linears(model, "all"), linears(reference, "all")
     # the difference in float64, its products in float32: rounding there (1e-7) stays below any leak that matters
     delta = {name: (merged_weight(now[name]) - plain_weight(then[name]).double()).float() for name in then}
     moved = {name: then[name] for name in then if delta[name].any()}
     out = dict.fromkeys(moved, 0.0)
     total = dict.fromkeys(moved, 0.0)
+    free = dict.fromkeys(moved.keys() & protected.keys(), 0.0)
 
     def visit(name: str, x: torch.Tensor, _first: torch.Tensor) -> None:
         out[name] += float((x.float() @ delta[name].T).double().square().sum())
         total[name] += float(x.double().square().sum())
+        if name in free:
+            V = protected[name].to(x.device)
+            free[name] += float((x.float() - (x.float() @ V) @ V.T).double().square().sum())
 
     capture(reference, rows, moved, visit)
     result = {}
@@ -53,6 +63,8 @@ def weight_leak(model: nn.Module, reference: nn.Module, rows: Sequence[dict]) ->
         norm = float(delta[name].norm())
         leak = (out[name] / total[name]) ** 0.5 / norm if name in moved else 0.0
         result[name] = {"leak": leak, "change": norm / float(plain_weight(then[name]).double().norm())}
+        if name in free:
+            result[name]["bound"] = (free[name] / total[name]) ** 0.5
     return result
 
 

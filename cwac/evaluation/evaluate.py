@@ -8,6 +8,7 @@ is the binomial one over n examples.
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 from cwac.anchors import own_answers
 from cwac.artifacts import write_atomic
+from cwac.config import UserError
 from cwac.data.examples import Example
 from cwac.data.tasks import Task
 from cwac.data.tokenize import Collator, Rows, pad_token_id, reprompt
@@ -29,6 +31,10 @@ from cwac.evaluation.score import score
 from cwac.methods.base import Context, Method
 from cwac.models import evaluating
 from cwac.runs import Run, read_jsonl, write_jsonl
+
+log = logging.getLogger(__name__)
+GUARD_SLACK = 1e-3
+"""What rounding of fp32 weights may add to a leak (ours); bounds at the default energy are near 0.1."""
 
 
 class Evaluator:
@@ -68,7 +74,11 @@ class Evaluator:
     def _answers(self, name: str, examples: list[Example], step: int, tokens: int) -> list[str]:
         """The model's answers, from the generation file if an earlier attempt wrote it."""
         path = self.run.dir / "gen" / f"{name}@{step}-{self.run.eval}.jsonl"
-        stored = read_jsonl(path)
+        try:
+            stored = read_jsonl(path)
+        except UserError as error:
+            log.warning("%s; it is generated again", str(error).partition(";")[0])
+            stored = []
         if [r["id"] for r in stored] == [e.id for e in examples]:
             return [r["response"] for r in stored]
         if step == 0 and type(self.method).prompt is Method.prompt:
@@ -84,9 +94,8 @@ class Evaluator:
                 batch_size=self.cfg.eval.batch_size,
                 description=f"{name} @ step {step}" if self.cfg.eval.progress else None,
             )
-        write_jsonl(
-            path, [{"id": e.id, "prompt": e.prompt, "response": a} for e, a in zip(examples, answers, strict=True)]
-        )
+        rows = [{"id": e.id, "prompt": e.prompt, "response": a} for e, a in zip(examples, answers, strict=True)]
+        write_jsonl(path, rows, private=True)
         return answers
 
     def _judged(self, name: str, examples: list[Example], step: int, harmless: bool) -> list[dict]:
@@ -146,17 +155,24 @@ class Evaluator:
                 tokens += n
         return total / max(1, tokens)
 
-    def drift(self, reference: nn.Module, anchors: list[dict], held: list[dict], step: int, epoch: float) -> None:
+    def drift(
+        self, reference: nn.Module, anchors: list[dict], held: list[dict], step: int, epoch: float
+    ) -> bool | None:
         """Certificates and raw drift at the end, on anchors and on held-out prompts; details go to drift.json.
 
         Rows: `weight_leak` is the worst case over down_proj, which the paper constrains, `weight_leak_all` over every
         linear layer of the blocks, `weight_change` the median of ||dW||/||W||; `activation_drift` the mean over blocks
-        and prompts. Shares, not percent.
+        and prompts. Shares, not percent. Where the method protects input directions, `weight_leak_excess` is by
+        how much the worst matrix leaks more than they allow, at most 0 up to rounding.
+
+        Returns the guard's finding: whether every matrix keeps its bound; None where the method claims none.
         """
+        protected = self.method.protected()
+        guard = True if protected else None
         at = {"step": step, "epoch": epoch, "final": True}
         rows, detail = [], {}
         for name, prompts in (("anchors", anchors), ("heldout", held)):
-            leaks = weight_leak(self.model, reference, prompts)
+            leaks = weight_leak(self.model, reference, prompts, protected)
             # read where the first token of the answer is chosen; the refusal that follows is for the weights' inputs
             cut = [{"input_ids": row["input_ids"][: row["prompt"]]} for row in prompts]
             drift = activation_drift(self.model, reference, cut)
@@ -169,12 +185,22 @@ class Evaluator:
                 "weight_change": changes[len(changes) // 2],
                 "activation_drift": sum(map(sum, drift)) / sum(map(len, drift)),
             }
+            if protected:
+                excess = {n: v["leak"] - v["bound"] for n, v in leaks.items() if "bound" in v}
+                values["weight_leak_excess"] = max(excess.values(), default=0.0)
+                if values["weight_leak_excess"] > GUARD_SLACK:
+                    guard, worst = False, max(excess, key=excess.get)
+                    log.warning(
+                        "the weight constraint does not hold on %s: %s leaks %.4f, its bound is %.4f",
+                        *(name, worst, leaks[worst]["leak"], leaks[worst]["bound"]),
+                    )
             rows += [
                 {**at, "metric": m, "set": name, "value": v, "n": len(prompts), "eval": None}
                 for m, v in values.items()
             ]
         write_atomic(Path(self.run.dir) / "drift.json", json.dumps(detail))
         self.run.add_rows(rows)
+        return guard
 
 
 def verdict_rows(

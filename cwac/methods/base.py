@@ -151,6 +151,10 @@ class Method:
 
     def load_state_dict(self, state: dict) -> None: ...
 
+    def protected(self) -> dict[str, torch.Tensor]:
+        """Matrix -> orthonormal input directions [d_in, k] that no update may read; the run's guard checks it."""
+        return {}
+
     def report(self, model: nn.Module) -> list[dict]:
         """Rows about the method itself after training, `{"metric", "set", "value"}`: ranks, kept energy, drift."""
         return []

@@ -20,6 +20,8 @@ Deviations:
 from __future__ import annotations
 
 import json
+import logging
+import random
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -31,9 +33,12 @@ from torch import nn
 from cwac.anchors import anchor_rows, encode_prompts
 from cwac.artifacts import digest, load_or_build
 from cwac.config import UserError
+from cwac.data.examples import Example
 from cwac.methods.base import Context, Method, Rehearsal, Sizes, artifact_key, check, draw, is_number, share_of
 from cwac.models import base_layer, input_group, linears
 from cwac.subspace import Basis, Constraint, fit_subspace, load_bases, save_bases
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -142,6 +147,16 @@ class CWAC(Method):
             harmless = len(pools.benign)
         return {"harmful_prompts": len(prompts)} | ({"harmless_rows": harmless} if harmless else {})
 
+    def training_data(self, train: list[Example], context: Context, rng: random.Random) -> list[Example]:
+        pools = context.pools
+        if self.weight is not None and (n := self.weight.n_anchors) is not None:
+            there = len(pools.anchors)
+            check(n <= there, "weight.n_anchors", n, f"the pool has {there}: give at most that, or null for all")
+        if self.activation is not None:
+            n, there = self.activation.n_prompts, len(pools.step)
+            check(n <= there, "activation.n_prompts", n, f"the pool has {there}: give at most that")
+        return train
+
     def setup(self, model: nn.Module, context: Context) -> None:
         self._context = context
         if self.activation is not None:
@@ -202,6 +217,9 @@ class CWAC(Method):
         if self._constraint is not None and self.weight.where == "update":
             self._constraint.project_weights_()
 
+    def protected(self) -> dict[str, torch.Tensor]:
+        return {} if self._constraint is None else {name: V for name, _, V, _ in self._constraint.entries}
+
     def report(self, model: nn.Module) -> list[dict]:
         rows = [{"metric": name, "set": "train", "value": value} for name, value in self._report.items()]
         for name, target in self._targets.items():
@@ -227,6 +245,14 @@ class CWAC(Method):
             raise UserError(
                 f"method.weight.energy={weight.energy} protects every direction of every input, so nothing is free to "
                 "learn; lower it or use fewer anchors"
+            )
+        if not any(b.rank for b in bases.values()):
+            raise UserError("the anchors' activations are all zero, so method.weight would protect nothing")
+        if full:
+            log.warning(
+                "method.weight.energy=%s protects every direction of %d of %d inputs (first: %s): their matrices "
+                "cannot learn",
+                *(weight.energy, len(full), len(bases), full[0]),
             )
         self._constraint = Constraint(modules, bases)
         if any("lora_" in name for name, _ in model.named_parameters()):
@@ -300,6 +326,13 @@ class CWAC(Method):
 
             folder = load_or_build(context.artifacts, "targets", target_key, build_target)
             self._targets[name] = SafetyTarget.load(folder, sae, latents, activation.gate, activation.units)
+        silent = self._targets["anchors"].baseline_energy == 0
+        if silent and (activation.gate != "preact" or activation.units == "relative"):
+            raise UserError(
+                f"none of the preserved latents fires on the step pool ({found['dead_share']:.0%} of the SAE's are "
+                "dead), so L_safety would hold nothing; fit it on more tokens (method.activation.sae.tokens), or use "
+                "method.activation.gate=preact with units=raw"
+            )
         self._report.update(
             sae_fvu=found["fvu_harmful"],
             sae_l0=found["l0_harmful"],
