@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-full smollm2 smollm2-rivals audit audit-deps claims report tables table1 table2 table3 table4 \
+.PHONY: help setup demo demo-full demo-tuned smollm2 smollm2-rivals audit audit-deps claims report tables table1 table2 table3 table4 \
   table5 table6 test test-slow bench lint clean
 
 PYTHON ?= python3
@@ -42,6 +42,10 @@ demo: $(ENV) ## the demo campaign on the embedded model, its table and its figur
 demo-full: $(ENV) ## a larger grid of the same
 	$(SINGLE) $(PY) train.py -m experiment=demo_full $(ARGS) || echo "make: some runs failed; the table names them" >&2
 	$(PY) -m analysis.demo --experiment demo_full --runs runs --out results/local/demo_full $(ARGS)
+
+demo-tuned: $(ENV) ## every method at the values its search chose (conf/chosen/tuned)
+	$(SINGLE) $(PY) train.py -m experiment=demo_tuned $(ARGS) || echo "make: some runs failed; the table names them" >&2
+	$(PY) -m analysis.demo --experiment demo_tuned --runs runs --out results/local/demo_tuned $(ARGS)
 
 smollm2: $(ENV) ## the campaign on SmolLM2-135M with real SST-2 and AdvBench (hours on 2 cores)
 	$(SINGLE) $(PY) train.py -m experiment=smollm2 $(ARGS) || echo "make: some runs failed; the table names them" >&2
