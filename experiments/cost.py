@@ -179,11 +179,10 @@ def fake_(model: nn.Module) -> nn.Module:
 
 
 def prepare(cfg: DictConfig, folder: str = "", **settings) -> tuple[TrainingArguments, Method]:
-    """The run's arguments and its method, refused as train.py refuses them."""
+    """The run's arguments and its method; UsageError as train.py gives it."""
     config.validate(cfg)
     method = instantiate(cfg.method, _convert_="all")
     args = engine.training_arguments(cfg, SimpleNamespace(dir=Path(folder)))
-    engine.check_precision(cfg, args, method)
     for key, value in settings.items():
         setattr(args, key, value)
     return args, method
@@ -299,6 +298,7 @@ def train(cfg: DictConfig, architecture: PretrainedConfig, row: Row, steps: int)
     """What cwac.engine.train returns for `steps` steps of a random model on random rows."""
     with tempfile.TemporaryDirectory() as folder:
         args, method = prepare(cfg, folder, max_steps=steps, save_strategy="no", learning_rate=1e-6)
+        engine.check_precision(cfg, args, method)  # only here: an estimate needs no bitsandbytes
         if not complete(method):
             raise UserError(f"method={method.name} has no rehearsal, so it cannot be measured without data; train it")
         model = build(cfg, architecture, device()).train()
