@@ -62,6 +62,9 @@ STATE = {
     "paged_adamw_8bit": 2 + 8 / 256,
 }
 """Bytes of optimizer state a parameter: two moments; in 8 bits with an fp32 scale for each 256 (arXiv:2110.02861)."""
+MMAP = 32 * 2**20
+"""glibc gives blocks of this size and more back when they are freed, and keeps what smaller ones leave (mallopt(3),
+M_MMAP_THRESHOLD): on a CPU the gradients of one step still take their room while the next one's activations grow."""
 FOUR_BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes a weight in NF4, an 8-bit scale for 64 weights, an fp32 one for 256 scales (QLoRA, arXiv:2305.14314, 3)."""
 NANO = {
@@ -162,12 +165,24 @@ def build(cfg: DictConfig, architecture: PretrainedConfig, where: torch.device |
         return add_lora(model, cfg.model.lora) if cfg.model.get("lora") else model
 
 
+def fake_(model: nn.Module) -> nn.Module:
+    """Give a model without memory tensors of the fake mode that is active; ties stay ties. `Module.to` cannot."""
+    known: dict[Tensor, Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, old in tensors.items():
+                if old is not None and old not in known:
+                    new = torch.empty_like(old, device="cpu")
+                    known[old] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+                tensors[name] = known.get(old)
+    return model
+
+
 def prepare(cfg: DictConfig, folder: str = "", **settings) -> tuple[TrainingArguments, Method]:
-    """The run's arguments and its method, refused as train.py refuses them."""
+    """The run's arguments and its method; UsageError as train.py gives it."""
     config.validate(cfg)
     method = instantiate(cfg.method, _convert_="all")
     args = engine.training_arguments(cfg, SimpleNamespace(dir=Path(folder)))
-    engine.check_precision(cfg, args, method)
     for key, value in settings.items():
         setattr(args, key, value)
     return args, method
@@ -188,7 +203,7 @@ def estimate(cfg: DictConfig, architecture: PretrainedConfig, row: Row) -> Estim
         raise UsageError(f"train.optim={args.optim.value} has no estimate; use one of {', '.join(STATE)}")
     ledger = Ledger()
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = build(cfg, architecture).train()
+        model = fake_(build(cfg, architecture, "meta")).train()
         if args.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         with torch.no_grad():
@@ -200,6 +215,9 @@ def estimate(cfg: DictConfig, architecture: PretrainedConfig, row: Row) -> Estim
     if args.optim.value == "adamw_torch" and device().type == "cuda":
         ledger.now["optimizer state"] += 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     peak = max(ledger.peak, ledger.now, key=Counter.total)
+    if device().type == "cpu":
+        kept = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None and p.grad.nbytes < MMAP)
+        peak["heap that freed gradients leave"] = max(0.0, kept - peak["gradients"])
     return Estimate({part: size for part, size in peak.items() if size > 0}, ledger.flops, rehearsal.before)
 
 
@@ -280,6 +298,7 @@ def train(cfg: DictConfig, architecture: PretrainedConfig, row: Row, steps: int)
     """What cwac.engine.train returns for `steps` steps of a random model on random rows."""
     with tempfile.TemporaryDirectory() as folder:
         args, method = prepare(cfg, folder, max_steps=steps, save_strategy="no", learning_rate=1e-6)
+        engine.check_precision(cfg, args, method)  # only here: an estimate needs no bitsandbytes
         if not complete(method):
             raise UserError(f"method={method.name} has no rehearsal, so it cannot be measured without data; train it")
         model = build(cfg, architecture, device()).train()

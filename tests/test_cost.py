@@ -52,8 +52,7 @@ def test_parts_follow_from_the_shape():
     assert found["SAE"] == 4 * (2 * 8 * d * d + 8 * d + d + slots * d)
 
 
-def test_8_bits_and_4_bits_shrink_what_they_hold(monkeypatch):
-    monkeypatch.setattr(cost.engine, "check_precision", lambda *_: None)  # bitsandbytes need not be installed
+def test_8_bits_and_4_bits_shrink_what_they_hold_also_without_bitsandbytes():
     lora = ["model.lora={r: 4, alpha: 8, target_modules: all-linear}", "method=sft"]
     plain, eight = (cost.estimate(*small("method=sft", *more)).parts for more in ([], ["+train.optim=adamw_8bit"]))
     assert eight["optimizer state"] < 0.5 * plain["optimizer state"]
