@@ -53,7 +53,8 @@ def load_rows(
 
     source = str(_folder(hub_id, data)) if data is not None else hub_id
     where = f"paths.data={data}" if data is not None else "the hub"
-    revision = _probe(hub_id) if data is None else None
+    newest = _probe(hub_id) if data is None else None
+    revision = (revision or newest) if data is None else None
     bars = datasets.utils.logging.is_progress_bar_enabled()
     verbosity = datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
