@@ -298,14 +298,16 @@ def certificate_panels(points: pd.DataFrame, labels: list[str]) -> Figure:
 def route_panels(harm: pd.DataFrame) -> Figure:
     """HS by the type of matrix that alone is freed, and by the one that alone is constrained; bars: 95 % intervals."""
     titles = {"freed": "alone free, all else constrained", "constrained": "alone constrained, all else free"}
-    figure, grid = figures.panels(1, 2, (9, 3.6), sharex=True)
-    for ax, (arm, title) in zip(grid.flat, titles.items(), strict=True):
+    arms = [arm for arm in titles if arm in {*harm["arm"]}]
+    figure, grid = figures.panels(1, len(arms), (4.5 * len(arms), 3.6), sharex=True)
+    for ax, arm in zip(grid.flat, arms, strict=True):
         part = harm[harm["arm"] == arm].sort_values("mean", kind="stable")
         ax.barh(part["matrix"], part["mean"], color=figures.COLOURS[2])
         ax.hlines(part["matrix"], part["low"], part["high"], color="black", linewidth=1)
-        ax.set_title(title, loc="left", fontsize=10)
+        ax.set_title(titles[arm], loc="left", fontsize=10)
         ax.set_xlabel(paper.METRICS["HS"])
         ax.set_xlim(0, 100)
+        ax.set_axisbelow(True)
         figures.bare(ax)
     return figure
 
