@@ -91,12 +91,12 @@ def draw(found: Collection, summary: pd.DataFrame, out: Path, judge: str | None)
     return written
 
 
-def provenance(found: Collection, args: argparse.Namespace, argv: list[str]) -> dict:
+def provenance(found: Collection, args: argparse.Namespace, argv: list[str], module: str = "analysis.demo") -> dict:
     """Where the numbers come from: commit, versions, seeds, the command, the date, and the runs' own records."""
     rows = found.rows
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "command": "python -m analysis.demo " + shlex.join(argv),
+        "command": f"python -m {module} " + shlex.join(argv),
         "experiment": args.experiment,
         "git": git_state(),
         "runs_git": sorted({commit for run in found.runs if (commit := run_commit(args.runs / run))}),

@@ -17,6 +17,8 @@ difference, and Cohen's h (Statistical Power Analysis, 1988, ch. 6), which does 
 
 How far two judges agree: the share of equal verdicts, and Cohen's kappa (Educ. Psychol. Meas. 20, 1960), which takes
 off what judges with these shares of harmful verdicts would agree on by chance.
+
+How well one measurement orders runs by another: Spearman's rank correlation (Am. J. Psychol. 15, 1904).
 """
 
 import math
@@ -159,6 +161,31 @@ def bootstrap(
     low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     mean = 100 * float(np.mean([d.mean() for d in by_seed]))
     return Estimate(mean, float(low), float(high), float(max(mean - low, high - mean)), n, "both")
+
+
+def rank_correlation(
+    x: Sequence[float], y: Sequence[float], clusters: Sequence, draws: int = 1000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Spearman's rho, ties at their mean rank, with a percentile bootstrap interval over clusters: rho, low, high.
+
+    clusters: a label a point; points of one label are resampled together, as they are not independent. NaN where x or
+    y does not vary; draws in which it does not are left out.
+    """
+    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    groups = [np.flatnonzero(np.asarray(clusters) == label) for label in dict.fromkeys(clusters)]
+
+    def rho(chosen: np.ndarray) -> float:
+        if min(np.ptp(x[chosen]), np.ptp(y[chosen])) == 0:
+            return math.nan
+        return float(np.corrcoef(stats.rankdata(x[chosen]), stats.rankdata(y[chosen]))[0, 1])
+
+    found = rho(np.arange(len(x))) if len(x) else math.nan
+    if math.isnan(found) or len(groups) < 2:
+        return found, math.nan, math.nan
+    rng, n = np.random.default_rng(seed), len(groups)
+    drawn = [rho(np.concatenate([groups[i] for i in rng.integers(n, size=n)])) for _ in range(draws)]
+    low, high = np.nanquantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return found, float(low), float(high)
 
 
 def holm(p: Mapping[str, float]) -> dict[str, float]:

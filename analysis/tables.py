@@ -39,9 +39,14 @@ def summarise(collection: Collection, judge: str | None = None) -> pd.DataFrame:
     """
     rows = one_judge(collection.rows, judge)
     start = before(rows).assign(method=paper.ALIGNED, harmful_ratio=math.nan)
-    columns = [*KEYS, "mean", "low", "high", "half", "n", "over", "prompts"]
+    return estimates(pd.concat([start, at_end(rows)]), KEYS)
+
+
+def estimates(rows: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    """Means over the runs that agree in `keys`, one a seed; `metric` must be a key. Columns as in `summarise`."""
+    columns = [*keys, "mean", "low", "high", "half", "n", "over", "prompts"]
     records = []
-    for key, group in pd.concat([start, at_end(rows)]).groupby(KEYS, dropna=False):
+    for key, group in rows.groupby([*keys], dropna=False):
         measured = group.dropna(subset="value")
         if measured.empty:
             continue

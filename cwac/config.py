@@ -53,7 +53,12 @@ NOT_IDENTITY = {
 LAYOUT = ("train.fsdp", "train.ddp_")
 """How ranks share the work, which changes no more than rounding."""
 
-NEUTRAL: dict[str, Any] = {"model.lora": None, "model.load_in_4bit": False, "train.max_steps": -1}
+NEUTRAL: dict[str, Any] = {
+    "model.lora": None,
+    "model.load_in_4bit": False,
+    "train.max_steps": -1,
+    "method.weight.free": [],
+}
 """A key at its neutral value is left out of the identity, so that a new option orphans no finished run."""
 
 

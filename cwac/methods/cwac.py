@@ -57,6 +57,8 @@ class Weight:
     """Give the first token's input a direction of its own in V."""
     freeze_others: bool = False
     """Train nothing but the constrained matrices: no embeddings, norms, head or biases."""
+    free: Sequence[str] = ()
+    """Names of linear layers that train without a constraint all the same: a bypass opened on purpose."""
     n_anchors: int | None = None
     """How many of the anchor pool's prompts to use; None for all."""
     response_tokens: int = 16
@@ -80,6 +82,9 @@ class Weight:
             check(self.modules == "all", "weight.modules", self.modules, "use all, or a list such as [down_proj]")
         else:
             self.modules = tuple(self.modules)
+        named = not isinstance(self.free, str) and all(isinstance(name, str) for name in self.free)
+        check(named, "weight.free", self.free, "give a list of linear layers such as [down_proj], or []")
+        self.free = tuple(self.free)
         if self.layers is not None:
             listed = not isinstance(self.layers, int | str) and all(isinstance(i, int) for i in self.layers)
             check(listed, "weight.layers", self.layers, "give a list of block indices, or null for all")
@@ -184,14 +189,14 @@ class CWAC(Method):
             tokens = config.tokens if config.cached_tokens is None else min(config.cached_tokens, config.tokens)
             found.before["fit of the SAE"] = fitted + min(config.buffer_gib * 2**30, 2 * len(slots) * d * tokens)
         if self.weight is not None:
-            modules = linears(model, self.weight.modules, self.weight.layers)
+            modules, freed = constrained(model, self.weight)
             dims = {input_group(name): base_layer(module).in_features for name, module in modules.items()}
             bases = {
                 name: Basis(torch.eye(d, max(1, round(sizes.rank_share * d))), 1.0, 1) for name, d in dims.items()
             }
             self._constraint = Constraint(modules, bases)
             if self.weight.freeze_others:
-                freeze_others_(model, modules, self._constraint)
+                freeze_others_(model, modules, self._constraint, freed)
             moved = {id(V): V for _, _, V, _ in self._constraint.entries}.values()
             found.held["V and A of the constraint"] = [*moved, *(A for *_, A in self._constraint.entries)]
             found.before["fit of the subspaces"] = sum(8 * d * d for d in dims.values())  # covariances in float64
@@ -230,9 +235,9 @@ class CWAC(Method):
     # --- the weight half -----------------------------------------------------------------------------
     def _setup_weight(self, model: nn.Module, context: Context) -> None:
         weight = self.weight
-        modules = linears(model, weight.modules, weight.layers)
+        modules, freed = constrained(model, weight)
         rows = anchor_rows(model, context, context.pools.anchors[: weight.n_anchors], weight.response_tokens)
-        settings = {k: v for k, v in asdict(weight).items() if k not in ("where", "freeze_others")}
+        settings = {k: v for k, v in asdict(weight).items() if k not in ("where", "freeze_others", "free")}
         key = {**artifact_key(context), "format": 2, **settings}  # 2: without first_token, X holds every token
 
         def build(folder):
@@ -258,7 +263,7 @@ class CWAC(Method):
         if any("lora_" in name for name, _ in model.named_parameters()):
             self._constraint.project_weights_()  # LoRA's A starts at random, and may not read V
         if weight.freeze_others:
-            freeze_others_(model, modules, self._constraint)
+            freeze_others_(model, modules, self._constraint, freed)
         ranks = sorted(b.rank for b in bases.values())
         self._report.update(
             subspace_rank=float(ranks[len(ranks) // 2]),
@@ -342,11 +347,23 @@ class CWAC(Method):
         )
 
 
-def freeze_others_(model: nn.Module, modules: dict[str, nn.Module], constraint: Constraint) -> None:
-    """Freeze what no constraint covers; what was frozen before, as by peft, stays frozen."""
+def constrained(model: nn.Module, weight: Weight) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """The matrices under the constraint and those `weight.free` names, by name; UserError if none is left to hold."""
+    modules = linears(model, weight.modules, weight.layers)
+    freed = linears(model, weight.free, weight.layers, "method.weight.free") if weight.free else {}
+    held = {name: module for name, module in modules.items() if name not in freed}
+    check(held, "weight.free", list(weight.free), "leave a matrix of method.weight.modules constrained")
+    return held, freed
+
+
+def freeze_others_(
+    model: nn.Module, modules: dict[str, nn.Module], constraint: Constraint, freed: dict[str, nn.Module] | None = None
+) -> None:
+    """Freeze what is neither constrained nor `freed`; what was frozen before, as by peft, stays frozen."""
     kept = {id(layer.weight) for _, layer, _, _ in constraint.entries}
     for module in modules.values():  # with LoRA, B reads only what a constrained A lets through
         kept |= {id(layer.weight) for layer in getattr(module, "lora_B", {}).values()}
+    kept |= {id(parameter) for module in (freed or {}).values() for parameter in module.parameters()}
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.requires_grad and id(parameter) in kept)
 

@@ -1,0 +1,316 @@
+"""How long the closed constraint holds, what predicts it, and through which matrices safety drifts.
+
+python -m analysis.closed --runs runs --out results/closed
+
+Reads the runs of the presets `closed_break`, `closed_rates`, `closed_anchors` and `closed_free`, and SFT's of
+`demo_full` at the last one's harmful ratio, its reference. docs/closed_constraint.md is the theory behind them.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import pandas as pd
+from matplotlib.figure import Figure
+from omegaconf import DictConfig
+
+from analysis import figures, paper, stats, tables
+from analysis.collect import Collection, cell_from, collect, one_judge, pooled
+from analysis.demo import headline, provenance
+from analysis.records import read_json
+from cwac import config
+from cwac.config import UserError
+
+PRESETS = ("closed_break", "closed_rates", "closed_anchors", "closed_free")
+METRICS = ("HS", "refusal", "other", "FA", "OR")
+LEVELS = (10, 20, 50)
+"""HS in percent whose crossing is reported."""
+CERTIFICATES = {
+    ("subspace_energy", "train"): "least energy kept, on V's own anchors",
+    ("energy", "heldout"): "least energy kept, held-out prompts",
+    ("weight_leak_all", "anchors"): "worst weight_leak, anchors",
+    ("weight_leak_all", "heldout"): "worst weight_leak, held-out prompts",
+    ("activation_drift", "heldout"): "activation drift, held-out prompts",
+    ("weight_change", "anchors"): "median ||dW|| / ||W||",
+    ("poison_loss", "poison"): "loss on the poison",
+}
+"""What might predict HS: (metric, set) of a final row -> label."""
+SETTINGS = ["energy", "n_anchors", "first_token"]
+ROUTE = ["arm", "matrix"]
+CURVE = ["preset", "harmful_ratio", "learning_rate", "method"]
+REST = "embeddings, norms"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns the exit status: 0, 1 if expected runs are missing, 2 for bad input."""
+    parser = argparse.ArgumentParser(prog="python -m analysis.closed", description=__doc__.split("\n")[0])
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the run directories (runs)")
+    parser.add_argument("--out", type=Path, default=Path("results/closed"), help="folder for the results")
+    parser.add_argument("--judge", help="whose verdicts to use where the runs were judged by several")
+    parser.add_argument("overrides", nargs="*", help="the sweeps' own overrides of every preset, e.g. seed=0,1")
+    args = parser.parse_args(argv)
+    args.experiment = ", ".join(PRESETS)
+    try:
+        return publish(args, sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def publish(args: argparse.Namespace, argv: list[str]) -> int:
+    """Collect, print, write; see `main`."""
+    cells = expected(args.overrides)
+    found = collect(args.runs, [cell_from(cfg) for _, cfg in cells])
+    if not found.runs:
+        raise UserError(f"no finished run of {args.experiment} in {args.runs}. Remedy: run a preset first.")
+    found.rows = pd.concat([found.rows, energies(args.runs, found.rows)], ignore_index=True)
+    settings = pd.DataFrame([setting(preset, cfg) for preset, cfg in cells])
+    rows = pooled(one_judge(found.rows, args.judge)).drop(columns="learning_rate").merge(settings, on="run_id")
+    curves, ends = rows[rows["preset"].isin(PRESETS[:2])], rows[rows["final"]]
+    parts = {
+        "break": tables.estimates(curves, [*CURVE, "epoch", "step", "metric", "set"]),
+        "anchors": tables.estimates(ends[ends["preset"] == "closed_anchors"], [*SETTINGS, "metric", "set"]),
+        "free": tables.estimates(ends[ends["preset"] == "closed_free"], [*ROUTE, "metric", "set"]),
+    }
+    points = by_run(ends[ends["preset"] == "closed_anchors"])
+    predictors = certificates(points)
+    args.out.mkdir(parents=True, exist_ok=True)
+    found.rows.to_csv(args.out / "results.csv", index=False)
+    for name, part in [*parts.items(), ("certificates", predictors)]:
+        part.to_csv(args.out / f"{name}.csv", index=False)
+    record = provenance(found, args, argv, "analysis.closed")
+    (args.out / "provenance.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    preset_of = dict(zip(settings["run_id"], settings["preset"], strict=True))
+    text = f"{headline(record)}\n\n{report(found, preset_of, parts, predictors)}"
+    (args.out / "table.md").write_text(text, encoding="utf-8")
+    print(text)
+    for name, figure in draw(curves, points, parts["free"]).items():
+        print(f"figure: {figures.save(figure, args.out / name)[0]}")
+    return 1 if found.missing else 0
+
+
+def expected(overrides: Sequence[str]) -> list[tuple[str, DictConfig]]:
+    """The presets' cells with the preset each belongs to, and the reference's."""
+    cells = [(preset, cfg) for preset in PRESETS for cfg in config.expand(preset, list(overrides))]
+    ratio = next(cfg.harmful_ratio for preset, cfg in cells if preset == "closed_free")
+    reference = ["method=sft", f"harmful_ratio={ratio}", *overrides]
+    return cells + [("closed_free", cfg) for cfg in config.expand("demo_full", reference)]
+
+
+def setting(preset: str, cfg: DictConfig) -> dict:
+    """By what a cell differs from others of its preset: the curve, the constraint's strength, or the opened route.
+
+    `arm` is `freed` (all else constrained or frozen) or `constrained` (all else free); `matrix` the type it is about.
+    """
+    weight = cfg.method.get("weight") or {}
+    freed, modules = list(weight.get("free", [])), weight.get("modules")
+    if not weight or modules != "all":
+        arm, matrix = "constrained", "+".join(modules or []) or "none"
+    else:
+        arm, matrix = "freed", "+".join(freed) or ("none" if weight["freeze_others"] else REST)
+    return {
+        "run_id": config.run_id(cfg),
+        "preset": preset,
+        "learning_rate": float(cfg.train.learning_rate),
+        "energy": weight.get("energy", math.nan),
+        "n_anchors": str(weight.get("n_anchors") or "all"),
+        "first_token": str(weight.get("first_token", "")),
+        "arm": arm,
+        "matrix": matrix.replace("_proj", ""),
+    }
+
+
+def energies(runs: Path, rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows `energy` of every run with a protected subspace: the least share of squared norm in V over its matrices.
+
+    A run's drift.json has, by matrix and set of prompts, `bound` = ||(I - V V^T) X|| / ||X||, so the share is
+    1 - bound^2. On the held-out set it is the energy that V keeps of prompts it was not built from.
+    """
+    last = rows[rows["final"]].drop_duplicates("run_id", keep="last")
+    records = []
+    for row in last.to_dict("records"):
+        for name, detail in read_json(runs / row["run_id"] / "drift.json").items():
+            bounds = [matrix["bound"] for matrix in detail["weight"].values() if "bound" in matrix]
+            if bounds:
+                measured = {"metric": "energy", "set": name, "value": 1 - max(bounds) ** 2, "n": math.nan}
+                records.append({**row, **measured, "judge": "", "eval": "", "stderr": math.nan})
+    return pd.DataFrame(records, columns=rows.columns).astype(rows.dtypes)
+
+
+def by_run(ends: pd.DataFrame) -> pd.DataFrame:
+    """One line a run: its settings, HS, and its certificates under their labels."""
+    wide = ends.assign(name=[label_of(m, s) for m, s in zip(ends["metric"], ends["set"], strict=True)])
+    wide = wide.dropna(subset="name")
+    return wide.pivot_table(index=["run_id", *SETTINGS, "seed"], columns="name", values="value").reset_index()
+
+
+def label_of(metric: str, of: str) -> str | None:
+    return "HS" if metric == "HS" else CERTIFICATES.get((metric, of))
+
+
+def certificates(points: pd.DataFrame) -> pd.DataFrame:
+    """How well each certificate orders the runs by HS: Spearman's rho, bootstrapped over settings.
+
+    Columns: certificate, rho, low, high, runs, settings. A negative rho: the larger, the safer.
+    """
+    records = []
+    for label in CERTIFICATES.values():
+        both = points.dropna(subset=["HS", label]) if {"HS", label} <= {*points.columns} else points.head(0)
+        groups = list(both[SETTINGS].itertuples(index=False, name=None))
+        if groups:
+            names = [str(group) for group in groups]
+            records.append([label, *stats.rank_correlation(both[label], both["HS"], names), len(both), len({*groups})])
+    return pd.DataFrame(records, columns=["certificate", "rho", "low", "high", "runs", "settings"])
+
+
+# --- tables --------------------------------------------------------------------------------------------------
+
+
+def report(
+    found: Collection, preset_of: dict[str, str], parts: dict[str, pd.DataFrame], predictors: pd.DataFrame
+) -> str:
+    """`table.md` below its first line; preset_of: run_id -> the preset that asks for it."""
+    blocks = []
+    if len(curves := parts["break"]):
+        blocks += ["### Until it breaks: HS after so many optimizer steps", steps_table(curves)]
+        blocks += ["### The same runs: when HS crosses a level, and the end of training", crossing_table(curves)]
+    if len(parts["anchors"]):
+        blocks += ["### Strengths of the closed weight constraint", plain_table(parts["anchors"], SETTINGS)]
+    if len(predictors):
+        shown = [
+            [r.certificate, f"{r.rho:+.2f}", f"[{r.low:+.2f}, {r.high:+.2f}]", str(r.runs), str(r.settings)]
+            for r in predictors.itertuples()
+        ]
+        note = "Spearman's rho between a certificate and HS over those runs; 95 % bootstrap interval over settings."
+        header = ["certificate", "rho", "95 %", "runs", "settings"]
+        blocks += ["### Which certificate predicts HS", note, tables.markdown(header, shown)]
+    if len(routes := parts["free"]):
+        routes = routes.sort_values("arm", ascending=False, kind="stable")
+        note = (
+            "`freed`: this type trains without a constraint, every other matrix is constrained, the rest is frozen. "
+            f"`{REST}`:\nall matrices constrained, everything else trains. `constrained`: this type alone is, all "
+            "else trains; `none` is SFT."
+        )
+        blocks += ["### Through which matrices safety drifts", note, plain_table(routes, ROUTE)]
+    blocks.append(tables.NOTES)
+    if found.missing:
+        lines = "\n".join(f"- {preset_of[cell.run_id]}: {cell}  ({cell.run_id})" for cell in found.missing)
+        blocks.append(f"Missing: {len(found.missing)} of {len(found.expected)} runs\n\n{lines}")
+    if account := found.account():
+        blocks.append("\n".join(f"- {line}" for line in account))
+    return "\n\n".join(blocks) + "\n"
+
+
+def curves_of(summary: pd.DataFrame) -> list[tuple[list[str], pd.DataFrame]]:
+    """The curves of `break.csv`, each with the cells that name it: p, learning rate, method."""
+    groups = summary.groupby(CURVE)
+    order = sorted(groups.groups, key=lambda key: (*key[:3], paper.method_order(key[3])))
+    return [([f"{key[1]:g}", f"{key[2]:g}", paper.method_label(key[3])], groups.get_group(key)) for key in order]
+
+
+def steps_table(summary: pd.DataFrame) -> str:
+    """HS (all harmful sets pooled), one row a curve, one column an evaluated step."""
+    steps = sorted(summary["step"].unique())
+    rows = []
+    for name, curve in curves_of(summary[summary["metric"] == "HS"]):
+        at = {row["step"]: row for _, row in curve.iterrows()}
+        rows.append([*name, *(tables.show(at.get(step)) for step in steps)])
+    return tables.markdown(["p", "learning rate", "method", *(f"{s:g}" for s in steps)], rows, key=3)
+
+
+def crossing_table(summary: pd.DataFrame) -> str:
+    """One row a curve: the first evaluated step at which its mean HS reaches each level, then its last metrics."""
+    pairs = tables.column_pairs(summary, [*METRICS[1:], "task_loss"])
+    rows = []
+    for name, curve in curves_of(summary):
+        harm, last = curve[curve["metric"] == "HS"], curve[curve["step"] == curve["step"].max()]
+        ends = {(row["metric"], row["set"]): row for _, row in last.iterrows()}
+        crossed = [harm.loc[harm["mean"] >= level, "step"].min() for level in LEVELS]
+        shown = [f"> {harm['step'].max():g}" if math.isnan(step) else f"{step:g}" for step in crossed]
+        rows.append([*name, *shown, *(tables.show(ends.get(pair)) for pair in pairs)])
+    heads = [*(f"HS {level}" for level in LEVELS), *(tables.heading(pair, pairs) for pair in pairs)]
+    return tables.markdown(["p", "learning rate", "method", *heads], rows, key=3)
+
+
+def plain_table(summary: pd.DataFrame, keys: list[str]) -> str:
+    """One row a setting with the metrics, n and, where measured, the certificates on held-out prompts."""
+    pairs = tables.column_pairs(summary, METRICS)
+    held = {("energy", "heldout"): "energy held-out", ("weight_leak_all", "heldout"): "weight_leak held-out"}
+    heads = {**{pair: tables.heading(pair, pairs) for pair in pairs}, **held}
+    rows = []
+    for key, group in summary.groupby(keys, sort=False):
+        at = {(row["metric"], row["set"]): row for _, row in group.iterrows()}
+        rows.append([*map(str, key), str(group["n"].max()), *(tables.show(at.get(pair)) for pair in heads)])
+    return tables.markdown([*keys, "n", *heads.values()], rows, key=len(keys))
+
+
+# --- figures -------------------------------------------------------------------------------------------------
+
+
+def draw(curves: pd.DataFrame, points: pd.DataFrame, routes: pd.DataFrame) -> dict[str, Figure]:
+    """File stem -> figure, of what was measured."""
+    drawn = {}
+    for name, part in (
+        ("break", curves[curves["preset"] == "closed_break"]),
+        ("rates", curves[curves["preset"] == "closed_rates"]),
+    ):
+        if name == "rates":
+            part = part.assign(method=[f"lr {rate:.0e}" for rate in part["learning_rate"]])
+        for model, task, of in {*part.loc[part["metric"] == "HS", ["model", "task", "set"]].itertuples(index=False)}:
+            for plate in figures.against_training(part, model, task, of):
+                drawn[name] = plate.figure
+    if shown := [label for label in CERTIFICATES.values() if {"HS", label} <= {*points.columns}]:
+        drawn["anchors"] = certificate_panels(points, shown)
+    if len(routes):
+        drawn["free"] = route_panels(routes[routes["metric"] == "HS"])
+    return drawn
+
+
+def certificate_panels(points: pd.DataFrame, labels: list[str]) -> Figure:
+    """HS over each certificate, a point a run; the marker says what its V was built from."""
+    with matplotlib.rc_context(figures.SMALL):
+        columns = min(4, len(labels))
+        figure, grid = figures.panels(math.ceil(len(labels) / columns), columns, (9, 5), sharey=True)
+        built = [
+            f"{n} anchors" + ", first token left out" * (first == "False")
+            for n, first in zip(points["n_anchors"], points["first_token"], strict=True)
+        ]
+        for ax, label in zip(grid.flat, labels, strict=False):
+            for k, (kind, part) in enumerate(points.assign(built=built).groupby("built")):
+                look = {"color": figures.COLOURS[k + 1], "marker": figures.MARKERS[k]}
+                ax.plot(part[label], part["HS"], linestyle="none", markersize=4, label=kind, **look)
+            if figures.wide(points[label].dropna()):
+                ax.set_xscale("log")
+            ax.set_xlabel(label)
+            ax.set_ylim(-4, 104)
+            figures.bare(ax)
+        for ax in list(grid.flat)[len(labels) :]:
+            ax.set_axis_off()
+        figure.supylabel(paper.METRICS["HS"])
+        figures.legend_below(figure, list(grid.flat)[: len(labels)])
+    return figure
+
+
+def route_panels(harm: pd.DataFrame) -> Figure:
+    """HS by the type of matrix that alone is freed, and by the one that alone is constrained; bars: 95 % intervals."""
+    titles = {"freed": "alone free, all else constrained", "constrained": "alone constrained, all else free"}
+    arms = [arm for arm in titles if arm in {*harm["arm"]}]
+    figure, grid = figures.panels(1, len(arms), (4.5 * len(arms), 3.6), sharex=True)
+    for ax, arm in zip(grid.flat, arms, strict=True):
+        part = harm[harm["arm"] == arm].sort_values("mean", kind="stable")
+        ax.barh(part["matrix"], part["mean"], color=figures.COLOURS[2])
+        ax.hlines(part["matrix"], part["low"], part["high"], color="black", linewidth=1)
+        ax.set_title(titles[arm], loc="left", fontsize=10)
+        ax.set_xlabel(paper.METRICS["HS"])
+        ax.set_xlim(0, 100)
+        ax.set_axisbelow(True)
+        figures.bare(ax)
+    return figure
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""The closed constraint's experiments: what their presets ask for, a bypass on purpose, and planted runs analysed."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats as scipy_stats
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from analysis import closed, stats
+from analysis.collect import cell_from
+from cwac import config
+from cwac.config import UsageError, UserError
+from cwac.methods.cwac import Weight, constrained, freeze_others_
+from cwac.subspace import Constraint, fit_subspace
+from tests.test_analysis import row, write_run
+
+TYPES = {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
+
+
+def llama() -> LlamaForCausalLM:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=40, **sizes))
+
+
+def test_what_is_freed_trains_without_a_constraint_and_nothing_else_joins_it():
+    model = llama()
+    held, freed = constrained(model, Weight(modules="all", freeze_others=True, free=["down_proj"]))
+    assert {name.split(".")[-1] for name in freed} == {"down_proj"}
+    assert {name.split(".")[-1] for name in held} == TYPES - {"down_proj"}
+    bases = fit_subspace(model, [{"input_ids": [1, 2, 3]}], "all", energy=0.5)
+    constraint = Constraint(held, bases)
+    freeze_others_(model, held, constraint, freed)
+    assert {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad} == TYPES
+    assert {entry[0] for entry in constraint.entries} == set(held)
+
+
+def test_a_constraint_that_frees_everything_or_is_misspelt_is_refused():
+    with pytest.raises(UsageError, match="method.weight.free=.*leave a matrix"):
+        constrained(llama(), Weight(modules=["q_proj"], free=["q_proj"]))
+    with pytest.raises(UserError, match="method.weight.free=.*nope_proj"):
+        constrained(llama(), Weight(modules="all", free=["nope_proj"]))
+    with pytest.raises(UsageError, match="method.weight.free=down_proj"):
+        Weight(free="down_proj")
+
+
+def test_a_run_without_a_bypass_keeps_its_name():
+    """The key came later than the first campaigns."""
+    assert "method.weight.free" not in config.identity(config.compose(["method=weight_only_closed"]))
+    opened = config.compose(["method=weight_only_closed", "method.weight.free=[q_proj]"])
+    assert config.identity(opened)["method.weight.free"] == ["q_proj"]
+
+
+def test_every_type_of_matrix_is_freed_once_and_constrained_once():
+    cells = config.expand("closed_free", ["seed=0"])
+    found = [closed.setting("closed_free", cfg) for cfg in cells]
+    types = {name.removesuffix("_proj") for name in TYPES}
+    assert {s["matrix"] for s in found if s["arm"] == "freed"} == {*types, "none", closed.REST}
+    assert {s["matrix"] for s in found if s["arm"] == "constrained"} == types
+    for cfg, s in zip(cells, found, strict=True):
+        assert cfg.method.weight.freeze_others == (s["arm"] == "freed" and s["matrix"] != closed.REST)
+
+
+def test_the_curves_reach_ten_times_the_papers_epochs_with_every_method_at_its_tuned_values():
+    cells = config.expand("closed_break", ["seed=0", "harmful_ratio=1"])
+    assert {c.train.num_train_epochs for c in cells} == {10 * config.compose([]).train.num_train_epochs}
+    lam = {c.method.name: c.method.activation.lam for c in cells if c.method.get("activation")}
+    assert lam["activation_only"] == 62.5 and {c.train.lr_scheduler_type for c in cells} == {"constant"}
+    rates = {c.train.learning_rate for c in config.expand("closed_rates", ["seed=0"])}
+    assert rates == {1e-4, 3e-4, 1e-3} and config.compose([]).train.learning_rate == min(rates)
+
+
+# --- the analysis ---------------------------------------------------------------------------------------------
+
+ENERGIES = (0.8, 0.9, 0.99)
+GRIDS = {
+    "closed_break": ["seed=0,1", "harmful_ratio=1", "method=sft,weight_only_closed"],
+    "closed_anchors": ["seed=0,1", "method.weight={energy: 0.8},{energy: 0.9},{energy: 0.99}"],
+    "closed_free": ["seed=0,1", "method.weight={free: [v_proj]},{modules: [q_proj], freeze_others: false}"],
+}
+
+
+def planted(preset: str, cfg) -> float:
+    """HS at the end of training: SFT breaks, less energy is worse, a freed v does less than a constrained q."""
+    if preset == "closed_break":
+        return (90.0 if cfg.method.name == "sft" else 4.0) + cfg.seed
+    if preset == "closed_anchors":
+        return 10.0 * (1 + ENERGIES[::-1].index(cfg.method.weight.energy)) + cfg.seed
+    return (20.0 if cfg.method.weight.free else 60.0) + cfg.seed
+
+
+@pytest.fixture(scope="module")
+def campaign(tmp_path_factory):
+    """Finished runs of a part of each preset, and the cells."""
+    runs = tmp_path_factory.mktemp("closed") / "runs"
+    cells = [(preset, cfg) for preset, given in GRIDS.items() for cfg in config.expand(preset, given)]
+    for preset, cfg in cells:
+        cell, hs = cell_from(cfg), planted(preset, cfg)
+        at = {"set": "toy_harmful", "judge": "keyword"}
+        rows = [
+            row(cell, "HS", hs * share, step=90 * share, epoch=share, final=share == 1, **at) for share in (0.5, 1)
+        ]
+        rows += [row(cell, "FA", 99.0), row(cell, "task_loss", 0.1, n=None)]
+        rows += [row(cell, "weight_leak_all", hs / 1000, set="heldout", n=None)]
+        folder = write_run(runs, cell, [{**r, "eval": cell.eval} for r in rows])
+        status = {"status": "done", "run_id": cell.run_id, "evaluations": [cell.eval]}
+        (folder / "status.json").write_text(json.dumps(status))
+        if preset == "closed_anchors":
+            outside = (1 - cfg.method.weight.energy) ** 0.5
+            bounds = {"0.q": {"leak": 0, "change": 1, "bound": outside}, "0.k": {"leak": 0, "change": 1}}
+            (folder / "drift.json").write_text(json.dumps({"heldout": {"weight": bounds, "activation": []}}))
+    return runs, cells
+
+
+def test_planted_runs_come_back_as_curves_certificates_and_routes(campaign, tmp_path, monkeypatch, capsys):
+    runs, cells = campaign
+    monkeypatch.setattr(closed, "expected", lambda overrides: cells)
+    assert closed.main(["--runs", str(runs), "--out", str(tmp_path)]) == 0
+    curve = pd.read_csv(tmp_path / "break.csv").query("metric == 'HS' and method == 'sft'")
+    assert dict(zip(curve["step"], curve["mean"], strict=True)) == {45: 45.25, 90: 90.5}
+    end = curve[curve["step"] == 90].iloc[0]
+    low, high = scipy_stats.t.interval(0.95, 1, 90.5, scipy_stats.sem([90.0, 91.0]))
+    assert end["n"] == 2 and (end["low"], end["high"]) == pytest.approx((low, high))
+    rho = pd.read_csv(tmp_path / "certificates.csv").set_index("certificate")
+    assert rho.loc["worst weight_leak, held-out prompts", "rho"] == pytest.approx(1)
+    held = rho.loc["least energy kept, held-out prompts"]
+    assert held["rho"] < -0.9 and (held["runs"], held["settings"]) == (6, 3)
+    strengths = pd.read_csv(tmp_path / "anchors.csv").query("metric == 'energy'")
+    assert strengths["mean"].tolist() == pytest.approx([0.8, 0.9, 0.99])
+    routes = pd.read_csv(tmp_path / "free.csv").query("metric == 'HS'").set_index(["arm", "matrix"])["mean"]
+    assert routes.to_dict() == {("freed", "v"): 20.5, ("constrained", "q"): 60.5}
+    text = (tmp_path / "table.md").read_text()
+    assert text == capsys.readouterr().out.split("\nfigure:")[0].rstrip("\n") + "\n"
+    crossing = next(line for line in text.split("when HS crosses")[1].splitlines() if "SFT" in line)
+    assert [cell.strip() for cell in crossing.split("|")[4:7]] == ["45", "45", "90"]
+    assert "> 90" in text and "Missing" not in text and max(map(len, text.splitlines())) <= 124
+    for name in ("break", "anchors", "free"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 0
+    assert json.loads((tmp_path / "provenance.json").read_text())["missing"] == []
+
+
+def test_a_missing_run_is_named_with_its_preset(campaign, tmp_path, monkeypatch, capsys):
+    runs, cells = campaign
+    gone = config.compose(["experiment=closed_free", "method.weight.free=[o_proj]"])
+    monkeypatch.setattr(closed, "expected", lambda overrides: [*cells, ("closed_free", gone)])
+    assert closed.main(["--runs", str(runs), "--out", str(tmp_path / "out")]) == 1
+    text = capsys.readouterr().out
+    assert "Missing: 1 of" in text and f"- closed_free: {cell_from(gone)}" in text
+    (tmp_path / "none").mkdir()
+    assert closed.main(["--runs", str(tmp_path / "none"), "--out", str(tmp_path / "nothing")]) == 2
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_rank_correlation_is_spearmans_and_its_interval_knows_what_belongs_together():
+    rng = np.random.default_rng(0)
+    x, y = np.repeat(rng.normal(size=12), 3), np.repeat(rng.normal(size=12), 3)
+    y[:2] = y[3]  # ties
+    found, low, high = stats.rank_correlation(x, y, np.repeat(np.arange(12), 3))
+    assert found == pytest.approx(scipy_stats.spearmanr(x, y).statistic) and low < found < high
+    _, narrow, wide = stats.rank_correlation(x, y, np.arange(36))
+    assert wide - narrow < high - low
+    assert np.isnan(stats.rank_correlation([1, 1, 1], [1, 2, 3], "abc")).all()
+    assert stats.rank_correlation([1, 2], [1, 2], "aa")[0] == pytest.approx(1)
