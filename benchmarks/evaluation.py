@@ -81,8 +81,7 @@ def generation(loaded: Loaded, questions: list[str], alone: int, tokens: int, re
 def preparation(loaded: Loaded, texts: list[str], length: int, repeats: int) -> dict:
     """Encoding one row and collating it, as a share of the SFT step that trains on it (one epoch)."""
     tokenizer, model, collate = loaded.tokenizer, loaded.model.train(), Collator(pad_token_id(loaded.tokenizer), True)
-    half = len(texts) // 2
-    example = Example("row", " ".join(texts[:half]), " ".join(texts[half:]))
+    example = Example("row", texts[0], " ".join(texts[1:]))
     made = {}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
 

@@ -141,7 +141,7 @@ def mixture(d: int, m: int, seed: int, active: int = 32) -> Callable[[int], Tens
 
 def unexplained(x: Tensor, y: Tensor) -> float:
     """Fraction of variance unexplained."""
-    return float((x - y).pow(2).sum() / (x - x.mean(0)).pow(2).sum())
+    return ((x - y).pow(2).sum() / (x - x.mean(0)).pow(2).sum()).item()
 
 
 if __name__ == "__main__":

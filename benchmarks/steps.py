@@ -40,7 +40,9 @@ def measure(
     row = Row(tokens, labels, Sizes())
 
     def of(method: str) -> DictConfig:
-        return config.compose(["model=smollm2", "train.per_device_train_batch_size=1", *overrides, f"method={method}"])
+        return config.compose(
+            ["model=smollm2", "task=sst2", "train.per_device_train_batch_size=1", *overrides, f"method={method}"]
+        )
 
     sft, counted = of("sft"), estimate(of("sft"), shape(of("sft")), row).total
     batch = f"1 x {tokens} tokens, {labels} of them labels"
