@@ -17,37 +17,37 @@ from benchmarks.runner import entry, paired, timed
 from cwac.models import linears
 from cwac.subspace import capture, fit_subspace, project_, rank_for
 
-WIDTH = 11008
+D_IN = 11008
 """Of Llama-2-7B's down_proj's input; its output has 4096."""
 
 
 def measure(
-    width: int = WIDTH,
-    out: int = 4096,
+    d_in: int = D_IN,
+    d_out: int = 4096,
     rank: int = 1024,
     repeats: int = 3,
-    d: int = WIDTH // 8,
+    d: int = D_IN // 8,
     tokens: int = 1000,
     layers: int = 30,
     anchor_tokens: int = 17280,
 ) -> Iterator[dict]:
-    """Rows of the projection (W [out, width], V [width, rank]), of one layer's V, and of all of SmolLM2's.
+    """Rows of the projection (W [d_out, d_in], V [d_in, rank]), of one layer's V, and of all of SmolLM2's.
 
     d, tokens: of the subspace against the full SVD, whose bar is for 11008 and 8,000. layers, anchor_tokens: of
     SmolLM2 and its anchor pool.
     """
-    yield from projection(width, out, rank, repeats)
+    yield from projection(d_in, d_out, rank, repeats)
     yield subspace(d, tokens, repeats)
     yield all_layers(layers, anchor_tokens)
 
 
-def projection(width: int, out: int, rank: int, repeats: int) -> Iterator[dict]:
+def projection(d_in: int, d_out: int, rank: int, repeats: int) -> Iterator[dict]:
     """The rival forms Pi = I - V V^T once, outside the measured time, and multiplies each update by it (Eq. 15)."""
-    V = torch.linalg.qr(torch.randn(width, rank))[0]
-    W = torch.randn(out, width)
-    A, Pi = W @ V, torch.eye(width).addmm_(V, V.T, alpha=-1)
-    update, projected = torch.randn(out, width), torch.empty(out, width)
-    sizes = f"W {out} x {width}, rank {rank}"
+    V = torch.linalg.qr(torch.randn(d_in, rank))[0]
+    W = torch.randn(d_out, d_in)
+    A, Pi = W @ V, torch.eye(d_in).addmm_(V, V.T, alpha=-1)
+    update, projected = torch.randn(d_out, d_in), torch.empty(d_out, d_in)
+    sizes = f"W {d_out} x {d_in}, rank {rank}"
     measured = paired(lambda: project_(W, V, A), lambda: torch.mm(update, Pi, out=projected), repeats)
     yield entry(f"constraint of one matrix, {sizes}", "dense product with Pi", measured, 1 / 5)
     yield entry(f"memory of V and A, {sizes}", "memory of Pi", (V.nbytes + A.nbytes) / Pi.nbytes, 0.15)

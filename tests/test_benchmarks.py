@@ -1,6 +1,7 @@
 """The instrument of `make bench`: same batches, a planted cost is found, a failure ends it, the report is complete;
 and every other benchmark in miniature."""
 
+import importlib
 import json
 import time
 
@@ -140,6 +141,13 @@ def test_generation_and_preparation_in_miniature(random_model):
 def test_a_finished_sweep_in_miniature():
     (row,) = sweep.measure(cells=2)
     assert set(row) == FIELDS and row["ratio"] > 0
+
+
+@pytest.mark.parametrize("part", everything.PARTS)
+def test_each_has_a_command(part, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        runner.main(importlib.import_module(f"benchmarks.{part}").measure, ["--help"])
+    assert "--out" in capsys.readouterr().out
 
 
 def test_all_of_them_in_one_command(tmp_path, monkeypatch, capsys):
