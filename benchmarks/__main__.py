@@ -36,9 +36,10 @@ def main(argv: list[str] | None = None) -> int:
     for part in given.parts or PARTS:
         measure = importlib.import_module(f"benchmarks.{part}").measure
         found = runner.quietly(lambda measure=measure, part=part: runner.collect(measure(**PARTS[part])))
+        runner.save(found[0], given.out)  # at once: a later one may be interrupted
         rows += found[0]
         skipped += found[1]
-    return runner.report(rows, skipped, given.out)
+    return runner.report(rows, skipped)
 
 
 if __name__ == "__main__":

@@ -96,8 +96,17 @@ def collect(found: Iterable[dict | Skipped]) -> tuple[list[dict], list[Skipped]]
     return rows, skipped
 
 
-def report(rows: list[dict], skipped: list[Skipped], out: Path) -> int:
-    """Print the table and write `out`, where other rows stay; 1 if a bar is missed or was not measured, else 0."""
+def save(rows: list[dict], out: Path) -> None:
+    """Write `out`, where a row replaces that of its name and rival and the others stay."""
+    old = json.loads(out.read_text(encoding="utf-8")) if out.exists() else []
+    measured = {(row["name"], row["rival"]) for row in rows}
+    kept = [row for row in old if (row["name"], row["rival"]) not in measured]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps([*kept, *rows], indent=1) + "\n", encoding="utf-8")
+
+
+def report(rows: list[dict], skipped: list[Skipped]) -> int:
+    """Print the table; 1 if a bar is missed or was not measured, else 0."""
     shown = [
         [
             row["name"],
@@ -112,11 +121,6 @@ def report(rows: list[dict], skipped: list[Skipped], out: Path) -> int:
     print(markdown(["what", "rival", "ours / rival", "95 % of the median", "bar", "met"], shown, key=2, width=200))
     for item in skipped:
         print(f"not measured: {item.name} ({item.reason})")
-    old = json.loads(out.read_text(encoding="utf-8")) if out.exists() else []
-    measured = {(row["name"], row["rival"]) for row in rows}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    kept = [row for row in old if (row["name"], row["rival"]) not in measured]
-    out.write_text(json.dumps([*kept, *rows], indent=1) + "\n", encoding="utf-8")
     return 1 if any(row["met"] is False for row in rows) or any(item.barred for item in skipped) else 0
 
 
@@ -140,10 +144,12 @@ def main(measure: Callable[..., Iterator[dict | Skipped]], argv: list[str] | Non
     given = vars(parser.parse_args(argv))
     out = given.pop("out")
     try:
-        return report(*quietly(lambda: collect(measure(**given))), out)
+        rows, skipped = quietly(lambda: collect(measure(**given)))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    save(rows, out)
+    return report(rows, skipped)
 
 
 def quietly(act: Callable[[], T]) -> T:
