@@ -79,8 +79,8 @@ test: $(ENV) ## the default tests: CPU, offline, minutes
 test-slow: $(ENV) ## the slow tests too
 	$(SINGLE) $(PY) -m pytest -m "not gpu" $(PARALLEL) $(ARGS)
 
-bench: $(ENV) ## cost of a step of each method, in SFT steps on the same batches (minutes)
-	$(SINGLE) $(PY) -m benchmarks.methods $(ARGS)
+bench: $(ENV) ## what things cost beside their rivals (15 minutes; ARGS="constraint sae": some of it)
+	$(SINGLE) $(PY) -m benchmarks $(ARGS)
 
 lint: $(ENV) ## ruff: rules and format
 	$(PY) -m ruff check .

@@ -12,40 +12,33 @@ evaluation and what happens after training are not part of it.
 
 from __future__ import annotations
 
-import argparse
-import json
-import logging
-import os
 import random
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
-os.environ.setdefault("TQDM_DISABLE", "1")
+import hydra
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from transformers import TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 
-import hydra  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from omegaconf import DictConfig  # noqa: E402
-from transformers import TrainerCallback  # noqa: E402
-from transformers.trainer_utils import SaveStrategy  # noqa: E402
-
-from analysis.tables import markdown  # noqa: E402
-from cwac import config  # noqa: E402
-from cwac.config import UserError  # noqa: E402
-from cwac.context import open_context  # noqa: E402
-from cwac.data.mix import mix  # noqa: E402
-from cwac.data.tasks import load_task  # noqa: E402
-from cwac.data.tokenize import Rows, pad_token_id  # noqa: E402
-from cwac.engine import MethodCallback, MethodTrainer, build_trainer, total_steps, training_arguments  # noqa: E402
-from cwac.methods.base import Batch, Method  # noqa: E402
-from cwac.models import device, load  # noqa: E402
-from cwac.runs import Run  # noqa: E402
+from benchmarks import runner
+from benchmarks.runner import Skipped, clock, entry
+from cwac import config
+from cwac.config import UserError
+from cwac.context import open_context
+from cwac.data.mix import mix
+from cwac.data.tasks import load_task
+from cwac.data.tokenize import Rows, pad_token_id
+from cwac.engine import MethodCallback, MethodTrainer, build_trainer, total_steps, training_arguments
+from cwac.methods.base import Batch, Method
+from cwac.models import device, load
+from cwac.runs import Run
 
 BARS = {"safeinstr": 1.05, "bea": 1.05, "sppft": 1.05, "lisa": 1.15, "asft": 2.0}
 """The most a step may cost, in SFT steps; the other methods are reported without a bar."""
@@ -105,18 +98,6 @@ def recorded(method: Method) -> dict[tuple[int, int], Batch]:
     return batches
 
 
-def clock() -> Callable[[], float]:
-    """Seconds of work: the thread's own CPU time, which other processes do not disturb; with a GPU, wall-clock."""
-    if not torch.cuda.is_available():
-        return time.thread_time
-
-    def synchronised() -> float:
-        torch.cuda.synchronize()
-        return time.perf_counter()
-
-    return synchronised
-
-
 def trainers(cfg: DictConfig) -> list[MethodTrainer]:
     """The method's trainer and SFT's beside it, ready to train; set up as `train.py` does."""
     method = hydra.utils.instantiate(cfg.method, _convert_="all")
@@ -141,8 +122,8 @@ def trainers(cfg: DictConfig) -> list[MethodTrainer]:
     return made
 
 
-def ratios(pair: list[MethodTrainer]) -> np.ndarray:
-    """Train both side by side; seconds of the method's step over seconds of SFT's, one number a step."""
+def ratios(pair: list[MethodTrainer], warm_up: int = WARM_UP) -> np.ndarray:
+    """Train both side by side; seconds of the first's step over seconds of the other's, one number a step."""
     semaphores = [threading.Semaphore(1), threading.Semaphore(0)]
     turns = [Turns(semaphores, me, clock()) for me in (0, 1)]
     turns[0].other, turns[1].other = turns[1], turns[0]
@@ -163,25 +144,11 @@ def ratios(pair: list[MethodTrainer]) -> np.ndarray:
         failures = [error for f in futures if (error := f.exception()) and not isinstance(error, OtherFailed)]
     if failures:
         raise failures[0]
-    ours, theirs = (np.array(turn.seconds[WARM_UP:]) for turn in turns)
+    ours, theirs = (np.array(turn.seconds[warm_up:]) for turn in turns)
     return ours / theirs
 
 
-def entry(name: str, measured: np.ndarray) -> dict:
-    """One row of the report: the median ratio, its 95 % bootstrap interval over steps, the bar."""
-    draws = np.random.default_rng(0).choice(measured, (2000, len(measured)))
-    ratio, bar = float(np.median(measured)), BARS.get(name)
-    return {
-        "name": f"step of {name}",
-        "rival": "step of sft on the same batches",
-        "ratio": round(ratio, 4),
-        "spread": [round(float(q), 4) for q in np.quantile(np.median(draws, axis=1), [0.025, 0.975])],
-        "bar": bar,
-        "met": None if bar is None else ratio <= bar,
-    }
-
-
-def methods() -> list[str]:
+def available() -> list[str]:
     """Every option of the group `method`, as Hydra finds them."""
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -190,57 +157,29 @@ def methods() -> list[str]:
         return GlobalHydra.instance().config_loader().get_group_options("method")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command; returns the exit status: 0, 1 if a bar is missed or not measured, 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.methods", description=__doc__.split("\n")[0])
-    parser.add_argument("--methods", help="comma-separated; every method where not given")
-    parser.add_argument(
-        "--steps", type=int, default=100, help=f"optimizer steps each, {WARM_UP} of them warm-up (100)"
-    )
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/latest.json"), help="(benchmarks/latest.json)")
-    parser.add_argument("overrides", nargs="*", help="of the configuration, e.g. model=smollm2 task=sst2")
-    args = parser.parse_args(argv)
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
-    names = args.methods.split(",") if args.methods else methods()
-    report, refused = [], {}
-    try:
-        if args.steps <= WARM_UP:
-            raise UserError(f"--steps {args.steps} leaves nothing to measure; give more than {WARM_UP}")
-        if unknown := sorted(set(names) - set(methods())):
-            raise UserError(f"--methods {','.join(unknown)}: no such method; use some of {', '.join(methods())}")
-        for name in names:
-            with tempfile.TemporaryDirectory() as runs:
-                given = ["harmful_ratio=0.1", *args.overrides, f"method={name}", f"train.max_steps={args.steps}"]
-                cfg = config.compose([*given, f"paths.runs={runs}", "train.save_steps=1000000"])
-                config.validate(cfg)
-                try:
-                    pair = trainers(cfg)
-                except UserError as error:  # a method may need what this configuration has not, such as LoRA
-                    refused[name] = str(error)
-                    continue
-                report.append(entry(name, ratios(pair)))
-            print(f"{report[-1]['name']}: {report[-1]['ratio']:.3f}", file=sys.stderr)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    rows = [
-        [
-            row["name"].removeprefix("step of "),
-            f"{row['ratio']:.3f}",
-            "[{:.3f}, {:.3f}]".format(*row["spread"]),
-            f"{row['bar']:g}" if row["bar"] else "-",
-            {True: "yes", False: "NO", None: "-"}[row["met"]],
-        ]
-        for row in report
-    ]
-    print(markdown(["method", "SFT steps", "95 % of the median", "bar", "met"], rows))
-    for name, reason in refused.items():
-        print(f"not measured: {name} ({reason})")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return 1 if any(row["met"] is False for row in report) or set(refused) & set(BARS) else 0
+def measure(methods: str = "", steps: int = 100, overrides: Sequence[str] = ()) -> Iterator[dict | Skipped]:
+    """A row for each method.
+
+    methods: comma-separated; all where empty. steps: optimizer steps of each, WARM_UP of them left out. Raises
+    UserError for a name that is no method and for too few steps.
+    """
+    names = methods.split(",") if methods else available()
+    if steps <= WARM_UP:
+        raise UserError(f"--steps {steps} leaves nothing to measure; give more than {WARM_UP}")
+    if unknown := sorted(set(names) - set(available())):
+        raise UserError(f"--methods {','.join(unknown)}: no such method; use some of {', '.join(available())}")
+    for name in names:
+        with tempfile.TemporaryDirectory() as runs:
+            given = ["harmful_ratio=0.1", *overrides, f"method={name}", f"train.max_steps={steps}"]
+            cfg = config.compose([*given, f"paths.runs={runs}", "train.save_steps=1000000"])
+            config.validate(cfg)
+            try:
+                pair = trainers(cfg)
+            except UserError as error:  # a method may need what this configuration has not, such as LoRA
+                yield Skipped(f"step of {name}", str(error), name in BARS)
+                continue
+            yield entry(f"step of {name}", "step of sft on the same batches", ratios(pair), BARS.get(name))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(runner.main(measure))

@@ -294,19 +294,26 @@ def resident_memory() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
+def rehearsed(
+    cfg: DictConfig, architecture: PretrainedConfig, row: Row, steps: int, folder: str
+) -> tuple[TrainingArguments, nn.Module, Method, list[dict]]:
+    """What cwac.engine trains with for `steps` steps of a random model on random rows, the method rehearsed."""
+    args, method = prepare(cfg, folder, max_steps=steps, save_strategy="no", learning_rate=1e-6)
+    engine.check_precision(cfg, args, method)  # only here: an estimate needs no bitsandbytes
+    if not complete(method):
+        raise UserError(f"method={method.name} has no rehearsal, so it cannot be measured without data; train it")
+    model = build(cfg, architecture, device()).train()
+    with torch.no_grad():
+        method.rehearse(model, row.sizes)
+    ids = torch.randint(architecture.vocab_size, (steps * args.train_batch_size, row.tokens)).tolist()
+    first = max(0, row.tokens - row.labels)
+    return args, model, method, [{"input_ids": x, "labels": [-100] * first + x[first:]} for x in ids]
+
+
 def train(cfg: DictConfig, architecture: PretrainedConfig, row: Row, steps: int) -> dict[str, float]:
     """What cwac.engine.train returns for `steps` steps of a random model on random rows."""
     with tempfile.TemporaryDirectory() as folder:
-        args, method = prepare(cfg, folder, max_steps=steps, save_strategy="no", learning_rate=1e-6)
-        engine.check_precision(cfg, args, method)  # only here: an estimate needs no bitsandbytes
-        if not complete(method):
-            raise UserError(f"method={method.name} has no rehearsal, so it cannot be measured without data; train it")
-        model = build(cfg, architecture, device()).train()
-        with torch.no_grad():
-            method.rehearse(model, row.sizes)
-        ids = torch.randint(architecture.vocab_size, (steps * args.train_batch_size, row.tokens)).tolist()
-        first = max(0, row.tokens - row.labels)
-        rows = [{"input_ids": x, "labels": [-100] * first + x[first:]} for x in ids]
+        args, model, method, rows = rehearsed(cfg, architecture, row, steps, folder)
         run = SimpleNamespace(id="cost", dir=Path(folder))
         plan = OmegaConf.create({"eval": {"at": []}})
         return engine.train(plan, args, run, model, method, rows, 0, lambda *point: None)

@@ -1,12 +1,15 @@
-"""The instrument of `make bench`: same batches, a planted cost is found, a failure ends it, the report is complete."""
+"""The instrument of `make bench`: same batches, a planted cost is found, a failure ends it, the report is complete;
+and every other benchmark in miniature."""
 
+import importlib
 import json
 import time
 
 import pytest
 import torch
 
-from benchmarks import methods
+from benchmarks import __main__ as everything
+from benchmarks import constraint, evaluation, methods, runner, sae, steps, sweep
 from cwac import config
 from cwac.config import UserError
 from tests.conftest import SMALL
@@ -31,7 +34,7 @@ def pair(random_model, tmp_path):
 
 
 def test_every_method_is_found():
-    assert methods.methods() == METHODS and set(methods.BARS) <= set(METHODS)
+    assert methods.available() == METHODS and set(methods.BARS) <= set(METHODS)
 
 
 def test_both_train_on_the_same_batches_and_a_planted_cost_is_found(pair):
@@ -67,18 +70,111 @@ def test_a_failure_of_one_ends_both(pair):
         methods.ratios(pair)
 
 
+FIELDS = {"name", "rival", "ratio", "spread", "bar", "met"}
+
+
+def busy(seconds):
+    def act():
+        until = time.thread_time() + seconds
+        while time.thread_time() < until:
+            pass
+
+    return act
+
+
+def test_a_planted_ratio_is_found():
+    measured = runner.paired(busy(0.04), busy(0.01), 5)
+    assert len(measured) == 5
+    row = runner.entry("a", "b", measured, 3.0)
+    assert 3 < row["spread"][0] <= row["ratio"] <= row["spread"][1] < 5 and row["met"] is False
+    assert runner.entry("a", "b", measured, 5.0)["met"] is True and runner.entry("a", "b", 2.0)["spread"] == [2.0, 2.0]
+
+
+def test_a_row_replaces_its_own_in_the_file_and_a_missed_bar_fails(tmp_path, capsys):
+    out, row = tmp_path / "latest.json", runner.entry("a", "b", 2.0, 1.0)
+    assert runner.report([runner.entry("a", "b", 0.5, 1.0)], []) == 0 and runner.report([row], []) == 1
+    assert runner.report([], [runner.Skipped("c", "no library")]) == 0
+    assert runner.report([], [runner.Skipped("c", "no model", barred=True)]) == 1
+    assert "not measured: c (no model)" in capsys.readouterr().out
+    runner.save([runner.entry("a", "other", 1.0), runner.entry("a", "b", 0.5, 1.0)], out)
+    runner.save([row], out)
+    assert json.loads(out.read_text()) == [runner.entry("a", "other", 1.0), row]
+
+
+def test_the_constraint_and_the_subspace_in_miniature():
+    rows = list(constraint.measure(128, 32, 8, repeats=2, d=128, tokens=200, layers=1, anchor_tokens=120))
+    assert [row["bar"] for row in rows] == [0.2, 0.15, 0.1, 1.0] and all(set(row) == FIELDS for row in rows)
+    assert rows[1]["ratio"] == pytest.approx((128 + 32) * 8 / 128**2, abs=1e-4) and rows[1]["met"]
+
+
+def test_the_sae_in_miniature_and_rivals_that_learn(capsys):
+    rows, skipped = runner.collect(sae.measure(16, 64, 4, batch=64, steps=4, repeats=2))
+    named = {"sparsify"} - ({"sparsify"} if skipped else set()) | {"plain PyTorch"}
+    assert {row["rival"] for row in rows} == named and len(rows) == 2 * len(named)
+    draw = sae.mixture(16, 64, seed=0)
+    makers = [sae.plain] if skipped else [sae.plain, sae.by_sparsify]
+    for make in makers:
+        step, reconstruct = make(16, 64, 4, draw(512))
+        before = sae.unexplained(x := draw(512), reconstruct(x))
+        for _ in range(30):
+            step(draw(64))
+        assert sae.unexplained(x, reconstruct(x)) < 0.9 * before
+
+
+def test_the_parts_of_a_step_in_miniature():
+    shape = "vocab_size: 61, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 4, num_attention_heads: 2"
+    given = [f"model.shape={{model_type: llama, {shape}, num_key_value_heads: 2}}"]
+    rows = list(steps.measure(steps=3, tokens=16, labels=8, repeats=2, overrides=given))
+    assert all(set(row) == FIELDS for row in rows)
+    assert [row["bar"] for row in rows] == [1.1, 1.05, 1.2, None, None, 0.5]
+    assert rows[1]["ratio"] > 1  # V, A and the SAE are memory that SFT does not hold
+    assert "read after block 2 of 4" in rows[-1]["name"]
+
+
+def test_generation_and_preparation_in_miniature(random_model):
+    given = ["model.kind=folder", f"+model.path={random_model}"]
+    rows = list(evaluation.measure(prompts=6, alone=2, tokens=4, repeats=3, length=64, overrides=given))
+    assert [row["bar"] for row in rows] == [0.125, 0.0, 0.02] and rows[1]["ratio"] == 0
+    with pytest.raises(UserError, match="--prompts 5: give 6"):
+        next(evaluation.measure(prompts=5, alone=2, repeats=3))
+
+
+def test_a_finished_sweep_in_miniature():
+    (row,) = sweep.measure(cells=2)
+    assert set(row) == FIELDS and row["ratio"] > 0
+
+
+@pytest.mark.parametrize("part", everything.PARTS)
+def test_each_has_a_command(part, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        runner.main(importlib.import_module(f"benchmarks.{part}").measure, ["--help"])
+    assert "--out" in capsys.readouterr().out
+
+
+def test_all_of_them_in_one_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(everything, "PARTS", {"sweep": {"cells": 1}, "constraint": {}})
+    out = tmp_path / "latest.json"
+    assert everything.main(["sweep", "--out", str(out)]) in (0, 1)
+    assert len(json.loads(out.read_text())) == 1 and "| a cell of a finished sweep of 1 " in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        everything.main(["nosuch"])
+
+
 def test_the_report_names_rival_spread_and_bar(random_model, tmp_path, capsys):
     out = tmp_path / "latest.json"
     given = ["model.kind=folder", f"+model.path={random_model}", *SMALL]
-    assert methods.main(["--methods", "sft,safeinstr", "--steps", "10", "--out", str(out), *given]) in (0, 1)
+    assert runner.main(
+        methods.measure, ["--methods", "sft,safeinstr", "--steps", "10", "--out", str(out), *given]
+    ) in (0, 1)
     sft, safeinstr = json.loads(out.read_text())
-    assert set(sft) == set(safeinstr) == {"name", "rival", "ratio", "spread", "bar", "met"}
+    assert set(sft) == set(safeinstr) == FIELDS
     assert (sft["bar"], sft["met"], safeinstr["bar"]) == (None, None, 1.05)
     assert safeinstr["met"] == (safeinstr["ratio"] <= 1.05)
     assert all(row["spread"][0] <= row["ratio"] <= row["spread"][1] for row in (sft, safeinstr))
     table = capsys.readouterr().out
-    assert "| sft " in table and "| safeinstr " in table
-    assert methods.main(["--methods", "salora", "--steps", "10", "--out", str(out), *given]) == 0
-    assert "not measured: salora (" in capsys.readouterr().out and json.loads(out.read_text()) == []
-    assert methods.main(["--methods", "nosuch", "--out", str(out)]) == 2
-    assert methods.main(["--steps", "5", "--out", str(out)]) == 2
+    assert "| step of sft " in table and "| step of safeinstr " in table
+    other = tmp_path / "other.json"
+    assert runner.main(methods.measure, ["--methods", "salora", "--steps", "10", "--out", str(other), *given]) == 0
+    assert "not measured: step of salora (" in capsys.readouterr().out and json.loads(other.read_text()) == []
+    assert runner.main(methods.measure, ["--methods", "nosuch", "--out", str(out)]) == 2
+    assert runner.main(methods.measure, ["--steps", "5", "--out", str(out)]) == 2
