@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import stat
 import time
@@ -376,7 +377,8 @@ def test_an_sae_whose_latents_are_all_dead_is_refused(artifacts, tmp_path, monke
         return sae
 
     monkeypatch.setattr(RoutedSAE, "load", staticmethod(dead))
-    cfg = config.compose(["method=activation_only", *FINE_TUNE, f"paths.artifacts={artifacts}"])
+    own = shutil.copytree(artifacts, tmp_path / "artifacts")  # what a dead SAE gives must not be found by other tests
+    cfg = config.compose(["method=activation_only", *FINE_TUNE, f"paths.artifacts={own}"])
     with pytest.raises(UserError, match="none of the preserved latents fires"):
         fine_tune(cfg, tmp_path)
 

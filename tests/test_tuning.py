@@ -133,11 +133,14 @@ def test_a_search_ends_in_a_log_and_in_values_that_tuned_runs_use(random_model, 
     option = yaml.safe_load((tmp_path / "conf/chosen/tuned/tiny_safeinstr.yaml").read_text())
     assert option["values"] == "tuned"
     assert option["method"]["ratio"] == log.loc[log["chosen"], "method.ratio"].unique().item()
-    (tmp_path / "conf/chosen/tuned/tiny_safeinstr.yaml").write_text(
+    # under a model option of its own, since tiny's file is there already
+    (tmp_path / "conf/chosen/tuned/own_safeinstr.yaml").write_text(
         "# @package _global_\nvalues: tuned\nmethod: {ratio: 0.12}\n"  # not the official one, so that it shows
     )
+    (tmp_path / "conf/model").mkdir()
+    (tmp_path / "conf/model/own.yaml").write_text("defaults: [tiny]\n")
 
-    tuned = ["values=tuned", f"hydra.searchpath=[file://{tmp_path / 'conf'}]", "seed=0"]
+    tuned = ["model=own", "values=tuned", f"hydra.searchpath=[file://{tmp_path / 'conf'}]", "seed=0"]
     code, output = run_train("-m", "method=sft,safeinstr", *tuned, *common, f"paths.runs={tmp_path / 'final'}")
     assert code == 0, output
     assert output.count("nothing was chosen for model=tiny method=sft") == 1
