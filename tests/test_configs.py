@@ -112,7 +112,18 @@ def test_figure_grids_are_the_papers():
     assert set(axes("figure5")["model"]) == {"llama2", "gemma2"}
 
 
-@pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith("tune_")])
+LARGE = ("demo_full", "demo_tuned", "figure3", "table1", "table2", "table5")
+"""Their hundreds of cells take 0.1 s each to compose."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in LARGE else ())
+        for name in PRESETS
+        if not name.startswith("tune_")
+    ],
+)
 def test_presets_expand_to_distinct_valid_cells(name):
     cells = config.expand(name, [] if name == "demo" else ["seed=0"])  # a second seed only takes time
     for cell in cells:
