@@ -205,7 +205,7 @@ def test_the_shipped_gate_report_belongs_to_the_shipped_adapter():
         assert asdict(planned).items() <= done.items()
     decided = [c for c in report["checks"] if c["passed"] is not None]
     assert report["passed"] == all(c["passed"] for c in decided)
-    assert {c["name"] for c in decided} >= {"refusal on held-out harmful requests", "over-refusal on alpaca"}
+    assert {c["name"] for c in decided} >= {"refusal on advbench", "refusal on harmbench", "over-refusal on alpaca"}
     assert report["strength"] == align.STRENGTH
     for check in decided:
         at_least = check["name"].startswith("refusal")
