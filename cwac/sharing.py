@@ -10,12 +10,10 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from filelock import FileLock
-
-from cwac.artifacts import CARD, MANIFEST, card, damage, digest
+from cwac.artifacts import CARD, MANIFEST, card, damage, digest, load_or_build
 from cwac.config import UserError
 from cwac.hub import first_line
 
@@ -60,9 +58,7 @@ def push(repo: str, root: Path, kinds: Sequence[str] = KINDS, private: bool = Tr
         for artifact in folders:
             manifest = check(artifact)
             target = Path(folder) / artifact.parent.name / artifact.name
-            for name in (*manifest["files"], MANIFEST):
-                (target / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(artifact / name, target / name)
+            copy(artifact, target, (*manifest["files"], MANIFEST))
             (target / CARD).write_text(card(target, manifest))
             lines.append(f"- [{target.relative_to(folder)}]({target.relative_to(folder)}/{CARD})")
         head = (
@@ -104,17 +100,17 @@ def pull(repo: str, root: Path, kinds: Sequence[str] = KINDS, revision: str | No
     manifests = [check(folder) for folder in folders]
     new = []
     for folder, manifest in zip(folders, manifests, strict=True):
-        target = Path(root) / folder.parent.name / folder.name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{target}.lock"):
-            if target.exists():
-                continue
-            temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-            for name in (*manifest["files"], MANIFEST):
-                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(folder / name, temporary / name)
-            (temporary / CARD).write_text(card(temporary, manifest))
-            temporary.chmod(0o755)
-            temporary.rename(target)
+
+        def take(target: Path, folder=folder, manifest=manifest) -> None:
+            copy(folder, target, manifest["files"])
             new.append(f"{folder.parent.name}/{folder.name}")
+
+        load_or_build(Path(root), manifest["kind"], manifest["key"], take)
     return new
+
+
+def copy(folder: Path, target: Path, names: Iterable[str]) -> None:
+    """Copy the named files of an artifact, which may lie in folders of their own."""
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / name, target / name)
