@@ -50,6 +50,8 @@ class MethodTrainer(Trainer):
     method: Method
     label_logits: bool = False
     """Whether the model computes logits only where a label is predicted; a user's own collator does not say where."""
+    task_losses: list[torch.Tensor] | None = None
+    """Kept for the loss log of a run; a user's trainer logs its own."""
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         if resume_from_checkpoint is True:  # the newest, as Trainer chooses; without one, it says so itself
@@ -67,9 +69,8 @@ class MethodTrainer(Trainer):
         return result
 
     def log(self, logs, *args, **kwargs):
-        if "loss" in logs and self.penalties:  # in a run of train.py its own log has emptied them
+        if "loss" in logs and self.penalties and self.task_losses is None:
             logs["penalty"] = float(torch.stack(self.penalties).mean())
-            self.task_losses.clear()
             self.penalties.clear()
         super().log(logs, *args, **kwargs)
 
@@ -133,7 +134,8 @@ class MethodTrainer(Trainer):
         if not model.training:  # Trainer's own evaluation on the way
             return result
         loss = result[0] if return_outputs else result
-        self.task_losses.append(loss.detach())
+        if self.task_losses is not None:
+            self.task_losses.append(loss.detach())
         if self.accelerator.gradient_state.sync_gradients:  # the last micro-batch of this optimizer step
             penalty = self.method.penalty(model, self.state.global_step)
             if penalty is not None:
@@ -250,7 +252,7 @@ def training_arguments(cfg: DictConfig, run: Run) -> TrainingArguments:
     """The `train` group as TrainingArguments; raises UserError naming a key they do not have.
 
     The rows of an optimizer step are those of the configuration, however many ranks share them: a cell's result does
-    not depend on its layout, and may be resumed under another one.
+    not depend on its layout.
     """
     given = {k: v for k, v in OmegaConf.to_container(cfg.train, resolve=True).items() if k not in OURS}
     unknown = set(given) - {f.name for f in fields(TrainingArguments)}
@@ -338,7 +340,7 @@ def build_trainer(
     whole = trainer.label_smoother is not None
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's forward names no arguments
     trainer.label_logits = not whole and "logits_to_keep" in inspect.signature(inner.forward).parameters
-    trainer.track = None
+    trainer.task_losses, trainer.track = [], None
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     return trainer
@@ -352,7 +354,7 @@ def attach(trainer: Trainer, method: Method) -> MethodTrainer:
     kind = type(trainer)
     if not issubclass(kind, MethodTrainer):
         trainer.__class__ = type(f"Defended{kind.__name__}", (MethodTrainer, kind), {})
-    trainer.method, trainer.task_losses, trainer.penalties = method, [], []
+    trainer.method, trainer.penalties = method, []
     if trainer.is_fsdp_enabled and trainer.is_world_process_zero():
         empty = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in trainer.model.parameters()}
         trainer.skeleton = copy.deepcopy(trainer.model, empty)
