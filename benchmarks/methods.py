@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import hydra
 import numpy as np
 import torch
 from omegaconf import DictConfig
@@ -100,7 +99,7 @@ def recorded(method: Method) -> dict[tuple[int, int], Batch]:
 
 def trainers(cfg: DictConfig) -> list[MethodTrainer]:
     """The method's trainer and SFT's beside it, ready to train; set up as `train.py` does."""
-    method = hydra.utils.instantiate(cfg.method, _convert_="all")
+    method = config.instantiate(cfg.method)
     run = Run(cfg)
     run.dir.mkdir(parents=True)
     arguments = training_arguments(cfg, run)

@@ -29,12 +29,12 @@ from torch import nn
 
 from cwac.anchors import anchor_rows
 from cwac.artifacts import write_atomic
-from cwac.config import UserError
+from cwac.config import UserError, command
 from cwac.data.pools import fingerprint, load_pools
 from cwac.data.tokenize import Collator
 from cwac.evaluation.drift import merged_weight
 from cwac.methods.base import Context
-from cwac.models import device, linears, load, load_aligned
+from cwac.models import SAFE, device, linears, load, load_aligned
 
 NAME = "decomposition.json"
 TERMS = ("W0_dh", "dW_h0", "dW_dh", "dy")
@@ -136,28 +136,25 @@ def measure(folder: Path, artifacts: Path | None = None) -> dict:
     rows = anchor_rows(reference, context, pools.validation[: cfg.eval.n_drift], 16)
     prompts = [{"input_ids": row["input_ids"][: row["prompt"]]} for row in rows]
     try:
-        tuned = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, local_files_only=True)
+        tuned = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, **SAFE)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}/model does not load ({str(error).splitlines()[0]}); train the run again") from error
     matrices = decompose(tuned.to(device()).eval(), reference, prompts)
     return {"run_id": folder.name, "prompts": len(prompts), "matrices": matrices}
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for a run that cannot be measured."""
     parser = argparse.ArgumentParser(prog="python -m experiments.activations", description=__doc__.split("\n")[0])
     parser.add_argument("--run", type=Path, nargs="+", required=True, help="folders of runs with keep_weights=true")
     parser.add_argument("--artifacts", type=Path, help="folder of the artifact cache (the run's own)")
     args = parser.parse_args(argv)
-    try:
-        for folder in args.run:
-            read_config(folder)  # all are refused before the first is measured
-        for folder in args.run:
-            write_atomic(folder / NAME, json.dumps(measure(folder, args.artifacts)))
-            print(folder / NAME)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    for folder in args.run:
+        read_config(folder)  # all are refused before the first is measured
+    for folder in args.run:
+        write_atomic(folder / NAME, json.dumps(measure(folder, args.artifacts)))
+        print(folder / NAME)
     return 0
 
 

@@ -30,10 +30,10 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from cwac.artifacts import write_atomic
-from cwac.config import UserError, instantiate
+from cwac.config import UserError, command, instantiate
 from cwac.data.hub import fetch
 from cwac.methods.base import Method
-from cwac.models import device
+from cwac.models import SAFE, device
 from cwac.runs import append_jsonl, read_jsonl, repair
 from experiments.activations import read_config
 
@@ -86,7 +86,7 @@ def answer(folder: Path, rows: list[dict], tokens: int, batch_size: int) -> Path
 
     logging.disable_progress_bar()
     method = as_served(cfg)
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", local_files_only=True).to(device())
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", **SAFE).to(device())
     outputs = generate(
         model,
         AutoTokenizer.from_pretrained(folder / "model", local_files_only=True),
@@ -140,6 +140,7 @@ def score(folder: Path, outputs: Path, reference: Path, annotator: str) -> dict:
     return row
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for a run that cannot be measured."""
     parser = argparse.ArgumentParser(prog="python -m experiments.alpaca_eval", description=__doc__.split("\n")[0])
@@ -152,25 +153,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--score", action="store_true", help="pay the annotator for the win rate")
     args = parser.parse_args(argv)
-    try:
-        for folder in args.run:
-            read_config(folder)  # all are refused before the first is measured
-        reference = fetch(HUB_ID, f"{args.reference}.json", args.data)
-        rows = questions(reference)[: args.limit]
-        outputs = []
-        for folder in args.run:
-            outputs.append(answer(folder, rows, args.max_new_tokens, args.batch_size))
-            print(outputs[-1])
-        if args.score:
-            ready_to_score()
-            for folder, path in zip(args.run, outputs, strict=True):
-                row = score(folder, path, reference, args.annotator)
-                print(f"{folder.name}: AE {row['value']:.1f} % of {row['n']} (standard error {row['stderr']:.1f})")
-        else:
-            print("not scored: --score asks the annotator, which needs the package alpaca_eval and an OpenAI key")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    for folder in args.run:
+        read_config(folder)  # all are refused before the first is measured
+    reference = fetch(HUB_ID, f"{args.reference}.json", args.data)
+    rows = questions(reference)[: args.limit]
+    outputs = []
+    for folder in args.run:
+        outputs.append(answer(folder, rows, args.max_new_tokens, args.batch_size))
+        print(outputs[-1])
+    if args.score:
+        ready_to_score()
+        for folder, path in zip(args.run, outputs, strict=True):
+            row = score(folder, path, reference, args.annotator)
+            print(f"{folder.name}: AE {row['value']:.1f} % of {row['n']} (standard error {row['stderr']:.1f})")
+    else:
+        print("not scored: --score asks the annotator, which needs the package alpaca_eval and an OpenAI key")
     return 0
 
 

@@ -37,7 +37,6 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 import torch  # noqa: E402
 from hydra.errors import HydraException  # noqa: E402
-from hydra.utils import instantiate  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
@@ -181,7 +180,7 @@ def fake_(model: nn.Module) -> nn.Module:
 def prepare(cfg: DictConfig, folder: str = "", **settings) -> tuple[TrainingArguments, Method]:
     """The run's arguments and its method; UsageError as train.py gives it."""
     config.validate(cfg)
-    method = instantiate(cfg.method, _convert_="all")
+    method = config.instantiate(cfg.method)
     args = engine.training_arguments(cfg, SimpleNamespace(dir=Path(folder)))
     for key, value in settings.items():
         setattr(args, key, value)
@@ -368,7 +367,7 @@ def main(arguments: list[str] | None = None) -> int:
             found = estimate(cfg, architecture, row)
             took = measure(cfg, architecture, row, given.measure) if given.measure else None
             print(table(cfg, row, found, took), flush=True)
-            if not complete(instantiate(cfg.method, _convert_="all")):
+            if not complete(config.instantiate(cfg.method)):
                 print(f"  not counted: what method={cfg.method.name} keeps and computes beside the training itself")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
