@@ -19,7 +19,7 @@ import pandas as pd
 from analysis import stats, tables
 from analysis.compare import read
 from cwac.artifacts import write_atomic
-from cwac.config import UserError
+from cwac.config import UserError, command
 
 COLUMNS = ["set", "first", "second", "n", "prompts", "harmful_first", "harmful_second", "agreement", "kappa"]
 COLUMNS += ["low", "high"]
@@ -71,17 +71,14 @@ def report(found: pd.DataFrame, name: str) -> str:
     return "\n\n".join([f"# Agreement of judges: {name}", tables.markdown(header, rows, key=2), notes]) + "\n"
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m analysis.agreement", description=__doc__.split("\n")[0])
     parser.add_argument("campaign", type=Path, help="folder of runs, or a frozen campaign")
     parser.add_argument("--out", type=Path, help="write the Markdown there, and the numbers beside it as .csv")
     args = parser.parse_args(argv)
-    try:
-        found = agreement(read(args.campaign).verdicts)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    found = agreement(read(args.campaign).verdicts)
     text = report(found, str(args.campaign))
     print(text)
     if args.out:

@@ -27,7 +27,7 @@ from analysis import paper, stats
 from analysis.collect import Collection, collect, expected_cells, read_frozen
 from analysis.pairwise import Cells, Comparison, cells, compare, holm_over
 from analysis.tables import markdown
-from cwac.config import UserError
+from cwac.config import UserError, command
 
 CLAIMS = Path(__file__).with_name("claims.yaml")
 ALPHA = 1 - stats.LEVEL
@@ -356,6 +356,7 @@ def report(found: list[Verdict]) -> str:
     return "\n\n".join([f"{len(found)} claims: {tally}.", table, "\n".join(details)]) + "\n"
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m analysis.claims", description=__doc__.split("\n")[0])
@@ -370,16 +371,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--csv", type=Path, help="also write every comparison's numbers here")
     parser.add_argument("overrides", nargs="*", help="the sweep's own overrides of the preset, e.g. seed=0,1")
     args = parser.parse_args(argv)
-    try:
-        if args.results:
-            collection = read_frozen(args.results)
-        else:
-            wanted = expected_cells(args.experiment, args.overrides) if args.experiment else None
-            collection = collect(args.runs, wanted)
-        found = verdicts(collection, args.judge, args.reading)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.results:
+        collection = read_frozen(args.results)
+    else:
+        wanted = expected_cells(args.experiment, args.overrides) if args.experiment else None
+        collection = collect(args.runs, wanted)
+    found = verdicts(collection, args.judge, args.reading)
     print(report(found), end="")
     for line in [*map(str, collection.missing), *collection.account()]:
         print(f"not counted: {line}")

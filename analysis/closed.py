@@ -23,7 +23,7 @@ from analysis.collect import Collection, cell_from, collect, one_judge, pooled
 from analysis.demo import headline, provenance
 from analysis.records import read_json
 from cwac import config
-from cwac.config import UserError
+from cwac.config import UserError, command
 
 PRESETS = ("closed_break", "closed_rates", "closed_anchors", "closed_free")
 METRICS = ("HS", "refusal", "other", "FA", "OR")
@@ -45,6 +45,7 @@ CURVE = ["preset", "harmful_ratio", "learning_rate", "method"]
 REST = "embeddings, norms"
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, 1 if expected runs are missing, 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m analysis.closed", description=__doc__.split("\n")[0])
@@ -54,11 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="the sweeps' own overrides of every preset, e.g. seed=0,1")
     args = parser.parse_args(argv)
     args.experiment = ", ".join(PRESETS)
-    try:
-        return publish(args, sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return publish(args, sys.argv[1:] if argv is None else argv)
 
 
 def publish(args: argparse.Namespace, argv: list[str]) -> int:

@@ -125,8 +125,8 @@ class Collection:
         return lines
 
 
-def read_status(folder: Path, evaluation: str = "") -> str:
-    """`done`, or why the run in this directory does not count.
+def read_status(folder: Path, evaluation: str = "") -> tuple[str, dict]:
+    """`done`, or why the run in this directory does not count; and what its `status.json` says.
 
     evaluation: id of the evaluation settings it must have been evaluated with; empty accepts any.
     """
@@ -134,12 +134,12 @@ def read_status(folder: Path, evaluation: str = "") -> str:
         content = json.loads((folder / "status.json").read_text(encoding="utf-8"))
         status, owner = str(content["status"]), content.get("run_id", folder.name)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return "unknown (no readable status.json)"
+        return "unknown (no readable status.json)", {}
     if owner != folder.name:
-        return "set aside by force=true"
-    if status == "done" and evaluation and evaluation not in content.get("evaluations", []):
-        return "done, but not with this preset's evaluation settings"
-    return status
+        status = "set aside by force=true"
+    elif status == "done" and evaluation and evaluation not in content.get("evaluations", []):
+        status = "done, but not with this preset's evaluation settings"
+    return status, content
 
 
 def read_rows(path: Path) -> tuple[list[dict], int]:
@@ -211,13 +211,12 @@ def collect(runs: Path | str, expected: Iterable[Cell] | None = None) -> Collect
     records: list[dict] = []
     for folder in folders:
         wanted = evaluations.get(folder.name, "")
-        status = read_status(folder, wanted)
+        status, content = read_status(folder, wanted)
         if status != "done":
             found.unfinished[folder.name] = status
             continue
         path = folder / "metrics.jsonl"
         rows, bad = read_rows(path) if path.is_file() else ([], 0)
-        content = json.loads((folder / "status.json").read_text(encoding="utf-8"))
         if content.get("guard") is False:
             found.leaking.append(folder.name)
         bad = max(bad, content.get("rows", 0) - len(rows))  # lines cut at a line's end leave no other trace

@@ -20,7 +20,7 @@ from analysis import paper, stats, tables
 from analysis.collect import Collection, at_end, collect, one_judge, read_frozen
 from analysis.tables import KEYS, MAIN
 from cwac.artifacts import write_atomic
-from cwac.config import UserError
+from cwac.config import UserError, command
 
 COLUMNS = [*KEYS, "first", "second", "n_first", "n_second", "difference", "low", "high", "over", "flag"]
 
@@ -132,6 +132,7 @@ def report(found: pd.DataFrame, names: tuple[str, str], metrics: tuple[str, ...]
     return "\n\n".join(parts) + "\n"
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m analysis.compare", description=__doc__.split("\n")[0])
@@ -140,11 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--judge", help="whose verdicts to use where the runs were judged by several")
     parser.add_argument("--out", type=Path, help="write the Markdown there, and the cells of all metrics as .csv")
     args = parser.parse_args(argv)
-    try:
-        found = compare(read(args.first), read(args.second), args.judge)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    found = compare(read(args.first), read(args.second), args.judge)
     text = report(found, (str(args.first), str(args.second)))
     print(text)
     if args.out:

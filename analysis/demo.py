@@ -19,12 +19,13 @@ import pandas as pd
 
 from analysis import figures, paper, records, tables
 from analysis.collect import VERDICTS, Collection, collect, expected_cells, one_judge
-from cwac.config import UserError
+from cwac.config import UserError, command
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "numpy", "pandas", "scipy", "matplotlib")
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, 1 if expected runs are missing, 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m analysis.demo", description=__doc__.split("\n")[0])
@@ -37,11 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("overrides", nargs="*", help="the sweep's own overrides of the preset, e.g. seed=0,1")
     args = parser.parse_args(argv)
-    try:
-        return publish(args, argv if argv is not None else sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return publish(args, argv if argv is not None else sys.argv[1:])
 
 
 def publish(args: argparse.Namespace, argv: list[str]) -> int:

@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from analysis.paper import PROPORTIONS, VERDICTS
 from cwac.artifacts import write_atomic
-from cwac.config import UserError, eval_id
+from cwac.config import UserError, command, eval_id
 from cwac.runs import write_jsonl
 
 BLOCK, HEADER, MAGIC = 32768, 7, b":W&B"
@@ -209,6 +209,7 @@ def write(found: Iterable[Logged], runs: Path) -> tuple[list[str], list[str]]:
     return written, skipped
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m analysis.import_wandb", description=__doc__.split("\n")[0])
@@ -217,17 +218,13 @@ def main(argv: list[str] | None = None) -> int:
     source.add_argument("--project", help="ENTITY/PROJECT on the server")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where to write the run folders (runs)")
     args = parser.parse_args(argv)
-    try:
-        if args.offline:
-            found = read_offline(args.offline)
-        else:
-            import wandb
+    if args.offline:
+        found = read_offline(args.offline)
+    else:
+        import wandb
 
-            found = read_server(wandb.Api(), args.project)
-        written, skipped = write(found, args.runs)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        found = read_server(wandb.Api(), args.project)
+    written, skipped = write(found, args.runs)
     for line in skipped:
         print(f"left out: {line}")
     print(f"{len(written)} of {len(written) + len(skipped)} runs imported into {args.runs}")

@@ -19,7 +19,7 @@ import pandas as pd
 
 from analysis import audit, paper, stats, tables
 from analysis.collect import Cell, Collection, at_end, collect, expected_cells, one_judge, pooled
-from cwac.config import UserError
+from cwac.config import UserError, command
 from cwac.runs import read_jsonl
 
 TITLES = {
@@ -428,6 +428,7 @@ def overlays(given: Sequence[str]) -> dict[str, str]:
     return dict(pair.split("=") for pair in given)
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, 1 if expected runs are missing, 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m analysis.paper_tables", description=__doc__.split("\n")[0])
@@ -450,11 +451,7 @@ def main(argv: list[str] | None = None) -> int:
         "overrides", nargs="*", help="the sweep's own overrides of the preset, e.g. model=tiny seed=0,1"
     )
     args = parser.parse_intermixed_args(argv)
-    try:
-        return publish(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return publish(args)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from analysis.collect import Collection, collect, expected_cells, one_judge, rea
 from analysis.figures import Plate
 from analysis.records import Answer, Record
 from cwac.artifacts import write_atomic
-from cwac.config import UserError
+from cwac.config import UserError, command
 
 TEMPLATES = Path(__file__).with_name("templates")
 ANSWERS = 2
@@ -373,6 +373,7 @@ def publish(args: argparse.Namespace, argv: Sequence[str]) -> int:
     return 1 if campaign.found.missing else 0
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, 1 if expected runs are missing, 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m analysis.report", description=__doc__.split("\n")[0])
@@ -385,13 +386,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--show-completions", action="store_true", help="do not redact answers to harmful requests")
     parser.add_argument("overrides", nargs="*", help="the sweep's own overrides of the preset, e.g. seed=0,1")
     args = parser.parse_args(argv)
-    try:
-        if args.out.suffix != ".html":
-            raise UserError(f"--out {args.out} is no page. Remedy: a name that ends in .html.")
-        return publish(args, argv if argv is not None else sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.out.suffix != ".html":
+        raise UserError(f"--out {args.out} is no page. Remedy: a name that ends in .html.")
+    return publish(args, argv if argv is not None else sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -312,6 +313,20 @@ def validate(cfg: DictConfig) -> None:
             f"model=tiny knows only the embedded world's words; task={cfg.task.name} needs a pretrained model such as "
             "model=smollm2, or use task=toy_sentiment, toy_topic or toy_math"
         )
+
+
+def command(main: Callable[..., int]) -> Callable[..., int]:
+    """The `main(argv)` of a command: a UserError is one line on stderr and exit status 2."""
+
+    @functools.wraps(main)
+    def run(*arguments, **settings) -> int:
+        try:
+            return main(*arguments, **settings)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+
+    return run
 
 
 def instantiate(node: DictConfig) -> Any:

@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 from transformers.utils import logging
 
-from cwac.config import CONF, UserError, instantiate
+from cwac.config import CONF, UserError, command, instantiate
 from cwac.evaluation.evaluate import verdict_rows
 from cwac.evaluation.judge import Judge, judge_answers
 from cwac.runs import append_jsonl, read_jsonl, repair
@@ -106,6 +106,7 @@ def judge_set(judge: Judge, work: Work, progress) -> None:
         )
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m experiments.judge", description=__doc__.split("\n")[0])
@@ -113,21 +114,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--judge", required=True, help="an option of conf/eval/judge")
     parser.add_argument("overrides", nargs="*", help="keys of that option, e.g. batch_size=64 hub_id=<folder>")
     args = parser.parse_args(argv)
-    try:
-        cfg = configure(args.judge, args.overrides)
-        work = [one for folder in finished(args.runs) for one in pending(folder, cfg.name)]
-        if not work:
-            print(f"{args.runs}: every run is judged by {cfg.name}; nothing to do")
-            return 0
-        logging.disable_progress_bar()  # of the judge's files; ours counts responses
-        judge = instantiate(cfg)
-        with tqdm(total=sum(len(one.answers) for one in work), desc=f"judging with {judge.name}") as bar:
-            for one in work:
-                judge_set(judge, one, bar.update)
-        print(f"{judge.name} judged {len(work)} sets of answers of {len({one.folder for one in work})} runs")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    cfg = configure(args.judge, args.overrides)
+    work = [one for folder in finished(args.runs) for one in pending(folder, cfg.name)]
+    if not work:
+        print(f"{args.runs}: every run is judged by {cfg.name}; nothing to do")
+        return 0
+    logging.disable_progress_bar()  # of the judge's files; ours counts responses
+    judge = instantiate(cfg)
+    with tqdm(total=sum(len(one.answers) for one in work), desc=f"judging with {judge.name}") as bar:
+        for one in work:
+            judge_set(judge, one, bar.update)
+    print(f"{judge.name} judged {len(work)} sets of answers of {len({one.folder for one in work})} runs")
     return 0
 
 

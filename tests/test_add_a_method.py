@@ -58,11 +58,10 @@ def project(tmp_path_factory) -> Path:
         "docs",
         "benchmarks",
         "local",
-        "chosen",  # what the searches found, not what a method is made of
         "__pycache__",
     )
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*left))
-    for name in (*METHOD, "conf/experiment/tune_safeinstr.yaml"):
+    for name in (*METHOD, "conf/experiment/tune_safeinstr.yaml", "conf/chosen/tuned/tiny_safeinstr.yaml"):
         (folder / name).unlink()
     labels = folder / "analysis" / "paper.py"
     labels.write_text(re.sub(r'^ +"safeinstr": .*\n', "", labels.read_text(), flags=re.M))

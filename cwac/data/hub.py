@@ -19,6 +19,8 @@ LICENSES = {
     "walledai/XSTest": "CC BY 4.0",
     "tatsu-lab/alpaca": "CC BY-NC 4.0",
     "safety-tuned-llamas": "CC BY-NC 4.0",
+    "JailbreakBench/JBB-Behaviors": "MIT",
+    "PKU-Alignment/BeaverTails": "CC BY-NC 4.0",
     "stanfordnlp/sst2": "research use",
     "fancyzhx/ag_news": "research use",
     "openai/gsm8k": "MIT",
