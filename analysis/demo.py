@@ -110,10 +110,11 @@ def provenance(found: Collection, args: argparse.Namespace, argv: list[str], mod
 
 
 def git_state() -> dict:
-    """{"commit", "dirty"} of the checkout; both None outside of one."""
+    """{"commit", "dirty"} of the checkout; both None outside of one. `results/` does not count: it is being written."""
+    changed = ["git", "status", "--porcelain", "--", ".", ":!results"]
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
-        status = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=True)
+        status = subprocess.run(changed, cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "dirty": None}
     return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}

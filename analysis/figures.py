@@ -324,7 +324,7 @@ def against_training(rows: pd.DataFrame, model: str, task: str, of: str) -> list
             falls = along == "task_loss"
             scale = "log" if falls and wide(lines["x"]) else "linear"
             where = f"{title}; p = {ratio:g}"
-            figure = multiples(lines, where, label + " (falls to the right)" * falls, scale)
+            figure = multiples(lines, where, label + "\n(falls to the right)" * falls, scale)  # panels are narrow
             if falls:
                 figure.axes[0].invert_xaxis()  # shared: time runs left to right in all panels
             plates.append(Plate(f"training-p{ratio:g}-{along}", f"{heading} ({label}): {where}", caption, figure))
