@@ -110,7 +110,7 @@ def provenance(found: Collection, args: argparse.Namespace, argv: list[str], mod
 
 
 def git_state() -> dict:
-    """{"commit", "dirty"} of the checkout; both None outside of one. `results/` does not count: it is being written."""
+    """{"commit", "dirty"} of the checkout, less `results/`, where a freeze has just written; None outside of one."""
     changed = ["git", "status", "--porcelain", "--", ".", ":!results"]
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
