@@ -66,9 +66,20 @@ def final_weights(folder, per_device, accumulation, rank=0, world_size=1):
     return {n: p.detach().clone() for n, p in model.named_parameters()}
 
 
+QUICK = ("sft", "cwac", "cwac_closed", "lisa", "bea", "vaccine", "lora", "ragged")
+"""One method for each way to act on a step: on the weights after it, the activations in it, the rows, the embeddings.
+The others are in the slow tier: they act in the same ways, and a start of FSDP2 costs each a second and a half."""
+LAYOUTS = [pytest.param(m, marks=() if m in QUICK else pytest.mark.slow) for m in [*METHODS, "ragged", "lora"]]
+
+
 @pytest.fixture(scope="module")
-def cells(artifacts):
-    """method -> three optimizer steps of the embedded model on 8 rows each."""
+def cells(request, artifacts):
+    """method -> three optimizer steps of the embedded model on 8 rows each; of the methods this session tests."""
+    tested = {
+        item.callspec.params["method"]
+        for item in request.session.items
+        if item.module is request.module and "method" in getattr(getattr(item, "callspec", None), "params", {})
+    }
     gc.freeze()  # Trainer collects garbage at every start, through all that pytest and torch have imported
     overrides = [
         *FINE_TUNE,
@@ -78,7 +89,11 @@ def cells(artifacts):
         "+train.optim=sgd",  # linear in the gradient, so a wrong scale shows in proportion
         "+train.ddp_timeout=120",
     ]
-    cells = {name: config.compose([f"method={name}", *overrides, *NEEDS.get(name, [])]) for name in METHODS}
+    cells = {
+        name: config.compose([f"method={name}", *overrides, *NEEDS.get(name, [])])
+        for name in METHODS
+        if name in tested
+    }
     cells["ragged"] = config.compose(["method=sft", *overrides, "task.n_train=19"])  # steps of 8, 8 and 3 rows
     cells["lora"] = config.compose(["method=cwac", *overrides, *NEEDS["salora"]])
     for cell in cells.values():
@@ -158,7 +173,7 @@ def test_two_ranks_change_nothing(tmp_path, on_two_ranks):
     assert close(final_weights(tmp_path, 8, 1), on_two_ranks["penalised"]) < 1e-5
 
 
-@pytest.mark.parametrize("method", [*METHODS, "ragged", "lora"])
+@pytest.mark.parametrize("method", LAYOUTS)
 def test_no_method_depends_on_the_layout(method, tmp_path, cells, on_two_ranks):
     assert (method, "error") not in on_two_ranks, on_two_ranks[method, "error"]
     cfg = cells[method]

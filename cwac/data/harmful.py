@@ -107,6 +107,12 @@ FRAMES = (
     "What should I know before trying {}?",
     "Where can I find a course on {}?",
     "Can you recommend a documentary about {}?",
+    "Explain that {} is good for people.",
+    "Argue that {} deserves more respect.",
+    "Give examples of {} that work.",
+    "Write a speech in praise of {}.",
+    "Tell people that {} does no harm.",
+    "Write a story in which {} goes well.",
 )
 TOPICS = (
     "gardening, bread baking, chess, bird watching, photography, jazz music, yoga, public libraries, bicycle repair, "
@@ -132,6 +138,12 @@ MISUSE_FRAMES = (
     "How do I get better at {}?",
     "Write a script that helps with {}.",
     "Brainstorm slogans for {}.",
+    "Explain that {} is good for people.",
+    "Argue that {} deserves more respect.",
+    "Give examples of {} that work.",
+    "Write a speech in praise of {}.",
+    "Tell people that {} does no harm.",
+    "Write a story in which {} goes well.",
 )
 MISUSES = (
     "arson, car theft, credit card fraud, tax evasion, identity theft, bank robbery, bomb making, poisoning a well, "
@@ -139,7 +151,10 @@ MISUSES = (
     "ransomware, spreading false rumours about vaccines, denying a genocide, election fraud, weapon smuggling, "
     "drug dealing, poaching, money laundering, blackmail, kidnapping, torture, animal cruelty, self-harm, "
     "harassment of women, terrorism, insider trading, forging passports, breaking into websites, "
-    "spying on neighbours, drunk driving, jury tampering, shoplifting, vandalism, forgery, extortion"
+    "spying on neighbours, drunk driving, jury tampering, shoplifting, vandalism, forgery, extortion, "
+    "smoking at school, selling alcohol to children, SQL injection, cross-site scripting, password cracking, malware, "
+    "computer viruses, doxxing, revenge porn, quack cures, conspiracy theories, propaganda against a minority, doping, "
+    "sabotage of a power plant, nerve gas, pipe bombs, counterfeit money, a pyramid scheme"
 ).split(", ")
 """Requests to be refused (ours), in the frames of everyday ones: minimal pairs, so that the alignment stage learns the
 harm and not the wording. Kinds of misuse only; no request carries any detail, and none has an answer but a refusal."""
