@@ -39,6 +39,7 @@ from cwac.data.tokenize import IGNORE, Rows, encode_prompt, pad_token_id
 from cwac.evaluation.generate import generate
 from cwac.evaluation.judge import KeywordJudge
 from cwac.fit import fit
+from cwac.models import device
 
 ADAPTER = Path(__file__).parent / "assets" / "smollm2_align"
 POOLS = Path(__file__).parent.parent / "conf" / "pools" / "real.yaml"
@@ -135,7 +136,7 @@ def train_adapter(
     Returns the final mean loss (nats/token) and the number of rows by source.
     """
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
-    model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32).to(device())
     refusals = level(_short(tokenizer, splits["align"], recipe), recipe.refusals, recipe.seed, recipe.repeats)
     benign = level(_short(tokenizer, splits["align_benign"], recipe), recipe.benign, recipe.seed, recipe.repeats)
     rows = alignment_rows(model, tokenizer, refusals, benign, recipe)
@@ -257,8 +258,9 @@ def negative_log_likelihood(
         if not target:
             continue
         with torch.inference_mode():
-            logits = model(torch.tensor([prompt + target])).logits[0, len(prompt) - 1 : -1]
-        total += torch.nn.functional.cross_entropy(logits, torch.tensor(target), reduction="sum").item()
+            ids = torch.tensor([prompt + target], device=model.device)
+            logits = model(ids).logits[0, len(prompt) - 1 : -1]
+        total += torch.nn.functional.cross_entropy(logits, ids[0, len(prompt) :], reduction="sum").item()
         n += len(target)
     return total / max(1, n), n
 
@@ -333,8 +335,8 @@ def main() -> int:
 def write_gate(base_folder: Path, adapter: str | Path, splits: Splits, trained: list[dict]) -> dict:
     """Judge the saved fp16 adapter, merged, as a user gets it; writes and returns the report of `gate.json`."""
     with tempfile.TemporaryDirectory() as folder:
-        aligned = AutoModelForCausalLM.from_pretrained(apply(base_folder, adapter, folder))
-    base = AutoModelForCausalLM.from_pretrained(base_folder)
+        aligned = AutoModelForCausalLM.from_pretrained(apply(base_folder, adapter, folder)).to(device())
+    base = AutoModelForCausalLM.from_pretrained(base_folder).to(device())
     checks = gate(base, aligned, AutoTokenizer.from_pretrained(base_folder), splits)
     report = {
         "passed": all(c.passed for c in checks if c.passed is not None),

@@ -60,7 +60,8 @@ class MethodTrainer(Trainer):
             state = Path(resume_from_checkpoint) / METHOD_STATE
             if not state.is_file():
                 raise UserError(f"{state.parent} has no {METHOD_STATE}: it was saved without a defence; start anew")
-            self.method.load_state_dict(torch.load(state, weights_only=True))
+            # on the CPU, since the run may have begun on another device; `start` puts tensors where the parameters are
+            self.method.load_state_dict(torch.load(state, map_location="cpu", weights_only=True))
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         self.trained = self.gathered()
         if self.is_world_process_zero():
@@ -194,6 +195,8 @@ class MethodCallback(TrainerCallback):
         self.began = time.perf_counter()
 
     def on_optimizer_step(self, args, state, control, **kwargs):
+        if args.device.type == "cuda":
+            torch.cuda.synchronize()  # the GPU is still at work when Python has queued the step
         self.seconds.append(time.perf_counter() - self.began)
 
     def on_step_end(self, args, state, control, **kwargs):

@@ -176,7 +176,8 @@ def last_token_states(model: nn.Module, rows: Sequence[dict]) -> torch.Tensor:
         for chosen, batch in batches(rows, device_of(model)):
             hidden = residuals(model, batch, slots)  # [B, T, K, d]
             last = batch["attention_mask"].sum(1) - 1
-            for i, state in zip(chosen, hidden[torch.arange(len(last)), last].float().cpu(), strict=True):
+            read = hidden[torch.arange(len(last), device=last.device), last]
+            for i, state in zip(chosen, read.float().cpu(), strict=True):
                 states[i] = state
     return torch.stack(states)
 

@@ -53,7 +53,7 @@ def last_inputs(model: nn.Module, rows: Sequence[dict], batch_size: int = 16) ->
     def hook(name: str):
         def record(_module, inputs):
             h = inputs[0]  # [B, T, d_in]
-            found[name].append(h[torch.arange(len(last)), last.to(h.device)].double().cpu())
+            found[name].append(h[torch.arange(len(last), device=h.device), last.to(h.device)].double().cpu())
 
         return record
 

@@ -104,6 +104,33 @@ def test_resumes_bit_for_bit(method, straight, tmp_path, artifacts, monkeypatch)
     assert Run(cfg).status["weights_sha256"] == straight(method).status["weights_sha256"]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", METHODS)
+def test_two_steps_on_a_gpu_with_a_stop_between(method, tmp_path, artifacts, monkeypatch):
+    """Set up, a checkpoint, a resume from it, evaluation and drift, all on the GPU."""
+    cfg = cell(method, tmp_path, artifacts, "train.max_steps=2", "train.save_steps=1")
+    devices = []
+    with monkeypatch.context() as patch:
+        patch.setattr(cwac.engine.MethodCallback, "on_step_end", stop_at(2))
+        with pytest.raises(RuntimeError, match="planted stop"):
+            run_cell(cfg)
+    assert (Run(cfg).dir / "checkpoint-1" / cwac.engine.COMPLETE).is_file()
+    gathered = cwac.engine.MethodTrainer.gathered
+
+    def record(trainer):
+        devices.extend(p.device.type for p in trainer.model.parameters())
+        return gathered(trainer)
+
+    monkeypatch.setattr(cwac.engine.MethodTrainer, "gathered", record)
+    run_cell(cfg)
+    assert set(devices) == {"cuda"}
+    run = Run(cfg)
+    assert [r["step"] for r in read_jsonl(run.dir / "train_log.jsonl")] == [1, 2]
+    assert all(math.isfinite(r["value"]) for r in run.rows() if r["value"] is not None)
+    assert run.status["status"] == "done" and run.status["guard"] is not False
+
+
 def test_a_checkpoint_cut_short_is_not_resumed_from(straight, tmp_path, artifacts, monkeypatch):
     cfg = cell("sft", tmp_path, artifacts)
     with monkeypatch.context() as patch:

@@ -147,6 +147,28 @@ def test_a_cut_answer_is_not_taught_to_end(base):
     assert tokenizer.decode(answers[2]) == "apple <eos>"
 
 
+def test_two_rounds_leave_an_adapter_and_a_report(base, tmp_path):
+    """Where there is a GPU, on it; the files do not tell."""
+    harmful = [Example(f"h{i}", "lift the lantern", "i cannot help with that .", source="advbench") for i in range(2)]
+    benign = [Example(f"b{i}", "name a fruit", source="alpaca") for i in range(2)]
+    splits = {
+        "align": {"advbench": harmful},
+        "align_benign": {"alpaca": benign},
+        "validation": {"advbench": harmful},
+        "validation_benign": {"alpaca": benign},
+    }
+    recipe = align.Round(steps=2, refusals=2, benign=2, batch_size=2, rank=4)
+    for start in (None, tmp_path):
+        result = align.train_adapter(base, splits, tmp_path, recipe, start)
+    assert result["rows"] == {"advbench": 2, "alpaca": 2}
+    align.strengthen(tmp_path, align.STRENGTH)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    assert {(w.dtype, w.device.type) for w in weights.values()} == {(torch.float16, "cpu")}
+    assert any(w.any() for name, w in weights.items() if "lora_B" in name)
+    report = align.write_gate(base, tmp_path, splits, [])
+    assert report["checks"][-1]["n"] > 0 and report == json.loads((tmp_path / "gate.json").read_text())
+
+
 def test_the_models_own_answers_cost_least(base):
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base).eval()

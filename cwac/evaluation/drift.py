@@ -91,7 +91,7 @@ def _residuals(model: nn.Module, batch: dict, last: torch.Tensor) -> torch.Tenso
 
     def record(_module, _inputs, output):
         hidden = output[0] if isinstance(output, tuple) else output  # [B, T, d]
-        found.append(hidden[torch.arange(len(last)), last.to(hidden.device)].float())
+        found.append(hidden[torch.arange(len(last), device=hidden.device), last.to(hidden.device)].float())
 
     handles = [block.register_forward_hook(record) for block in decoder_layers(model)]
     device = next(model.parameters()).device
