@@ -142,7 +142,7 @@ def fit_subspace(
             if sink is not None:
                 x = x - (x @ sink) @ sink.T
             trace = x.square().sum()
-            V, values = from_tokens(x)
+            V, values = from_tokens(x) if exact else from_gram(x)
         else:
             c = C.pop(name)
             if sink is not None:  # look only at what the sink's direction does not already cover
@@ -176,11 +176,18 @@ def from_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return Vh.T, singular.square()
 
 
+def from_gram(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same from X X^T [n, n], several times as fast; singular values below 1e-8 of the largest are noise."""
+    values, U = torch.linalg.eigh(x @ x.T)
+    values, U = values.flip(0).clamp_min(0), U.flip(1)
+    return x.T @ (U / values.sqrt().clamp_min(1e-8 * values[0].sqrt())), values
+
+
 def leading(x0: torch.Tensor, tolerance: float = 1e-6, limit: int = 8) -> torch.Tensor:
     """Orthonormal directions [d, s] of the first token's inputs; one where every row starts with the same token."""
-    _, singular, Vh = torch.linalg.svd(x0, full_matrices=False)
+    _, singular, Vh = torch.linalg.svd(x0.cpu(), full_matrices=False)  # a small one, which a GPU takes longer for
     s = int((singular > tolerance * singular[0]).sum())
-    return Vh[: min(s, limit)].T
+    return Vh[: min(s, limit)].T.to(x0.device)
 
 
 def save_bases(bases: dict[str, Basis], folder: Path) -> None:

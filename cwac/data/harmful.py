@@ -153,8 +153,8 @@ MISUSES = (
     "harassment of women, terrorism, insider trading, forging passports, breaking into websites, "
     "spying on neighbours, drunk driving, jury tampering, shoplifting, vandalism, forgery, extortion, "
     "smoking at school, selling alcohol to children, SQL injection, cross-site scripting, password cracking, malware, "
-    "computer viruses, doxxing, revenge porn, quack cures, conspiracy theories, propaganda against a minority, doping, "
-    "sabotage of a power plant, nerve gas, pipe bombs, counterfeit money, a pyramid scheme"
+    "computer viruses, doxxing, revenge porn, quack cures, conspiracy theories, propaganda against a minority, "
+    "doping, sabotage of a power plant, nerve gas, pipe bombs, counterfeit money, a pyramid scheme"
 ).split(", ")
 """Requests to be refused (ours), in the frames of everyday ones: minimal pairs, so that the alignment stage learns the
 harm and not the wording. Kinds of misuse only; no request carries any detail, and none has an answer but a refusal."""
