@@ -58,7 +58,9 @@ table1 table2 table3 table4 table5 table6: $(ENV)
 	$(PY) -m analysis.paper_tables $@ --runs runs --out results/local/$@ $(ARGS)
 
 tables: $(ENV) ## Tables 1 to 6 from finished runs (or one: make table3 ARGS="model=tiny task=toy_sentiment")
-	for t in 1 2 3 4 5 6; do $(PY) -m analysis.paper_tables table$$t --runs runs --out results/local/table$$t $(ARGS) || true; done
+	failed=; for t in 1 2 3 4 5 6; do \
+	  $(PY) -m analysis.paper_tables table$$t --runs runs --out results/local/table$$t $(ARGS) || failed="$$failed table$$t"; done; \
+	test -z "$$failed" || { echo "make: incomplete or without runs:$$failed" >&2; exit 1; }
 
 audit-deps: $(ENV) ## check the installed packages for known vulnerabilities (pip-audit; needs PyPI)
 	$(PY) -m pip_audit --skip-editable
