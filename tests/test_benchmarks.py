@@ -4,12 +4,13 @@ and every other benchmark in miniature."""
 import importlib
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import __main__ as everything
-from benchmarks import constraint, evaluation, methods, runner, sae, steps, sweep
+from benchmarks import constraint, evaluation, large, methods, runner, sae, steps, sweep
 from cwac import config
 from cwac.config import UserError
 from tests.conftest import SMALL
@@ -142,6 +143,92 @@ def test_generation_and_preparation_in_miniature(random_model):
 def test_a_finished_sweep_in_miniature():
     (row,) = sweep.measure(cells=2)
     assert set(row) == FIELDS and row["ratio"] > 0
+
+
+def test_the_table_at_7b_in_miniature(tmp_path, capsys):
+    out = tmp_path / "large.json"
+    assert large.main(["--shape", "tiny", "--cpu", "--out", str(out)]) in (0, 1)
+    assert "not measured" not in capsys.readouterr().out
+    rows = json.loads(out.read_text())
+    assert all(FIELDS | {"card", "torch", "peak_gib"} <= set(row) for row in rows)
+    assert all(row["card"] == "CPU" and row["peak_gib"] > 0 for row in rows)
+    stepped = [row for row in rows if row["name"].startswith("step of cwac")]
+    assert [row["bar"] for row in stepped] == [1.1, 1.1, 1.2, 1.2]
+    assert all(row["seconds"] > row["rival_seconds"] / 2 and row["tokens_per_s"] > 0 for row in stepped)
+    assert ["2 of 4 blocks" in row["name"] for row in stepped] == [False, False, True, True]
+    left = [row["ratio"] for row in rows if row["name"].startswith("drift left")]
+    assert len(left) == 8 and max(left) < 5  # thousandths of the drift
+    assert {row["bar"] for row in rows if row["rival"] in ("60 s", "1 h")} == {None, 1.0}
+
+
+def test_sft_and_cwac_take_turns_on_one_model(tmp_path):
+    """Half of the steps are projected: then W V is V's pinned value; and they alone have a penalty."""
+    shape = large.TINY
+    model = large.llama(shape, torch.device("cpu"), torch.float32)
+    defence = large.CWAC("cwac", None, large.Activation(sae=shape.sae))
+    with torch.no_grad():
+        defence.rehearse(model, large.Sizes(prompt_tokens=shape.prompt_tokens))
+    defence.weight = large.Weight()
+    large.constrain_(defence, model, 0.5)
+    method = large.InTurns("in_turns", defence, [True, False, True])
+    trainer = large.build_trainer(shape, torch.device("cpu"), model, method, 3, str(tmp_path))
+    trainer.args.learning_rate, drifts = 1e-2, []
+
+    def on_step_end():
+        _, layer, V, A = defence._constraint.entries[0]
+        drifts.append((layer.weight.detach() @ V - A).norm().item())
+
+    watch = large.Watch(lambda step: on_step_end() if step else None)
+    trainer.add_callback(watch)
+    trainer.train()
+    assert len(watch.seconds) == len(watch.peaks) == 3 and len(trainer.penalties) == 2
+    assert drifts[0] < 1e-4 < 1e-3 < drifts[1]
+    on_step_end()
+    assert drifts[2] < 1e-4
+
+
+def test_a_part_that_fails_stops_no_other_and_what_is_measured_is_kept(tmp_path, monkeypatch, capsys):
+    def broken(shape, where, budget):
+        yield runner.entry("a", "b", 1.0)
+        raise torch.OutOfMemoryError("no room\nfor more")
+
+    def never(shape, where, budget):
+        yield runner.entry("e", "f", 1.0)
+
+    def sound(shape, where, budget):
+        yield runner.entry("c", "d", 1.0)
+
+    monkeypatch.setattr(large, "PARTS", {"broken": (broken, 0), "never": (never, 1e9), "sound": (sound, 0)})
+    out = tmp_path / "large.json"
+    given = ["--shape", "tiny", "--cpu", "--out", str(out), "--parts", "broken,never,sound"]
+    assert large.main(given) == 1
+    assert [row["name"] for row in json.loads(out.read_text())] == ["a", "c"]
+    shown = capsys.readouterr()
+    assert "broken failed: OutOfMemoryError: no room\n" in shown.err
+    assert "not measured: never (" in shown.out
+
+
+def test_without_a_gpu_it_refuses_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(torch, "cuda", SimpleNamespace(is_available=lambda: False))
+    assert large.main([]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: no CUDA device here") and shown.count("\n") == 1
+    for wrong in (["--cpu"], ["--parts", "nosuch"]):
+        with pytest.raises(SystemExit, match="2"):
+            large.main(wrong)
+
+
+def test_a_decomposition_that_would_take_too_long_is_extrapolated():
+    seconds, how = large.at_full_size(lambda n, d: n, lambda n: busy(0.01 * n)(), 16, 16, allowed=0.1)
+    assert how == " (extrapolated from 2 x 2)" and 5 < seconds / 2 < 20
+    assert large.at_full_size(lambda n, d: n, lambda n: None, 16, 16, allowed=1)[1] == ""
+
+
+def test_a_split_is_exact_and_its_head_fits_tf32():
+    x = torch.randn(100)
+    head, tail = large.split(x)
+    assert torch.equal(head + tail, x) and (tail.abs() <= x.abs() * 2**-10).all()
+    assert not (head.view(torch.int32) & 0x1FFF).any()
 
 
 @pytest.mark.parametrize("part", everything.PARTS)
