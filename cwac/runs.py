@@ -329,12 +329,15 @@ def git(*arguments: str) -> str | None:
 
 
 def environment() -> dict:
-    """Where and with what a run was made: git commit, versions, machine, command."""
+    """Where and with what a run was made: git commit, versions, machine and its card, command."""
+    import torch  # here: a command that only looks at runs starts faster without
+
+    card = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
     return {
         "git_commit": git("rev-parse", "HEAD"),
         "git_dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": ", ".join([platform.platform(), *card]),
         "cpus": os.cpu_count(),
         "threads": os.environ.get("OMP_NUM_THREADS"),
         "packages": {name: metadata.version(name) for name in PACKAGES},

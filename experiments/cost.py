@@ -310,12 +310,13 @@ def rehearsed(
 
 
 def train(cfg: DictConfig, architecture: PretrainedConfig, row: Row, steps: int) -> dict[str, float]:
-    """What cwac.engine.train returns for `steps` steps of a random model on random rows."""
+    """The costs that cwac.engine.train returns for `steps` steps of a random model on random rows."""
     with tempfile.TemporaryDirectory() as folder:
         args, model, method, rows = rehearsed(cfg, architecture, row, steps, folder)
         run = SimpleNamespace(id="cost", dir=Path(folder))
         plan = OmegaConf.create({"eval": {"at": []}})
-        return engine.train(plan, args, run, model, method, rows, 0, lambda *point: None)
+        _, cost = engine.train(plan, args, run, model, method, rows, 0, lambda *point: None)
+        return cost
 
 
 def machine() -> tuple[str, float]:
