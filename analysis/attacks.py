@@ -59,13 +59,14 @@ def main(argv: list[str] | None = None) -> int:
     found = collect(args.runs, [cell_from(cfg) for cfg in cells])
     if not found.runs:
         raise UserError(f"no finished run of {PRESET} in {args.runs}. Remedy: python train.py -m experiment={PRESET}")
-    summary = summarise(one_judge(found.rows, args.judge), {config.run_id(cfg): attack_of(cfg) for cfg in cells})
+    attacks = {config.run_id(cfg): attack_of(cfg) for cfg in cells}
+    summary = summarise(one_judge(found.rows, args.judge), attacks)
     args.out.mkdir(parents=True, exist_ok=True)
     found.rows.to_csv(args.out / "results.csv", index=False)
     summary.to_csv(args.out / "attacks.csv", index=False)
     record = provenance(found, args, sys.argv[1:] if argv is None else argv, "analysis.attacks")
     (args.out / "provenance.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    text = f"{headline(record)}\n\n{report(found, summary)}"
+    text = f"{headline(record)}\n\n{report(found, summary, attacks)}"
     (args.out / "table.md").write_text(text, encoding="utf-8")
     print(text)
     return 1 if found.missing else 0
@@ -83,8 +84,7 @@ def summarise(rows: pd.DataFrame, attacks: dict[str, str]) -> pd.DataFrame:
     verdicts = whole["metric"].isin(paper.VERDICTS)
     whole.loc[verdicts, "set"] = whole.loc[verdicts, "set"].map(asked)
     ends = whole[whole["final"]]
-    # the test set of `other_kinds` is the same requests in two parts, so one attack's runs speak for the aligned model
-    start = before(whole[whole["attack"] == whole["attack"].iloc[0]]).assign(attack=NONE, method=paper.ALIGNED)
+    start = before(whole).assign(attack=NONE, method=paper.ALIGNED)  # whatever the attack: it asks the same requests
     split = rows[rows["final"] & (rows["metric"] == "HS")]
     split = split.assign(
         set=[
@@ -95,8 +95,8 @@ def summarise(rows: pd.DataFrame, attacks: dict[str, str]) -> pd.DataFrame:
     return tables.estimates(pd.concat([start, ends, split[split["set"] != ""]]), KEYS)
 
 
-def report(found: Collection, summary: pd.DataFrame) -> str:
-    """`table.md` below its first line."""
+def report(found: Collection, summary: pd.DataFrame, attacks: dict[str, str]) -> str:
+    """`table.md` below its first line; attacks: run_id -> attack."""
     lines = [f"- `{name}`: {what}" for name, what in ATTACKS.items() if name != NONE]
     blocks = ["### What half of the rows are", "\n".join(lines)]
     asked = summary[summary["set"] != "prefilled"]
@@ -109,8 +109,8 @@ def report(found: Collection, summary: pd.DataFrame) -> str:
     split = summary[summary["set"].isin(parts)]
     if len(split):
         note = (
-            "HS of `other_kinds` by harm category: the poison's, of which no defence was given a request, and the rest, "
-            "\nwhich all of a defence's requests are of."
+            "HS of `other_kinds` by harm category: the poison's, of which no defence was given a request, and the\n"
+            "others, which all of a defence's requests are of."
         )
         rows = [
             [paper.method_label(method), *(tables.show(one(group, "HS", of)) for of in parts)]
@@ -119,7 +119,7 @@ def report(found: Collection, summary: pd.DataFrame) -> str:
         blocks += ["### By category", note, tables.markdown(["method", *(f"HS {of}" for of in parts)], rows)]
     blocks.append(tables.NOTES)
     if found.missing:
-        names = "\n".join(f"- {cell}  ({cell.run_id})" for cell in found.missing)
+        names = "\n".join(f"- {attacks[cell.run_id]}: {cell}  ({cell.run_id})" for cell in found.missing)
         blocks.append(f"Missing: {len(found.missing)} of {len(found.expected)} runs\n\n{names}")
     if account := found.account():
         blocks.append("\n".join(f"- {line}" for line in account))
