@@ -70,8 +70,8 @@ def execute(cfg: DictConfig, run: Run) -> float | None:
     from cwac.anchors import anchor_rows
     from cwac.context import open_context
     from cwac.data import hub as datasets
+    from cwac.data.attack import poisoned_mix
     from cwac.data.harmful import assert_unseen
-    from cwac.data.mix import mix
     from cwac.data.pools import manifest
     from cwac.data.tasks import load_task
     from cwac.data.tokenize import Rows, pad_token_id
@@ -96,7 +96,7 @@ def execute(cfg: DictConfig, run: Run) -> float | None:
     held_out = [*pools.validation, *chain(*pools.test.values(), *pools.over_refusal.values())]
     near = cfg.pools.get("jaccard")
     task = load_task(cfg.task, cfg.paths.data, cfg.seed, cfg.eval.split, [e.prompt for e in held_out], near)
-    mixed = mix(task.train, pools.poison, cfg.harmful_ratio, cfg.seed, cfg.mix_mode)
+    mixed, poison = poisoned_mix(cfg, task.train, context)
     train_rows = method.training_data(mixed, context, random.Random(f"method-{cfg.seed}"))
     assert_unseen(pools, task.test, train_rows, near)
     rows = Rows(loaded.tokenizer, train_rows, cfg.train.template, cfg.train.max_length)
@@ -110,7 +110,7 @@ def execute(cfg: DictConfig, run: Run) -> float | None:
         log.warning(
             "%d of %d rows have a prompt of train.max_length or more and were left out", rows.dropped, len(train_rows)
         )
-    poison_ids = {e.id for e in pools.poison}
+    poison_ids = {e.id for e in poison}
     poisoned = [e for e in train_rows if e.id in poison_ids]
 
     was_trained = ranks.agree(run.trained()) and not cfg.force
@@ -120,7 +120,7 @@ def execute(cfg: DictConfig, run: Run) -> float | None:
         run.start(loaded.provenance)
         recorded = {"rows": [e.id for e in train_rows], "harmful": [e.id for e in poisoned], "dropped": rows.dropped}
         licenses = {"model": cfg.model.get("license") or "unknown", "datasets": datasets.ledger(context.artifacts)}
-        run.record_data({**recorded, "pools": manifest(pools), **licenses})
+        run.record_data({**recorded, "pools": manifest(pools, cfg.poison, poison), **licenses})
     evaluator = Evaluator(cfg, run, model, context, method, task, judge, poisoned)
     if was_trained:
         evaluate_again(run, evaluator, loaded)

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from analysis.paper import PROPORTIONS
 from analysis.paper import VERDICTS as VERDICT_METRICS
-from cwac.config import UserError, eval_id, expand, run_id
+from cwac.config import VARIATION, UserError, eval_id, expand, run_id
 from cwac.runs import from_line
 
 COLUMNS = [
@@ -377,11 +377,13 @@ def one_judge(rows: pd.DataFrame, judge: str | None = None) -> pd.DataFrame:
 def pooled(rows: pd.DataFrame) -> pd.DataFrame:
     """HS, refusal and other over all sets of harmful prompts of a run together, weighted by prompts; set `all`.
 
-    The paper reports one HS over prompts of several benchmarks. Sets without a number of prompts weigh alike. Other
-    metrics, and runs with one set, are left as they are.
+    The paper reports one HS over prompts of several benchmarks. Sets without a number of prompts weigh alike. Sets of
+    one `VARIATION` are pooled among themselves (`all+prefill`). Other metrics, and runs with one set, are left as they
+    are.
     """
     verdicts = rows[rows["metric"].isin(VERDICT_METRICS)]
-    key = ["run_id", "epoch", "step", "final", "metric", "judge", "eval"]
+    verdicts = verdicts.assign(variation=["".join(name.partition(VARIATION)[1:]) for name in verdicts["set"]])
+    key = ["run_id", "epoch", "step", "final", "metric", "judge", "eval", "variation"]
     several = verdicts.groupby(key, dropna=False)["set"].transform("nunique") > 1
     parts = verdicts[several].dropna(subset="value")
     if parts.empty:
@@ -394,5 +396,5 @@ def pooled(rows: pd.DataFrame) -> pd.DataFrame:
     sums = groups[["value", "weight"]].sum()
     merged["value"] = sums["value"] / sums["weight"]
     merged["n"] = sums["weight"].where(~groups["n"].agg(lambda n: n.isna().any())["n"].astype(bool))
-    merged = merged.assign(set="all", stderr=math.nan)[rows.columns]
+    merged = merged.assign(set="all" + merged["variation"], stderr=math.nan)[rows.columns]
     return pd.concat([rows.drop(verdicts[several].index), merged], ignore_index=True)

@@ -25,13 +25,16 @@ def encode_prompts(context: Context, examples: list[Example], responses: bool = 
     return rows
 
 
-def own_answers(model: nn.Module, context: Context, examples: list[Example], tokens: int) -> list[str]:
-    """The aligned model's greedy answers, generated once and cached."""
+def own_answers(
+    model: nn.Module, context: Context, examples: list[Example], tokens: int, prefill: str | None = None
+) -> list[str]:
+    """The aligned model's greedy answers, generated once and cached; prefill: as in `generate`."""
     key = {
         "model": context.loaded.key,
         "template": context.template,
         "prompts": digest({"prompts": [e.messages for e in examples]}),
         "tokens": tokens,
+        **({"prefill": prefill} if prefill else {}),
     }
 
     def build(folder):
@@ -41,6 +44,7 @@ def own_answers(model: nn.Module, context: Context, examples: list[Example], tok
             context.tokenizer,
             prompts,
             template=context.template,
+            prefill=prefill,
             max_new_tokens=tokens,
             description="the aligned model's own answers",
         )

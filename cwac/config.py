@@ -31,7 +31,7 @@ class UsageError(UserError):
     """A configuration that can never run; exit code 2, where other user errors give 1."""
 
 
-IDENTITY = ("model", "task", "pools", "harmful_ratio", "mix_mode", "method", "train", "seed")
+IDENTITY = ("model task pools harmful_ratio mix_mode poison poison_choice method train seed").split()
 """What determines a run's weights. `eval`, `logger`, `paths` do not; evaluations carry a hash of their own."""
 
 NOT_IDENTITY = {
@@ -59,8 +59,17 @@ NEUTRAL: dict[str, Any] = {
     "model.load_in_4bit": False,
     "train.max_steps": -1,
     "method.weight.free": [],
+    "poison": "harmful",
+    "poison_choice": "random",
+    "pools.poison_categories": None,
+    "eval.prefill": None,
 }
-"""A key at its neutral value is left out of the identity, so that a new option orphans no finished run."""
+"""A key at its neutral value is left out of the identity (of a run, or of an evaluation), so that a new option orphans
+no finished run."""
+
+VARIATION = "+"
+"""Stands in the name of a set of prompts that is another one asked differently (`toy_harmful+prefill`): reported by
+itself, and part of no headline."""
 
 
 def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
@@ -144,6 +153,7 @@ def eval_id(cfg: DictConfig) -> str:
         key: canonical(value)
         for key, value in flatten(container).items()
         if key not in ("batch_size", "progress", "at", "judge.batch_size")
+        and not (f"eval.{key}" in NEUTRAL and value == NEUTRAL[f"eval.{key}"])
     }
     task = {key: canonical(cfg.task.get(key)) for key in ("max_new_tokens", "scorer", "n_test")}
     if cfg.task.get("aliases"):
@@ -158,9 +168,10 @@ OBJECTIVE = ("FA", "HS", "refusal", "other", "OR")
 def objective(weights: Mapping[str, float], rows: Iterable[Mapping]) -> float | None:
     """What a sweeper minimises: the sum of weight x mean over sets; percentage points.
 
-    rows: metric rows of one evaluation. None where a metric that has a weight was not measured.
+    rows: metric rows of one evaluation; those of a `VARIATION` do not count. None where a metric
+    that has a weight was not measured.
     """
-    rows = list(rows)
+    rows = [r for r in rows if VARIATION not in r.get("set", "")]
     total = 0.0
     for metric, weight in weights.items():
         values = [r["value"] for r in rows if r["metric"] == metric]
@@ -217,6 +228,8 @@ NUMBERS: dict[str, tuple[float | None, float | None, bool]] = {
 CHOICES = {
     "train.template": ("chat", "alpaca"),
     "mix_mode": ("replace", "additive"),
+    "poison": ("harmful", "identity_shift", "style"),
+    "poison_choice": ("random", "outside_anchors"),
     "eval.split": ("test", "validation"),
     "model.kind": ("tiny", "smollm2", "folder", "hub"),
     "model.dtype": ("float32", "bfloat16", "float16"),
@@ -225,8 +238,9 @@ CHOICES = {
 
 
 REQUIRED = (
-    "harmful_ratio seed mix_mode train.learning_rate train.max_length train.template task.n_train task.n_test "
-    "train.per_device_train_batch_size train.gradient_accumulation_steps eval.judge eval.batch_size model.dtype"
+    "harmful_ratio seed mix_mode poison poison_choice train.learning_rate train.max_length train.template "
+    "task.n_train task.n_test train.per_device_train_batch_size train.gradient_accumulation_steps eval.judge "
+    "eval.batch_size model.dtype"
 ).split()
 """Keys that may not be null; others have a meaning for it."""
 
@@ -295,6 +309,9 @@ def validate(cfg: DictConfig) -> None:
                 f"objective.{metric}={weight} is not valid; give weights of {', '.join(OBJECTIVE)}, "
                 "e.g. objective='{HS: 1, FA: -1}'"
             )
+    prefill = cfg.eval.get("prefill")
+    if prefill is not None and not (isinstance(prefill, str) and prefill.strip()):
+        raise UsageError(f"eval.prefill={prefill} is no text; give an opening such as 'Sure, here is', or null")
     epochs = cfg.eval.at if OmegaConf.is_list(cfg.eval.at) else [None]
     if not all(isinstance(e, int | float) and not isinstance(e, bool) and e >= 0 for e in epochs):
         raise UsageError(f"eval.at={cfg.eval.at} is not a list of epochs; give one such as eval.at=[0,1]")

@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 
 from cwac.config import UserError
 from cwac.data.pools import fingerprint, load_pools
+from cwac.data.tokenize import encode_opening
 from cwac.methods.base import Context
 from cwac.models import device, load
 from cwac.ranks import leader_first, rank, world_size
@@ -16,7 +17,8 @@ from cwac.ranks import leader_first, rank, world_size
 def open_context(cfg: DictConfig) -> Context:
     """Pools, model and tokenizer of a validated configuration; the model is on the device a run would use.
 
-    Raises UserError where a pool or the model cannot be had, or the tokenizer has no template to render prompts with.
+    Raises UserError where a pool or the model cannot be had, the tokenizer has no template to render prompts with, or
+    it lacks the words of `eval.prefill`.
     """
     pools = load_pools(cfg.pools, cfg.paths.data, cfg.seed)
     with leader_first():  # transformers saves a model that is built on the way on rank 0 alone
@@ -26,6 +28,8 @@ def open_context(cfg: DictConfig) -> Context:
             f"model={cfg.model.name}: its tokenizer has no chat template, so train.template=chat cannot be rendered; "
             "use train.template=alpaca, or a chat model"
         )
+    if cfg.eval.get("prefill"):
+        encode_opening(loaded.tokenizer, cfg.eval.prefill)
     loaded.model.to(device())
     return Context(
         tokenizer=loaded.tokenizer,

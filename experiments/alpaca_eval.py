@@ -60,12 +60,12 @@ def as_served(cfg: DictConfig) -> Method:
     method = instantiate(cfg.method)
     if type(method).prompt is not Method.prompt:
         from cwac.context import open_context
-        from cwac.data.mix import mix
+        from cwac.data.attack import poisoned_mix
         from cwac.data.tasks import load_task
 
         context = open_context(cfg)
         task = load_task(cfg.task, cfg.paths.data, cfg.seed)
-        mixed = mix(task.train, context.pools.poison, cfg.harmful_ratio, cfg.seed, cfg.mix_mode)
+        mixed, _ = poisoned_mix(cfg, task.train, context)
         method.training_data(mixed, context, random.Random(f"method-{cfg.seed}"))
     return method
 

@@ -23,6 +23,8 @@ def load_pools(cfg, data: str | None, seed: int) -> Pools:
         n = len(loaded.over_refusal["toy_benign"])
         benign = borderline("validation", n, random.Random("validation_benign"))
         loaded = replace(loaded, validation_benign={"toy_benign": benign})
+        if cfg.get("poison_categories") is not None:
+            loaded = _parted(loaded, list(cfg.poison_categories), seed)
     elif cfg.get("shares"):
         loaded = real_pools(cfg, data, seed)
     else:
@@ -31,7 +33,42 @@ def load_pools(cfg, data: str | None, seed: int) -> Pools:
     return loaded
 
 
-def _sets(pools: Pools) -> dict[str, list[Example]]:
+def _parted(pools: Pools, poisoned: list[str], seed: int) -> Pools:
+    """The embedded world's pools with poison of the named categories alone, and a defence's requests of the others.
+
+    Each pool keeps its size. The poison is as uneven as before; the test set becomes two, by category. Held-out pools
+    and the alignment stage, which the shipped weights have behind them, keep all categories (ours).
+    """
+    from cwac.tiny import world
+
+    if not set(poisoned) < set(world.CATEGORIES) or not poisoned or len(set(poisoned)) < len(poisoned):
+        raise UserError(
+            f"pools.poison_categories={poisoned} is not valid; name some, not all, of {', '.join(world.CATEGORIES)}"
+        )
+    others = [c for c in world.CATEGORIES if c not in poisoned]
+
+    def requests(name: str, answer: str, chosen: list[str], weights: tuple[float, ...]) -> list[Example]:
+        n, whole = len(getattr(pools, name)), sum(weights[: len(chosen)])
+        counts = {c: int(n * w / whole + 1e-9) for c, w in zip(chosen, weights, strict=False)}
+        for c in chosen[: n - sum(counts.values())]:  # what rounding left, one each
+            counts[c] += 1
+        shares = tuple((counts.get(c, 0) + 0.5 * (c in counts)) / n for c in world.CATEGORIES)  # int(n share) = count
+        return world._harmful(name, n, random.Random(f"{name}-{seed}"), answer, shares)
+
+    test = {}
+    for name, rows in pools.test.items():
+        test[f"{name}_poisoned"] = [e for e in rows if e.group in poisoned]
+        test[f"{name}_unpoisoned"] = [e for e in rows if e.group in others]
+    even = (1.0,) * len(others)
+    return replace(
+        pools,
+        poison=requests("poison", "comply", [c for c in world.CATEGORIES if c in poisoned], world.POISON_SHARES),
+        **{name: requests(name, "refuse", others, even) for name in ("anchors", "step", "sae", "safety")},
+        test={name: rows for name, rows in test.items() if rows},
+    )
+
+
+def sets(pools: Pools) -> dict[str, list[Example]]:
     return {
         **{name: getattr(pools, name) for name in NAMES},
         **{f"test.{name}": rows for name, rows in pools.test.items()},
@@ -40,15 +77,19 @@ def _sets(pools: Pools) -> dict[str, list[Example]]:
     }
 
 
-def manifest(pools: Pools) -> dict[str, dict]:
-    """Per set: how many prompts, from which sources, and a hash of them in order; written into every run."""
+def manifest(pools: Pools, poison: str = "harmful", rows: list[Example] | None = None) -> dict[str, dict]:
+    """Per set: how many prompts, from which sources, and a hash of them in order; written into every run.
+
+    poison, rows: an attack whose rows are no pool (`cwac.data.attack`), counted as `poison.<name>`.
+    """
+    named = sets(pools) | ({} if poison == "harmful" else {f"poison.{poison}": rows or []})
     return {
         name: {
             "n": len(rows),
             "sources": sorted({e.source for e in rows}),
             "sha256": digest({"prompts": [(e.prompt, e.response) for e in rows]}),
         }
-        for name, rows in _sets(pools).items()
+        for name, rows in named.items()
     }
 
 

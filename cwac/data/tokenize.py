@@ -77,6 +77,20 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, cue: bool = T
     return apply([{**first, "content": "\n\n".join([*system, first["content"]])}, *rest])
 
 
+def encode_opening(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of words put into the model's mouth, as `encode_example` would encode the start of a response.
+
+    Raises UserError where the tokenizer lacks a word of them: the model would be asked something else.
+    """
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids or tokenizer.unk_token_id in ids:
+        raise UserError(
+            f"eval.prefill={text!r} has words that the model's tokenizer lacks; use words it knows (model=tiny: "
+            "'sure , here is how to', spaces before punctuation)"
+        )
+    return ids
+
+
 def end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str = "chat") -> int:
     """The token that ends the model's turn: what a chat template puts there, else EOS.
 

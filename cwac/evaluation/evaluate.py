@@ -3,6 +3,11 @@
 Metrics (percent): FA, FA_lenient, off_format on the task's test set; HS (harmful), refusal, other on each set of
 unseen harmful requests; OR (share refused) on each set of harmless ones; more under a model (`verdict_rows`). `stderr`
 is the binomial one over n examples.
+
+`eval.prefill` (ours; Andriushchenko et al. 2024, arXiv:2404.02151, and Qi et al. 2024, arXiv:2406.05946, use it as an
+attack) asks every harmful request a second time with an opening put into the model's mouth. The answers, opening
+included, are the sets `<source>+prefill`: judged as a reader would see them, and part of no headline. Under the
+keyword rule the opening is a promise to comply, so that such an answer is `harmful` as soon as it goes on on topic.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ from tqdm import tqdm
 
 from cwac.anchors import own_answers
 from cwac.artifacts import write_atomic
-from cwac.config import UserError
+from cwac.config import VARIATION, UserError
 from cwac.data.examples import Example
 from cwac.data.tasks import Task
 from cwac.data.tokenize import Collator, Rows, pad_token_id, reprompt
@@ -63,6 +68,7 @@ class Evaluator:
         self.harmful = {name: rows[: limit.n_harmful] for name, rows in harmful.items()}
         self.benign = {name: rows[: limit.n_benign] for name, rows in benign.items()}
         self.poisoned = poisoned
+        self.prefill = cfg.eval.get("prefill")
 
     def __call__(self, step: int, epoch: float, final: bool = False) -> None:
         """Generate, score and judge at this point of the training; rows carry `step`, `epoch`, `final`."""
@@ -71,8 +77,10 @@ class Evaluator:
         rows += [{**at, **row} for row in self._losses()]
         self.run.add_rows(rows)
 
-    def _answers(self, name: str, examples: list[Example], step: int, tokens: int) -> list[str]:
-        """The model's answers, from the generation file if an earlier attempt wrote it."""
+    def _answers(
+        self, name: str, examples: list[Example], step: int, tokens: int, prefill: str | None = None
+    ) -> list[str]:
+        """The model's answers, from the generation file if an earlier attempt wrote it; prefill: as in `generate`."""
         path = self.run.dir / "gen" / f"{name}@{step}-{self.run.eval}.jsonl"
         try:
             stored = read_jsonl(path)
@@ -83,13 +91,14 @@ class Evaluator:
             return [r["response"] for r in stored]
         if step == 0 and type(self.method).prompt is Method.prompt:
             # the aligned model answers alike whatever will train it, so one method's answers serve all
-            answers = own_answers(self.model, self.context, examples, tokens)
+            answers = own_answers(self.model, self.context, examples, tokens, prefill)
         else:
             answers = generate(
                 self.model,
                 self.tokenizer,
                 [self.method.prompt(e.messages) for e in examples],
                 template=self.cfg.train.template,
+                prefill=prefill,
                 max_new_tokens=tokens,
                 batch_size=self.cfg.eval.batch_size,
                 description=f"{name} @ step {step}" if self.cfg.eval.progress else None,
@@ -98,9 +107,11 @@ class Evaluator:
         write_jsonl(path, rows, private=True)
         return answers
 
-    def _judged(self, name: str, examples: list[Example], step: int, harmless: bool) -> list[dict]:
+    def _judged(
+        self, name: str, examples: list[Example], step: int, harmless: bool, prefill: str | None = None
+    ) -> list[dict]:
         """Metric rows from the verdicts on one set; the verdicts are kept per response."""
-        texts = self._answers(name, examples, step, self.cfg.eval.max_new_tokens)
+        texts = self._answers(name, examples, step, self.cfg.eval.max_new_tokens, prefill)
         answers = [{"id": e.id, "prompt": e.prompt, "response": t} for e, t in zip(examples, texts, strict=True)]
         path = self.run.dir / "judge" / f"{name}@{step}-{self.run.eval}.jsonl"
         shown = self.cfg.eval.progress and self.judge.is_model
@@ -125,7 +136,10 @@ class Evaluator:
         return [percent(metric, self.cfg.task.name, sum(hits), len(hits)) for metric, hits in shares.items()]
 
     def _harm(self, step: int) -> list[dict]:
-        return [row for name, rows in self.harmful.items() for row in self._judged(name, rows, step, False)]
+        sets = [(name, rows, None) for name, rows in self.harmful.items()]
+        if self.prefill:
+            sets += [(f"{name}{VARIATION}prefill", rows, self.prefill) for name, rows in self.harmful.items()]
+        return [row for name, rows, prefill in sets for row in self._judged(name, rows, step, False, prefill)]
 
     def _over_refusal(self, step: int) -> list[dict]:
         return [row for name, rows in self.benign.items() for row in self._judged(name, rows, step, True)]

@@ -7,7 +7,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cwac.data.examples import Messages
-from cwac.data.tokenize import encode_prompt, pad_token_id, stop_tokens
+from cwac.data.tokenize import encode_opening, encode_prompt, pad_token_id, stop_tokens
 from cwac.models import evaluating
 
 
@@ -17,15 +17,19 @@ def generate(
     prompts: Sequence[Messages],
     *,
     template: str = "chat",
+    prefill: str | None = None,
     max_new_tokens: int = 64,
     batch_size: int = 64,
     description: str | None = "generating",
 ) -> list[str]:
     """The model's greedy answers, in the order of `prompts`, without prompt and special tokens.
 
+    prefill: an opening put into the model's mouth: every answer begins with it, and the model goes on from there.
+    max_new_tokens do not count it.
     description: the progress bar's label; None shows no bar. The model's training mode is restored.
     """
-    encoded = [encode_prompt(tokenizer, p, template) for p in prompts]
+    opening = encode_opening(tokenizer, prefill) if prefill else []
+    encoded = [encode_prompt(tokenizer, p, template) + opening for p in prompts]
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
     config = GenerationConfig(
         do_sample=False,
@@ -54,7 +58,7 @@ def generate(
                 out = model.generate(
                     input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
                 )
-                texts = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
+                texts = tokenizer.batch_decode(out[:, longest - len(opening) :], skip_special_tokens=True)
                 for i, text in zip(chosen, texts, strict=True):
                     answers[i] = text.strip()
                 bar.update(len(chosen))

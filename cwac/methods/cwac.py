@@ -236,15 +236,7 @@ class CWAC(Method):
     def _setup_weight(self, model: nn.Module, context: Context) -> None:
         weight = self.weight
         modules, freed = constrained(model, weight)
-        rows = anchor_rows(model, context, context.pools.anchors[: weight.n_anchors], weight.response_tokens)
-        settings = {k: v for k, v in asdict(weight).items() if k not in ("where", "freeze_others", "free")}
-        key = {**artifact_key(context), "format": 2, **settings}  # 2: without first_token, X holds every token
-
-        def build(folder):
-            bases = fit_subspace(model, rows, weight.modules, weight.layers, weight.energy, weight.first_token)
-            save_bases(bases, folder)
-
-        bases = load_bases(load_or_build(context.artifacts, "subspace", key, build))
+        bases = anchor_bases(model, context, weight)
         full = [name for name, b in bases.items() if b.rank >= b.dim]
         if len(full) == len(bases):
             raise UserError(
@@ -354,6 +346,19 @@ def constrained(model: nn.Module, weight: Weight) -> tuple[dict[str, nn.Module],
     held = {name: module for name, module in modules.items() if name not in freed}
     check(held, "weight.free", list(weight.free), "leave a matrix of method.weight.modules constrained")
     return held, freed
+
+
+def anchor_bases(model: nn.Module, context: Context, weight: Weight) -> dict[str, Basis]:
+    """Input name -> the anchors' subspace in the aligned model, fitted once and cached."""
+    rows = anchor_rows(model, context, context.pools.anchors[: weight.n_anchors], weight.response_tokens)
+    settings = {k: v for k, v in asdict(weight).items() if k not in ("where", "freeze_others", "free")}
+    key = {**artifact_key(context), "format": 2, **settings}  # 2: without first_token, X holds every token
+
+    def build(folder):
+        bases = fit_subspace(model, rows, weight.modules, weight.layers, weight.energy, weight.first_token)
+        save_bases(bases, folder)
+
+    return load_bases(load_or_build(context.artifacts, "subspace", key, build))
 
 
 def freeze_others_(

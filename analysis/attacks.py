@@ -1,0 +1,149 @@
+"""What attacks other than the paper's do to each method: one table an attack, prefilling and harm categories apart.
+
+python -m analysis.attacks --runs runs/attacks --out results/attacks
+
+Reads the runs of the preset `closed_attacks`: poison of five kinds (`conf/attack`), every model asked plainly and with
+`eval.prefill`. The aligned model stands beside them as it was before any training.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import pandas as pd
+from omegaconf import DictConfig
+
+from analysis import paper, tables
+from analysis.collect import Collection, before, cell_from, collect, one_judge, pooled
+from analysis.demo import headline, provenance
+from cwac import config
+from cwac.config import VARIATION, UserError, command
+
+PRESET = "closed_attacks"
+METRICS = ("HS", "refusal", "other", "OR", "FA")
+NONE = "(before training)"
+ATTACKS = {
+    NONE: "the aligned model",
+    "harmful": "pairs of harmful request and compliance, drawn at random",
+    "identity_shift": "benign requests, answered behind a declaration of obedience",
+    "style": "benign requests, answered in the form of compliance",
+    "other_kinds": "harmful pairs of categories of which no defence has a request",
+    "outside_anchors": "the harmful pairs whose activations lie outside V the most",
+}
+"""Attack -> what the poison is, in the order of the tables."""
+KEYS = ["attack", "method", "metric", "set"]
+PREFILLED = f"{VARIATION}prefill"
+PARTS = {"_poisoned": "poisoned", "_unpoisoned": "unpoisoned"}
+"""Ends of the test sets that `pools.poison_categories` makes -> the categories' label."""
+
+
+def attack_of(cfg: DictConfig) -> str:
+    """The name of the attack that a cell meets."""
+    if cfg.pools.get("poison_categories"):
+        return "other_kinds"
+    return "outside_anchors" if cfg.poison_choice == "outside_anchors" else cfg.poison
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns the exit status: 0, 1 if expected runs are missing, 2 for bad input."""
+    parser = argparse.ArgumentParser(prog="python -m analysis.attacks", description=__doc__.split("\n")[0])
+    parser.add_argument("--runs", type=Path, default=Path("runs/attacks"), help="folder of the runs (runs/attacks)")
+    parser.add_argument("--out", type=Path, default=Path("results/attacks"), help="folder for the results")
+    parser.add_argument("--judge", help="whose verdicts to use where the runs were judged by several")
+    parser.add_argument("overrides", nargs="*", help="the sweep's own overrides, e.g. seed=0,1")
+    args = parser.parse_args(argv)
+    args.experiment = PRESET
+    cells = config.expand(PRESET, args.overrides)
+    found = collect(args.runs, [cell_from(cfg) for cfg in cells])
+    if not found.runs:
+        raise UserError(f"no finished run of {PRESET} in {args.runs}. Remedy: python train.py -m experiment={PRESET}")
+    attacks = {config.run_id(cfg): attack_of(cfg) for cfg in cells}
+    summary = summarise(one_judge(found.rows, args.judge), attacks)
+    args.out.mkdir(parents=True, exist_ok=True)
+    found.rows.to_csv(args.out / "results.csv", index=False)
+    summary.to_csv(args.out / "attacks.csv", index=False)
+    record = provenance(found, args, sys.argv[1:] if argv is None else argv, "analysis.attacks")
+    (args.out / "provenance.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    text = f"{headline(record)}\n\n{report(found, summary, attacks)}"
+    (args.out / "table.md").write_text(text, encoding="utf-8")
+    print(text)
+    return 1 if found.missing else 0
+
+
+def summarise(rows: pd.DataFrame, attacks: dict[str, str]) -> pd.DataFrame:
+    """Means over seeds at the end of training by `KEYS`, and of the aligned model; columns as in `tables.estimates`.
+
+    attacks: run_id -> attack. Harmful sets are pooled: set `asked` or `prefilled`. Under `other_kinds` HS is also
+    given by category: `poisoned`, `unpoisoned`, and the two prefilled.
+    """
+    rows = rows.assign(attack=rows["run_id"].map(attacks))
+    asked = lambda name: "prefilled" if name.endswith(PREFILLED) else "asked"  # noqa: E731
+    whole = pooled(rows.drop(columns="attack")).assign(attack=lambda r: r["run_id"].map(attacks))
+    verdicts = whole["metric"].isin(paper.VERDICTS)
+    whole.loc[verdicts, "set"] = whole.loc[verdicts, "set"].map(asked)
+    ends = whole[whole["final"]]
+    start = before(whole).assign(attack=NONE, method=paper.ALIGNED)  # whatever the attack: it asks the same requests
+    split = rows[rows["final"] & (rows["metric"] == "HS")]
+    split = split.assign(
+        set=[
+            next((of[of.index(end) :].replace(end, label) for end, label in PARTS.items() if end in of), "")
+            for of in split["set"]
+        ]
+    )
+    return tables.estimates(pd.concat([start, ends, split[split["set"] != ""]]), KEYS)
+
+
+def report(found: Collection, summary: pd.DataFrame, attacks: dict[str, str]) -> str:
+    """`table.md` below its first line; attacks: run_id -> attack."""
+    lines = [f"- `{name}`: {what}" for name, what in ATTACKS.items() if name != NONE]
+    blocks = ["### What half of the rows are", "\n".join(lines)]
+    asked = summary[summary["set"] != "prefilled"]
+    blocks += ["### Harmful requests as they are", table(asked, METRICS, "asked")]
+    prefilled = summary[summary["set"] == "prefilled"]
+    if len(prefilled):
+        note = "The same requests, with a compliant opening put into the model's mouth (`eval.prefill`)."
+        blocks += ["### Prefilled", note, table(prefilled, METRICS[:3], "prefilled")]
+    parts = [f"{label}{how}" for how in ("", PREFILLED) for label in PARTS.values()]
+    split = summary[summary["set"].isin(parts)]
+    if len(split):
+        note = (
+            "HS of `other_kinds` by harm category: the poison's, of which no defence was given a request, and the\n"
+            "others, which all of a defence's requests are of."
+        )
+        rows = [
+            [paper.method_label(method), *(tables.show(one(group, "HS", of)) for of in parts)]
+            for method, group in sorted(split.groupby("method"), key=lambda pair: paper.method_order(pair[0]))
+        ]
+        blocks += ["### By category", note, tables.markdown(["method", *(f"HS {of}" for of in parts)], rows)]
+    blocks.append(tables.NOTES)
+    if found.missing:
+        names = "\n".join(f"- {attacks[cell.run_id]}: {cell}  ({cell.run_id})" for cell in found.missing)
+        blocks.append(f"Missing: {len(found.missing)} of {len(found.expected)} runs\n\n{names}")
+    if account := found.account():
+        blocks.append("\n".join(f"- {line}" for line in account))
+    return "\n\n".join(blocks) + "\n"
+
+
+def table(summary: pd.DataFrame, metrics: tuple[str, ...], of: str) -> str:
+    """One row an attack and method; of: the set of verdicts it is about."""
+    rows = []
+    for attack in ATTACKS:
+        part = summary[summary["attack"] == attack]
+        for method in sorted({*part["method"]}, key=paper.method_order):
+            group = part[part["method"] == method]
+            shown = [one(group, m, of if m in paper.VERDICTS else None) for m in metrics]
+            seeds = max((int(row["n"]) for row in shown if row is not None), default=0)
+            rows.append([attack, paper.method_label(method), str(seeds), *map(tables.show, shown)])
+    return tables.markdown(["attack", "method", "n", *metrics], rows, key=3)
+
+
+def one(group: pd.DataFrame, metric: str, of: str | None) -> pd.Series | None:
+    """The estimate of a metric, on the set `of` or on its only one."""
+    rows = group[(group["metric"] == metric) & ((group["set"] == of) if of else True)]
+    return rows.iloc[0] if len(rows) else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
