@@ -59,6 +59,9 @@ NEUTRAL: dict[str, Any] = {
     "model.load_in_4bit": False,
     "train.max_steps": -1,
     "method.weight.free": [],
+    "method.weight.soft": None,
+    "method.weight.refresh_steps": None,
+    "method.activation.space": "sae",
 }
 """A key at its neutral value is left out of the identity, so that a new option orphans no finished run."""
 
@@ -196,6 +199,7 @@ NUMBERS: dict[str, tuple[float | None, float | None, bool]] = {
     "eval.n_benign": (1, None, True),
     "eval.n_drift": (1, None, True),
     "method.weight.n_anchors": (1, None, True),
+    "method.weight.refresh_steps": (1, None, True),
     "method.rho": (0, None, False),
     "method.align_steps": (0, None, True),
     "method.finetune_steps": (0, None, True),
