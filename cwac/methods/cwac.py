@@ -39,6 +39,7 @@ from cwac.config import UserError
 from cwac.data.examples import Example
 from cwac.methods.base import Context, Method, Rehearsal, Sizes, artifact_key, check, draw, is_number, share_of
 from cwac.models import base_layer, input_group, linears
+from cwac.ranks import reshard
 from cwac.subspace import Basis, Constraint, fit_subspace, load_bases, save_bases
 
 log = logging.getLogger(__name__)
@@ -276,7 +277,9 @@ class CWAC(Method):
         if weight.refresh_steps is not None:
             self._steps += 1
             if self._steps % weight.refresh_steps == 0 and self._anchors:
-                self._constraint.refit_(self._fit(model, self._anchors, progress=False))
+                bases = self._fit(model, self._anchors, progress=False)
+                reshard(model)
+                self._constraint.refit_(bases)
 
     def state_dict(self) -> dict:
         if self.weight is None or self.weight.refresh_steps is None:
