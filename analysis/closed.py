@@ -203,8 +203,9 @@ def report(
     if len(variants := parts["variants"]):
         note = (
             "`closed`: every trained matrix constrained, nothing else trains; `down`: the paper's, on down_proj. "
-            "`sae`,\n`residual`, `logits`: the space of an activation constraint beside it; `soft`: a penalty instead "
-            "of the projection;\n`refresh`: V and A refitted; `lora`: an adapter. Strength (lam, mu or steps): "
+            "`sae`,\n`residual`, `logits`: the space of an activation constraint beside it; `soft`: a penalty "
+            "instead of the\nprojection; `refresh`: V and A refitted; `lora`: an adapter. "
+            "Strength, lam, mu or steps:\n"
             f"{chosen_on_validation()}."
         )
         losses = [*METRICS, "poison_loss", "task_loss"]

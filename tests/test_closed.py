@@ -73,17 +73,19 @@ def test_the_curves_reach_ten_times_the_papers_epochs_with_every_method_at_its_t
 
 
 def test_every_variant_with_a_strength_is_searched_at_three_on_validation_prompts():
-    search = config.expand("closed_variants_search")
-    ends = config.expand("closed_variants", ["seed=0"])
-    with_strength = {c.variant.name for c in ends if c.variant.get("strengths")}
-    assert {(c.variant.name, c.variant.pick) for c in search} == {(n, i) for n in with_strength for i in range(3)}
+    tried, ends = config.grid("closed_variants_search"), config.expand("closed_variants", ["seed=0"])
+    search = [config.compose(cell) for cell in tried[::3]]
+    strengths = {c.variant.name: list(c.variant.strengths) for c in ends if c.variant.get("strengths")}
+    assert {c.variant.name for c in search} == {*strengths} and {len(s) for s in strengths.values()} == {3}
+    assert {tuple(cell[:3]) for cell in tried} == {
+        ("seed=3", f"variant={name}", f"variant.pick={i}") for name in strengths for i in range(3)
+    }
     assert {c.eval.split for c in search} == {"validation"} and {c.eval.split for c in ends} == {"test"}
-    assert {c.seed for c in search}.isdisjoint({0, 1, 2})
-    anchors = {config.run_id(c) for c in config.expand("closed_anchors")}
-    every = [config.run_id(c) for c in (*search, *config.expand("closed_variants"))]
-    assert len({*every} - anchors) <= 60 and len({*every}) == len(every)
     same = [{k: v for k, v in config.identity(c).items() if k.startswith("train.")} for c in (*search, *ends)]
     assert all(s == same[0] for s in same) and {c.harmful_ratio for c in (*search, *ends)} == {0.5}
+    closed_again = config.expand("closed_anchors", ["seed=0", "method.weight={energy: 0.99}"])[0]
+    assert config.run_id(closed_again) == config.run_id(ends[0])  # so the three runs of `closed` are there already
+    assert len(tried) + len(config.grid("closed_variants")) - 3 == 60
 
 
 def test_the_strengths_that_a_search_chose_are_those_that_run(tmp_path, monkeypatch, capsys):
@@ -176,14 +178,13 @@ def test_planted_runs_come_back_as_curves_certificates_and_routes(campaign, tmp_
     assert strengths["mean"].tolist() == pytest.approx([0.8, 0.9, 0.99])
     routes = pd.read_csv(tmp_path / "free.csv").query("metric == 'HS'").set_index(["arm", "matrix"])["mean"]
     assert routes.to_dict() == {("freed", "v"): 20.5, ("constrained", "q"): 60.5}
-    coupled = pd.read_csv(tmp_path / "variants.csv", dtype={"strength": str}).query("metric == 'HS'")
-    found = {(r.variant, r.strength): (r.mean, r.n) for r in coupled.itertuples()}
+    coupled = pd.read_csv(tmp_path / "variants.csv").query("metric == 'HS'").set_index("variant")
     # `closed` is the run of closed_anchors at energy 0.99: one run, two tables
-    assert found["closed_residual", "10"] == (5.5, 2) and found["down_refresh", "25"] == (80.5, 2)
-    assert {v for v, _ in found} == {"closed", "closed_residual", "down_refresh"}
+    assert coupled["mean"].to_dict() == {"closed": 10.5, "closed_residual": 5.5, "down_refresh": 80.5}
+    assert set(coupled["n"]) == {2} and coupled.loc["closed_residual", "strength"] in (1, 10, 100)
     text = (tmp_path / "table.md").read_text()
     section = text.split("### Which coupling closes it")[1]
-    assert "loss" in section and "closed_residual" in section and "the middle of three" in section
+    assert "loss" in section and closed.chosen_on_validation() in section and "duplicate" not in text
     assert text == capsys.readouterr().out.split("\nfigure:")[0].rstrip("\n") + "\n"
     crossing = next(line for line in text.split("when HS crosses")[1].splitlines() if "SFT" in line)
     assert [cell.strip() for cell in crossing.split("|")[4:7]] == ["45", "45", "90"]
