@@ -97,8 +97,10 @@ def cells(request, artifacts):
     }
     cells["ragged"] = config.compose(["method=sft", *overrides, "task.n_train=19"])  # steps of 8, 8 and 3 rows
     cells["lora"] = config.compose(["method=cwac", *overrides, *NEEDS["salora"]])
-    cells["soft"] = config.compose(["method=weight_only_closed", *overrides, "method.weight.soft=1"])
-    cells["refresh"] = config.compose(["method=weight_only", *overrides, "method.weight.refresh_steps=1"])
+    soft = ["method.weight.soft=1", "method.activation={space: residual, lam: 10}"]
+    cells["soft"] = config.compose(["method=cwac_closed", *overrides, *soft])
+    refresh = ["method.weight.refresh_steps=1", "method.activation={space: logits, positions: 'response:4'}"]
+    cells["refresh"] = config.compose(["method=cwac", *overrides, *refresh])
     for cell in cells.values():
         OmegaConf.set_struct(cell, False)  # a layout adds keys
     yield cells
