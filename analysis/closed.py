@@ -2,8 +2,9 @@
 
 python -m analysis.closed --runs runs --out results/closed
 
-Reads the runs of the presets `closed_break`, `closed_rates`, `closed_anchors` and `closed_free`, and SFT's of
-`demo_full` at the last one's harmful ratio, its reference. docs/closed_constraint.md is the theory behind them.
+Reads the runs of the presets `closed_break`, `closed_rates`, `closed_anchors`, `closed_free` and `closed_variants`,
+and SFT's of `demo_full` at the harmful ratio of `closed_free`, its reference. docs/closed_constraint.md is the theory
+behind them.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from analysis import figures, paper, stats, tables
 from analysis.collect import Collection, cell_from, collect, one_judge, pooled
@@ -25,7 +26,7 @@ from analysis.records import read_json
 from cwac import config
 from cwac.config import UserError, command
 
-PRESETS = ("closed_break", "closed_rates", "closed_anchors", "closed_free")
+PRESETS = ("closed_break", "closed_rates", "closed_anchors", "closed_free", "closed_variants")
 METRICS = ("HS", "refusal", "other", "FA", "OR")
 LEVELS = (10, 20, 50)
 """HS in percent whose crossing is reported."""
@@ -41,6 +42,7 @@ CERTIFICATES = {
 """What might predict HS: (metric, set) of a final row -> label."""
 SETTINGS = ["energy", "n_anchors", "first_token"]
 ROUTE = ["arm", "matrix"]
+VARIANT = ["variant", "strength"]
 CURVE = ["preset", "harmful_ratio", "learning_rate", "method"]
 REST = "embeddings, norms"
 
@@ -61,7 +63,8 @@ def main(argv: list[str] | None = None) -> int:
 def publish(args: argparse.Namespace, argv: list[str]) -> int:
     """Collect, print, write; see `main`."""
     cells = expected(args.overrides)
-    found = collect(args.runs, [cell_from(cfg) for _, cfg in cells])
+    # two presets may ask for one run
+    found = collect(args.runs, {config.run_id(cfg): cell_from(cfg) for _, cfg in cells}.values())
     if not found.runs:
         raise UserError(f"no finished run of {args.experiment} in {args.runs}. Remedy: run a preset first.")
     found.rows = pd.concat([found.rows, energies(args.runs, found.rows)], ignore_index=True)
@@ -72,6 +75,7 @@ def publish(args: argparse.Namespace, argv: list[str]) -> int:
         "break": tables.estimates(curves, [*CURVE, "epoch", "step", "metric", "set"]),
         "anchors": tables.estimates(ends[ends["preset"] == "closed_anchors"], [*SETTINGS, "metric", "set"]),
         "free": tables.estimates(ends[ends["preset"] == "closed_free"], [*ROUTE, "metric", "set"]),
+        "variants": tables.estimates(ends[ends["preset"] == "closed_variants"], [*VARIANT, "metric", "set"]),
     }
     points = by_run(ends[ends["preset"] == "closed_anchors"])
     predictors = certificates(points)
@@ -102,8 +106,9 @@ def setting(preset: str, cfg: DictConfig) -> dict:
     """By what a cell differs from others of its preset: the curve, the constraint's strength, or the opened route.
 
     `arm` is `freed` (all else constrained or frozen) or `constrained` (all else free); `matrix` the type it is about.
+    `variant` and its `strength` (lam, mu or steps; empty where it has none) are of `closed_variants` alone.
     """
-    weight = cfg.method.get("weight") or {}
+    weight, strengths = cfg.method.get("weight") or {}, OmegaConf.select(cfg, "variant.strengths")
     freed, modules = list(weight.get("free", [])), weight.get("modules")
     if not weight or modules != "all":
         arm, matrix = "constrained", "+".join(modules or []) or "none"
@@ -118,6 +123,8 @@ def setting(preset: str, cfg: DictConfig) -> dict:
         "first_token": str(weight.get("first_token", "")),
         "arm": arm,
         "matrix": matrix.replace("_proj", ""),
+        "variant": OmegaConf.select(cfg, "variant.name") or "",
+        "strength": "" if strengths is None else f"{strengths[cfg.variant.pick]:g}",
     }
 
 
@@ -193,6 +200,16 @@ def report(
             "else trains; `none` is SFT."
         )
         blocks += ["### Through which matrices safety drifts", note, plain_table(routes, ROUTE)]
+    if len(variants := parts["variants"]):
+        note = (
+            "`closed`: every trained matrix constrained, nothing else trains; `down`: the paper's, on down_proj. "
+            "`sae`,\n`residual`, `logits`: the space of an activation constraint beside it; `soft`: a penalty "
+            "instead of the\nprojection; `refresh`: V and A refitted; `lora`: an adapter. "
+            "Strength, lam, mu or steps:\n"
+            f"{chosen_on_validation()}."
+        )
+        losses = [*METRICS, "poison_loss", "task_loss"]
+        blocks += ["### Which coupling closes it", note, plain_table(variants, VARIANT, losses)]
     blocks.append(tables.NOTES)
     if found.missing:
         lines = "\n".join(f"- {preset_of[cell.run_id]}: {cell}  ({cell.run_id})" for cell in found.missing)
@@ -233,9 +250,16 @@ def crossing_table(summary: pd.DataFrame) -> str:
     return tables.markdown(["p", "learning rate", "method", *heads], rows, key=3)
 
 
-def plain_table(summary: pd.DataFrame, keys: list[str]) -> str:
+def chosen_on_validation() -> str:
+    """How the strengths of the variants came about."""
+    if (config.CONF / "chosen" / "closed_variants.yaml").is_file():
+        return "one of three, chosen on validation prompts at a seed of its own"
+    return "the middle of three, since no search has chosen"
+
+
+def plain_table(summary: pd.DataFrame, keys: list[str], metrics: Sequence[str] = METRICS) -> str:
     """One row a setting with the metrics, n and, where measured, the certificates on held-out prompts."""
-    pairs = tables.column_pairs(summary, METRICS)
+    pairs = tables.column_pairs(summary, metrics)
     held = {("energy", "heldout"): "energy held-out", ("weight_leak_all", "heldout"): "weight_leak held-out"}
     heads = {**{pair: tables.heading(pair, pairs) for pair in pairs}, **held}
     rows = []

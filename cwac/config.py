@@ -63,6 +63,9 @@ NEUTRAL: dict[str, Any] = {
     "poison_choice": "random",
     "pools.poison_categories": None,
     "eval.prefill": None,
+    "method.weight.soft": None,
+    "method.weight.refresh_steps": None,
+    "method.activation.space": "sae",
 }
 """A key at its neutral value is left out of the identity (of a run, or of an evaluation), so that a new option orphans
 no finished run."""
@@ -207,6 +210,7 @@ NUMBERS: dict[str, tuple[float | None, float | None, bool]] = {
     "eval.n_benign": (1, None, True),
     "eval.n_drift": (1, None, True),
     "method.weight.n_anchors": (1, None, True),
+    "method.weight.refresh_steps": (1, None, True),
     "method.rho": (0, None, False),
     "method.align_steps": (0, None, True),
     "method.finetune_steps": (0, None, True),

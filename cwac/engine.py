@@ -304,7 +304,7 @@ def shared_batch(given: dict, world_size: int) -> dict[str, int]:
 
 def check_precision(cfg: DictConfig, args: TrainingArguments, method: Method) -> None:
     """Refuse what would train wrongly or fail late, before a model is loaded; raises UserError."""
-    edits = [h for h in ("after_backward", "before_step") if getattr(type(method), h) is not getattr(Method, h)]
+    edits = [h for h in ("before_step", "after_backward") if getattr(type(method), h) is not getattr(Method, h)]
     if args.fp16 and edits:
         raise UsageError(
             f"train.fp16=true multiplies gradients by a loss scale that {edits[0]} of method={method.name}, an edit "

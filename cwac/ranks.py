@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Module
 
 
 def rank() -> int:
@@ -73,6 +74,16 @@ def local(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """All rows. Every rank must ask at once."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def reshard(model: Module) -> None:
+    """After a forward pass that no backward pass follows: FSDP2 holds the root's parameters whole until there is one.
+
+    Until then `zero_grad` would clear the gradients of those and leave the shards' own.
+    """
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
 
 
 def spread(tensor: Tensor, like: Tensor) -> Tensor:

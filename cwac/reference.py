@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +28,22 @@ class Reference:
     @torch.no_grad()
     def hidden_states(self, batch: dict[str, Tensor], layers: Sequence[int]) -> Tensor:
         """[B, T, L, d] at `layers`, counted as in `hidden_states`: layer l is the output of decoder block l - 1."""
+        with self._initial() as model:
+            return residuals(model, batch, layers)
+
+    @torch.no_grad()
+    def logits(self, batch: dict[str, Tensor]) -> Tensor:
+        """[B, T, V]; batch: `input_ids` and `attention_mask`, both [B, T]."""
+        with self._initial() as model:
+            return model(**batch, use_cache=False).logits
+
+    @contextmanager
+    def _initial(self) -> Iterator[nn.Module]:
         if self.adapted is None:
-            return residuals(self.frozen, batch, layers)
+            yield self.frozen
+            return
         with evaluating(self.adapted), self.adapted.disable_adapter():
-            return residuals(self.adapted, batch, layers)
+            yield self.adapted
 
 
 def model_layers(model: nn.Module, layers: Sequence[int] | None) -> list[int]:

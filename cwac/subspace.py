@@ -14,6 +14,8 @@ Deviations:
 - `where: update` (ours): after each optimizer step W <- W - (W V - W_0 V) V^T, which pins the cumulative drift
   whatever the optimizer does. Projecting the gradient (Algorithm 1) is undone by Adam's element-wise scaling and
   weight decay.
+- `soft` and `refresh_steps` (ours): the same distance as a penalty mu ||(W - W_0) V||_F^2, and V and A = W V refitted
+  from the model of the moment. Neither pins the cumulative drift.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from tqdm import tqdm
 from cwac.config import UserError
 from cwac.data.tokenize import Collator
 from cwac.models import base_layer, evaluating, input_group, linears
-from cwac.ranks import local, spread
+from cwac.ranks import local, spread, whole
 
 
 @dataclass
@@ -99,6 +101,7 @@ def fit_subspace(
     energy: float = 0.99,
     first_token: bool = True,
     batch_size: int = 16,
+    progress: bool = True,
 ) -> dict[str, Basis]:
     """V for every distinct input of the chosen matrices, from the anchors' activations in the current model.
 
@@ -135,7 +138,7 @@ def fit_subspace(
 
     capture(model, rows, sources, visit, batch_size)
     bases = {}
-    for name in tqdm(sources, desc="subspace", unit="input"):
+    for name in tqdm(sources, desc="subspace", unit="input", disable=not progress):
         sink = leading(torch.cat(first[name])) if first_token else None  # [d_in, s]
         if few[name]:
             x = torch.cat(X[name])
@@ -233,14 +236,39 @@ class Constraint:
                     moved[group] = bases[group].V.to(weight.device)
                 V = moved[group]
                 # with LoRA the pinned value is 0: no part of A may read a protected direction
-                # W_0 V in float64: an error in it would stay in the weights for the whole run
-                pinned = (weight.detach().double() @ V.double()).float()
+                pinned = read_through(weight, V)
                 A = pinned if lora is None else torch.zeros_like(pinned)
                 self.entries.append((name, layer, V, A))
 
     def keep_own_rows(self) -> None:
         """Under FSDP2, when parameters have become shards: W V of some rows of W is the same rows of A."""
         self.entries = [(name, layer, V, local(spread(A, layer.weight))) for name, layer, V, A in self.entries]
+
+    @torch.no_grad()
+    def refit_(self, bases: dict[str, Basis]) -> None:
+        """Full-parameter training only: V of `bases` from here on, and A = W V of the weights as they are now.
+
+        What had changed along V stays, and what the old V held and the new one lacks may change from now on.
+        Under FSDP2 each rank computes its own rows of A.
+        """
+        moved = {group: basis.V.to(self.entries[0][2].device) for group, basis in bases.items()}
+        self.entries = [
+            (name, layer, moved[input_group(name)], read_through(local(layer.weight), moved[input_group(name)]))
+            for name, layer, *_ in self.entries
+        ]
+
+    def state_dict(self) -> dict[str, dict[str, torch.Tensor]]:
+        """`V` by input and `A` by matrix, whole and on the CPU. Every rank must ask at once."""
+        V = {input_group(name): V.cpu() for name, _, V, _ in self.entries}
+        return {"V": V, "A": {name: gathered(A, layer.weight).cpu() for name, layer, _, A in self.entries}}
+
+    def load_state_dict(self, state: dict[str, dict[str, torch.Tensor]]) -> None:
+        """What `state_dict` gave; before `keep_own_rows`."""
+        device = self.entries[0][2].device
+        V = {group: value.to(device) for group, value in state["V"].items()}
+        self.entries = [
+            (name, layer, V[input_group(name)], state["A"][name].to(device)) for name, layer, *_ in self.entries
+        ]
 
     @torch.no_grad()
     def project_weights_(self) -> None:
@@ -254,3 +282,30 @@ class Constraint:
             if layer.weight.grad is not None:
                 grad = local(layer.weight.grad)
                 grad.addmm_(grad @ V, V.T, alpha=-1)
+
+    @torch.no_grad()
+    def add_soft_gradients_(self, mu: float) -> None:
+        """grad <- grad + 2 mu (W V - A) V^T, the gradient of mu ||(W - W_0) V||_F^2 (ours).
+
+        With LoRA W is the adapter's A [r, d_in], whose pinned value is 0: mu ||A V||_F^2.
+        """
+        for _, layer, V, A in self.entries:
+            if layer.weight.grad is not None:
+                drift = torch.addmm(A, local(layer.weight), V, beta=-1)  # W V - A, [d_out, k]
+                local(layer.weight.grad).addmm_(drift, V.T, alpha=2 * mu)
+
+
+def read_through(weight: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
+    """W V [d_out, k], in float64: an error in it would stay in the weights for as long as it is pinned."""
+    return (weight.detach().double() @ V.double()).float()
+
+
+def gathered(A: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """All rows of A, of which this rank holds those that it holds of `weight`. Every rank must ask at once."""
+    if not hasattr(weight, "placements"):
+        return A
+    from torch.distributed.tensor import DTensor
+
+    shape = torch.Size((weight.shape[0], A.shape[1]))
+    held = DTensor.from_local(A, weight.device_mesh, weight.placements, shape=shape, stride=(A.shape[1], 1))
+    return whole(held)

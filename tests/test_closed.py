@@ -1,6 +1,7 @@
 """The closed constraint's experiments: what their presets ask for, a bypass on purpose, and planted runs analysed."""
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -8,7 +9,7 @@ import pytest
 from scipy import stats as scipy_stats
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from analysis import closed, stats
+from analysis import closed, stats, variants
 from analysis.collect import cell_from
 from cwac import config
 from cwac.config import UsageError, UserError
@@ -71,6 +72,49 @@ def test_the_curves_reach_ten_times_the_papers_epochs_with_every_method_at_its_t
     assert rates == {1e-4, 3e-4, 1e-3} and config.compose([]).train.learning_rate == min(rates)
 
 
+def test_every_variant_with_a_strength_is_searched_at_three_on_validation_prompts():
+    tried, ends = config.grid("closed_variants_search"), config.expand("closed_variants", ["seed=0"])
+    search = [config.compose(cell) for cell in tried[::3]]
+    strengths = {c.variant.name: list(c.variant.strengths) for c in ends if c.variant.get("strengths")}
+    assert {c.variant.name for c in search} == {*strengths} and {len(s) for s in strengths.values()} == {3}
+    assert {tuple(cell[:3]) for cell in tried} == {
+        ("seed=3", f"variant={name}", f"variant.pick={i}") for name in strengths for i in range(3)
+    }
+    assert {c.eval.split for c in search} == {"validation"} and {c.eval.split for c in ends} == {"test"}
+    same = [{k: v for k, v in config.identity(c).items() if k.startswith("train.")} for c in (*search, *ends)]
+    assert all(s == same[0] for s in same) and {c.harmful_ratio for c in (*search, *ends)} == {0.5}
+    closed_again = config.expand("closed_anchors", ["seed=0", "method.weight={energy: 0.99}"])[0]
+    assert config.run_id(closed_again) == config.run_id(ends[0])  # so the three runs of `closed` are there already
+    assert len(tried) + len(config.grid("closed_variants")) - 3 == 60
+
+
+def test_the_strengths_that_a_search_chose_are_those_that_run(tmp_path, monkeypatch, capsys):
+    """Planted runs: the third strength of a closed sae is best, all of down_refresh are alike."""
+    cells = config.expand("closed_variants_search", ["variant=closed_sae,down_refresh"])
+    for cfg in cells:
+        cell = cell_from(cfg)
+        hs = 30.0 - 10 * cfg.variant.pick if cfg.variant.name == "closed_sae" else 50.0
+        rows = [row(cell, "HS", hs, set="toy_harmful", judge="keyword", eval=cell.eval)]
+        rows += [row(cell, "FA", 90.0, eval=cell.eval), row(cell, "OR", 0.0, eval=cell.eval)]
+        folder = write_run(tmp_path / "runs", cell, rows)
+        (folder / "status.json").write_text(json.dumps({"status": "done", "evaluations": [cell.eval]}))
+    conf = tmp_path / "conf"
+    shutil.copytree(config.CONF, conf)
+    where = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path), "--conf", str(conf)]
+    assert variants.main([*where, "variant=closed_sae,down_refresh,down_sae"]) == 1
+    assert "3 of 9 runs are missing; nothing is chosen" in capsys.readouterr().err
+    assert variants.main([*where, "variant=closed_sae,down_refresh"]) == 0
+    log = pd.read_csv(tmp_path / "variants_search.csv")
+    assert log.loc[log["chosen"], ["variant", "strength"]].values.tolist() == [
+        ["closed_sae", 50],
+        ["down_refresh", 25],
+    ]
+    monkeypatch.setattr(config, "CONF", conf)
+    chosen = config.expand("closed_variants", ["seed=0", "variant=closed_sae,down_refresh,closed_soft"])
+    assert [c.variant.pick for c in chosen] == [2, 1, 1]
+    assert chosen[0].method.activation.lam == 50 and "chosen on validation" in closed.chosen_on_validation()
+
+
 # --- the analysis ---------------------------------------------------------------------------------------------
 
 ENERGIES = (0.8, 0.9, 0.99)
@@ -78,6 +122,7 @@ GRIDS = {
     "closed_break": ["seed=0,1", "harmful_ratio=1", "method=sft,weight_only_closed"],
     "closed_anchors": ["seed=0,1", "method.weight={energy: 0.8},{energy: 0.9},{energy: 0.99}"],
     "closed_free": ["seed=0,1", "method.weight={free: [v_proj]},{modules: [q_proj], freeze_others: false}"],
+    "closed_variants": ["seed=0,1", "variant=closed,closed_residual,down_refresh"],
 }
 
 
@@ -87,6 +132,8 @@ def planted(preset: str, cfg) -> float:
         return (90.0 if cfg.method.name == "sft" else 4.0) + cfg.seed
     if preset == "closed_anchors":
         return 10.0 * (1 + ENERGIES[::-1].index(cfg.method.weight.energy)) + cfg.seed
+    if preset == "closed_variants":
+        return {"closed": 10.0, "closed_residual": 5.0, "down_refresh": 80.0}[cfg.variant.name] + cfg.seed
     return (20.0 if cfg.method.weight.free else 60.0) + cfg.seed
 
 
@@ -95,13 +142,14 @@ def campaign(tmp_path_factory):
     """Finished runs of a part of each preset, and the cells."""
     runs = tmp_path_factory.mktemp("closed") / "runs"
     cells = [(preset, cfg) for preset, given in GRIDS.items() for cfg in config.expand(preset, given)]
-    for preset, cfg in cells:
+    for preset, cfg in {config.run_id(cfg): (preset, cfg) for preset, cfg in reversed(cells)}.values():
         cell, hs = cell_from(cfg), planted(preset, cfg)
         at = {"set": "toy_harmful", "judge": "keyword"}
         rows = [
             row(cell, "HS", hs * share, step=90 * share, epoch=share, final=share == 1, **at) for share in (0.5, 1)
         ]
         rows += [row(cell, "FA", 99.0), row(cell, "task_loss", 0.1, n=None)]
+        rows += [row(cell, "poison_loss", 2.5, set="poison", n=None)]
         rows += [row(cell, "weight_leak_all", hs / 1000, set="heldout", n=None)]
         folder = write_run(runs, cell, [{**r, "eval": cell.eval} for r in rows])
         status = {"status": "done", "run_id": cell.run_id, "evaluations": [cell.eval]}
@@ -130,7 +178,13 @@ def test_planted_runs_come_back_as_curves_certificates_and_routes(campaign, tmp_
     assert strengths["mean"].tolist() == pytest.approx([0.8, 0.9, 0.99])
     routes = pd.read_csv(tmp_path / "free.csv").query("metric == 'HS'").set_index(["arm", "matrix"])["mean"]
     assert routes.to_dict() == {("freed", "v"): 20.5, ("constrained", "q"): 60.5}
+    coupled = pd.read_csv(tmp_path / "variants.csv").query("metric == 'HS'").set_index("variant")
+    # `closed` is the run of closed_anchors at energy 0.99: one run, two tables
+    assert coupled["mean"].to_dict() == {"closed": 10.5, "closed_residual": 5.5, "down_refresh": 80.5}
+    assert set(coupled["n"]) == {2} and coupled.loc["closed_residual", "strength"] in (1, 10, 100)
     text = (tmp_path / "table.md").read_text()
+    section = text.split("### Which coupling closes it")[1]
+    assert "loss" in section and closed.chosen_on_validation() in section and "duplicate" not in text
     assert text == capsys.readouterr().out.split("\nfigure:")[0].rstrip("\n") + "\n"
     crossing = next(line for line in text.split("when HS crosses")[1].splitlines() if "SFT" in line)
     assert [cell.strip() for cell in crossing.split("|")[4:7]] == ["45", "45", "90"]

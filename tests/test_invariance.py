@@ -66,10 +66,11 @@ def final_weights(folder, per_device, accumulation, rank=0, world_size=1):
     return {n: p.detach().clone() for n, p in model.named_parameters()}
 
 
-QUICK = ("sft", "cwac", "cwac_closed", "lisa", "bea", "vaccine", "lora", "ragged")
+QUICK = ("sft", "cwac", "cwac_closed", "lisa", "bea", "vaccine", "lora", "ragged", "soft", "refresh")
 """One method for each way to act on a step: on the weights after it, the activations in it, the rows, the embeddings.
 The others are in the slow tier: they act in the same ways, and a start of FSDP2 costs each a second and a half."""
-LAYOUTS = [pytest.param(m, marks=() if m in QUICK else pytest.mark.slow) for m in [*METHODS, "ragged", "lora"]]
+TESTED = [*METHODS, "ragged", "lora", "soft", "refresh"]
+LAYOUTS = [pytest.param(m, marks=() if m in QUICK else pytest.mark.slow) for m in TESTED]
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +97,10 @@ def cells(request, artifacts):
     }
     cells["ragged"] = config.compose(["method=sft", *overrides, "task.n_train=19"])  # steps of 8, 8 and 3 rows
     cells["lora"] = config.compose(["method=cwac", *overrides, *NEEDS["salora"]])
+    soft = ["method.weight.soft=1", "method.activation={space: residual, lam: 10}"]
+    cells["soft"] = config.compose(["method=cwac_closed", *overrides, *soft])
+    refresh = ["method.weight.refresh_steps=1", "method.activation={space: logits, positions: 'response:4'}"]
+    cells["refresh"] = config.compose(["method=cwac", *overrides, *refresh])
     for cell in cells.values():
         OmegaConf.set_struct(cell, False)  # a layout adds keys
     yield cells
@@ -137,7 +142,7 @@ def two_ranks(rank, folder, cells, port):
         try:
             found[name] = trained_by(cfg, Path(folder), 8, 1)
             found[name, "fsdp2"] = trained_by(cfg, Path(folder), 8, 1, **FSDP2)
-            if name in ("cwac", "lisa"):
+            if name in ("cwac", "lisa", "refresh"):
                 found[name, "resumed"] = resumed(cfg, Path(folder) / name)
         except Exception:
             found[name, "error"] = traceback.format_exc()
@@ -185,7 +190,7 @@ def test_no_method_depends_on_the_layout(method, tmp_path, cells, on_two_ranks):
     assert close(whole, on_two_ranks[method, "fsdp2"]) < 1e-5
 
 
-@pytest.mark.parametrize("method", ["cwac", "lisa"])
+@pytest.mark.parametrize("method", ["cwac", "lisa", "refresh"])
 def test_shards_resume_bit_for_bit(method, on_two_ranks):
     whole, resumed = on_two_ranks[method, "resumed"]
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)

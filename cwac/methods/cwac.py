@@ -15,17 +15,20 @@ Deviations:
   anchor tokens are preserved exactly when V spans their activations: by induction over blocks, each block's input is
   unchanged, so each matrix sees inputs in its V, so its output is unchanged.
 - L_safety is drawn and added once per optimizer step, so lambda does not grow with gradient accumulation (ours).
+- `weight.soft`, `weight.refresh_steps` and `activation.space` (ours) vary the coupling one part at a time: a penalty
+  instead of the projection, a V that follows the model, and another space than the autoencoder's (cwac/spaces.py).
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import random
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -36,9 +39,12 @@ from cwac.config import UserError
 from cwac.data.examples import Example
 from cwac.methods.base import Context, Method, Rehearsal, Sizes, artifact_key, check, draw, is_number, share_of
 from cwac.models import base_layer, input_group, linears
+from cwac.ranks import reshard
 from cwac.subspace import Basis, Constraint, fit_subspace, load_bases, save_bases
 
 log = logging.getLogger(__name__)
+SPACES = ("sae", "residual", "logits")
+"""What the activation constraint may hold."""
 
 
 @dataclass
@@ -59,6 +65,15 @@ class Weight:
     """Train nothing but the constrained matrices: no embeddings, norms, head or biases."""
     free: Sequence[str] = ()
     """Names of linear layers that train without a constraint all the same: a bypass opened on purpose."""
+    soft: float | None = None
+    """mu > 0: the penalty mu ||(W - W_0) V||_F^2 an optimizer step, on the same matrices, instead of the projection.
+
+    Its gradient is added once a step, before clipping. With LoRA the adapter's A is penalised: mu ||A V||_F^2."""
+    refresh_steps: int | None = None
+    """n: after every n optimizer steps V and A are refitted from the current model on the same anchor rows.
+
+    Then A = W_now V_now: what is preserved is no longer the aligned model's output but that of the last refit, so
+    drift until then is accepted, and directions that only the old V held are free again."""
     n_anchors: int | None = None
     """How many of the anchor pool's prompts to use; None for all."""
     response_tokens: int = 16
@@ -78,6 +93,14 @@ class Weight:
             self.response_tokens,
             "give a whole number of at least 0",
         )
+        if self.soft is not None:
+            positive = is_number(self.soft) and 0 < self.soft < math.inf
+            check(positive, "weight.soft", self.soft, "give mu > 0, or null for the hard projection")
+            remedy = "projects gradients, which a penalty replaces: use where=update with weight.soft, or soft=null"
+            check(self.where == "update", "weight.where", self.where, remedy)
+        if (n := self.refresh_steps) is not None:
+            whole = isinstance(n, int) and not isinstance(n, bool) and n >= 1
+            check(whole, "weight.refresh_steps", n, "give a whole number of at least 1, or null")
         if isinstance(self.modules, str):
             check(self.modules == "all", "weight.modules", self.modules, "use all, or a list such as [down_proj]")
         else:
@@ -108,6 +131,9 @@ class Activation:
     positions: str = "last"
     """Where latents are read: `last` prompt token, or `response:n`."""
     units: str = "raw"
+    space: str = "sae"
+    """What is held: `sae` the latents, or ours: `residual` the residual stream at the autoencoder's layers, `logits`
+    the next-token distribution over the refusal (`positions: response:n`). See cwac/spaces.py."""
     sae: dict = field(default_factory=dict)
     """Fields of `cwac.sae.SAEConfig`."""
 
@@ -121,10 +147,19 @@ class Activation:
         ranks = ("contrast+attribution", "contrast", "activation", "cosine", "random")
         check(self.rank in ranks, "activation.rank", self.rank, f"use one of {', '.join(ranks)}")
         check(self.units in ("raw", "relative"), "activation.units", self.units, "use raw or relative")
+        check(self.space in SPACES, "activation.space", self.space, f"use one of {', '.join(SPACES)}")
         place = r"last|prompt|(template|response):[1-9]\d*"
         check(
             re.fullmatch(place, str(self.positions)), "activation.positions", self.positions, "use last or response:4"
         )
+        if self.space != "sae":
+            for key in ("n_latents", "gate", "rank", "units"):
+                usual, value = getattr(type(self), key), getattr(self, key)
+                remedy = f"only space=sae reads it: leave it at {usual}, or use method.activation.space=sae"
+                check(value == usual, f"activation.{key}", value, remedy)
+        if self.space == "logits":
+            remedy = "space=logits holds the refusal's tokens: use method.activation.positions=response:16"
+            check(str(self.positions).startswith("response:"), "activation.positions", self.positions, remedy)
 
 
 @dataclass
@@ -141,15 +176,20 @@ class CWAC(Method):
             raise UserError(f"method={self.name} has neither weight nor activation; set one, or use method=sft")
         self._constraint: Constraint | None = None
         self._report: dict[str, float] = {}
-        self._targets = {}
+        self._targets: dict[str, Any] = {}
+        self._anchors: list[dict] = []
+        """Rows that V is refitted on, with `refresh_steps` alone; a rehearsal has none and refits nothing."""
+        self._steps = 0
+        """Optimizer steps done; counted for `refresh_steps` alone."""
 
     def extra_data(self) -> dict[str, int]:
         pools, prompts, harmless = self._context.pools, [], 0
         if self.weight is not None:
             prompts += pools.anchors[: self.weight.n_anchors]
         if self.activation is not None:
-            prompts += [*pools.sae, *pools.step]
-            harmless = len(pools.benign)
+            prompts += pools.step
+            if self.activation.space == "sae":
+                prompts, harmless = [*prompts, *pools.sae], len(pools.benign)
         return {"harmful_prompts": len(prompts)} | ({"harmless_rows": harmless} if harmless else {})
 
     def training_data(self, train: list[Example], context: Context, rng: random.Random) -> list[Example]:
@@ -165,13 +205,19 @@ class CWAC(Method):
     def setup(self, model: nn.Module, context: Context) -> None:
         self._context = context
         if self.activation is not None:
-            self._setup_activation(model, context)
+            setup = self._setup_activation if self.activation.space == "sae" else self._setup_space
+            setup(model, context)
         if self.weight is not None:
             self._setup_weight(model, context)
 
     def rehearse(self, model: nn.Module, sizes: Sizes) -> Rehearsal:
         self._context, found = sizes, Rehearsal()
-        if self.activation is not None:
+        if self.activation is not None and self.activation.space != "sae":
+            n, tokens = self.activation.n_prompts, sizes.prompt_tokens
+            answer = response_tokens(self.activation.positions)
+            row = {"input_ids": [1] * (tokens + answer), "prompt": tokens}
+            self._targets["anchors"] = self._target(model, [row] * n)
+        elif self.activation is not None:
             from cwac.sae import RoutedSAE, SAEConfig, SafetyTarget, slots_of
 
             activation, config = self.activation, SAEConfig(**self.activation.sae)
@@ -214,16 +260,43 @@ class CWAC(Method):
         mine, share = share_of(draw(len(target), self.activation.n_prompts, context.seed, step), context)
         return self.activation.lam * share * target.loss(model, mine)
 
+    def after_backward(self, model: nn.Module) -> None:
+        if self._constraint is not None and self.weight.soft is not None:
+            self._constraint.add_soft_gradients_(self.weight.soft)
+
     def before_step(self, model: nn.Module) -> None:
         if self._constraint is not None and self.weight.where == "gradient":
             self._constraint.project_gradients_()
 
     def after_step(self, model: nn.Module) -> None:
-        if self._constraint is not None and self.weight.where == "update":
+        if self._constraint is None:
+            return
+        weight = self.weight
+        if weight.where == "update" and weight.soft is None:
             self._constraint.project_weights_()
+        if weight.refresh_steps is not None:
+            self._steps += 1
+            if self._steps % weight.refresh_steps == 0 and self._anchors:
+                bases = fit_bases(model, self._anchors, self.weight, progress=False)
+                reshard(model)
+                self._constraint.refit_(bases)
+
+    def state_dict(self) -> dict:
+        if self.weight is None or self.weight.refresh_steps is None:
+            return {}
+        return {"steps": self._steps, **self._constraint.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        if state:
+            self._steps = state["steps"]
+            self._constraint.load_state_dict(state)
 
     def protected(self) -> dict[str, torch.Tensor]:
-        return {} if self._constraint is None else {name: V for name, _, V, _ in self._constraint.entries}
+        """None where the drift from the aligned model is not pinned: under a penalty, or once V was refitted."""
+        weight = self.weight
+        if self._constraint is None or weight.soft is not None or weight.refresh_steps is not None:
+            return {}
+        return {name: V for name, _, V, _ in self._constraint.entries}
 
     def report(self, model: nn.Module) -> list[dict]:
         rows = [{"metric": name, "set": "train", "value": value} for name, value in self._report.items()]
@@ -236,6 +309,9 @@ class CWAC(Method):
     def _setup_weight(self, model: nn.Module, context: Context) -> None:
         weight = self.weight
         modules, freed = constrained(model, weight)
+        lora = any("lora_" in name for name, _ in model.named_parameters())
+        remedy = "an adapter's W_now V_now is no value to pin, since B moves too: use null with model.lora"
+        check(not (lora and weight.refresh_steps), "weight.refresh_steps", weight.refresh_steps, remedy)
         bases = anchor_bases(model, context, weight)
         full = [name for name, b in bases.items() if b.rank >= b.dim]
         if len(full) == len(bases):
@@ -252,7 +328,9 @@ class CWAC(Method):
                 *(weight.energy, len(full), len(bases), full[0]),
             )
         self._constraint = Constraint(modules, bases)
-        if any("lora_" in name for name, _ in model.named_parameters()):
+        if weight.refresh_steps is not None:
+            self._anchors = weight_anchors(model, context, weight)
+        if lora:
             self._constraint.project_weights_()  # LoRA's A starts at random, and may not read V
         if weight.freeze_others:
             freeze_others_(model, modules, self._constraint, freed)
@@ -264,6 +342,19 @@ class CWAC(Method):
         )
 
     # --- the activation half -------------------------------------------------------------------------
+    def _target(self, model: nn.Module, rows: Sequence[dict]) -> Any:
+        """The aligned model's features on `rows` in another space than the autoencoder's."""
+        from cwac.sae import slots_of
+        from cwac.spaces import TARGETS
+
+        slots = slots_of(model, self.activation.sae.get("slots", "auto"))
+        return TARGETS[self.activation.space](model, rows, self.activation.positions, slots)
+
+    def _setup_space(self, model: nn.Module, context: Context) -> None:
+        for name, prompts in (("anchors", context.pools.step), ("heldout", context.pools.validation)):
+            rows = anchor_rows(model, context, prompts, response_tokens(self.activation.positions))
+            self._targets[name] = self._target(model, rows)
+
     def _setup_activation(self, model: nn.Module, context: Context) -> None:
         import pandas as pd
 
@@ -350,15 +441,25 @@ def constrained(model: nn.Module, weight: Weight) -> tuple[dict[str, nn.Module],
 
 def anchor_bases(model: nn.Module, context: Context, weight: Weight) -> dict[str, Basis]:
     """Input name -> the anchors' subspace in the aligned model, fitted once and cached."""
-    rows = anchor_rows(model, context, context.pools.anchors[: weight.n_anchors], weight.response_tokens)
-    settings = {k: v for k, v in asdict(weight).items() if k not in ("where", "freeze_others", "free")}
+    rows = weight_anchors(model, context, weight)
+    others = ("where", "freeze_others", "free", "soft", "refresh_steps")
+    settings = {k: v for k, v in asdict(weight).items() if k not in others}
     key = {**artifact_key(context), "format": 2, **settings}  # 2: without first_token, X holds every token
 
     def build(folder):
-        bases = fit_subspace(model, rows, weight.modules, weight.layers, weight.energy, weight.first_token)
-        save_bases(bases, folder)
+        save_bases(fit_bases(model, rows, weight), folder)
 
     return load_bases(load_or_build(context.artifacts, "subspace", key, build))
+
+
+def weight_anchors(model: nn.Module, context: Context, weight: Weight) -> list[dict]:
+    """The encoded anchors that V is fitted on."""
+    return anchor_rows(model, context, context.pools.anchors[: weight.n_anchors], weight.response_tokens)
+
+
+def fit_bases(model: nn.Module, rows: Sequence[dict], weight: Weight, progress: bool = True) -> dict[str, Basis]:
+    given = (weight.modules, weight.layers, weight.energy, weight.first_token)
+    return fit_subspace(model, rows, *given, progress=progress)
 
 
 def freeze_others_(
