@@ -2,9 +2,9 @@
 
 python -m analysis.closed --runs runs --out results/closed
 
-Reads the runs of the presets `closed_break`, `closed_rates`, `closed_anchors`, `closed_free` and `closed_variants`,
-and SFT's of `demo_full` at the harmful ratio of `closed_free`, its reference. docs/closed_constraint.md is the theory
-behind them.
+Reads the runs of the presets `closed_break`, `closed_rates`, `closed_goal`, `closed_anchors`, `closed_free` and
+`closed_variants`, and their references: SFT's of `demo_full` at the harmful ratio of `closed_free`; SFT's and
+CWAC's of `closed_break` at those of `closed_goal`. docs/closed_constraint.md is the theory behind them.
 """
 
 import argparse
@@ -26,7 +26,9 @@ from analysis.records import read_json
 from cwac import config
 from cwac.config import UserError, command
 
-PRESETS = ("closed_break", "closed_rates", "closed_anchors", "closed_free", "closed_variants")
+PRESETS = ("closed_break", "closed_rates", "closed_goal", "closed_anchors", "closed_free", "closed_variants")
+CURVES = PRESETS[:3]
+"""Presets that are evaluated on the way."""
 METRICS = ("HS", "refusal", "other", "FA", "OR")
 LEVELS = (10, 20, 50)
 """HS in percent whose crossing is reported."""
@@ -43,7 +45,7 @@ CERTIFICATES = {
 SETTINGS = ["energy", "n_anchors", "first_token"]
 ROUTE = ["arm", "matrix"]
 VARIANT = ["variant", "strength"]
-CURVE = ["preset", "harmful_ratio", "learning_rate", "method"]
+CURVE = ["preset", "harmful_ratio", "learning_rate", "method", "held"]
 REST = "embeddings, norms"
 
 
@@ -70,7 +72,7 @@ def publish(args: argparse.Namespace, argv: list[str]) -> int:
     found.rows = pd.concat([found.rows, energies(args.runs, found.rows)], ignore_index=True)
     settings = pd.DataFrame([setting(preset, cfg) for preset, cfg in cells])
     rows = pooled(one_judge(found.rows, args.judge)).drop(columns="learning_rate").merge(settings, on="run_id")
-    curves, ends = rows[rows["preset"].isin(PRESETS[:2])], rows[rows["final"]]
+    curves, ends = rows[rows["preset"].isin(CURVES)], rows[rows["final"]]
     parts = {
         "break": tables.estimates(curves, [*CURVE, "epoch", "step", "metric", "set"]),
         "anchors": tables.estimates(ends[ends["preset"] == "closed_anchors"], [*SETTINGS, "metric", "set"]),
@@ -95,11 +97,17 @@ def publish(args: argparse.Namespace, argv: list[str]) -> int:
 
 
 def expected(overrides: Sequence[str]) -> list[tuple[str, DictConfig]]:
-    """The presets' cells with the preset each belongs to, and the reference's."""
+    """The presets' cells with the preset each belongs to, and the references'."""
     cells = [(preset, cfg) for preset in PRESETS for cfg in config.expand(preset, list(overrides))]
     ratio = next(cfg.harmful_ratio for preset, cfg in cells if preset == "closed_free")
-    reference = ["method=sft", f"harmful_ratio={ratio}", *overrides]
-    return cells + [("closed_free", cfg) for cfg in config.expand("demo_full", reference)]
+    goal = ",".join(sorted({f"{cfg.harmful_ratio:g}" for preset, cfg in cells if preset == "closed_goal"}, key=float))
+    references = {
+        ("closed_free", "demo_full"): ["method=sft", f"harmful_ratio={ratio}"],
+        ("closed_goal", "closed_break"): ["method=sft,cwac", f"harmful_ratio={goal}"],
+    }
+    for (preset, base), cell in references.items():
+        cells += [(preset, cfg) for cfg in config.expand(base, [*cell, *overrides])]
+    return cells
 
 
 def setting(preset: str, cfg: DictConfig) -> dict:
@@ -119,6 +127,7 @@ def setting(preset: str, cfg: DictConfig) -> dict:
         "preset": preset,
         "learning_rate": float(cfg.train.learning_rate),
         "energy": weight.get("energy", math.nan),
+        "held": f"{weight['energy']:g}" if weight else "",
         "n_anchors": str(weight.get("n_anchors") or "all"),
         "first_token": str(weight.get("first_token", "")),
         "arm": arm,
@@ -220,10 +229,10 @@ def report(
 
 
 def curves_of(summary: pd.DataFrame) -> list[tuple[list[str], pd.DataFrame]]:
-    """The curves of `break.csv`, each with the cells that name it: p, learning rate, method."""
+    """The curves of `break.csv`, each with the cells that name it: p, learning rate, method, energy."""
     groups = summary.groupby(CURVE)
-    order = sorted(groups.groups, key=lambda key: (*key[:3], paper.method_order(key[3])))
-    return [([f"{key[1]:g}", f"{key[2]:g}", paper.method_label(key[3])], groups.get_group(key)) for key in order]
+    order = sorted(groups.groups, key=lambda k: (CURVES.index(k[0]), *k[1:3], paper.method_order(k[3]), k[4]))
+    return [([f"{k[1]:g}", f"{k[2]:g}", paper.method_label(k[3]), k[4] or "-"], groups.get_group(k)) for k in order]
 
 
 def steps_table(summary: pd.DataFrame) -> str:
@@ -233,7 +242,7 @@ def steps_table(summary: pd.DataFrame) -> str:
     for name, curve in curves_of(summary[summary["metric"] == "HS"]):
         at = {row["step"]: row for _, row in curve.iterrows()}
         rows.append([*name, *(tables.show(at.get(step)) for step in steps)])
-    return tables.markdown(["p", "learning rate", "method", *(f"{s:g}" for s in steps)], rows, key=3)
+    return tables.markdown(["p", "learning rate", "method", "energy", *(f"{s:g}" for s in steps)], rows, key=4)
 
 
 def crossing_table(summary: pd.DataFrame) -> str:
@@ -247,7 +256,7 @@ def crossing_table(summary: pd.DataFrame) -> str:
         shown = [f"> {harm['step'].max():g}" if math.isnan(step) else f"{step:g}" for step in crossed]
         rows.append([*name, *shown, *(tables.show(ends.get(pair)) for pair in pairs)])
     heads = [*(f"HS {level}" for level in LEVELS), *(tables.heading(pair, pairs) for pair in pairs)]
-    return tables.markdown(["p", "learning rate", "method", *heads], rows, key=3)
+    return tables.markdown(["p", "learning rate", "method", "energy", *heads], rows, key=4)
 
 
 def chosen_on_validation() -> str:
@@ -275,12 +284,13 @@ def plain_table(summary: pd.DataFrame, keys: list[str], metrics: Sequence[str] =
 def draw(curves: pd.DataFrame, points: pd.DataFrame, routes: pd.DataFrame) -> dict[str, Figure]:
     """File stem -> figure, of what was measured."""
     drawn = {}
-    for name, part in (
-        ("break", curves[curves["preset"] == "closed_break"]),
-        ("rates", curves[curves["preset"] == "closed_rates"]),
-    ):
+    for preset in CURVES:
+        name, part = preset.removeprefix("closed_"), curves[curves["preset"] == preset]
         if name == "rates":
             part = part.assign(method=[f"lr {rate:.0e}" for rate in part["learning_rate"]])
+        elif name == "goal":
+            closed = part["method"] == "weight_only_closed"
+            part = part.assign(method=part["method"].mask(closed, "closed, energy " + part["held"]))
         for model, task, of in {*part.loc[part["metric"] == "HS", ["model", "task", "set"]].itertuples(index=False)}:
             for plate in figures.against_training(part, model, task, of):
                 drawn[name] = plate.figure

@@ -122,6 +122,7 @@ GRIDS = {
     "closed_break": ["seed=0,1", "harmful_ratio=1", "method=sft,weight_only_closed"],
     "closed_anchors": ["seed=0,1", "method.weight={energy: 0.8},{energy: 0.9},{energy: 0.99}"],
     "closed_free": ["seed=0,1", "method.weight={free: [v_proj]},{modules: [q_proj], freeze_others: false}"],
+    "closed_goal": ["seed=0,1", "harmful_ratio=1"],
     "closed_variants": ["seed=0,1", "variant=closed,closed_residual,down_refresh"],
 }
 
@@ -130,6 +131,8 @@ def planted(preset: str, cfg) -> float:
     """HS at the end of training: SFT breaks, less energy is worse, a freed v does less than a constrained q."""
     if preset == "closed_break":
         return (90.0 if cfg.method.name == "sft" else 4.0) + cfg.seed
+    if preset == "closed_goal":
+        return round(1000 * (1 - cfg.method.weight.energy), 3) + cfg.seed
     if preset == "closed_anchors":
         return 10.0 * (1 + ENERGIES[::-1].index(cfg.method.weight.energy)) + cfg.seed
     if preset == "closed_variants":
@@ -170,6 +173,12 @@ def test_planted_runs_come_back_as_curves_certificates_and_routes(campaign, tmp_
     end = curve[curve["step"] == 90].iloc[0]
     low, high = scipy_stats.t.interval(0.95, 1, 90.5, scipy_stats.sem([90.0, 91.0]))
     assert end["n"] == 2 and (end["low"], end["high"]) == pytest.approx((low, high))
+    goal = pd.read_csv(tmp_path / "break.csv").query("metric == 'HS' and step == 90 and preset == 'closed_goal'")
+    assert dict(zip(goal["held"], goal["mean"], strict=True)) == {
+        0.99: 4.5,
+        0.999: 1.5,
+        0.9999: 0.6,
+    }  # the first: closed_break's run
     rho = pd.read_csv(tmp_path / "certificates.csv").set_index("certificate")
     assert rho.loc["worst weight_leak, held-out prompts", "rho"] == pytest.approx(1)
     held = rho.loc["least energy kept, held-out prompts"]
@@ -187,9 +196,9 @@ def test_planted_runs_come_back_as_curves_certificates_and_routes(campaign, tmp_
     assert "loss" in section and closed.chosen_on_validation() in section and "duplicate" not in text
     assert text == capsys.readouterr().out.split("\nfigure:")[0].rstrip("\n") + "\n"
     crossing = next(line for line in text.split("when HS crosses")[1].splitlines() if "SFT" in line)
-    assert [cell.strip() for cell in crossing.split("|")[4:7]] == ["45", "45", "90"]
+    assert [cell.strip() for cell in crossing.split("|")[5:8]] == ["45", "45", "90"]
     assert "> 90" in text and "Missing" not in text and max(map(len, text.splitlines())) <= 124
-    for name in ("break", "anchors", "free"):
+    for name in ("break", "goal", "anchors", "free"):
         assert (tmp_path / f"{name}.png").stat().st_size > 0
     assert json.loads((tmp_path / "provenance.json").read_text())["missing"] == []
 
