@@ -44,7 +44,7 @@ from cwac.methods.cwac import CWAC, Activation, Weight, constrained
 from cwac.models import decoder_layers, input_group, linears
 from cwac.sae import RoutedSAE, SAEConfig, residuals, slots_of
 from cwac.sae.fit import train_sae
-from cwac.subspace import Basis, Constraint, fit_subspace, project_
+from cwac.subspace import Basis, Constraint, fit_subspace, project_, tf32
 
 OUT = Path("benchmarks/large.json")
 GIB = 2**30
@@ -335,21 +335,19 @@ def precisions(d: int, d_out: int, k: int, where: torch.device, repeats: int) ->
     head, tail = split(V)
 
     def in_fp32(W: Tensor) -> None:
+        W.addmm_(torch.addmm(A, W, V, beta=-1), V.T, alpha=-1)
+
+    def as_trained(W: Tensor) -> None:
         project_(W, V, A)
 
-    def correction_in_tf32(W: Tensor) -> None:
-        drift = torch.addmm(A, W, V, beta=-1)
-        with tf32():
-            W.addmm_(drift, V.T, alpha=-1)
-
     def all_in_tf32(W: Tensor) -> None:
-        with tf32():
-            project_(W, V, A)
+        with tf32(where):
+            in_fp32(W)
 
     def in_three_products(W: Tensor) -> None:
         # W V with both factors in two TF32 parts, whose smallest product is left out
         large, small = split(W)
-        with tf32():
+        with tf32(where):
             drift = torch.addmm(A, large, head, beta=-1).addmm_(large, tail).addmm_(small, head)
             W.addmm_(drift, V.T, alpha=-1)
 
@@ -363,25 +361,15 @@ def precisions(d: int, d_out: int, k: int, where: torch.device, repeats: int) ->
 
     before, size, work = drift(moved), f"W {d_out} x {d}, rank {k}", moved.clone()
     ways = {
-        "correction in TF32": correction_in_tf32,
+        "correction in TF32": as_trained,
         "W V in three TF32 products, correction in TF32": in_three_products,
         "all in TF32": all_in_tf32,
     }
     yield left("fp32", in_fp32)
     for name, act in ways.items():
         measured = paired(lambda act=act: act(work), lambda: in_fp32(work), repeats)
-        yield entry(f"constraint of one matrix, {name}, {size}", "project_ in fp32", measured)
+        yield entry(f"constraint of one matrix, {name}, {size}", "all in fp32", measured)
         yield left(name, act)
-
-
-class tf32:
-    """While open, products of fp32 matrices on a GPU round their factors to 10 bits of mantissa."""
-
-    def __enter__(self) -> None:
-        torch.set_float32_matmul_precision("high")
-
-    def __exit__(self, *_) -> None:
-        torch.set_float32_matmul_precision("highest")
 
 
 def split(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -493,7 +481,7 @@ def sae(shape: Shape, where: torch.device, budget: Budget) -> Iterator[dict]:
     yield entry(name, "plain PyTorch, 1 slot", ours / theirs) | spent
     yield entry(f"{corpus}, fp32, {size}", "1 h", hours(spent["seconds"]), 1.0) | spent
     yield entry(f"{corpus}, fp32, {size}", f"{PAPER_SAE:g} h (paper)", hours(spent["seconds"]) / PAPER_SAE) | spent
-    with tf32():
+    with tf32(where):
         spent = speed(n, train()[0])
     yield entry(f"{corpus}, TF32, {size}", "1 h", hours(spent["seconds"])) | spent
     part = max(1, n // 4)

@@ -174,11 +174,8 @@ def test_planted_runs_come_back_as_curves_certificates_and_routes(campaign, tmp_
     low, high = scipy_stats.t.interval(0.95, 1, 90.5, scipy_stats.sem([90.0, 91.0]))
     assert end["n"] == 2 and (end["low"], end["high"]) == pytest.approx((low, high))
     goal = pd.read_csv(tmp_path / "break.csv").query("metric == 'HS' and step == 90 and preset == 'closed_goal'")
-    assert dict(zip(goal["held"], goal["mean"], strict=True)) == {
-        0.99: 4.5,
-        0.999: 1.5,
-        0.9999: 0.6,
-    }  # the first: closed_break's run
+    # at 0.99 it is closed_break's run
+    assert dict(zip(goal["held"], goal["mean"], strict=True)) == pytest.approx({0.99: 4.5, 0.999: 1.5, 0.9999: 0.6})
     rho = pd.read_csv(tmp_path / "certificates.csv").set_index("certificate")
     assert rho.loc["worst weight_leak, held-out prompts", "rho"] == pytest.approx(1)
     held = rho.loc["least energy kept, held-out prompts"]
