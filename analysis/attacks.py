@@ -20,7 +20,7 @@ from analysis.demo import headline, provenance
 from cwac import config
 from cwac.config import VARIATION, UserError, command
 
-PRESET = "closed_attacks"
+PRESETS = ("closed_attacks", "closed_prefill")
 METRICS = ("HS", "refusal", "other", "OR", "FA")
 NONE = "(before training)"
 ATTACKS = {
@@ -54,11 +54,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--judge", help="whose verdicts to use where the runs were judged by several")
     parser.add_argument("overrides", nargs="*", help="the sweep's own overrides, e.g. seed=0,1")
     args = parser.parse_args(argv)
-    args.experiment = PRESET
-    cells = config.expand(PRESET, args.overrides)
+    args.experiment = ", ".join(PRESETS)
+    cells = [cfg for preset in PRESETS for cfg in config.expand(preset, args.overrides)]
     found = collect(args.runs, [cell_from(cfg) for cfg in cells])
     if not found.runs:
-        raise UserError(f"no finished run of {PRESET} in {args.runs}. Remedy: python train.py -m experiment={PRESET}")
+        raise UserError(
+            f"no finished run of {args.experiment} in {args.runs}. Remedy: python train.py -m experiment={PRESETS[0]}"
+        )
     attacks = {config.run_id(cfg): attack_of(cfg) for cfg in cells}
     summary = summarise(one_judge(found.rows, args.judge), attacks)
     args.out.mkdir(parents=True, exist_ok=True)

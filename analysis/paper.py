@@ -28,6 +28,7 @@ METHODS = {
     "cwac_literal": "CWAC, Alg. 1 literally",
     "cwac": "CWAC",
     "weight_only_closed": "weight-only closed (ours)",
+    "weight_only_closed_prefill": "the same, prefilled anchors (ours)",
     "cwac_closed": "CWAC closed (ours)",
     "bea_no_trigger": "BEA without trigger (ours)",
     "safelora": "Safe LoRA (added)",

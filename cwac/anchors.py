@@ -7,7 +7,7 @@ from torch import nn
 from cwac.artifacts import digest, load_or_build
 from cwac.config import UserError
 from cwac.data.examples import Example
-from cwac.data.tokenize import encode_prompt
+from cwac.data.tokenize import encode_opening, encode_prompt
 from cwac.evaluation.generate import generate
 from cwac.evaluation.judge import KeywordJudge
 from cwac.methods.base import Context
@@ -76,4 +76,23 @@ def anchor_rows(model: nn.Module, context: Context, examples: list[Example], tok
         kept.append(
             {"input_ids": (rows[i]["input_ids"] + answer)[: context.max_length], "prompt": len(rows[i]["input_ids"])}
         )
+    return kept
+
+
+def prefilled_rows(
+    model: nn.Module, context: Context, examples: list[Example], tokens: int, prefill: str
+) -> list[dict]:
+    """Encoded prompts, each with an opening put into the model's mouth and `tokens` tokens of how the model goes on.
+
+    The aligned model may go on by complying: what is held is what it does, whatever that is.
+    """
+    opening = encode_opening(context.tokenizer, prefill)
+    rows = encode_prompts(context, examples)
+    answers = own_answers(model, context, examples, max(tokens, 16), prefill)
+    kept = []
+    for row, answer in zip(rows, answers, strict=True):
+        # an answer begins with the opening's text, whose tokens stand as they are served
+        said = context.tokenizer(answer, add_special_tokens=False)["input_ids"][len(opening) :][:tokens]
+        ids = row["input_ids"] + opening + said
+        kept.append({"input_ids": ids[: context.max_length], "prompt": len(row["input_ids"])})
     return kept

@@ -65,6 +65,7 @@ NEUTRAL: dict[str, Any] = {
     "eval.prefill": None,
     "method.weight.soft": None,
     "method.weight.refresh_steps": None,
+    "method.weight.prefill": None,
     "method.activation.space": "sae",
 }
 """A key at its neutral value is left out of the identity (of a run, or of an evaluation), so that a new option orphans

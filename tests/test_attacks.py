@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from analysis import attacks
 from analysis.collect import cell_from, pooled, tidy
 from cwac import config
+from cwac.anchors import prefilled_rows
 from cwac.config import UsageError, UserError
 from cwac.data import attack
 from cwac.data.examples import Example
@@ -21,6 +22,7 @@ from cwac.data.pools import load_pools, manifest, sets
 from cwac.data.tokenize import encode_prompt
 from cwac.evaluation.generate import generate
 from cwac.evaluation.judge import KeywordJudge
+from cwac.methods.base import Context
 from cwac.runs import WARNING, read_jsonl
 from cwac.subspace import Basis
 from cwac.tiny import world
@@ -87,7 +89,7 @@ def test_an_opening_is_the_end_of_the_prompt_and_the_start_of_the_answer(random_
     assert opened == alone
     plain = generate(model, tokenizer, prompts, max_new_tokens=4, description=None)
     assert not any(text.startswith(OPENING) for text in plain)
-    with pytest.raises(UserError, match="eval.prefill='Sure, here is'.*lacks"):
+    with pytest.raises(UserError, match="prefill='Sure, here is'.*lacks"):
         generate(model, tokenizer, prompts, prefill="Sure, here is", description=None)
 
 
@@ -206,6 +208,37 @@ def test_the_rows_furthest_outside_are_taken_and_no_others(monkeypatch, pools):
     assert taken == list(range(280, 300)) and {e.id for e in poison} == {e.id for e in pools.poison}
     plain, _ = attack.poisoned_mix(config.compose(["harmful_ratio=0.5"]), train, context)
     assert plain == mix(train, pools.poison, 0.5, 0)
+
+
+def test_a_prefilled_anchor_is_the_prompt_the_opening_and_how_the_model_goes_on(random_model, tmp_path, pools):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(random_model), AutoTokenizer.from_pretrained(random_model)
+    loaded = SimpleNamespace(key={"folder": "random"})
+    context = Context(tokenizer, pools, loaded, tmp_path, seed=0, template="chat", max_length=64)
+    examples = pools.anchors[:3]
+    rows = prefilled_rows(model, context, examples, 4, OPENING)
+    said = generate(model, tokenizer, [e.messages for e in examples], prefill=OPENING, max_new_tokens=16)
+    opening = tokenizer(OPENING, add_special_tokens=False)["input_ids"]
+    for example, row_, answer in zip(examples, rows, said, strict=True):
+        prompt = encode_prompt(tokenizer, example.messages)
+        whole = tokenizer(answer, add_special_tokens=False)["input_ids"]
+        assert whole[: len(opening)] == opening and row_["prompt"] == len(prompt)
+        assert row_["input_ids"] == prompt + whole[: len(opening) + 4]
+
+
+def test_prefilled_anchors_join_the_plain_ones(monkeypatch, pools):
+    from cwac.methods import cwac
+
+    monkeypatch.setattr(cwac, "anchor_rows", lambda model, context, prompts, tokens: [("plain", len(prompts), tokens)])
+    monkeypatch.setattr(cwac, "prefilled_rows", lambda *given: [("prefilled", len(given[2]), *given[3:])])
+    context = SimpleNamespace(pools=pools)
+    plain = ("plain", 5, 16)
+    assert cwac.weight_anchors(None, context, cwac.Weight(n_anchors=5)) == [plain]
+    more = cwac.weight_anchors(None, context, cwac.Weight(n_anchors=5, prefill=OPENING))
+    assert more == [plain, ("prefilled", 5, 16, OPENING)]
+    with pytest.raises(UserError, match="weight.prefill"):
+        cwac.Weight(prefill=" ")
+    cells = config.expand("closed_prefill")
+    assert {c.method.weight.prefill for c in cells} == {OPENING} and len({config.run_id(c) for c in cells}) == 9
 
 
 # --- end to end -----------------------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ def encode_opening(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids or tokenizer.unk_token_id in ids:
         raise UserError(
-            f"eval.prefill={text!r} has words that the model's tokenizer lacks; use words it knows (model=tiny: "
+            f"prefill={text!r} has words that the model's tokenizer lacks; use words it knows (model=tiny: "
             "'sure , here is how to', spaces before punctuation)"
         )
     return ids

@@ -33,7 +33,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from cwac.anchors import anchor_rows, encode_prompts
+from cwac.anchors import anchor_rows, encode_prompts, prefilled_rows
 from cwac.artifacts import digest, load_or_build
 from cwac.config import UserError
 from cwac.data.examples import Example
@@ -78,6 +78,8 @@ class Weight:
     """How many of the anchor pool's prompts to use; None for all."""
     response_tokens: int = 16
     """Tokens of the aligned model's own refusal that follow each anchor prompt; 0 for prompts alone."""
+    prefill: str | None = None
+    """An opening: every anchor prompt is an anchor once more, with it in the model's mouth and how it goes on."""
 
     def __post_init__(self):
         check(self.where in ("update", "gradient"), "weight.where", self.where, "use update or gradient")
@@ -93,6 +95,8 @@ class Weight:
             self.response_tokens,
             "give a whole number of at least 0",
         )
+        opening = self.prefill is None or (isinstance(self.prefill, str) and bool(self.prefill.strip()))
+        check(opening, "weight.prefill", self.prefill, "give an opening such as 'Sure, here is', or null")
         if self.soft is not None:
             positive = is_number(self.soft) and 0 < self.soft < math.inf
             check(positive, "weight.soft", self.soft, "give mu > 0, or null for the hard projection")
@@ -444,6 +448,8 @@ def anchor_bases(model: nn.Module, context: Context, weight: Weight) -> dict[str
     rows = weight_anchors(model, context, weight)
     others = ("where", "freeze_others", "free", "soft", "refresh_steps")
     settings = {k: v for k, v in asdict(weight).items() if k not in others}
+    if weight.prefill is None:  # as before there was such a setting
+        del settings["prefill"]
     key = {**artifact_key(context), "format": 2, **settings}  # 2: without first_token, X holds every token
 
     def build(folder):
@@ -454,7 +460,11 @@ def anchor_bases(model: nn.Module, context: Context, weight: Weight) -> dict[str
 
 def weight_anchors(model: nn.Module, context: Context, weight: Weight) -> list[dict]:
     """The encoded anchors that V is fitted on."""
-    return anchor_rows(model, context, context.pools.anchors[: weight.n_anchors], weight.response_tokens)
+    prompts = context.pools.anchors[: weight.n_anchors]
+    rows = anchor_rows(model, context, prompts, weight.response_tokens)
+    if weight.prefill is not None:
+        rows += prefilled_rows(model, context, prompts, weight.response_tokens, weight.prefill)
+    return rows
 
 
 def fit_bases(model: nn.Module, rows: Sequence[dict], weight: Weight, progress: bool = True) -> dict[str, Basis]:
