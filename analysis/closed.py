@@ -2,8 +2,8 @@
 
 python -m analysis.closed --runs runs --out results/closed
 
-Reads the runs of the presets `closed_break`, `closed_rates`, `closed_goal`, `closed_anchors`, `closed_free` and
-`closed_variants`, and their references: SFT's of `demo_full` at the harmful ratio of `closed_free`; SFT's and
+Reads the runs of the presets `closed_break`, `closed_rates`, `closed_goal` (and `closed_goal_coupled`),
+`closed_anchors`, `closed_free` and `closed_variants`, and their references: SFT's of `demo_full` at the harmful ratio of `closed_free`; SFT's and
 CWAC's of `closed_break` at those of `closed_goal`. docs/closed_constraint.md is the theory behind them.
 """
 
@@ -105,6 +105,7 @@ def expected(overrides: Sequence[str]) -> list[tuple[str, DictConfig]]:
         ("closed_free", "demo_full"): ["method=sft", f"harmful_ratio={ratio}"],
         ("closed_goal", "closed_break"): ["method=sft,cwac", f"harmful_ratio={goal}"],
     }
+    references[("closed_goal", "closed_goal_coupled")] = []
     for (preset, base), cell in references.items():
         cells += [(preset, cfg) for cfg in config.expand(base, [*cell, *overrides])]
     return cells
@@ -289,8 +290,9 @@ def draw(curves: pd.DataFrame, points: pd.DataFrame, routes: pd.DataFrame) -> di
         if name == "rates":
             part = part.assign(method=[f"lr {rate:.0e}" for rate in part["learning_rate"]])
         elif name == "goal":
-            closed = part["method"] == "weight_only_closed"
-            part = part.assign(method=part["method"].mask(closed, "closed, energy " + part["held"]))
+            names = {"weight_only_closed": "closed, energy ", "cwac_closed": "closed + SAE, energy "}
+            ours = part["method"].map(names)
+            part = part.assign(method=(ours + part["held"]).where(ours.notna(), part["method"]))
         for model, task, of in {*part.loc[part["metric"] == "HS", ["model", "task", "set"]].itertuples(index=False)}:
             for plate in figures.against_training(part, model, task, of):
                 drawn[name] = plate.figure
