@@ -3,8 +3,8 @@
 python -m analysis.closed --runs runs --out results/closed
 
 Reads the runs of the presets `closed_break`, `closed_rates`, `closed_goal` (and `closed_goal_coupled`),
-`closed_anchors`, `closed_free` and `closed_variants`, and their references: SFT's of `demo_full` at the harmful ratio of
-`closed_free`; SFT's and CWAC's of `closed_break` at those of `closed_goal`. docs/closed_constraint.md is the theory.
+`closed_anchors`, `closed_free` and `closed_variants`, and their references: SFT's of `demo_full` at the harmful ratio
+of `closed_free`; SFT's and CWAC's of `closed_break` at `closed_goal`'s. docs/closed_constraint.md is the theory.
 """
 
 import argparse
