@@ -27,8 +27,12 @@ from cwac import config
 from cwac.config import UserError, command
 
 PRESETS = ("closed_break", "closed_rates", "closed_goal", "closed_anchors", "closed_free", "closed_variants")
-CURVES = PRESETS[:3]
-"""Presets that are evaluated on the way."""
+CURVES = {
+    "closed_break": "Until it breaks: every method for ten times the epochs",
+    "closed_rates": "The closed weight constraint at larger steps",
+    "closed_goal": "The closed constraint at higher energies, and coupled, for ten times the epochs",
+}
+"""Presets that are evaluated on the way, and what they ask."""
 METRICS = ("HS", "refusal", "other", "FA", "OR")
 LEVELS = (10, 20, 50)
 """HS in percent whose crossing is reported."""
@@ -189,9 +193,10 @@ def report(
 ) -> str:
     """`table.md` below its first line; preset_of: run_id -> the preset that asks for it."""
     blocks = []
-    if len(curves := parts["break"]):
-        blocks += ["### Until it breaks: HS after so many optimizer steps", steps_table(curves)]
-        blocks += ["### The same runs: when HS crosses a level, and the end of training", crossing_table(curves)]
+    for preset, question in CURVES.items():
+        if len(curves := parts["break"].query("preset == @preset")):
+            blocks += [f"### {question}", "HS after so many optimizer steps.", steps_table(curves)]
+            blocks += ["When HS crosses a level, and the end of training.", crossing_table(curves)]
     if len(parts["anchors"]):
         blocks += ["### Strengths of the closed weight constraint", plain_table(parts["anchors"], SETTINGS)]
     if len(predictors):
@@ -232,7 +237,7 @@ def report(
 def curves_of(summary: pd.DataFrame) -> list[tuple[list[str], pd.DataFrame]]:
     """The curves of `break.csv`, each with the cells that name it: p, learning rate, method, energy."""
     groups = summary.groupby(CURVE)
-    order = sorted(groups.groups, key=lambda k: (CURVES.index(k[0]), *k[1:3], paper.method_order(k[3]), k[4]))
+    order = sorted(groups.groups, key=lambda k: (*k[1:3], paper.method_order(k[3]), k[4]))
     return [([f"{k[1]:g}", f"{k[2]:g}", paper.method_label(k[3]), k[4] or "-"], groups.get_group(k)) for k in order]
 
 

@@ -192,7 +192,7 @@ def test_planted_runs_come_back_as_curves_certificates_and_routes(campaign, tmp_
     section = text.split("### Which coupling closes it")[1]
     assert "loss" in section and closed.chosen_on_validation() in section and "duplicate" not in text
     assert text == capsys.readouterr().out.split("\nfigure:")[0].rstrip("\n") + "\n"
-    crossing = next(line for line in text.split("when HS crosses")[1].splitlines() if "SFT" in line)
+    crossing = next(line for line in text.split("When HS crosses")[1].splitlines() if "SFT" in line)
     assert [cell.strip() for cell in crossing.split("|")[5:8]] == ["45", "45", "90"]
     assert "> 90" in text and "Missing" not in text and max(map(len, text.splitlines())) <= 124
     for name in ("break", "goal", "anchors", "free"):
