@@ -194,7 +194,7 @@ def report(
     """`table.md` below its first line; preset_of: run_id -> the preset that asks for it."""
     blocks = []
     for preset, question in CURVES.items():
-        if len(curves := parts["break"].query("preset == @preset")):
+        if len(curves := parts["break"][parts["break"]["preset"] == preset]):
             blocks += [f"### {question}", "HS after so many optimizer steps.", steps_table(curves)]
             blocks += ["When HS crosses a level, and the end of training.", crossing_table(curves)]
     if len(parts["anchors"]):
