@@ -12,9 +12,10 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
-from analysis import paper, tables
+from analysis import figures, paper, tables
 from analysis.collect import Collection, before, cell_from, collect, one_judge, pooled
 from analysis.demo import headline, provenance
 from cwac import config
@@ -71,6 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     text = f"{headline(record)}\n\n{report(found, summary, attacks)}"
     (args.out / "table.md").write_text(text, encoding="utf-8")
     print(text)
+    print(f"figure: {figures.save(attack_panels(summary), args.out / 'attacks')[0]}")
     return 1 if found.missing else 0
 
 
@@ -139,6 +141,35 @@ def table(summary: pd.DataFrame, metrics: tuple[str, ...], of: str) -> str:
             seeds = max((int(row["n"]) for row in shown if row is not None), default=0)
             rows.append([attack, paper.method_label(method), str(seeds), *map(tables.show, shown)])
     return tables.markdown(["attack", "method", "n", *metrics], rows, key=3)
+
+
+def attack_panels(summary: pd.DataFrame) -> Figure:
+    """HS by attack and method, as asked and prefilled; bars: 95 % intervals. Grey line: the aligned model's mean."""
+    harm = summary[summary["metric"] == "HS"]
+    titles = {"asked": "asked as they are", "prefilled": "with a compliant opening in the model's mouth"}
+    shown = [of for of in titles if of in {*harm["set"]}]
+    attacks = [name for name in ATTACKS if name != NONE and name in {*harm["attack"]}]
+    methods = sorted({*harm.loc[harm["attack"] != NONE, "method"]}, key=paper.method_order)
+    figure, grid = figures.panels(1, len(shown), (4.6 * len(shown), 1 + 0.75 * len(attacks)), sharex=True, sharey=True)
+    for ax, of in zip(grid.flat, shown, strict=True):
+        part = harm[harm["set"] == of]
+        for _, row in part[part["attack"] == NONE].iterrows():
+            ax.axvline(row["mean"], color="#8C8C8C", linewidth=1, label=paper.method_label(paper.ALIGNED))
+        for j, method in enumerate(methods):
+            rows = part[(part["method"] == method) & part["attack"].isin(attacks)]
+            look = {k: v for k, v in figures.style(method).items() if k in ("color", "marker", "markerfacecolor")}
+            y = rows["attack"].map(attacks.index) + 0.7 * ((j + 0.5) / len(methods) - 0.5)
+            ax.hlines(y, rows["low"], rows["high"], color=look["color"], linewidth=1)
+            ax.plot(rows["mean"], y, linestyle="none", markersize=5, label=paper.method_label(method), **look)
+        ax.set_title(titles[of], loc="left", fontsize=9)
+        ax.set_xlabel(paper.METRICS["HS"])
+        ax.set_xlim(-2, 102)
+        figures.bare(ax)
+    first = grid.flat[0]
+    first.set_yticks(range(len(attacks)), attacks)
+    first.invert_yaxis()
+    figures.legend_below(figure, list(grid.flat))
+    return figure
 
 
 def one(group: pd.DataFrame, metric: str, of: str | None) -> pd.Series | None:

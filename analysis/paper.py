@@ -28,7 +28,6 @@ METHODS = {
     "cwac_literal": "CWAC, Alg. 1 literally",
     "cwac": "CWAC",
     "weight_only_closed": "weight-only closed (ours)",
-    "weight_only_closed_prefill": "the same, prefilled anchors (ours)",
     "cwac_closed": "CWAC closed (ours)",
     "bea_no_trigger": "BEA without trigger (ours)",
     "safelora": "Safe LoRA (added)",
@@ -38,6 +37,7 @@ METHODS = {
     "vaccine": "Vaccine (added)",
     "booster": "Booster (added)",
     "replay": "replay (added)",
+    "weight_only_closed_prefill": "closed, prefilled anchors (ours)",  # last: a method's look is its place
 }
 # As the paper's tables name them.
 PRINTED = {
