@@ -1,0 +1,129 @@
+"""Where a step's time goes: operators by self time, by part, of a step of SFT and of CWAC at SmolLM2's shape.
+
+python -m benchmarks.profile [--tokens 512 --labels 128 --top 8] [overrides]
+
+The models of benchmarks/steps.py; the second step of each trainer is recorded, the first allocates. A part is the
+innermost marked stretch that an operator runs in: the forward pass of the task's rows, L_safety (forward alone; its
+backward pass is part of the one backward pass), backward, optimizer, projection. Self time: an operator's own, without
+what it calls; of kernels where there is a GPU, of the CPU's one thread else. Recording slows small operators down, so
+shares are what to read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+from transformers import TrainerCallback
+
+from analysis.tables import markdown
+from benchmarks import runner, steps
+from cwac import config
+from cwac.engine import MethodTrainer
+from cwac.methods.base import Sizes
+from experiments.cost import Row
+
+MARK = "part: "
+PARTS = ("forward", "L_safety", "backward", "optimizer", "projection", "other")
+
+
+class Recorded(TrainerCallback):
+    """Records the last step, and marks the parts of the step."""
+
+    def __init__(self, trainer: MethodTrainer):
+        gpu = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+        self.profile = profile(activities=[ProfilerActivity.CPU, *gpu])
+        marked(trainer, "compute_loss", "forward")
+        marked(trainer.method, "penalty", "L_safety")
+        marked(trainer.method, "after_step", "projection")
+        marked(trainer.accelerator, "backward", "backward")
+        trainer.add_callback(self)
+
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+        marked(optimizer, "step", "optimizer")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == state.max_steps - 1:
+            self.profile.start()
+        elif state.global_step == state.max_steps:
+            self.profile.stop()
+
+
+def marked(owner, name: str, part: str) -> None:
+    """Mark every later call of a method of one object."""
+    given = getattr(owner, name)
+
+    def call(*args, **kwargs):
+        with record_function(MARK + part):
+            return given(*args, **kwargs)
+
+    setattr(owner, name, call)
+
+
+def seconds(recorded: profile) -> Counter[tuple[str, str]]:
+    """(part, operator) -> self seconds."""
+    gpu, found = torch.cuda.is_available(), Counter()
+    for event in recorded.events():
+        if event.name.startswith(MARK) or event.device_type != torch.autograd.DeviceType.CPU:
+            continue
+        spent = event.self_device_time_total if gpu else event.self_cpu_time_total
+        found[part_of(event), event.name] += spent / 1e6
+    return found
+
+
+def part_of(event) -> str:
+    """The innermost mark around an operator; on a GPU the backward pass runs in a thread that no mark encloses."""
+    while event is not None:
+        if event.name.startswith(MARK):
+            return event.name.removeprefix(MARK)
+        if event.name.startswith("autograd::engine::evaluate_function"):
+            return "backward"
+        event = event.cpu_parent
+    return "other"
+
+
+def measure(tokens: int, labels: int, overrides: Sequence[str]) -> dict[str, Counter[tuple[str, str]]]:
+    """method -> `seconds` of its second step."""
+    found = {}
+    for method in ("sft", "cwac"):
+        given = ["model=smollm2", "task=sst2", "train.per_device_train_batch_size=1", *overrides, f"method={method}"]
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = steps.trainer(config.compose(given), Row(tokens, labels, Sizes()), 2, folder)
+            recorded = Recorded(trainer)
+            trainer.train()
+        found[method] = seconds(recorded.profile)
+    return found
+
+
+def table(found: dict[str, Counter[tuple[str, str]]], top: int) -> str:
+    """Shares of SFT's step, in percent: the parts, then the operators that take most of CWAC's step."""
+    whole = found["sft"].total()
+    share = {method: Counter() for method in found}
+    for method, spent in found.items():
+        for (part, _), time in spent.items():
+            share[method][part] += 100 * time / whole
+    rows = [[part, "all", *(f"{share[m][part]:.1f}" for m in found)] for part in PARTS]
+    rows.append(["all", f"{whole:.2f} s of sft", *(f"{share[m].total():.1f}" for m in found)])
+    for key, _ in found["cwac"].most_common(top):
+        rows.append([*key, *(f"{100 * spent[key] / whole:.1f}" for spent in found.values())])
+    return markdown(["part", "operator", *(f"{m}, % of sft" for m in found)], rows, key=2, width=1000)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.profile", description=__doc__.split("\n")[0])
+    parser.add_argument("overrides", nargs="*", help="of the configuration, e.g. model.shape=...")
+    parser.add_argument("--tokens", type=int, default=512, help="of the one row of a batch (%(default)s)")
+    parser.add_argument("--labels", type=int, default=128, help="of them that carry a label (%(default)s)")
+    parser.add_argument("--top", type=int, default=8, help="operators shown (%(default)s)")
+    given = parser.parse_args(argv)
+    print(table(runner.quietly(lambda: measure(given.tokens, given.labels, given.overrides)), given.top))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
