@@ -3,10 +3,8 @@
 python -m benchmarks.profile [--tokens 512 --labels 128 --top 8] [overrides]
 
 The models of benchmarks/steps.py; the second step of each trainer is recorded, the first allocates. A part is the
-innermost marked stretch that an operator runs in: the forward pass of the task's rows, L_safety (forward alone; its
-backward pass is part of the one backward pass), backward, optimizer, projection. Self time: an operator's own, without
-what it calls; of kernels where there is a GPU, of the CPU's one thread else. Recording slows small operators down, so
-shares are what to read.
+innermost marked stretch that an operator runs in; L_safety's is its forward pass, as all share one backward pass. Self
+time: an operator's own, without what it calls; of kernels where there is a GPU, of the CPU's one thread else.
 """
 
 from __future__ import annotations
@@ -56,13 +54,7 @@ class Recorded(TrainerCallback):
 
 def marked(owner, name: str, part: str) -> None:
     """Mark every later call of a method of one object."""
-    given = getattr(owner, name)
-
-    def call(*args, **kwargs):
-        with record_function(MARK + part):
-            return given(*args, **kwargs)
-
-    setattr(owner, name, call)
+    setattr(owner, name, record_function(MARK + part)(getattr(owner, name)))
 
 
 def seconds(recorded: profile) -> Counter[tuple[str, str]]:
@@ -89,11 +81,12 @@ def part_of(event) -> str:
 
 def measure(tokens: int, labels: int, overrides: Sequence[str]) -> dict[str, Counter[tuple[str, str]]]:
     """method -> `seconds` of its second step."""
-    found = {}
+    given, found = ["model=smollm2", "task=sst2", "train.per_device_train_batch_size=1", *overrides], {}
     for method in ("sft", "cwac"):
-        given = ["model=smollm2", "task=sst2", "train.per_device_train_batch_size=1", *overrides, f"method={method}"]
         with tempfile.TemporaryDirectory() as folder:
-            trainer = steps.trainer(config.compose(given), Row(tokens, labels, Sizes()), 2, folder)
+            trainer = steps.trainer(
+                config.compose([*given, f"method={method}"]), Row(tokens, labels, Sizes()), 2, folder
+            )
             recorded = Recorded(trainer)
             trainer.train()
         found[method] = seconds(recorded.profile)
@@ -101,24 +94,23 @@ def measure(tokens: int, labels: int, overrides: Sequence[str]) -> dict[str, Cou
 
 
 def table(found: dict[str, Counter[tuple[str, str]]], top: int) -> str:
-    """Shares of SFT's step, in percent: the parts, then the operators that take most of CWAC's step."""
-    whole = found["sft"].total()
-    share = {method: Counter() for method in found}
-    for method, spent in found.items():
-        for (part, _), time in spent.items():
-            share[method][part] += 100 * time / whole
-    rows = [[part, "all", *(f"{share[m][part]:.1f}" for m in found)] for part in PARTS]
-    rows.append(["all", f"{whole:.2f} s of sft", *(f"{share[m].total():.1f}" for m in found)])
+    """Shares of each method's own step, in percent: the parts, then the operators that take most of CWAC's step."""
+    share = {m: {key: 100 * time / spent.total() for key, time in spent.items()} for m, spent in found.items()}
+    rows = [
+        [part, "all", *(f"{sum(s for key, s in share[m].items() if key[0] == part):.1f}" for m in found)]
+        for part in PARTS
+    ]
     for key, _ in found["cwac"].most_common(top):
-        rows.append([*key, *(f"{100 * spent[key] / whole:.1f}" for spent in found.values())])
-    return markdown(["part", "operator", *(f"{m}, % of sft" for m in found)], rows, key=2, width=1000)
+        rows.append([*key, *(f"{share[m].get(key, 0.0):.1f}" for m in found)])
+    return markdown(["part", "operator", *(f"{m}, %" for m in found)], rows, key=2, width=1000)
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.profile", description=__doc__.split("\n")[0])
     parser.add_argument("overrides", nargs="*", help="of the configuration, e.g. model.shape=...")
-    parser.add_argument("--tokens", type=int, default=512, help="of the one row of a batch (%(default)s)")
-    parser.add_argument("--labels", type=int, default=128, help="of them that carry a label (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=512, help="of the one row (%(default)s)")
+    parser.add_argument("--labels", type=int, default=128, help="of them with a label (%(default)s)")
     parser.add_argument("--top", type=int, default=8, help="operators shown (%(default)s)")
     given = parser.parse_args(argv)
     print(table(runner.quietly(lambda: measure(given.tokens, given.labels, given.overrides)), given.top))

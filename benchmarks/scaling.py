@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import date
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -386,6 +387,7 @@ NVLINK = 450e9
 """Bytes a second and direction between H100s (NVIDIA's data sheet: 900 GB/s both ways)."""
 
 
+@cache
 def counted(target: Target, *given: str) -> tuple[dict[str, float], float]:
     """Bytes by part and FLOPs of a step of 1 x 512 tokens, 128 of them labels, by experiments/cost.py.
 
@@ -430,7 +432,7 @@ def memory(target: Target, option: str, rank: int, parts: dict[str, float]) -> d
             found["activations"] += size
     found["gathered"] = width * ((2 if lora else 3) * target.block + (1 if lora else 2) * target.root) * sharded
     found["V"] = 4.0 * target.layers * target.ffn * rank
-    found["A"] = 4.0 * target.layers * (8 if lora else target.hidden) * rank / n
+    found["A"] = 4.0 * target.layers * (8 if lora else target.hidden) * rank / n  # the adapter's A has r = 8 rows
     found["total"] = sum(found.values())
     return {name: size / 1e9 for name, size in found.items()}
 
@@ -442,7 +444,7 @@ def growth(fitted: dict[tuple[str, str], dict], kind: str, series: str, ratio: f
     return np.array([ratio ** row["ratio"], *at_ends])
 
 
-def estimate_block(rows: list[dict], h100: list[dict], target: Target = LLAMA70) -> str:
+def estimate_block(rows: list[dict], h100: list[dict], target: Target) -> str:
     """What the target needs: memory of a GPU by option, seconds of a step, subspaces and SAE."""
     shown, begin, room = [], [], ROOM * target.gb
 
@@ -472,8 +474,8 @@ def estimate_block(rows: list[dict], h100: list[dict], target: Target = LLAMA70)
         markdown(header, shown, key=2, width=1000),
         "",
         f"Each 1,000 of rank cost {4e-6 * target.layers * target.ffn:.1f} GB of V on every GPU. "
-        "**Before the training** each process puts the whole model on its own GPU (`cwac/context.py`), since the SAE, the targets and V are "
-        "fitted before it is sharded:",
+        "**Before the training** each process puts the whole model on its own GPU (`cwac/context.py`), since the SAE, "
+        "the targets and V are fitted before it is sharded:",
         "",
         markdown(
             [
@@ -542,7 +544,7 @@ def times(rows: list[dict], h100: list[dict], target: Target) -> list[str]:
         f"- The H100's projection was timed in fp32; with its correction in TF32, as it now runs, one matrix takes "
         f"{corrected:.2f} of that.",
         f"- Subspaces, {target.layers} layers of d {target.ffn}, 8,000 tokens: {spaces:.0f} s at most on one GPU, by "
-        f"the H100's {one:.2f} s a layer times d (the decomposition is of tokens x tokens and stays), if they had room.",
+        f"the H100's {one:.2f} s a layer times d (the decomposition is of tokens x tokens and stays), if it had room.",
         f"- SAE, 100 M tokens, d {target.hidden}, M {8 * target.hidden}: {sae[', fp32,'] * wide:.1f} h in fp32, "
         f"{sae[', TF32,'] * wide:.1f} h in TF32 (d M grows by {wide:g}); reading the model {read * flops:.1f} h in "
         f"bf16 by FLOPs; drawing from the host's memory {host * slots * target.hidden / small.hidden:.0f} h "
@@ -596,7 +598,7 @@ def main(argv: list[str] | None = None) -> int:
     if not (given.page or given.estimate):
         return runner.quietly(lambda: run(PLANS[given.shape], given.seconds, given.out))
     rows, h100 = (json.loads(p.read_text()) if p.exists() else [] for p in (given.out, H100))
-    estimate = runner.quietly(lambda: estimate_block(rows, h100))
+    estimate = runner.quietly(lambda: estimate_block(rows, h100, LLAMA70))
     if given.estimate:
         print(estimate)
     if given.page:
