@@ -102,21 +102,21 @@ TINY = Plan(
 PLANS = {"small": SMALL, "tiny": TINY}
 VARIED = {"prompts": ("cwac",), "rank": ("cwac", "every matrix"), "matrices": ("cwac", "every matrix")}
 """Kinds of step that depend on a series; every kind does on the others."""
+SHARES = {"parameters": 3, "tokens": 2}
+"""Parts of the time that a series has, whose greatest points take long; the others have one."""
 
 
 def measure(plan: Plan, budget: Budget) -> Iterator[dict | Skipped]:
-    """A row for each point, then for each exponent; a series has its part of the seconds left, parameters three."""
+    """A row for each point, then for each exponent; a series has its part of the seconds left."""
     points: list[dict] = []
     series: dict[str, tuple[tuple, Callable]] = {
         name: (changes, lambda change, name=name: step_points(replace(plan.base, **change), name, plan.repeats))
         for name, changes in plan.series.items()
     }
     series["cells"] = (plan.cells, cell_point)
-    weights = {name: 3 if name == "parameters" else 1 for name in series}
-    for name, (changes, act) in series.items():
-        end = time.monotonic() + budget.left() * weights[name] / sum(
-            weights[n] for n in [*series][[*series].index(name) :]
-        )
+    for done, (name, (changes, act)) in enumerate(series.items()):
+        ahead = sum(SHARES.get(later, 1) for later in [*series][done:])
+        end = time.monotonic() + budget.left() * SHARES.get(name, 1) / ahead
         took, size, first = 0.0, 0.0, {}
         for change in changes:
             # sizes grow by 2 to 4 a point, and setting up, which does not, is part of what a point takes
