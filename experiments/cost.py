@@ -252,6 +252,7 @@ def enter(ledger: Ledger, cfg: DictConfig, args, model: nn.Module, held: dict[st
         for tensor in tensors:
             ledger.put(tensor, part)
     ledger.now["optimizer state"] = state
+    ledger.peak = ledger.now.copy()  # not that of entering, where a 4-bit base stood in full for a moment
 
 
 def step(ledger: Ledger, args: TrainingArguments, model: nn.Module, method: Method, row: Row) -> None:

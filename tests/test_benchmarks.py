@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from benchmarks import __main__ as everything
-from benchmarks import constraint, evaluation, large, methods, runner, sae, steps, sweep
+from benchmarks import constraint, evaluation, large, methods, profile, runner, sae, scaling, steps, sweep
 from cwac import config
 from cwac.config import UserError
+from experiments import cost
 from tests.conftest import SMALL
 from tests.test_configs import METHODS
 
@@ -229,6 +230,88 @@ def test_a_split_is_exact_and_its_head_fits_tf32():
     head, tail = large.split(x)
     assert torch.equal(head + tail, x) and (tail.abs() <= x.abs() * 2**-10).all()
     assert not (head.view(torch.int32) & 0x1FFF).any()
+
+
+def test_a_planted_power_law_is_found():
+    exponent, half, last = scaling.fit([1, 2, 4, 8], [3.0, 6.0, 12.0, 24.0])
+    assert (exponent, half, last) == pytest.approx((1, 0, 1), abs=1e-9)
+    exponent, half, last = scaling.fit([1, 10, 100], [1.1, 2.0, 11.0])  # 1 + x / 10: no power law
+    assert exponent < last < 1 and half > 1
+
+
+def test_scaling_in_miniature_and_its_page(tmp_path, monkeypatch, capsys):
+    def cell(cells, seconds):
+        yield runner.entry("a cell", "1 s", 0.5)
+
+    monkeypatch.setattr(scaling.sweep, "measure", cell)
+    monkeypatch.setattr(scaling, "LLAMA7", scaling.Target(64, 172, 32, 4, 4, 97))
+    monkeypatch.setattr(scaling, "LLAMA70", scaling.Target(128, 448, 80, 4, 1, 97, ranks=(16, 224)))
+    kept = ("full, AdamW", "LoRA on 4 bits, DDP")
+    monkeypatch.setattr(scaling, "OPTIONS", {name: scaling.OPTIONS[name] for name in kept})
+    out, page = tmp_path / "scaling.json", tmp_path / "page.md"
+    assert scaling.main(["--shape", "tiny", "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())
+    assert all(FIELDS | {"card", "torch", "date", "commit"} <= set(row) for row in rows)
+    points = [row for row in rows if "x" in row]
+    assert {(p["kind"], p["series"]) for p in points if p["kind"].startswith("step")} == {
+        *((kind, "parameters") for kind in scaling.STEPS.values()),
+        ("step of cwac", "prompts"),
+    }
+    inside = {(p["kind"], p["x"]): p["seconds"] for p in points}
+    assert all(inside[scaling.SAFETY, n] < inside["step of cwac", n] for n in (1, 4))
+    slopes = [row for row in rows if "points" in row]
+    assert len(slopes) == 6 and all(row["points"] == 3 and row["series"] == "parameters" for row in slopes)
+    names = ("measured", "h100", "llama70")
+    page.write_text(
+        "before\n" + "".join(f"<!-- scaling:{n} -->\nreplaced\n<!-- /scaling:{n} -->\n" for n in names) + "after\n"
+    )
+    given = ["--out", str(out), "--page", str(page), "--estimate"]
+    assert scaling.main(given) == 0
+    first = page.read_text()
+    assert "replaced" not in first and first.startswith("before\n") and first.endswith("after\n")
+    assert "| step of sft " in first and "one thread" in first and "NVIDIA H100" in first
+    assert "| full, AdamW " in capsys.readouterr().out
+    assert scaling.main(given) == 0 and page.read_text() == first
+
+
+def test_a_series_stops_where_its_time_is_up(monkeypatch):
+    plan = scaling.Plan(repeats=1, series={"rank": ({"rank": 1}, {"rank": 2})}, cells=())
+
+    def slow(point, series, repeats):
+        time.sleep(0.1)
+        yield "step", point.rank, torch.ones(1).numpy()
+
+    monkeypatch.setattr(scaling, "step_points", slow)
+    point, skipped = scaling.measure(plan, large.Budget(0.3))
+    assert point["x"] == 1 and skipped.name == "rank beyond 1"
+
+
+def test_the_memory_of_a_large_model_is_its_own_estimate_in_shards():
+    target = scaling.Target(64, 172, 24, 4, 1, 97, ranks=(16,))
+    parts, flops = scaling.counted(target, "method=cwac", "train.optim=adamw_torch_fused")
+    cfg = config.compose(
+        ["model=llama2", "task=gsm8k", "method=cwac", "train.optim=adamw_torch_fused", target.override(24)]
+    )
+    whole = cost.estimate(cfg, cost.shape(cfg), cost.Row(512, 128, scaling.Sizes(32, 16 / 172)))
+    assert flops == pytest.approx(whole.flops, rel=1e-6)
+    assert all(parts[name] == pytest.approx(whole.parts[name], rel=0.01) for name in parts)
+    found = scaling.memory(target, "full, AdamW", 16, parts)
+    assert found["weights"] * 1e9 == pytest.approx(4 * target.parameters / 8, rel=1e-3)
+    assert (found["V"] + 8 * found["A"]) * 1e9 == pytest.approx(whole.parts["V and A of the constraint"], rel=1e-6)
+    assert scaling.LLAMA7.parameters == 6_738_415_616 and scaling.LLAMA70.parameters == 68_976_648_192
+
+
+def test_a_profile_in_miniature(capsys):
+    shape = "vocab_size: 61, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 4, num_attention_heads: 2"
+    given = [f"model.shape={{model_type: llama, {shape}, num_key_value_heads: 2}}"]
+    assert profile.main(["--tokens", "16", "--labels", "8", "--top", "3", *given]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    cells = {tuple(c.strip() for c in line.split("|")[1:3]): line.split("|")[3:5] for line in lines[2:]}
+    sft, cwac = ({part: float(cells[part, "all"][i]) for part in profile.PARTS} for i in (0, 1))
+    assert sft["L_safety"] == sft["projection"] == 0 < min(cwac["L_safety"], cwac["projection"])
+    assert min(sft["forward"], sft["backward"], sft["optimizer"]) > 0
+    assert all(sum(parts.values()) == pytest.approx(100, abs=1) for parts in (sft, cwac))
+    assert len(cells) == len(profile.PARTS) + 3
 
 
 @pytest.mark.parametrize("part", everything.PARTS)

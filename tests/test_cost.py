@@ -60,6 +60,9 @@ def test_8_bits_and_4_bits_shrink_what_they_hold_also_without_bitsandbytes():
     matrices = 4 * (4 * 512 * 512 + 3 * 512 * 1536)
     assert four["weights (4 bit)"] == pytest.approx(0.516 * matrices, rel=1e-3)
     assert four["optimizer state"] < 0.05 * plain["optimizer state"]
+    # the peak is a step's, also where the base in full would be more
+    cfg, shape, _ = small(*lora, "model.load_in_4bit=true")
+    assert "weights (4 bit)" in cost.estimate(cfg, shape, cost.Row(4, 4, Sizes(4))).parts
 
 
 def test_checkpointing_saves_activations_and_bf16_keeps_masters_and_a_copy():
