@@ -239,6 +239,7 @@ def test_a_planted_power_law_is_found():
     assert exponent < last < 1 and half > 1
 
 
+@pytest.mark.slow  # a Trainer a point
 def test_scaling_in_miniature_and_its_page(tmp_path, monkeypatch, capsys):
     def cell(cells, seconds):
         yield runner.entry("a cell", "1 s", 0.5)
