@@ -17,6 +17,7 @@ PARTS = {
     "constraint": {},
     "sae": {},
     "sweep": {},
+    "prepared": {},
     "steps": {},
     "evaluation": {},
     "methods": {"steps": 60},

@@ -4,13 +4,14 @@ and every other benchmark in miniature."""
 import importlib
 import json
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import __main__ as everything
-from benchmarks import constraint, evaluation, large, methods, profile, runner, sae, scaling, steps, sweep
+from benchmarks import constraint, evaluation, large, methods, prepared, profile, runner, sae, scaling, steps, sweep
 from cwac import config
 from cwac.config import UserError
 from experiments import cost
@@ -139,6 +140,19 @@ def test_generation_and_preparation_in_miniature(random_model):
     assert [row["bar"] for row in rows] == [0.125, 0.0, 0.02] and rows[1]["ratio"] == 0
     with pytest.raises(UserError, match="--prompts 5: give 6"):
         next(evaluation.measure(prompts=5, alone=2, repeats=3))
+
+
+def test_what_a_second_method_builds_is_counted(monkeypatch):
+    left = iter([["sae/a", "subspace/b"], [], ["subspace/c"]])  # of cwac, weight_only, activation_only
+
+    def build(method, folder, steps):
+        for name in next(left):
+            Path(folder, "artifacts", name).mkdir(parents=True)
+        return 8.0 if method == "cwac" else 2.0
+
+    monkeypatch.setattr(prepared, "run", build)
+    rows = [(row["name"].split()[1], row["ratio"], row["met"]) for row in prepared.measure()]
+    assert rows == [("weight_only", 0, True), ("of", 0.25, None), ("activation_only", 1, False), ("of", 0.25, None)]
 
 
 def test_a_finished_sweep_in_miniature():
