@@ -217,6 +217,7 @@ def test_asft_with_lambda_0_is_sft_bit_for_bit(tmp_path, monkeypatch):
     assert {"model.layers.0.self_attn.q_proj.weight", "model.layers.2.self_attn.v_proj.weight"} <= moved
 
 
+@pytest.mark.slow  # test_invariance.py has it among the others, and slow too
 def test_asft_does_not_depend_on_the_layout(tmp_path, monkeypatch):
     """1 x 8 == 8 x 1 == 2 ranks x 4: the term is added once per optimizer step, before clipping."""
     monkeypatch.setattr(test_invariance, "penalised", asft_of(0.5))

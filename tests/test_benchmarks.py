@@ -301,6 +301,7 @@ def test_a_series_stops_where_its_time_is_up(monkeypatch):
     assert point["x"] == 1 and skipped.name == "rank beyond 1"
 
 
+@pytest.mark.slow  # fake tensors of 70 billion parameters
 def test_the_memory_of_a_large_model_is_its_own_estimate_in_shards():
     target = scaling.Target(64, 172, 24, 4, 1, 97, ranks=(16,))
     parts, flops = scaling.counted(target, "method=cwac", "train.optim=adamw_torch_fused")

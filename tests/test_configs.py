@@ -112,18 +112,21 @@ def test_figure_grids_are_the_papers():
     assert set(axes("figure5")["model"]) == {"llama2", "gemma2"}
 
 
-LARGE = ("demo_full", "demo_tuned", "figure3", "table1", "table2", "table5")
-"""Their hundreds of cells take 0.1 s each to compose."""
+GRIDS = [name for name in PRESETS if not name.startswith("tune_")]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow if name in LARGE else ())
-        for name in PRESETS
-        if not name.startswith("tune_")
-    ],
-)
+@pytest.mark.parametrize("name", GRIDS)
+def test_a_presets_cells_differ_and_a_sample_of_them_is_valid(name):
+    cells = config.grid(name)
+    assert len({tuple(cell) for cell in cells}) == len(cells) > 1
+    sample = [config.compose(cell) for cell in cells[:: max(1, len(cells) // 5)]]
+    for cell in sample:
+        config.validate(cell)
+    assert len({config.run_id(c) for c in sample}) == len(sample)
+
+
+@pytest.mark.slow  # hundreds of cells of 0.1 s each
+@pytest.mark.parametrize("name", GRIDS)
 def test_presets_expand_to_distinct_valid_cells(name):
     cells = config.expand(name)
     for cell in cells:

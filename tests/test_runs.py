@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from cwac import config, runs
 from cwac.artifacts import load_or_build
-from tests.conftest import SMALL, launch, run_train
+from tests.conftest import SMALL, call, launch, run_train
 
 FOLDER = [
     "model.kind=folder",
@@ -127,14 +127,12 @@ def test_bad_usage_is_one_line_and_leaves_nothing(arguments, message, tmp_path):
         (["+train.foo=1", "method=sft", "train.max_steps=1"], "train.foo is not a TrainingArguments field"),
     ],
 )
-def test_values_a_method_or_the_data_refuses_are_one_line_too(arguments, message, tmp_path, random_model, artifacts):
-    code, output = run_train(
-        f"paths.runs={tmp_path / 'runs'}",
-        f"paths.artifacts={artifacts}",
-        "model.kind=folder",
-        f"+model.path={random_model}",
-        *arguments,
-    )
+def test_values_a_method_or_the_data_refuses_are_one_line_too(
+    arguments, message, tmp_path, random_model, artifacts, capfd
+):
+    given = [f"paths.runs={tmp_path / 'runs'}", f"paths.artifacts={artifacts}"]
+    code = call(*given, "model.kind=folder", f"+model.path={random_model}", *arguments)
+    output = "".join(capfd.readouterr())
     assert code in (1, 2)
     assert output.count("error: ") == 1 and message in output and "Traceback" not in output
     assert all(s["status"] != "done" for s in statuses(tmp_path / "runs").values())
