@@ -419,6 +419,7 @@ def test_accumulation_changes_nothing(name, whole, tmp_path):
     assert close(whole[name][0], dict(make_llama().named_parameters())) > 1e-2  # it trained
 
 
+@pytest.mark.slow  # test_invariance.py has every method on two ranks, slow too
 def test_two_ranks_change_nothing(whole, tmp_path):
     with socket.socket() as probe:  # a port that is free now
         probe.bind(("127.0.0.1", 0))
