@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -363,11 +364,14 @@ def test_any_combination_of_valid_options_composes_and_names_one_run(options):
 )
 def test_any_combination_of_valid_options_runs(artifacts, tmp_path, capfd, options):
     """On `tiny`, for two steps; a method may refuse a combination it cannot serve, by one line."""
-    small = [*SMALL, "train.max_steps=2", f"paths.runs={tmp_path}", f"paths.artifacts={artifacts}"]
+    runs = tempfile.mkdtemp(dir=tmp_path)  # one an example: a run that exists refuses other points on the way
+    small = [*SMALL, "train.max_steps=2", f"paths.runs={runs}", f"paths.artifacts={artifacts}"]
     small += ["model.sae={tokens: 2048, m: 256, cached_tokens: 2048, batch: 256}", "eval.n_drift=8"]
     code = call(*small, *(f"{k}={v}" for k, v in options.items()))
     logging.getLogger().handlers.clear()
     captured = capfd.readouterr()
     output = captured.out + captured.err
-    assert "Traceback" not in output and code in (0, 2), (options, output)
-    assert code == 0 or "model.lora" in output, (options, output)
+    assert "Traceback" not in output and output.count("error: ") == (code != 0), (options, output)
+    # tiny was aligned in its chat template; asked in another, some base models refuse nothing
+    unserved = {"model.lora": True, "refuses none of the anchor prompts": options["train.template"] == "alpaca"}
+    assert code == 0 or any(may and reason in output for reason, may in unserved.items()), (options, output)

@@ -148,6 +148,7 @@ def two_ranks(rank, folder, cells, port):
             found[name, "error"] = traceback.format_exc()
     if rank == 0:
         torch.save(found, f"{folder}/two.pt")
+    torch.distributed.barrier()  # a process group that is torn down while its peer still works may abort
     torch.distributed.destroy_process_group()
 
 
