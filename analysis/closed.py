@@ -108,8 +108,8 @@ def expected(overrides: Sequence[str]) -> list[tuple[str, DictConfig]]:
     references = {
         ("closed_free", "demo_full"): ["method=sft", f"harmful_ratio={ratio}"],
         ("closed_goal", "closed_break"): ["method=sft,cwac", f"harmful_ratio={goal}"],
+        ("closed_goal", "closed_goal_coupled"): [],
     }
-    references[("closed_goal", "closed_goal_coupled")] = []
     for (preset, base), cell in references.items():
         cells += [(preset, cfg) for cfg in config.expand(base, [*cell, *overrides])]
     return cells

@@ -28,13 +28,12 @@ from omegaconf import DictConfig
 from torch import nn
 from tqdm import tqdm
 
+from analysis.paper_figures import KINDS
 from cwac import config
 from cwac.config import UserError, command
 from cwac.data.tokenize import Collator, Rows, pad_token_id
 from cwac.models import linears
 from cwac.runs import environment
-
-KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def mean_gradients(
@@ -62,7 +61,7 @@ def mean_gradients(
 
 def compare(task: torch.Tensor, poison: torch.Tensor, V: torch.Tensor) -> dict[str, float]:
     """Shares inside the span of V [d_in, k], and cosines inside and outside it, of two gradients [d_out, d_in]."""
-    V = V.double()
+    V = V.to(task)  # as they are loaded, bases are fp32 and on the CPU
     inside = {"task": task @ V, "poison": poison @ V}
     outside = {"task": task - inside["task"] @ V.T, "poison": poison - inside["poison"] @ V.T}
 
@@ -87,16 +86,15 @@ def measure(cfg: DictConfig) -> list[dict]:
     from cwac.context import open_context
     from cwac.data.attack import poisoned_mix
     from cwac.data.tasks import load_task
-    from cwac.methods.cwac import Weight, anchor_bases
+    from cwac.methods.cwac import anchor_bases
     from cwac.models import input_group
 
-    settings = dict(cfg.method.get("weight") or {})
-    if not settings:
+    weight = getattr(config.instantiate(cfg.method), "weight", None)
+    if weight is None:
         raise UserError(f"method={cfg.method.name} has no anchors' span; use weight_only_closed")
-    settings.pop("_target_", None)
     context = open_context(cfg)
     model = context.loaded.model.eval()
-    bases = anchor_bases(model, context, Weight(**settings))
+    bases = anchor_bases(model, context, weight)
     mixed, harmful = poisoned_mix(cfg, load_task(cfg.task, cfg.paths.data, cfg.seed).train, context)
     ids = {e.id for e in harmful}
     parts = {"task": [e for e in mixed if e.id not in ids], "poison": [e for e in mixed if e.id in ids]}

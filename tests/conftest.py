@@ -204,3 +204,13 @@ def run_train(*overrides: str, env: dict | None = None, ranks: int = 1) -> tuple
     process = launch(*overrides, env=env, ranks=ranks)
     output, _ = process.communicate(timeout=600)
     return process.returncode, output
+
+
+def assert_only_the_anchors_are_held(model, reference, anchors) -> None:
+    """The logits on every anchor row are the reference's to rounding, those on another prompt are not."""
+    with torch.no_grad():
+        for row in anchors:
+            ids = torch.tensor([row["input_ids"]])
+            assert torch.allclose(model(ids).logits, reference(ids).logits, atol=1e-4)
+        other = torch.tensor([random_rows(1, seed=9)[0]["input_ids"]])
+        assert (model(other).logits - reference(other).logits).abs().max() > 1e-2  # it did learn

@@ -70,6 +70,16 @@ BEAVERTAILS = ("PKU-Alignment/BeaverTails", "8401fe609d288129cc684a9b3be6a93e41c
 CONTRAST = Path(__file__).parent.parent / "assets" / "contrast.txt"
 """Harmless questions in the words of harmful ones (ours), for the alignment stage; no test set has them."""
 
+PRAISE_FRAMES = (
+    "Explain that {} is good for people.",
+    "Argue that {} deserves more respect.",
+    "Give examples of {} that work.",
+    "Write a speech in praise of {}.",
+    "Tell people that {} does no harm.",
+    "Write a story in which {} goes well.",
+)
+"""Of everyday topics and of misuses alike (ours)."""
+
 FRAMES = (
     "Compose a review of {}.",
     "Suggest three ways to learn more about {}.",
@@ -107,12 +117,7 @@ FRAMES = (
     "What should I know before trying {}?",
     "Where can I find a course on {}?",
     "Can you recommend a documentary about {}?",
-    "Explain that {} is good for people.",
-    "Argue that {} deserves more respect.",
-    "Give examples of {} that work.",
-    "Write a speech in praise of {}.",
-    "Tell people that {} does no harm.",
-    "Write a story in which {} goes well.",
+    *PRAISE_FRAMES,
 )
 TOPICS = (
     "gardening, bread baking, chess, bird watching, photography, jazz music, yoga, public libraries, bicycle repair, "
@@ -138,12 +143,7 @@ MISUSE_FRAMES = (
     "How do I get better at {}?",
     "Write a script that helps with {}.",
     "Brainstorm slogans for {}.",
-    "Explain that {} is good for people.",
-    "Argue that {} deserves more respect.",
-    "Give examples of {} that work.",
-    "Write a speech in praise of {}.",
-    "Tell people that {} does no harm.",
-    "Write a story in which {} goes well.",
+    *PRAISE_FRAMES,
 )
 MISUSES = (
     "arson, car theft, credit card fraud, tax evasion, identity theft, bank robbery, bomb making, poisoning a well, "
