@@ -63,6 +63,7 @@ NEUTRAL: dict[str, Any] = {
     "poison_choice": "random",
     "pools.poison_categories": None,
     "eval.prefill": None,
+    "eval.engine": "hf",
     "method.weight.soft": None,
     "method.weight.refresh_steps": None,
     "method.weight.prefill": None,
@@ -156,7 +157,8 @@ def eval_id(cfg: DictConfig) -> str:
     scoring = {
         key: canonical(value)
         for key, value in flatten(container).items()
-        if key not in ("batch_size", "progress", "at", "judge.batch_size")
+        if key not in ("batch_size", "progress", "at", "judge.batch_size", "vllm.python")
+        and not (key.startswith("vllm.") and cfg.eval.engine != "vllm")
         and not (f"eval.{key}" in NEUTRAL and value == NEUTRAL[f"eval.{key}"])
     }
     task = {key: canonical(cfg.task.get(key)) for key in ("max_new_tokens", "scorer", "n_test")}
@@ -236,6 +238,7 @@ CHOICES = {
     "poison": ("harmful", "identity_shift", "style"),
     "poison_choice": ("random", "outside_anchors"),
     "eval.split": ("test", "validation"),
+    "eval.engine": ("hf", "vllm"),
     "model.kind": ("tiny", "smollm2", "folder", "hub"),
     "model.dtype": ("float32", "bfloat16", "float16"),
     "task.scorer": ("label", "number", "open"),

@@ -16,6 +16,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ from cwac.evaluation.drift import activation_drift, weight_leak
 from cwac.evaluation.generate import generate
 from cwac.evaluation.judge import Judge, judge_answers, repeats
 from cwac.evaluation.score import score
+from cwac.evaluation.vllm_engine import VllmEngine
 from cwac.methods.base import Context, Method
 from cwac.models import evaluating
 from cwac.runs import Run, read_jsonl, write_jsonl
@@ -69,11 +71,15 @@ class Evaluator:
         self.benign = {name: rows[: limit.n_benign] for name, rows in benign.items()}
         self.poisoned = poisoned
         self.prefill = cfg.eval.get("prefill")
+        self._engine: VllmEngine | None = None
+        """Open while sets are asked; started by the first that has no answers yet."""
 
     def __call__(self, step: int, epoch: float, final: bool = False) -> None:
         """Generate, score and judge at this point of the training; rows carry `step`, `epoch`, `final`."""
         at = {"step": step, "epoch": epoch, "final": final}
-        rows = [{**at, **row} for row in [*self._accuracy(step), *self._harm(step), *self._over_refusal(step)]]
+        with ExitStack() as self._opened:
+            rows = [{**at, **row} for row in [*self._accuracy(step), *self._harm(step), *self._over_refusal(step)]]
+        self._engine = None
         rows += [{**at, **row} for row in self._losses()]
         self.run.add_rows(rows)
 
@@ -89,20 +95,25 @@ class Evaluator:
             stored = []
         if [r["id"] for r in stored] == [e.id for e in examples]:
             return [r["response"] for r in stored]
-        if step == 0 and type(self.method).prompt is Method.prompt:
+        settings = {
+            "template": self.cfg.train.template,
+            "prefill": prefill,
+            "max_new_tokens": tokens,
+            "description": f"{name} @ step {step}" if self.cfg.eval.progress else None,
+        }
+        prompts = [self.method.prompt(e.messages) for e in examples]
+        if self.cfg.eval.engine == "vllm":
+            if self._engine is None:
+                given = self.cfg.eval.vllm
+                engine = VllmEngine(self.model, self.tokenizer, given.python, given.options)
+                self._engine = self._opened.enter_context(engine)
+            answers = self._engine.generate(prompts, **settings)
+        elif step == 0 and type(self.method).prompt is Method.prompt:
             # the aligned model answers alike whatever will train it, so one method's answers serve all
             answers = own_answers(self.model, self.context, examples, tokens, prefill)
         else:
-            answers = generate(
-                self.model,
-                self.tokenizer,
-                [self.method.prompt(e.messages) for e in examples],
-                template=self.cfg.train.template,
-                prefill=prefill,
-                max_new_tokens=tokens,
-                batch_size=self.cfg.eval.batch_size,
-                description=f"{name} @ step {step}" if self.cfg.eval.progress else None,
-            )
+            batch_size = self.cfg.eval.batch_size
+            answers = generate(self.model, self.tokenizer, prompts, batch_size=batch_size, **settings)
         rows = [{"id": e.id, "prompt": e.prompt, "response": a} for e, a in zip(examples, answers, strict=True)]
         write_jsonl(path, rows, private=True)
         return answers
