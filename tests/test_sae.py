@@ -36,7 +36,7 @@ from cwac.sae import (
 )
 from cwac.sae.fit import TokenBuffer, auxiliary_loss, train_sae
 from cwac.sae.rank import attribution, generate_edited, last_latents, matched_random
-from cwac.sae.residuals import keep_mask, on_slots, shared_prefix
+from cwac.sae.residuals import keep_mask, on_slots, packed, packs, read_at, shared_prefix
 
 SIZE = {
     "vocab_size": 97,
@@ -147,6 +147,62 @@ def test_residuals_are_the_hidden_states_and_the_forward_stops(config, architect
     found.pow(2).sum().backward()
     assert decoder_layers(model)[0].mlp.down_proj.weight.grad.norm() > 0
     assert decoder_layers(model)[3].mlp.down_proj.weight.grad is None
+
+
+PROMPTS = [
+    ([1, 5, 6, 7, 8, 9], [5]),
+    ([1, 5, 6, 10], [1, 3]),  # the opening 1 5 6 is shared; position 1 lies in it
+    ([1, 5, 6, 7, 11, 12, 13], [4, 5, 6]),
+    ([1, 5, 6], [2]),  # the whole of it is the opening
+]
+
+
+@pytest.mark.parametrize(
+    ("config", "architecture", "attention"),
+    [
+        (LlamaConfig, LlamaForCausalLM, "sdpa"),
+        (LlamaConfig, LlamaForCausalLM, "eager"),
+        (Gemma2Config, Gemma2ForCausalLM, "eager"),
+        (MistralConfig, MistralForCausalLM, "sdpa"),
+        (Qwen2Config, Qwen2ForCausalLM, "sdpa"),
+    ],
+)
+def test_prompts_read_in_one_row_are_those_read_alone(config, architecture, attention):
+    extra = {"head_dim": 8} if config is Gemma2Config else {}
+    model = architecture._from_config(config(**SIZE, **extra), attn_implementation=attention).double().eval()
+    assert packs(model, 7)
+    together, real = read_at(model, PROMPTS, [1, 3])
+    assert real.tolist() == [[True, False, False], [True, True, False], [True, True, True], [True, False, False]]
+    weight = torch.randn(together.shape, dtype=torch.float64)
+    (together * weight)[real].sum().backward()
+    mine = [p.grad for p in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    total = 0.0
+    for i, (ids, where) in enumerate(PROMPTS):
+        alone = residuals(model, {"input_ids": torch.tensor([ids])}, [1, 3])[0, where]
+        assert torch.allclose(together[i, : len(where)], alone, atol=1e-6)
+        total = total + (alone * weight[i, : len(where)]).sum()
+    total.backward()
+    for parameter, grad in zip(model.parameters(), mine, strict=True):
+        assert (parameter.grad is None) == (grad is None)
+        # norms and rotations are computed in fp32, whatever the model's dtype
+        assert grad is None or (parameter.grad - grad).norm() <= 1e-5 * grad.norm()
+
+
+def test_the_shared_opening_is_computed_once_and_other_attentions_pad(model):
+    inputs, columns = packed([ids for ids, _ in PROMPTS], boolean=True)
+    assert inputs["input_ids"].tolist() == [[1, 5, 6, 7, 8, 9, 10, 7, 11, 12, 13]]
+    assert inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 3, 3, 4, 5, 6]]
+    assert columns.tolist()[2] == [0, 1, 2, 7, 8, 9, 10]
+    together, real = read_at(model, PROMPTS, [1, 3])
+    other = copy.deepcopy(model)
+    other.config.sliding_window = 6  # a given mask would replace it
+    assert packs(model, 7) and not packs(other, 7) and packs(other, 6)
+    other.config._attn_implementation = "flash_attention_2"
+    assert not packs(other, 6)
+    other.config._attn_implementation = model.config._attn_implementation
+    padded, same = read_at(other, PROMPTS, [1, 3])
+    assert torch.equal(real, same) and torch.allclose(padded[real], together[real], atol=1e-5)
 
 
 def test_residuals_behind_peft_and_under_gradient_checkpointing(model):

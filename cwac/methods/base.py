@@ -54,6 +54,8 @@ class Sizes:
 
     prompt_tokens: int = 64
     """Of each harmful prompt in a penalty's batch, its template included."""
+    shared_tokens: int = 0
+    """Of these, how many all prompts share at the start: a template's, and its system turn."""
     rank_share: float = 0.5
     """Rank of V over the dimension of its input; measured at energy 0.99: SmolLM2 0.52, the embedded model 0.25."""
     seed: int = 0

@@ -232,7 +232,7 @@ class CWAC(Method):
             for parameter in sae.parameters():  # written to, or the operating system gives no memory
                 parameter.fill_(1 / d)
             target = (activation.n_latents, activation.n_prompts, sizes.prompt_tokens, activation.gate)
-            self._targets["anchors"] = SafetyTarget.stand_in(sae, *target)
+            self._targets["anchors"] = SafetyTarget.stand_in(sae, *target, sizes.shared_tokens)
             found.held["SAE"] = list(sae.parameters())
             # weights, gradients, two moments; and the tokens it is fitted on
             fitted = 4 * sum(p.nbytes for p in sae.parameters())

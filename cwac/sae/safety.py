@@ -19,10 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cwac.config import UserError
-from cwac.data.tokenize import Collator
 from cwac.models import evaluating
 from cwac.sae.autoencoder import RoutedSAE
-from cwac.sae.residuals import Row, device_of, normalize, residuals
+from cwac.sae.residuals import Row, device_of, normalize, read_at, residuals
 
 GATES = ("tau", "topk", "union", "base", "preact")
 Gate = Literal["tau", "topk", "union", "base", "preact"]
@@ -123,11 +122,17 @@ class SafetyTarget:
         return target
 
     @classmethod
-    def stand_in(cls, sae: RoutedSAE, n_latents: int, n_prompts: int, tokens: int, gate: Gate) -> "SafetyTarget":
-        """A target of these sizes without a model's answers, for what it costs; every slot that may be read is."""
+    def stand_in(
+        cls, sae: RoutedSAE, n_latents: int, n_prompts: int, tokens: int, gate: Gate, shared: int = 0
+    ) -> "SafetyTarget":
+        """A target of these sizes without a model's answers, for what it costs; every slot that may be read is.
+
+        tokens: of each prompt, of which the first `shared` are the same in all.
+        """
         w, z = torch.ones(1, len(sae.slots)), torch.ones(1, n_latents)
-        prompt = _Prompt([1] * tokens, [tokens - 1], w, z, z, z > 0, torch.ones(1), torch.ones(1, sae.d))
-        target = cls(sae, range(n_latents), gate, "raw", [prompt] * n_prompts)
+        answer = ([tokens - 1], w, z, z, z > 0, torch.ones(1), torch.ones(1, sae.d))
+        rows = ([0] * shared + [1 + i] * (tokens - shared) for i in range(n_prompts))
+        target = cls(sae, range(n_latents), gate, "raw", [_Prompt(ids, *answer) for ids in rows])
         target.used = list(range(len(sae.slots))) if sae.router is not None else [sae.fixed]
         return target
 
@@ -209,16 +214,9 @@ class SafetyTarget:
     def _read(self, model: nn.Module, indices: Sequence[int] | Tensor):
         """Pre-activations [B, Q, S] of the current model at the baseline's slots, with what else the callers need."""
         prompts = [self.prompts[int(i)] for i in indices]
-        device = device_of(model)
-        batch = Collator(0)([{"input_ids": p.ids} for p in prompts])
         slots = [self.sae.slots[i] for i in self.used]
-        inputs = {k: batch[k].to(device) for k in ("input_ids", "attention_mask")}
-        where = nn.utils.rnn.pad_sequence([torch.tensor(p.positions) for p in prompts], batch_first=True).to(device)
-        r = residuals(model, inputs, slots)  # [B, T, used, d]
-        r = r[torch.arange(len(prompts), device=r.device).unsqueeze(1), where.to(r.device)]  # [B, Q, used, d]
+        r, mask = read_at(model, [(p.ids, p.positions) for p in prompts], slots)  # [B, Q, used, d]
         x = normalize(r)[0]
-        lengths = torch.tensor([len(p.positions) for p in prompts], device=r.device)
-        mask = torch.arange(where.shape[1], device=r.device) < lengths.unsqueeze(1)  # [B, Q]
         weights = self._stack(prompts, "weights", x)[..., self.used].unsqueeze(-1)
         if (self.sae.w_enc.device, self.sae.w_enc.dtype) != (x.device, x.dtype):
             self.sae.to(device=x.device, dtype=x.dtype)
