@@ -66,6 +66,7 @@ NEUTRAL: dict[str, Any] = {
     "eval.engine": "hf",
     "method.weight.soft": None,
     "method.weight.refresh_steps": None,
+    "method.weight.every": 1,
     "method.weight.prefill": None,
     "method.activation.space": "sae",
 }
@@ -214,6 +215,7 @@ NUMBERS: dict[str, tuple[float | None, float | None, bool]] = {
     "eval.n_drift": (1, None, True),
     "method.weight.n_anchors": (1, None, True),
     "method.weight.refresh_steps": (1, None, True),
+    "method.weight.every": (1, None, True),
     "method.rho": (0, None, False),
     "method.align_steps": (0, None, True),
     "method.finetune_steps": (0, None, True),

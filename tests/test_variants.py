@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 import cwac.engine
 from cwac import config, spaces
 from cwac.config import UsageError
+from cwac.methods.base import Sizes
 from cwac.methods.cwac import CWAC, Activation, Weight, constrained, fit_bases, freeze_others_
 from cwac.models import add_lora, linears
 from cwac.reference import Reference
@@ -116,6 +117,27 @@ def test_a_closed_constraint_at_full_energy_has_nothing_to_refit(llama):
         assert (basis.V.T @ bases[name].V).square().sum() == pytest.approx(basis.rank, abs=1e-2), name
 
 
+# --- every -----------------------------------------------------------------------------------------------------
+
+
+def test_weights_drift_between_projections_and_are_pinned_at_each_and_at_the_end(llama):
+    method = CWAC("weight_only", weight=Weight(every=3, energy=0.9))
+    method._context = Sizes(steps=7)
+    modules, _ = constrained(llama, method.weight)
+    method._constraint = Constraint(modules, fit_bases(llama, random_rows(4, seed=1), method.weight))
+    pinned = []
+    for _ in range(7):
+        with torch.no_grad():
+            for _, layer, _, _ in method._constraint.entries:
+                layer.weight += 0.01 * torch.randn_like(layer.weight)
+            method.after_step(llama)
+        drift = [(layer.weight @ V - A).norm().item() for _, layer, V, A in method._constraint.entries]
+        assert max(drift) < 1e-4 or min(drift) > 1e-2
+        pinned.append(max(drift) < 1e-4)
+    assert pinned == [False, False, True, False, False, True, True]  # step 7 is the last
+    assert method.protected().keys() == modules.keys()
+
+
 # --- spaces ----------------------------------------------------------------------------------------------------
 
 
@@ -179,6 +201,8 @@ def test_a_baseline_too_large_to_keep_is_computed_again(llama, kind, monkeypatch
         (lambda: Weight(soft=math.inf), "method.weight.soft=inf .*give mu > 0"),
         (lambda: Weight(soft=1.0, where="gradient"), "method.weight.where=gradient .*where=update"),
         (lambda: Weight(refresh_steps=0), "method.weight.refresh_steps=0 .*at least 1"),
+        (lambda: Weight(every=0), "method.weight.every=0 .*at least 1"),
+        (lambda: Weight(every=2, where="gradient"), "method.weight.every=2 .*use 1 with gradient"),
         (lambda: Activation(space="attention"), "method.activation.space=attention .*residual"),
         (lambda: Activation(space="logits"), "method.activation.positions=last .*response:16"),
         (lambda: Activation(space="residual", gate="topk"), "method.activation.gate=topk .*leave it at tau"),
@@ -191,15 +215,16 @@ def test_what_makes_no_sense_is_refused_with_its_remedy(make, message):
 
 
 def test_runs_of_before_keep_their_names():
-    """The identity of every method's default run is what it was before the three keys existed."""
-    new = {"method.weight.soft", "method.weight.refresh_steps", "method.activation.space"}
+    """The identity of every method's default run is what it was before the keys existed."""
+    new = {"method.weight.soft", "method.weight.refresh_steps", "method.weight.every", "method.activation.space"}
     ids = {}
     for name in ("cwac", "cwac_literal", "weight_only", "activation_only", "cwac_closed", "weight_only_closed"):
         cfg = config.compose([f"method={name}"])
         assert not new & set(config.identity(cfg))
         ids[name] = config.run_id(cfg)
     assert ids == BEFORE
-    for key, value in (("weight.soft", 0.1), ("weight.refresh_steps", 5), ("activation.space", "residual")):
+    changed = {"weight.soft": 0.1, "weight.refresh_steps": 5, "weight.every": 4, "activation.space": "residual"}
+    for key, value in changed.items():
         assert config.identity(config.compose([f"method.{key}={value}"]))[f"method.{key}"] == value
 
 
@@ -234,6 +259,7 @@ def test_a_closed_lora_preserves_the_outputs_on_the_anchors_exactly(llama):
 MINIATURE = {
     "soft": ["method=weight_only_closed", "method.weight.soft=1"],
     "refresh": ["method=weight_only", "method.weight.refresh_steps=2"],
+    "every": ["method=weight_only_closed", "method.weight.every=2"],
     "residual": ["method=cwac_closed", "method.activation.space=residual"],
     "logits": ["method=cwac_closed", "method.activation={space: logits, positions: 'response:4'}"],
     "lora": ["method=weight_only_closed", f"model.lora={json.dumps(LORA)}".replace('"', ""), "method.weight.energy=1"],
@@ -260,8 +286,9 @@ def test_it_trains_in_miniature(variant, tmp_path, artifacts):
         assert leak(run, "weight_leak_all") < 1e-5
 
 
-def test_a_refreshed_run_resumes_bit_for_bit(tmp_path, artifacts, monkeypatch):
-    more = ["method.weight.refresh_steps=3", "method.weight.n_anchors=8", "train.learning_rate=0.003"]
+@pytest.mark.parametrize("key", ["refresh_steps", "every"])
+def test_a_run_resumes_bit_for_bit_between_its_refits_or_projections(key, tmp_path, artifacts, monkeypatch):
+    more = [f"method.weight.{key}=3", "method.weight.n_anchors=8", "train.learning_rate=0.003"]
     straight = cell("weight_only", tmp_path / "a", artifacts, *more)
     cut = cell("weight_only", tmp_path / "b", artifacts, *more)
     run_cell(straight)
@@ -269,7 +296,7 @@ def test_a_refreshed_run_resumes_bit_for_bit(tmp_path, artifacts, monkeypatch):
         patch.setattr(cwac.engine.MethodCallback, "on_step_end", stop_at(5))
         with pytest.raises(RuntimeError, match="planted stop"):
             run_cell(cut)
-    run_cell(cut)  # from step 4, after the refit at step 3
+    run_cell(cut)  # from step 4, after what was done at step 3
     assert Run(cut).status["weights_sha256"] == Run(straight).status["weights_sha256"]
 
 

@@ -61,6 +61,7 @@ class Sizes:
     seed: int = 0
     rank: int = 0
     world_size: int = 1
+    steps: int = 0
 
 
 @dataclass

@@ -74,6 +74,11 @@ class Weight:
 
     Then A = W_now V_now: what is preserved is no longer the aligned model's output but that of the last refit, so
     drift until then is accepted, and directions that only the old V held are free again."""
+    every: int = 1
+    """n: project after every n-th optimizer step and after the last, not after each.
+
+    The weights that a run ends with are pinned all the same; between, they drift for up to n - 1 steps, and a
+    projection costs the same for n steps as for one. Of where=update alone."""
     n_anchors: int | None = None
     """How many of the anchor pool's prompts to use; None for all."""
     response_tokens: int = 16
@@ -105,6 +110,10 @@ class Weight:
         if (n := self.refresh_steps) is not None:
             whole = isinstance(n, int) and not isinstance(n, bool) and n >= 1
             check(whole, "weight.refresh_steps", n, "give a whole number of at least 1, or null")
+        whole = isinstance(self.every, int) and not isinstance(self.every, bool) and self.every >= 1
+        check(whole, "weight.every", self.every, "give a whole number of at least 1")
+        hard = self.every == 1 or (self.where == "update" and self.soft is None)
+        check(hard, "weight.every", self.every, "is of the hard projection of updates: use 1 with gradient or soft")
         if isinstance(self.modules, str):
             check(self.modules == "all", "weight.modules", self.modules, "use all, or a list such as [down_proj]")
         else:
@@ -179,12 +188,13 @@ class CWAC(Method):
         if self.weight is None and self.activation is None:
             raise UserError(f"method={self.name} has neither weight nor activation; set one, or use method=sft")
         self._constraint: Constraint | None = None
+        self._context: Context | Sizes = Sizes()
         self._report: dict[str, float] = {}
         self._targets: dict[str, Any] = {}
         self._anchors: list[dict] = []
         """Rows that V is refitted on, with `refresh_steps` alone; a rehearsal has none and refits nothing."""
         self._steps = 0
-        """Optimizer steps done; counted for `refresh_steps` alone."""
+        """Optimizer steps done."""
 
     def extra_data(self) -> dict[str, int]:
         pools, prompts, harmless = self._context.pools, [], 0
@@ -276,24 +286,27 @@ class CWAC(Method):
         if self._constraint is None:
             return
         weight = self.weight
-        if weight.where == "update" and weight.soft is None:
+        self._steps += 1
+        refit = weight.refresh_steps is not None and self._steps % weight.refresh_steps == 0
+        due = refit or self._steps % weight.every == 0 or self._steps == self._context.steps
+        if weight.where == "update" and weight.soft is None and due:
             self._constraint.project_weights_()
-        if weight.refresh_steps is not None:
-            self._steps += 1
-            if self._steps % weight.refresh_steps == 0 and self._anchors:
-                bases = fit_bases(model, self._anchors, self.weight, progress=False)
-                reshard(model)
-                self._constraint.refit_(bases)
+        if refit and self._anchors:
+            bases = fit_bases(model, self._anchors, self.weight, progress=False)
+            reshard(model)
+            self._constraint.refit_(bases)
 
     def state_dict(self) -> dict:
-        if self.weight is None or self.weight.refresh_steps is None:
+        if self.weight is None or (self.weight.refresh_steps is None and self.weight.every == 1):
             return {}
-        return {"steps": self._steps, **self._constraint.state_dict()}
+        moved = self._constraint.state_dict() if self.weight.refresh_steps is not None else {}
+        return {"steps": self._steps, **moved}
 
     def load_state_dict(self, state: dict) -> None:
         if state:
             self._steps = state["steps"]
-            self._constraint.load_state_dict(state)
+            if self.weight.refresh_steps is not None:
+                self._constraint.load_state_dict(state)
 
     def protected(self) -> dict[str, torch.Tensor]:
         """None where the drift from the aligned model is not pinned: under a penalty, or once V was refitted."""
