@@ -8,6 +8,7 @@ python train.py -m experiment=demo                                              
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import math
 import os
@@ -32,6 +33,8 @@ from cwac.config import CONF, UsageError, UserError, expand, instantiate, object
 from cwac.runs import Run, redact  # noqa: E402
 
 log = logging.getLogger("cwac")
+COLLECT = gc.get_threshold()
+"""Python's own pace of looking for cycles."""
 
 
 def run_cell(cfg: DictConfig) -> float | None:
@@ -58,6 +61,7 @@ def execute(cfg: DictConfig, run: Run) -> float | None:
 
     from cwac import hub
 
+    gc.set_threshold(*COLLECT)  # a training's garbage can be large
     if cfg.model.kind == "hub":  # before the seconds that torch takes to import
         hub.resolve(cfg.model.hub_id, cfg.model.get("revision"), "model.hub_id", cfg.model.get("license"))
 
@@ -270,6 +274,7 @@ def print_cells(arguments: list[str]) -> bool:
 
 def main() -> int:
     """Exit code: 0 if every cell is done, 1 if one failed, 2 for a configuration that cannot be run."""
+    gc.set_threshold(50_000, 20, 50)  # composing cells makes small objects by the million, few of them in cycles
     with tempfile.TemporaryDirectory() as folder:
         os.environ[failures.FOLDER] = folder
         try:

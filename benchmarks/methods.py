@@ -121,8 +121,11 @@ def trainers(cfg: DictConfig) -> list[MethodTrainer]:
     return made
 
 
-def ratios(pair: list[MethodTrainer], warm_up: int = WARM_UP) -> np.ndarray:
-    """Train both side by side; seconds of the first's step over seconds of the other's, one number a step."""
+def ratios(pair: list[MethodTrainer], warm_up: int = WARM_UP, group: int = 1) -> np.ndarray:
+    """Train both side by side; seconds of the first's step over seconds of the other's, one number a step.
+
+    group: one number for that many steps, where the first does something in one of them alone.
+    """
     semaphores = [threading.Semaphore(1), threading.Semaphore(0)]
     turns = [Turns(semaphores, me, clock()) for me in (0, 1)]
     turns[0].other, turns[1].other = turns[1], turns[0]
@@ -143,7 +146,7 @@ def ratios(pair: list[MethodTrainer], warm_up: int = WARM_UP) -> np.ndarray:
         failures = [error for f in futures if (error := f.exception()) and not isinstance(error, OtherFailed)]
     if failures:
         raise failures[0]
-    ours, theirs = (np.array(turn.seconds[warm_up:]) for turn in turns)
+    ours, theirs = (np.array(turn.seconds[warm_up:]).reshape(-1, group).sum(1) for turn in turns)
     return ours / theirs
 
 

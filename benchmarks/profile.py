@@ -23,7 +23,6 @@ from analysis.tables import markdown
 from benchmarks import runner, steps
 from cwac import config
 from cwac.engine import MethodTrainer
-from cwac.methods.base import Sizes
 from experiments.cost import Row
 
 MARK = "part: "
@@ -85,7 +84,7 @@ def measure(tokens: int, labels: int, overrides: Sequence[str]) -> dict[str, Cou
     for method in ("sft", "cwac"):
         with tempfile.TemporaryDirectory() as folder:
             trainer = steps.trainer(
-                config.compose([*given, f"method={method}"]), Row(tokens, labels, Sizes()), 2, folder
+                config.compose([*given, f"method={method}"]), Row(tokens, labels, steps.PROMPTS), 2, folder
             )
             recorded = Recorded(trainer)
             trainer.train()

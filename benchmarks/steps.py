@@ -28,6 +28,13 @@ from experiments.cost import Row, build, estimate, rehearsed, shape
 BARS = {"cwac": (1.10, 1.05), "cwac_closed": (1.20, None)}
 """Of time and of peak memory, in SFT's: down_proj alone, and every matrix."""
 
+PROMPTS = Sizes(prompt_tokens=42, shared_tokens=24)
+"""SmolLM2's requests of the step pool of conf/pools/real.yaml: 42.1 tokens on average (at most 55), of which the first
+24 are the template's and its system turn's."""
+
+EVERY = 4
+"""`method.weight.every` of the row beside the default's."""
+
 
 def measure(
     steps: int = 6, tokens: int = 512, labels: int = 128, repeats: int = 7, overrides: Sequence[str] = ()
@@ -37,11 +44,18 @@ def measure(
     steps: optimizer steps of each trainer, the first left out. tokens, labels: of the one row of a batch, and how many
     of them carry a label. repeats: pairs of forward passes.
     """
-    row = Row(tokens, labels, Sizes())
+    row = Row(tokens, labels, PROMPTS)
 
-    def of(method: str) -> DictConfig:
+    def of(method: str, *more: str) -> DictConfig:
         return config.compose(
-            ["model=smollm2", "task=sst2", "train.per_device_train_batch_size=1", *overrides, f"method={method}"]
+            [
+                "model=smollm2",
+                "task=sst2",
+                "train.per_device_train_batch_size=1",
+                *overrides,
+                f"method={method}",
+                *more,
+            ]
         )
 
     sft, counted = of("sft"), estimate(of("sft"), shape(of("sft")), row).total
@@ -52,6 +66,11 @@ def measure(
             yield entry(f"step of {name}, {batch}; 4 harmful prompts", "step of sft", ratios(pair, 1), time)
         share = estimate(of(name), shape(sft), row).total / counted
         yield entry(f"peak memory of {name}, counted", "peak memory of sft, counted", share, memory)
+    with tempfile.TemporaryDirectory() as folder:
+        rarer = of("cwac", f"method.weight.every={EVERY}")
+        pair = [trainer(cfg, row, 1 + 2 * EVERY, folder) for cfg in (rarer, sft)]
+        name = f"step of cwac, projected every {EVERY} steps, {batch}; 4 harmful prompts"
+        yield entry(name, "step of sft", ratios(pair, 1, EVERY))
     with tempfile.TemporaryDirectory() as folder:
         pair = [trainer(sft, row, steps, folder) for _ in range(2)]
         pair[1].label_logits = False
@@ -68,7 +87,7 @@ def trainer(cfg: DictConfig, row: Row, steps: int, folder: str) -> MethodTrainer
 def forward(cfg: DictConfig, repeats: int) -> dict:
     """L_safety on its harmful prompts against a whole forward pass of them, both with a graph for the backward pass.
 
-    The rival computes logits at the last token alone, so that what is compared is blocks.
+    The rival computes logits at the last token alone, so that what is compared is blocks and the shared opening.
     """
     model, activation = build(cfg, shape(cfg), device()), cfg.method.activation
     settings = SAEConfig(**activation.sae)
@@ -76,8 +95,9 @@ def forward(cfg: DictConfig, repeats: int) -> dict:
     sae = RoutedSAE(d, settings.m or 8 * d, settings.latents(d), slots, settings.router).requires_grad_(False)
     for parameter in sae.parameters():
         parameter.fill_(1 / d)
-    n, length = activation.n_prompts, Sizes.prompt_tokens
-    target = SafetyTarget.stand_in(sae.to(device()), activation.n_latents, n, length, activation.gate)
+    n, length = activation.n_prompts, PROMPTS.prompt_tokens
+    given = (activation.n_latents, n, length, activation.gate, PROMPTS.shared_tokens)
+    target = SafetyTarget.stand_in(sae.to(device()), *given)
     ids = torch.ones(n, length, dtype=torch.long, device=device())
 
     def whole() -> None:
