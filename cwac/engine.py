@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
-import inspect
 import json
 import logging
 import math
@@ -33,6 +32,7 @@ from cwac.artifacts import sha256, write_atomic
 from cwac.config import UsageError, UserError
 from cwac.data.tokenize import IGNORE, Collator, Rows
 from cwac.methods.base import Method
+from cwac.models import picks_logits
 from cwac.runs import Run, append_jsonl, read_jsonl, write_jsonl
 
 log = logging.getLogger(__name__)
@@ -341,8 +341,7 @@ def build_trainer(
     trainer = attach(MethodTrainer(model=model, args=args, train_dataset=rows, data_collator=collate), method)
     # the label smoother compares the logits with unshifted labels, so it needs all of them
     whole = trainer.label_smoother is not None
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's forward names no arguments
-    trainer.label_logits = not whole and "logits_to_keep" in inspect.signature(inner.forward).parameters
+    trainer.label_logits = not whole and picks_logits(model)
     trainer.task_losses, trainer.track = [], None
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)

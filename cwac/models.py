@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -260,6 +261,12 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     if not candidates:
         raise UserError(f"{type(model).__name__} has no decoder blocks with self_attn and mlp; it is not supported")
     return max(candidates, key=len)
+
+
+def picks_logits(model: nn.Module) -> bool:
+    """Whether a forward pass can be asked for some tokens' logits alone (`logits_to_keep`)."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's forward names no arguments
+    return "logits_to_keep" in inspect.signature(inner.forward).parameters
 
 
 def linears(model: nn.Module, kinds, layers=None, key: str = "method.weight.modules") -> dict[str, nn.Module]:
