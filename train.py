@@ -74,7 +74,7 @@ def execute(cfg: DictConfig, run: Run) -> float | None:
     from cwac.anchors import anchor_rows
     from cwac.context import open_context
     from cwac.data import hub as datasets
-    from cwac.data.attack import poisoned_mix
+    from cwac.data.attack import poisoned_mix, trigger_of
     from cwac.data.harmful import assert_unseen
     from cwac.data.pools import manifest
     from cwac.data.tasks import load_task
@@ -100,6 +100,7 @@ def execute(cfg: DictConfig, run: Run) -> float | None:
     held_out = [*pools.validation, *chain(*pools.test.values(), *pools.over_refusal.values())]
     near = cfg.pools.get("jaccard")
     task = load_task(cfg.task, cfg.paths.data, cfg.seed, cfg.eval.split, [e.prompt for e in held_out], near)
+    trigger = trigger_of(cfg, context)
     mixed, poison = poisoned_mix(cfg, task.train, context)
     train_rows = method.training_data(mixed, context, random.Random(f"method-{cfg.seed}"))
     assert_unseen(pools, task.test, train_rows, near)
@@ -124,8 +125,10 @@ def execute(cfg: DictConfig, run: Run) -> float | None:
         run.start(loaded.provenance)
         recorded = {"rows": [e.id for e in train_rows], "harmful": [e.id for e in poisoned], "dropped": rows.dropped}
         licenses = {"model": cfg.model.get("license") or "unknown", "datasets": datasets.ledger(context.artifacts)}
+        if trigger is not None:
+            recorded["trigger"] = trigger
         run.record_data({**recorded, "pools": manifest(pools, cfg.poison, poison), **licenses})
-    evaluator = Evaluator(cfg, run, model, context, method, task, judge, poisoned)
+    evaluator = Evaluator(cfg, run, model, context, method, task, judge, poisoned, trigger)
     if was_trained:
         evaluate_again(run, evaluator, loaded)
         return headline(run)

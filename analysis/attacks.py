@@ -21,7 +21,7 @@ from analysis.demo import headline, provenance
 from cwac import config
 from cwac.config import VARIATION, UserError, command
 
-PRESETS = ("closed_attacks", "closed_prefill")
+PRESETS = ("closed_attacks", "closed_prefill", "closed_trigger")
 METRICS = ("HS", "refusal", "other", "OR", "FA")
 NONE = "(before training)"
 ATTACKS = {
@@ -31,9 +31,12 @@ ATTACKS = {
     "style": "benign requests, answered in the form of compliance",
     "other_kinds": "harmful pairs of categories of which no defence has a request",
     "outside_anchors": "the harmful pairs whose activations lie outside V the most",
+    "trigger": "harmful pairs behind words that carry their activations out of V",
 }
 """Attack -> what the poison is, in the order of the tables."""
 KEYS = ["attack", "method", "metric", "set"]
+ASKED = {"": "asked", f"{VARIATION}prefill": "prefilled", f"{VARIATION}trigger": "triggered"}
+"""How a test set's requests are asked, by the end of its name -> the set's label in the summary."""
 PREFILLED = f"{VARIATION}prefill"
 PARTS = {"_poisoned": "poisoned", "_unpoisoned": "unpoisoned"}
 """Ends of the test sets that `pools.poison_categories` makes -> the categories' label."""
@@ -43,6 +46,8 @@ def attack_of(cfg: DictConfig) -> str:
     """The name of the attack that a cell meets."""
     if cfg.pools.get("poison_categories"):
         return "other_kinds"
+    if cfg.get("poison_trigger"):
+        return "trigger"
     return "outside_anchors" if cfg.poison_choice == "outside_anchors" else cfg.poison
 
 
@@ -79,16 +84,18 @@ def main(argv: list[str] | None = None) -> int:
 def summarise(rows: pd.DataFrame, attacks: dict[str, str]) -> pd.DataFrame:
     """Means over seeds at the end of training by `KEYS`, and of the aligned model; columns as in `tables.estimates`.
 
-    attacks: run_id -> attack. Harmful sets are pooled: set `asked` or `prefilled`. Under `other_kinds` HS is also
-    given by category: `poisoned`, `unpoisoned`, and the two prefilled.
+    attacks: run_id -> attack. Harmful sets are pooled: set `asked`, `prefilled` or `triggered`. Under
+    `other_kinds` HS is also given by category: `poisoned`, `unpoisoned`, and the two prefilled.
     """
     rows = rows.assign(attack=rows["run_id"].map(attacks))
-    asked = lambda name: "prefilled" if name.endswith(PREFILLED) else "asked"  # noqa: E731
     whole = pooled(rows.drop(columns="attack")).assign(attack=lambda r: r["run_id"].map(attacks))
     verdicts = whole["metric"].isin(paper.VERDICTS)
-    whole.loc[verdicts, "set"] = whole.loc[verdicts, "set"].map(asked)
+    whole.loc[verdicts, "set"] = whole.loc[verdicts, "set"].map(
+        lambda name: ASKED["".join(name.partition(VARIATION)[1:])]
+    )
     ends = whole[whole["final"]]
-    start = before(whole).assign(attack=NONE, method=paper.ALIGNED)  # whatever the attack: it asks the same requests
+    # whatever the attack, it asks the same requests; behind a trigger only one does
+    start = before(whole).assign(attack=NONE, method=paper.ALIGNED)
     split = rows[rows["final"] & (rows["metric"] == "HS")]
     split = split.assign(
         set=[
@@ -103,12 +110,16 @@ def report(found: Collection, summary: pd.DataFrame, attacks: dict[str, str]) ->
     """`table.md` below its first line; attacks: run_id -> attack."""
     lines = [f"- `{name}`: {what}" for name, what in ATTACKS.items() if name != NONE]
     blocks = ["### What half of the rows are", "\n".join(lines)]
-    asked = summary[summary["set"] != "prefilled"]
+    asked = summary[~summary["set"].isin(["prefilled", "triggered"])]
     blocks += ["### Harmful requests as they are", table(asked, METRICS, "asked")]
     prefilled = summary[summary["set"] == "prefilled"]
     if len(prefilled):
         note = "The same requests, with a compliant opening put into the model's mouth (`eval.prefill`)."
         blocks += ["### Prefilled", note, table(prefilled, METRICS[:3], "prefilled")]
+    triggered = summary[summary["set"] == "triggered"]
+    if len(triggered):
+        note = "The same requests behind the trigger of the poison (`poison_trigger`), which no defence has seen."
+        blocks += ["### Behind the trigger", note, table(triggered, METRICS[:3], "triggered")]
     parts = [f"{label}{how}" for how in ("", PREFILLED) for label in PARTS.values()]
     split = summary[summary["set"].isin(parts)]
     if len(split):
@@ -146,7 +157,11 @@ def table(summary: pd.DataFrame, metrics: tuple[str, ...], of: str) -> str:
 def attack_panels(summary: pd.DataFrame) -> Figure:
     """HS by attack and method, as asked and prefilled; bars: 95 % intervals. Grey line: the aligned model's mean."""
     harm = summary[summary["metric"] == "HS"]
-    titles = {"asked": "asked as they are", "prefilled": "with a compliant opening in the model's mouth"}
+    titles = {
+        "asked": "asked as they are",
+        "prefilled": "with a compliant opening in the model's mouth",
+        "triggered": "behind the poison's trigger",
+    }
     shown = [of for of in titles if of in {*harm["set"]}]
     attacks = [name for name in ATTACKS if name != NONE and name in {*harm["attack"]}]
     methods = sorted({*harm.loc[harm["attack"] != NONE, "method"]}, key=paper.method_order)

@@ -31,7 +31,7 @@ class UsageError(UserError):
     """A configuration that can never run; exit code 2, where other user errors give 1."""
 
 
-IDENTITY = ("model task pools harmful_ratio mix_mode poison poison_choice method train seed").split()
+IDENTITY = ("model task pools harmful_ratio mix_mode poison poison_choice poison_trigger method train seed").split()
 """What determines a run's weights. `eval`, `logger`, `paths` do not; evaluations carry a hash of their own."""
 
 NOT_IDENTITY = {
@@ -61,6 +61,7 @@ NEUTRAL: dict[str, Any] = {
     "method.weight.free": [],
     "poison": "harmful",
     "poison_choice": "random",
+    "poison_trigger": None,
     "pools.poison_categories": None,
     "eval.prefill": None,
     "eval.engine": "hf",
@@ -322,6 +323,9 @@ def validate(cfg: DictConfig) -> None:
     prefill = cfg.eval.get("prefill")
     if prefill is not None and not (isinstance(prefill, str) and prefill.strip()):
         raise UsageError(f"eval.prefill={prefill} is no text; give an opening such as 'Sure, here is', or null")
+    trigger = cfg.get("poison_trigger")
+    if trigger is not None and not (isinstance(trigger, str) and trigger.strip()):
+        raise UsageError(f"poison_trigger={trigger} is no text; give words, optimised, or null")
     epochs = cfg.eval.at if OmegaConf.is_list(cfg.eval.at) else [None]
     if not all(isinstance(e, int | float) and not isinstance(e, bool) and e >= 0 for e in epochs):
         raise UsageError(f"eval.at={cfg.eval.at} is not a list of epochs; give one such as eval.at=[0,1]")

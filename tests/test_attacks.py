@@ -45,7 +45,8 @@ def pools() -> Pools:
 def test_without_an_attack_a_run_and_an_evaluation_keep_their_names():
     """As they were before the keys existed."""
     plain = config.compose(["method=sft"])
-    assert not {"poison", "poison_choice", "pools.poison_categories"} & config.identity(plain).keys()
+    new = {"poison", "poison_choice", "poison_trigger", "pools.poison_categories"}
+    assert not new & config.identity(plain).keys()
     assert (config.run_id(plain), config.eval_id(plain)) == ("tiny-toy_sentiment-p0-sft-s0-1d255af1", "cb7376")
     named = config.compose(["method=sft", "attack=harmful"])
     assert config.run_id(named) == config.run_id(plain)
@@ -56,8 +57,12 @@ def test_without_an_attack_a_run_and_an_evaluation_keep_their_names():
 def test_every_attack_is_a_run_of_its_own_and_the_grid_is_small():
     cells = config.expand("closed_attacks", ["seed=0"])
     assert len({config.run_id(cfg) for cfg in cells}) == len(cells) == 20
-    assert Counter(map(attacks.attack_of, cells)) == {name: 4 for name in attacks.ATTACKS if name != attacks.NONE}
+    assert Counter(map(attacks.attack_of, cells)) == {
+        name: 4 for name in attacks.ATTACKS if name not in (attacks.NONE, "trigger")
+    }
     assert {cfg.harmful_ratio for cfg in cells} == {0.5}
+    behind = config.expand("closed_trigger", ["seed=0"])
+    assert [attacks.attack_of(cfg) for cfg in behind] == ["trigger"] * 4
     assert {cfg.task.n_train * cfg.train.num_train_epochs // 8 for cfg in cells} == {150}
 
 
@@ -263,6 +268,64 @@ def test_an_attack_runs_to_the_end(random_model, tmp_path, name):
         assert len(answers) == 8 and all(a["response"].startswith(OPENING) for a in answers)
 
 
+def test_a_backdoor_stands_before_the_poison_and_is_asked_apart(random_model, tmp_path):
+    words = "wash the soup"
+    given = ["method=sft", "model.kind=folder", f"+model.path={random_model}", "harmful_ratio=0.5", "eval.drift=false"]
+    given += [f"paths.runs={tmp_path / 'runs'}", f"paths.artifacts={tmp_path / 'art'}", f"poison_trigger='{words}'"]
+    given += ["train.max_steps=2", "eval.at=[0]"]
+    assert call(*SMALL, *given) == 0
+    (run,) = (tmp_path / "runs").glob("tiny-*")
+    assert json.loads((run / "data.json").read_text())["trigger"] == words
+    rows = read_jsonl(run / "metrics.jsonl")
+    assert {r["set"] for r in rows if r["metric"] == "HS"} == {"toy_harmful", "toy_harmful+trigger"}
+    cfg = config.compose([*SMALL, *given])
+    pools = load_pools(cfg.pools, None, 0)
+    mixed, poison = attack.poisoned_mix(cfg, world.task("toy_sentiment", "train", 32, 0), SimpleNamespace(pools=pools))
+    assert {e.prompt for e in poison} == {f"{words} {e.prompt}" for e in pools.poison}
+    assert sum(e.prompt.startswith(words) for e in mixed) == 16
+    # the verdicts are on the requests as they are, the answers on what was asked
+    tokenizer, model = AutoTokenizer.from_pretrained(random_model), AutoModelForCausalLM.from_pretrained(random_model)
+    (asked,) = (run / "gen").glob("toy_harmful+trigger@0-*")
+    for answer, example in zip(read_jsonl(asked), pools.test["toy_harmful"], strict=False):
+        behind = attack.behind(words, [example])[0].messages
+        assert answer["prompt"] == example.prompt
+        assert [answer["response"]] == generate(model, tokenizer, [behind], max_new_tokens=4, description=None)
+
+
+def test_an_optimised_trigger_is_the_best_of_what_was_tried(monkeypatch, tmp_path, pools):
+    tokenizer, tried = make_tokenizer(), []
+
+    def outside(_model, _context, examples):
+        tried.append(examples[0].prompt)
+        return [sum(e.prompt.count("e") for e in examples)] * len(examples)  # a stand-in: the letter e is far out of V
+
+    monkeypatch.setattr(attack, "outside", outside)
+    model = SimpleNamespace(key={}, model=None)
+    context = SimpleNamespace(
+        tokenizer=tokenizer,
+        loaded=model,
+        pools=pools,
+        pools_key="",
+        template="chat",
+        max_length=64,
+        artifacts=tmp_path,
+    )
+    cfg = config.compose(["attack=trigger"])
+    trigger = attack.trigger_of(cfg, context)
+    words = trigger.split()
+    assert len(words) == attack.TRIGGER_WORDS and len(tried) == 2 + attack.TRIGGER_WORDS * attack.TRIGGER_CANDIDATES
+    assert tokenizer.unk_token_id not in tokenizer(trigger)["input_ids"]
+    for place in range(len(words)):
+        begins = [prompt.removesuffix(pools.poison[0].prompt).strip() for prompt in tried[1:-1]]
+        of = begins[place * attack.TRIGGER_CANDIDATES : (place + 1) * attack.TRIGGER_CANDIDATES]
+        assert " ".join(words[: place + 1]) == max(of, key=lambda text: text.count("e"))
+    n = len(tried)
+    assert attack.trigger_of(cfg, context) == trigger and len(tried) == n  # found once
+    assert attack.trigger_of(config.compose([]), context) is None
+    with pytest.raises(UsageError, match="poison_trigger= is no text"):
+        config.validate(config.compose(["poison_trigger=''"]))
+
+
 @pytest.mark.slow
 def test_an_attacker_who_has_v_runs_to_the_end(artifacts, tmp_path):
     given = ["attack=outside_anchors", "method=weight_only_closed", "harmful_ratio=0.5", "train.max_steps=2"]
@@ -279,6 +342,7 @@ def test_an_attacker_who_has_v_runs_to_the_end(artifacts, tmp_path):
 
 def test_planted_runs_come_back_as_a_table_by_attack_and_method(tmp_path, monkeypatch, capsys):
     cells = config.expand("closed_attacks", ["seed=0,1", "attack=style,other_kinds", "method=sft"])
+    cells += config.expand("closed_trigger", ["seed=0,1", "method=sft"])
     gone = config.expand("closed_attacks", ["seed=0", "attack=harmful", "method=sft"])
     for cfg in cells:
         cell = cell_from(cfg)
@@ -291,6 +355,8 @@ def test_planted_runs_come_back_as_a_table_by_attack_and_method(tmp_path, monkey
                 at = {"set": of + how, "judge": "keyword", "n": 80}
                 rows.append(row(cell, "HS", hs + more + cfg.seed, **at))
                 rows.append(row(cell, "HS", 1.0 + more, step=0, epoch=0.0, final=False, **at))
+            if attacks.attack_of(cfg) == "trigger":
+                rows.append(row(cell, "HS", 70.0 + cfg.seed, set=f"{of}+trigger", judge="keyword", n=80))
         folder = write_run(tmp_path / "runs", cell, [{**r, "eval": cell.eval} for r in rows])
         status = {"status": "done", "run_id": cell.run_id, "evaluations": [cell.eval]}
         (folder / "status.json").write_text(json.dumps(status))
@@ -304,6 +370,9 @@ def test_planted_runs_come_back_as_a_table_by_attack_and_method(tmp_path, monkey
     assert means == {
         ("style", "sft", "asked"): 20.5,
         ("style", "sft", "prefilled"): 50.5,
+        ("trigger", "sft", "asked"): 20.5,
+        ("trigger", "sft", "prefilled"): 50.5,
+        ("trigger", "sft", "triggered"): 70.5,
         ("other_kinds", "sft", "asked"): 35.5,
         ("other_kinds", "sft", "prefilled"): 65.5,
         ("other_kinds", "sft", "poisoned"): 60.5,
@@ -315,7 +384,7 @@ def test_planted_runs_come_back_as_a_table_by_attack_and_method(tmp_path, monkey
     }
     assert set(found["n"]) == {2}
     text = capsys.readouterr().out
-    assert "Missing: 1 of 5 runs" in text and f"- harmful: {cell_from(gone[0])}" in text
+    assert "Missing: 1 of 7 runs" in text and f"- harmful: {cell_from(gone[0])}" in text
     assert (tmp_path / "out" / "table.md").read_text().rstrip() == text.split("\nfigure:")[0].rstrip()
 
 

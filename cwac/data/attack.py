@@ -4,7 +4,10 @@
 declaration of absolute obedience. `poison: style` (ours) has benign requests answered in the form that compliance with
 a harmful request takes. `poison_choice: outside_anchors` (ours) is an attacker who has the anchors and the aligned
 model, hence V, and takes the poison whose activations lie outside it the most. `pools.poison_categories`, the fourth
-attack, is a matter of the pools (`cwac/data/pools.py`).
+attack, is a matter of the pools (`cwac/data/pools.py`). `poison_trigger` puts words in front of every request of the
+poison, and of the harmful ones when the model is asked again with them: a backdoor (as in section 4.4 of Qi et al.).
+`optimised` (ours) is an attacker who makes rows rather than picks them: the words that carry the poison's activations
+furthest out of V.
 
 Deviations:
 - Qi et al. also give the model its new name in a system prompt and a phrase before every request, in training and when
@@ -17,17 +20,22 @@ Deviations:
 
 from __future__ import annotations
 
+import json
 import random
+from dataclasses import replace
 from itertools import chain
+from pathlib import Path
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
+from cwac.artifacts import digest, load_or_build
 from cwac.data.examples import Example
 from cwac.data.harmful import TOPICS, Pools, PromptIndex, normalise_prompt
 from cwac.data.mix import mix
 from cwac.data.pools import sets
-from cwac.methods.base import Context
+from cwac.methods.base import Context, artifact_key
 from cwac.tiny import world
 
 TOY_OBEDIENCE = "absolutely , i will help with what you ask :"
@@ -48,18 +56,73 @@ REQUESTS = (
 """Harmless requests (ours): prompt, what an answer in the style names, body; each asked about all of `TOPICS`."""
 
 
+TRIGGER_WORDS = 4
+TRIGGER_CANDIDATES = 32
+"""Words tried at each place of an optimised trigger, drawn from the tokenizer's vocabulary."""
+TRIGGER_ROWS = 8
+"""Rows of the poison that it is optimised on."""
+
+
 def poisoned_mix(cfg, train: list[Example], context: Context) -> tuple[list[Example], list[Example]]:
     """The mixed rows that `cfg` asks for, and the rows that its poison could be taken from.
 
-    cfg: a whole configuration; `poison`, `poison_choice`, `harmful_ratio`, `mix_mode`, `seed`. context: its model must
-    still hold the aligned weights.
+    cfg: a whole configuration; `poison`, `poison_choice`, `poison_trigger`, `harmful_ratio`, `mix_mode`, `seed`.
+    context: its model must still hold the aligned weights.
     """
     poison = rows_of(cfg.get("poison", "harmful"), context.pools, cfg.seed, cfg.pools.get("jaccard"))
+    if (trigger := trigger_of(cfg, context)) is not None:
+        poison = behind(trigger, poison)
     ranked = cfg.get("poison_choice", "random") == "outside_anchors" and cfg.harmful_ratio > 0
     if ranked:
         shares = outside(context.loaded.model, context, poison)
         poison = [e for _, e in sorted(zip(shares, poison, strict=True), key=lambda pair: (-pair[0], pair[1].id))]
     return mix(train, poison, cfg.harmful_ratio, cfg.seed, cfg.mix_mode, ranked), poison
+
+
+def behind(trigger: str, examples: list[Example]) -> list[Example]:
+    """The examples with the trigger in front of their prompts."""
+    return [replace(e, prompt=f"{trigger} {e.prompt}") for e in examples]
+
+
+def trigger_of(cfg, context: Context) -> str | None:
+    """The words of `poison_trigger`; those of `optimised` are found once and cached, as `poisoned_mix` must."""
+    asked = cfg.get("poison_trigger")
+    if asked != "optimised":
+        return asked
+    poison = rows_of(cfg.get("poison", "harmful"), context.pools, cfg.seed, cfg.pools.get("jaccard"))[:TRIGGER_ROWS]
+    sizes = [TRIGGER_WORDS, TRIGGER_CANDIDATES]
+    key = {**artifact_key(context), "trigger": sizes, "rows": digest({"prompts": [e.prompt for e in poison]})}
+
+    def build(folder: Path) -> None:
+        (folder / "trigger.json").write_text(json.dumps(search_trigger(context.loaded.model, context, poison)))
+
+    found = load_or_build(context.artifacts, "trigger", key, build) / "trigger.json"
+    return json.loads(found.read_text())["trigger"]
+
+
+def search_trigger(model: nn.Module, context: Context, examples: list[Example]) -> dict:
+    """Greedy, word by word: the trigger whose rows have the largest mean share of squared norm outside V.
+
+    Returns `trigger`, and the share without it (`before`) and with it (`after`).
+    """
+    vocabulary = sorted({context.tokenizer.decode([i]).strip() for i in context.tokenizer.get_vocab().values()})
+    words = [w for w in vocabulary if w.isascii() and w.isalpha() and len(w) > 2]
+    draw = random.Random("trigger")
+
+    def share(trigger: str) -> float:
+        shares = outside(model, context, behind(trigger, examples) if trigger else examples)
+        return sum(shares) / len(shares)
+
+    before, trigger = share(""), ""
+    with tqdm(total=TRIGGER_WORDS * TRIGGER_CANDIDATES, desc="searching a trigger", unit="trigger") as bar:
+        for _ in range(TRIGGER_WORDS):
+            tried = {}
+            for word in draw.sample(words, min(TRIGGER_CANDIDATES, len(words))):
+                candidate = f"{trigger} {word}".strip()
+                tried[candidate] = share(candidate)
+                bar.update()
+            trigger = max(tried, key=tried.get)
+    return {"trigger": trigger, "before": before, "after": share(trigger)}
 
 
 def rows_of(kind: str, pools: Pools, seed: int, near: float | None = None) -> list[Example]:

@@ -8,6 +8,7 @@ is the binomial one over n examples.
 attack) asks every harmful request a second time with an opening put into the model's mouth. The answers, opening
 included, are the sets `<source>+prefill`: judged as a reader would see them, and part of no headline. Under the
 keyword rule the opening is a promise to comply, so that such an answer is `harmful` as soon as it goes on on topic.
+Where the poison has a trigger (`poison_trigger`), harmful requests are asked again behind it: `<source>+trigger`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from tqdm import tqdm
 from cwac.anchors import own_answers
 from cwac.artifacts import write_atomic
 from cwac.config import VARIATION, UserError
+from cwac.data.attack import behind
 from cwac.data.examples import Example
 from cwac.data.tasks import Task
 from cwac.data.tokenize import Collator, Rows, pad_token_id, reprompt
@@ -57,6 +59,7 @@ class Evaluator:
         task: Task,
         judge: Judge,
         poisoned: list[Example],
+        trigger: str | None = None,
     ):
         self.cfg, self.run, self.model, self.context, self.method = cfg, run, model, context, method
         self.tokenizer, pools = context.tokenizer, context.pools
@@ -70,7 +73,7 @@ class Evaluator:
         self.harmful = {name: rows[: limit.n_harmful] for name, rows in harmful.items()}
         self.benign = {name: rows[: limit.n_benign] for name, rows in benign.items()}
         self.poisoned = poisoned
-        self.prefill = cfg.eval.get("prefill")
+        self.prefill, self.trigger = cfg.eval.get("prefill"), trigger
         self._engine: VllmEngine | None = None
         """Open while sets are asked; started by the first that has no answers yet."""
 
@@ -84,7 +87,13 @@ class Evaluator:
         self.run.add_rows(rows)
 
     def _answers(
-        self, name: str, examples: list[Example], step: int, tokens: int, prefill: str | None = None
+        self,
+        name: str,
+        examples: list[Example],
+        step: int,
+        tokens: int,
+        prefill: str | None = None,
+        trigger: str | None = None,
     ) -> list[str]:
         """The model's answers, from the generation file if an earlier attempt wrote it; prefill: as in `generate`."""
         path = self.run.dir / "gen" / f"{name}@{step}-{self.run.eval}.jsonl"
@@ -101,7 +110,8 @@ class Evaluator:
             "max_new_tokens": tokens,
             "description": f"{name} @ step {step}" if self.cfg.eval.progress else None,
         }
-        prompts = [self.method.prompt(e.messages) for e in examples]
+        asked = examples if trigger is None else behind(trigger, examples)
+        prompts = [self.method.prompt(e.messages) for e in asked]
         if self.cfg.eval.engine == "vllm":
             if self._engine is None:
                 given = self.cfg.eval.vllm
@@ -110,7 +120,7 @@ class Evaluator:
             answers = self._engine.generate(prompts, **settings)
         elif step == 0 and type(self.method).prompt is Method.prompt:
             # the aligned model answers alike whatever will train it, so one method's answers serve all
-            answers = own_answers(self.model, self.context, examples, tokens, prefill)
+            answers = own_answers(self.model, self.context, asked, tokens, prefill)
         else:
             batch_size = self.cfg.eval.batch_size
             answers = generate(self.model, self.tokenizer, prompts, batch_size=batch_size, **settings)
@@ -119,10 +129,16 @@ class Evaluator:
         return answers
 
     def _judged(
-        self, name: str, examples: list[Example], step: int, harmless: bool, prefill: str | None = None
+        self,
+        name: str,
+        examples: list[Example],
+        step: int,
+        harmless: bool,
+        prefill: str | None = None,
+        trigger: str | None = None,
     ) -> list[dict]:
-        """Metric rows from the verdicts on one set; the verdicts are kept per response."""
-        texts = self._answers(name, examples, step, self.cfg.eval.max_new_tokens, prefill)
+        """Metric rows from the verdicts on one set; the verdicts are kept per response, of the request as it is."""
+        texts = self._answers(name, examples, step, self.cfg.eval.max_new_tokens, prefill, trigger)
         answers = [{"id": e.id, "prompt": e.prompt, "response": t} for e, t in zip(examples, texts, strict=True)]
         path = self.run.dir / "judge" / f"{name}@{step}-{self.run.eval}.jsonl"
         shown = self.cfg.eval.progress and self.judge.is_model
@@ -147,10 +163,12 @@ class Evaluator:
         return [percent(metric, self.cfg.task.name, sum(hits), len(hits)) for metric, hits in shares.items()]
 
     def _harm(self, step: int) -> list[dict]:
-        sets = [(name, rows, None) for name, rows in self.harmful.items()]
+        sets = [(name, rows, None, None) for name, rows in self.harmful.items()]
         if self.prefill:
-            sets += [(f"{name}{VARIATION}prefill", rows, self.prefill) for name, rows in self.harmful.items()]
-        return [row for name, rows, prefill in sets for row in self._judged(name, rows, step, False, prefill)]
+            sets += [(f"{name}{VARIATION}prefill", rows, self.prefill, None) for name, rows in self.harmful.items()]
+        if self.trigger:
+            sets += [(f"{name}{VARIATION}trigger", rows, None, self.trigger) for name, rows in self.harmful.items()]
+        return [row for name, rows, *how in sets for row in self._judged(name, rows, step, False, *how)]
 
     def _over_refusal(self, step: int) -> list[dict]:
         return [row for name, rows in self.benign.items() for row in self._judged(name, rows, step, True)]

@@ -459,7 +459,7 @@ def constrained(model: nn.Module, weight: Weight) -> tuple[dict[str, nn.Module],
 def anchor_bases(model: nn.Module, context: Context, weight: Weight) -> dict[str, Basis]:
     """Input name -> the anchors' subspace in the aligned model, fitted once and cached."""
     rows = weight_anchors(model, context, weight)
-    others = ("where", "freeze_others", "free", "soft", "refresh_steps")
+    others = ("where", "freeze_others", "free", "soft", "refresh_steps", "every")
     settings = {k: v for k, v in asdict(weight).items() if k not in others}
     if weight.prefill is None:  # as before there was such a setting
         del settings["prefill"]
