@@ -173,7 +173,7 @@ def attack_panels(summary: pd.DataFrame) -> Figure:
         for j, method in enumerate(methods):
             rows = part[(part["method"] == method) & part["attack"].isin(attacks)]
             look = {k: v for k, v in figures.style(method).items() if k in ("color", "marker", "markerfacecolor")}
-            y = rows["attack"].map(attacks.index) + 0.7 * ((j + 0.5) / len(methods) - 0.5)
+            y = [attacks.index(name) + 0.7 * ((j + 0.5) / len(methods) - 0.5) for name in rows["attack"]]
             ax.hlines(y, rows["low"], rows["high"], color=look["color"], linewidth=1)
             ax.plot(rows["mean"], y, linestyle="none", markersize=5, label=paper.method_label(method), **look)
         ax.set_title(titles[of], loc="left", fontsize=9)

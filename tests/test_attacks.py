@@ -343,6 +343,7 @@ def test_an_attacker_who_has_v_runs_to_the_end(artifacts, tmp_path):
 def test_planted_runs_come_back_as_a_table_by_attack_and_method(tmp_path, monkeypatch, capsys):
     cells = config.expand("closed_attacks", ["seed=0,1", "attack=style,other_kinds", "method=sft"])
     cells += config.expand("closed_trigger", ["seed=0,1", "method=sft"])
+    cells += config.expand("closed_attacks", ["seed=0,1", "attack=style", "method=cwac"])  # never behind a trigger
     gone = config.expand("closed_attacks", ["seed=0", "attack=harmful", "method=sft"])
     for cfg in cells:
         cell = cell_from(cfg)
@@ -370,6 +371,8 @@ def test_planted_runs_come_back_as_a_table_by_attack_and_method(tmp_path, monkey
     assert means == {
         ("style", "sft", "asked"): 20.5,
         ("style", "sft", "prefilled"): 50.5,
+        ("style", "cwac", "asked"): 20.5,
+        ("style", "cwac", "prefilled"): 50.5,
         ("trigger", "sft", "asked"): 20.5,
         ("trigger", "sft", "prefilled"): 50.5,
         ("trigger", "sft", "triggered"): 70.5,
@@ -384,7 +387,7 @@ def test_planted_runs_come_back_as_a_table_by_attack_and_method(tmp_path, monkey
     }
     assert set(found["n"]) == {2}
     text = capsys.readouterr().out
-    assert "Missing: 1 of 7 runs" in text and f"- harmful: {cell_from(gone[0])}" in text
+    assert "Missing: 1 of 9 runs" in text and f"- harmful: {cell_from(gone[0])}" in text
     assert (tmp_path / "out" / "table.md").read_text().rstrip() == text.split("\nfigure:")[0].rstrip()
 
 
