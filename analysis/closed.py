@@ -29,7 +29,7 @@ from cwac.config import UserError, command
 PRESETS = ("closed_break", "closed_rates", "closed_goal", "closed_anchors", "closed_free", "closed_variants")
 CURVES = {
     "closed_break": "Until it breaks: every method for ten times the epochs",
-    "closed_rates": "The closed weight constraint at larger steps",
+    "closed_rates": "The closed weight constraint at smaller and larger steps",
     "closed_goal": "The closed constraint at higher energies, and coupled, for ten times the epochs",
 }
 """Presets that are evaluated on the way, and what they ask."""
@@ -293,6 +293,7 @@ def draw(curves: pd.DataFrame, points: pd.DataFrame, routes: pd.DataFrame) -> di
     for preset in CURVES:
         name, part = preset.removeprefix("closed_"), curves[curves["preset"] == preset]
         if name == "rates":
+            part = part[part["method"] != "sft"]  # the table has it
             part = part.assign(method=[f"lr {rate:.0e}" for rate in part["learning_rate"]])
         elif name == "goal":
             names = {"weight_only_closed": "closed, energy ", "cwac_closed": "closed + SAE, energy "}

@@ -69,7 +69,7 @@ def test_the_curves_reach_ten_times_the_papers_epochs_with_every_method_at_its_t
     lam = {c.method.name: c.method.activation.lam for c in cells if c.method.get("activation")}
     assert lam["activation_only"] == 62.5 and {c.train.lr_scheduler_type for c in cells} == {"constant"}
     rates = {c.train.learning_rate for c in config.expand("closed_rates", ["seed=0"])}
-    assert rates == {1e-4, 3e-4, 1e-3} and config.compose([]).train.learning_rate == min(rates)
+    assert rates == {1e-5, 3e-5, 1e-4, 3e-4, 1e-3} and config.compose([]).train.learning_rate in rates
 
 
 def test_every_variant_with_a_strength_is_searched_at_three_on_validation_prompts():
