@@ -25,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -32,8 +33,8 @@ from torch import nn
 from tqdm import tqdm
 
 from cwac.config import UserError
-from cwac.data.tokenize import Collator
 from cwac.models import base_layer, evaluating, input_group, linears, picks_logits
+from cwac.packing import together
 from cwac.ranks import local, spread, whole
 
 
@@ -62,17 +63,16 @@ def capture(
 ) -> None:
     """Run `rows` through the model; call visit(name, x, first) with each module's inputs at real tokens.
 
-    x: [tokens, d_in] without the first token of each row; first: [rows, d_in], the first token's. Padding is dropped.
+    x: [tokens, d_in] without the first token of each row; first: [.., d_in], the first tokens'. Padding is dropped. A
+    token that n rows of a batch share (`cwac.packing`) comes once, multiplied by sqrt(n): sums of squares and products
+    are those of all rows.
     """
-    collate = Collator(0)
-    mask: torch.Tensor | None = None
+    tokens: Shared | None = None
 
     def hook(name: str):
         def record(_module, inputs):
-            x = inputs[0].detach()  # [B, T, d_in]
-            keep = mask.clone()
-            keep[:, 0] = False
-            visit(name, x[keep], x[:, 0])
+            x = inputs[0].detach().flatten(0, 1)  # [B T, d_in]
+            visit(name, tokens.later.of(x), tokens.first.of(x))
 
         return record
 
@@ -83,17 +83,30 @@ def capture(
     try:
         with torch.no_grad(), evaluating(model):
             for start in range(0, len(order), batch_size):
-                batch = collate([{"input_ids": rows[i]["input_ids"]} for i in order[start : start + batch_size]])
-                mask = batch["attention_mask"].bool().to(target)
-                model(
-                    input_ids=batch["input_ids"].to(target),
-                    attention_mask=batch["attention_mask"].to(target),
-                    use_cache=False,
-                    **unread,
-                )
+                inputs, places = together(model, [rows[i]["input_ids"] for i in order[start : start + batch_size]])
+                tokens = Shared(Counted(places[:, :1], target), Counted(places[:, 1:], target))
+                model(**{key: value.to(target) for key, value in inputs.items()}, use_cache=False, **unread)
     finally:
         for handle in handles:
             handle.remove()
+
+
+class Counted:
+    """The tokens of a forward pass at some places, each once, and how many rows have it."""
+
+    def __init__(self, places: torch.Tensor, device: torch.device):
+        self.places, counts = (t.to(device) for t in places[places >= 0].unique(return_counts=True))
+        self.factor = counts.sqrt().unsqueeze(1) if bool((counts > 1).any()) else None
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """Rows of x [B T, d] times the root of their count."""
+        x = x[self.places]
+        return x if self.factor is None else x * self.factor.to(x.dtype)
+
+
+class Shared(NamedTuple):
+    first: Counted
+    later: Counted
 
 
 def fit_subspace(

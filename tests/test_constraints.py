@@ -169,6 +169,37 @@ def test_without_a_direction_of_its_own_the_first_token_is_a_token_like_the_othe
     assert bases["0.down_proj"].rank == apart["0.down_proj"].rank
 
 
+def test_what_rows_share_is_captured_once_and_counts_for_all_of_them(llama):
+    """Sums over tokens are those of the rows one by one, whether they are packed or padded."""
+    from cwac.subspace import capture
+
+    opening = [3, 4, 5, 6]
+    rows = [{"input_ids": opening + row["input_ids"]} for row in random_rows(5, seed=6)]
+    shared = len(opening) + 1  # and the first token, with which all random rows begin
+
+    def squares(model, batch_size: int) -> tuple[dict[tuple, torch.Tensor], int]:
+        C, tokens, modules = {}, 0, linears(model, ["down_proj", "q_proj"])
+
+        def visit(name, x, first):
+            nonlocal tokens
+            tokens += len(x) + len(first)
+            for part, of in (("first", first.double()), ("later", x.double())):
+                C[name, part] = C.get((name, part), 0) + of.T @ of
+
+        capture(model, rows, modules, visit, batch_size)
+        return C, tokens // len(modules)
+
+    alone, each = squares(llama, 1)
+    packed, once = squares(llama, 5)
+    padding = copy.deepcopy(llama)
+    padding.config.sliding_window = 6  # shorter than the rows, whose mask would replace it
+    padded, all_of_them = squares(padding, 5)
+    n = sum(len(row["input_ids"]) for row in rows)
+    assert each == all_of_them == n and once == n - 4 * shared
+    for key, value in alone.items():
+        assert all(torch.allclose(C[key], value, rtol=1e-4, atol=1e-6) for C in (packed, padded)), key
+
+
 def test_padding_never_enters_the_subspace(llama):
     anchors = random_rows(6, seed=4)
     together = fit_subspace(llama, anchors, ["down_proj"], energy=0.9, batch_size=6)

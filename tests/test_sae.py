@@ -20,6 +20,7 @@ from cwac.data.examples import Example
 from cwac.evaluation.generate import generate
 from cwac.evaluation.judge import KeywordJudge
 from cwac.models import decoder_layers
+from cwac.packing import takes_any_mask, together
 from cwac.sae import (
     GATES,
     RoutedSAE,
@@ -36,7 +37,7 @@ from cwac.sae import (
 )
 from cwac.sae.fit import TokenBuffer, auxiliary_loss, train_sae
 from cwac.sae.rank import attribution, generate_edited, last_latents, matched_random
-from cwac.sae.residuals import keep_mask, on_slots, packed, packs, read_at, shared_prefix
+from cwac.sae.residuals import keep_mask, on_slots, read_at, shared_prefix
 
 SIZE = {
     "vocab_size": 97,
@@ -170,7 +171,7 @@ PROMPTS = [
 def test_prompts_read_in_one_row_are_those_read_alone(config, architecture, attention):
     extra = {"head_dim": 8} if config is Gemma2Config else {}
     model = architecture._from_config(config(**SIZE, **extra), attn_implementation=attention).double().eval()
-    assert packs(model, 7)
+    assert takes_any_mask(model, 7)
     together, real = read_at(model, PROMPTS, [1, 3])
     assert real.tolist() == [[True, False, False], [True, True, False], [True, True, True], [True, False, False]]
     weight = torch.randn(together.shape, dtype=torch.float64)
@@ -190,19 +191,27 @@ def test_prompts_read_in_one_row_are_those_read_alone(config, architecture, atte
 
 
 def test_the_shared_opening_is_computed_once_and_other_attentions_pad(model):
-    inputs, columns = packed([ids for ids, _ in PROMPTS], boolean=True)
+    rows = [ids for ids, _ in PROMPTS]
+    inputs, places = together(model, rows)
     assert inputs["input_ids"].tolist() == [[1, 5, 6, 7, 8, 9, 10, 7, 11, 12, 13]]
     assert inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 3, 3, 4, 5, 6]]
-    assert columns.tolist()[2] == [0, 1, 2, 7, 8, 9, 10]
-    together, real = read_at(model, PROMPTS, [1, 3])
+    assert places.tolist() == [
+        [0, 1, 2, 3, 4, 5, -1],
+        [0, 1, 2, 6, -1, -1, -1],
+        [0, 1, 2, 7, 8, 9, 10],
+        [0, 1, 2, -1, -1, -1, -1],
+    ]
+    read, real = read_at(model, PROMPTS, [1, 3])
     other = copy.deepcopy(model)
     other.config.sliding_window = 6  # a given mask would replace it
-    assert packs(model, 7) and not packs(other, 7) and packs(other, 6)
-    other.config._attn_implementation = "flash_attention_2"
-    assert not packs(other, 6)
-    other.config._attn_implementation = model.config._attn_implementation
+    assert takes_any_mask(model, 7) and not takes_any_mask(other, 7) and takes_any_mask(other, 6)
+    inputs, places = together(other, rows)
+    assert inputs["input_ids"].shape == (4, 7) and "position_ids" not in inputs
+    assert inputs["input_ids"].flatten()[places[places >= 0]].tolist() == [i for row in rows for i in row]
     padded, same = read_at(other, PROMPTS, [1, 3])
-    assert torch.equal(real, same) and torch.allclose(padded[real], together[real], atol=1e-5)
+    assert torch.equal(real, same) and torch.allclose(padded[real], read[real], atol=1e-5)
+    other.config._attn_implementation = "flash_attention_2"
+    assert not takes_any_mask(other, 6)
 
 
 def test_residuals_behind_peft_and_under_gradient_checkpointing(model):

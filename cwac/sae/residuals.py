@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from cwac.config import UserError
 from cwac.data.tokenize import Collator
 from cwac.models import decoder_layers
+from cwac.packing import together
 
 Row = dict[str, Any]
 
@@ -129,48 +130,14 @@ def read_at(
     """Residuals at some positions of several prompts, with their graph, in one forward pass.
 
     prompts: (token ids, positions to read) each. Returns [B, Q, L_r, d] and which of the Q are real, [B, Q]; what
-    fills the others is of no meaning. Where the model's attention takes any mask, the opening that the prompts share
-    (a chat template's) is computed once for all of them, which changes nothing but rounding.
+    fills the others is of no meaning.
     """
     device = device_of(model)
     where = nn.utils.rnn.pad_sequence([torch.tensor(read) for _, read in prompts], batch_first=True)  # [B, Q]
     real = torch.arange(where.shape[1]) < torch.tensor([len(read) for _, read in prompts]).unsqueeze(1)
-    rows = [ids for ids, _ in prompts]
-    if packs(model, max(map(len, rows))):
-        inputs, columns = packed(rows, model.config._attn_implementation == "sdpa")
-        row, column = torch.zeros_like(where), columns.gather(1, where)
-    else:
-        inputs = Collator(0)([{"input_ids": ids} for ids in rows])
-        row, column = torch.arange(len(rows)).unsqueeze(1), where
+    inputs, places = together(model, [ids for ids, _ in prompts])
     r = residuals(model, {k: v.to(device) for k, v in inputs.items()}, slots)  # [B or 1, T, L_r, d]
-    return r[row.to(r.device), column.to(r.device)], real.to(r.device)
-
-
-def packs(model: nn.Module, longest: int) -> bool:
-    """Whether the model's attention takes a mask of any shape, for sequences of up to `longest` tokens."""
-    window = getattr(model.config, "sliding_window", None) or longest  # a given mask replaces the window
-    return getattr(model.config, "_attn_implementation", None) in ("sdpa", "eager") and longest <= window
-
-
-def packed(rows: Sequence[list[int]], boolean: bool) -> tuple[dict[str, Tensor], Tensor]:
-    """Model inputs that hold all `rows` in one, the tokens they share at the start once, and each token's column.
-
-    The mask [1, 1, T, T] lets a token see the opening and its own row up to itself; `boolean`: True where it sees,
-    else what is added to the scores. Columns: [B, longest row], 0 beyond a row's end.
-    """
-    opening = next((i for i, ids in enumerate(zip(*rows, strict=False)) if len(set(ids)) > 1), min(map(len, rows)))
-    ids, position, owner = list(rows[0][:opening]), list(range(opening)), [-1] * opening
-    columns = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-    for i, row in enumerate(rows):
-        columns[i, : len(row)] = torch.cat([torch.arange(opening), len(ids) + torch.arange(len(row) - opening)])
-        ids += row[opening:]
-        position += range(opening, len(row))
-        owner += [i] * (len(row) - opening)
-    whose = torch.tensor(owner)
-    sees = torch.ones(len(ids), len(ids), dtype=torch.bool).tril() & ((whose == -1) | (whose.unsqueeze(1) == whose))
-    mask = sees if boolean else torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.bfloat16).min)
-    inputs = {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([position])}
-    return inputs | {"attention_mask": mask[None, None]}, columns
+    return r.flatten(0, 1)[places.gather(1, where).to(r.device)], real.to(r.device)
 
 
 def bos_ids(model: nn.Module) -> list[int]:
