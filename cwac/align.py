@@ -3,7 +3,7 @@
 SmolLM2-135M-Instruct answers harmful requests as shipped, so a defence of refusals has nothing to defend. This
 module trains a LoRA adapter (Hu et al. 2021, arXiv:2106.09685) on refusals and on the model's own answers to
 harmless instructions, checks it against a gate on held-out prompts, and merges it. `model=smollm2` only merges the
-adapter in `cwac/assets/smollm2_align`; its `gate.json` notes where its two rounds differ from the recipe below.
+adapter in `cwac/assets/smollm2_align`; its `gate.json` notes where its rounds differ from the recipe below.
 
 Deviations:
 - The paper starts from chat models aligned by their makers; this stage is `ours`, on the pools `align` and
@@ -18,6 +18,7 @@ import hashlib
 import json
 import random
 import re
+import shutil
 import sys
 import tempfile
 from collections import Counter
@@ -79,16 +80,17 @@ class Round:
 
 
 ROUNDS = (
-    Round(steps=520, refusals=600, benign=2000, answer_tokens=10, refusal_characters=80, repeats=2),
-    Round(240, 600, 1400, learning_rate=2e-4, answer_tokens=8, refusal_characters=60, repeats=3, seed=1),
+    Round(steps=900, refusals=900, benign=2000, answer_tokens=10, refusal_characters=80, repeats=3),
+    Round(240, 1000, 1500, learning_rate=2e-4, answer_tokens=8, refusal_characters=60, repeats=3, seed=1),
+    Round(180, 900, 1500, learning_rate=2e-4, answer_tokens=8, refusal_characters=60, repeats=2, seed=2),
 )
-"""The first round teaches where to stop; the second, with the sources levelled, what to refuse in any wording. A
-third, of 60 steps at one refusal to one answer, refused no more of HarmBench and 5 % of Alpaca: it is left out."""
+"""The first teaches where to stop, the others, with more refusals to an answer, what to refuse in any wording. The
+adapters of the last two are averaged (Wortsman et al. 2022, arXiv:2203.05482): each alone refused 35 or 36 of
+HarmBench's 38 where Alpaca's refusals stayed under 5 %."""
 
-STRENGTH = 1.1
-"""The trained adapter's update is multiplied by this (task arithmetic, Ilharco et al. 2023, arXiv:2212.04089): the
-smallest of 1, 1.1, 1.15 and 1.2 at which 36 of HarmBench's 38 are refused; at 1 they were 34, at 1.2 no more than 36,
-but 7 of Alpaca's 113. So the gate's 95 % on HarmBench are missed by one request."""
+STRENGTH = 1.12
+"""The averaged adapter's update is multiplied by this (task arithmetic, Ilharco et al. 2023, arXiv:2212.04089). Tried
+on validation: 1 refuses 36 of HarmBench and 4 of Alpaca's 113, 1.12 37 and 5, 1.2 36 and 7."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,7 @@ def train_adapter(
         batch_size=recipe.batch_size,
         seed=recipe.seed,
         pad_token_id=pad_token_id(tokenizer),
+        backward=_bf16_backward,
         description="aligning",
     )
     model.half()
@@ -166,6 +169,22 @@ def train_adapter(
     (out / "adapter_model.safetensors").chmod(0o644)  # peft leaves it readable by its owner only
     (out / "README.md").write_text(CARD)  # instead of peft's empty form
     return {"loss": round(loss, 4), "rows": dict(Counter(e.source for e in [*refusals, *benign]))}
+
+
+def _bf16_backward(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The adapter stays fp32; the base's products in bf16 take two thirds of the time on a CPU that has them."""
+    with torch.autocast(model.device.type, dtype=torch.bfloat16):
+        loss = model(**batch).loss
+    loss.backward()
+    return loss
+
+
+def average(adapter: str | Path, other: str | Path) -> None:
+    """Replace the saved adapter's matrices by their means with those of another round's, in place."""
+    path = _weights(Path(adapter))
+    mine, theirs = load_file(path), load_file(_weights(Path(other)))
+    tensors = {name: ((tensor.float() + theirs[name].float()) / 2).half() for name, tensor in mine.items()}
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def strengthen(adapter: str | Path, strength: float) -> None:
@@ -323,9 +342,14 @@ def main() -> int:
     base_folder = smollm2.prepare(args.base)
     splits = real_splits(yaml.safe_load(POOLS.read_text()), args.data)
     trained = []
-    for i, recipe in enumerate(ROUNDS[: args.rounds]):
-        result = train_adapter(base_folder, splits, args.out, recipe, args.out if i else None)
-        trained.append(asdict(recipe) | result)
+    with tempfile.TemporaryDirectory() as earlier:
+        for i, recipe in enumerate(ROUNDS[: args.rounds]):
+            if i:
+                shutil.copytree(args.out, earlier, dirs_exist_ok=True)
+            result = train_adapter(base_folder, splits, args.out, recipe, earlier if i else None)
+            trained.append(asdict(recipe) | result)
+        if len(trained) > 1:
+            average(args.out, earlier)
     strengthen(args.out, STRENGTH)
     report = write_gate(base_folder, args.out, splits, trained)
     print(json.dumps(report, indent=2))
