@@ -218,6 +218,17 @@ def test_a_strengthened_adapter_makes_a_larger_update(tmp_path):
     assert align.fingerprint(tmp_path / "adapter") != align.fingerprint()
 
 
+def test_two_adapters_are_averaged(tmp_path):
+    for name in ("mine", "theirs"):
+        shutil.copytree(align.ADAPTER, tmp_path / name)
+    align.strengthen(tmp_path / "theirs", 3.0)
+    before = load_file(tmp_path / "mine" / "adapter_model.safetensors")
+    align.average(tmp_path / "mine", tmp_path / "theirs")
+    for name, tensor in load_file(tmp_path / "mine" / "adapter_model.safetensors").items():
+        factor = 2.0 if "lora_B" in name else 1.0  # of 1 and 3
+        assert torch.allclose(tensor.float(), before[name].float() * factor, rtol=2e-3, atol=1e-7), name
+
+
 def test_the_shipped_gate_report_belongs_to_the_shipped_adapter():
     report = json.loads((align.ADAPTER / "gate.json").read_text())
     assert report["adapter_sha256"] == align.fingerprint()
@@ -226,7 +237,7 @@ def test_the_shipped_gate_report_belongs_to_the_shipped_adapter():
     for done, planned in zip(report["rounds"], align.ROUNDS, strict=True):
         assert asdict(planned).items() <= done.items()
     decided = [c for c in report["checks"] if c["passed"] is not None]
-    assert report["passed"] == all(c["passed"] for c in decided)
+    assert report["passed"] and all(c["passed"] for c in decided)
     assert {c["name"] for c in decided} >= {"refusal on advbench", "refusal on harmbench", "over-refusal on alpaca"}
     assert report["strength"] == align.STRENGTH
     for check in decided:
