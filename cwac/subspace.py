@@ -99,9 +99,9 @@ class Counted:
         self.factor = counts.sqrt().unsqueeze(1) if bool((counts > 1).any()) else None
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
-        """Rows of x [B T, d] times the root of their count."""
+        """Rows of x [B T, d] times the root of their count, then at least in fp32: in bf16 the product would round."""
         x = x[self.places]
-        return x if self.factor is None else x * self.factor.to(x.dtype)
+        return x if self.factor is None else x.to(torch.promote_types(x.dtype, torch.float32)) * self.factor
 
 
 class Shared(NamedTuple):
