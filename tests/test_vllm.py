@@ -54,6 +54,7 @@ def test_the_engines_give_the_same_answers(stub, random_model):
     both(*loaded(random_model))
 
 
+@pytest.mark.slow
 def test_an_adapter_is_merged_in_a_copy(stub, random_model):
     model, tokenizer = loaded(random_model)
     torch.manual_seed(0)
