@@ -38,6 +38,11 @@ from cwac.packing import together
 from cwac.ranks import local, spread, whole
 
 
+SINGLE = 0.999
+"""The largest energy at which C is decomposed in float32: its eigenvalues are off by 1e-7 of the largest, beside which
+the thousandth of the trace that is given up is large."""
+
+
 @dataclass
 class Basis:
     """The protected directions of one input."""
@@ -123,8 +128,8 @@ def fit_subspace(
 
     first_token: leave it out of C and give its input a direction of its own; otherwise it is a token like the others.
     rows: encoded anchors, `{"input_ids": [...]}`. kinds: `all` or names such as `down_proj`. energy in (0, 1]; at 1 V
-    spans every anchor token to machine precision. Covariances are accumulated and decomposed in float64; below 1, a
-    batch's product is formed in float32, which halves the cost.
+    spans every anchor token to machine precision. Covariances are accumulated in float64; below 1, a batch's product is
+    formed in float32, and up to `SINGLE` they are decomposed in it, each of which halves the cost.
     Returns input name (`3.down_proj`, `3.qkv`) -> Basis.
     """
     if not rows:
@@ -134,6 +139,7 @@ def fit_subspace(
     for name, module in chosen.items():
         sources.setdefault(input_group(name), module)
     n_tokens = sum(len(r["input_ids"]) - first_token for r in rows)
+    decomposed = torch.float32 if energy <= SINGLE else torch.float64
     exact = energy >= 1  # only then do directions below fp32's resolution of a batch's product matter
     dims = {name: base_layer(m).in_features for name, m in sources.items()}
     where = next(model.parameters()).device
@@ -161,17 +167,17 @@ def fit_subspace(
             if sink is not None:
                 x = x - (x @ sink) @ sink.T
             trace = x.square().sum()
-            V, values = from_tokens(x) if exact else from_gram(x)
+            V, values = from_tokens(x) if exact else from_gram(x.to(decomposed))
         else:
             c = C.pop(name)
             if sink is not None:  # look only at what the sink's direction does not already cover
                 c = c - sink @ (sink.T @ c)
                 c = c - (c @ sink) @ sink.T
             trace = c.diagonal().sum()
-            values, V = torch.linalg.eigh(c)
+            values, V = torch.linalg.eigh(c.to(decomposed))
             values, V = values.flip(0).clamp_min(0), V.flip(1)
         k = rank_for(values, energy)
-        V = V[:, :k]
+        values, V = values.double(), V[:, :k].double()
         if sink is not None:
             V = torch.cat([sink, V], 1)
         V = torch.linalg.qr(V)[0]

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from cwac import subspace
 from cwac.config import UserError
 from cwac.data.tokenize import Collator
 from cwac.evaluation.drift import weight_leak
@@ -238,3 +239,13 @@ def test_a_frozen_model_does_not_move():
     touched = {id(layer.weight) for _, layer, _, _ in constraint.entries}
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) == (id(parameter) not in touched), name
+
+
+@pytest.mark.parametrize("n", [2, 40])  # fewer and more tokens than dimensions
+def test_a_single_precision_decomposition_spans_what_a_double_one_does(llama, monkeypatch, n):
+    anchors = random_rows(n, seed=8)
+    single = fit_subspace(llama, anchors, "all", energy=0.99)
+    monkeypatch.setattr(subspace, "SINGLE", 0.0)
+    for name, basis in fit_subspace(llama, anchors, "all", energy=0.99).items():
+        assert single[name].rank == basis.rank and single[name].energy == pytest.approx(basis.energy, abs=1e-5)
+        assert (single[name].V.T @ basis.V).square().sum() == pytest.approx(basis.rank, abs=1e-3), name
