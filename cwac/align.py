@@ -58,7 +58,7 @@ Splits = dict[str, dict[str, list[Example]]]
 
 @dataclass(frozen=True)
 class Round:
-    """One round of training the shipped adapter; all values `ours`, sized for 5 to 25 minutes on two CPU cores with bf16 products."""
+    """One round of training the shipped adapter; all values `ours`, sized for 5 to 25 minutes on two CPU cores."""
 
     steps: int
     refusals: int

@@ -37,7 +37,6 @@ from cwac.models import base_layer, evaluating, input_group, linears, picks_logi
 from cwac.packing import together
 from cwac.ranks import local, spread, whole
 
-
 SINGLE = 0.999
 """The largest energy at which C is decomposed in float32: its eigenvalues are off by 1e-7 of the largest, beside which
 the thousandth of the trace that is given up is large."""
@@ -128,8 +127,8 @@ def fit_subspace(
 
     first_token: leave it out of C and give its input a direction of its own; otherwise it is a token like the others.
     rows: encoded anchors, `{"input_ids": [...]}`. kinds: `all` or names such as `down_proj`. energy in (0, 1]; at 1 V
-    spans every anchor token to machine precision. Covariances are accumulated in float64; below 1, a batch's product is
-    formed in float32, and up to `SINGLE` they are decomposed in it, each of which halves the cost.
+    spans every anchor token to machine precision. Covariances are accumulated in float64; below 1, a batch's product
+    is formed in float32, and up to `SINGLE` they are decomposed in it, each of which halves the cost.
     Returns input name (`3.down_proj`, `3.qkv`) -> Basis.
     """
     if not rows:
