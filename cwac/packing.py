@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from cwac.data.tokenize import Collator
 
@@ -39,7 +40,7 @@ def together(model: nn.Module, rows: Sequence[list[int]]) -> tuple[dict[str, Ten
         owner += [i] * (len(row) - opening)
     whose = torch.tensor(owner)
     sees = torch.ones(len(ids), len(ids), dtype=torch.bool).tril() & ((whose == -1) | (whose.unsqueeze(1) == whose))
-    if model.config._attn_implementation != "sdpa":  # which takes True where a token sees; others add to the scores
+    if _config(model)._attn_implementation != "sdpa":  # which takes True where a token sees; others add to the scores
         sees = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.bfloat16).min)
     inputs = {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([position])}
     return inputs | {"attention_mask": sees[None, None]}, places
@@ -47,5 +48,10 @@ def together(model: nn.Module, rows: Sequence[list[int]]) -> tuple[dict[str, Ten
 
 def takes_any_mask(model: nn.Module, longest: int) -> bool:
     """Whether the model's attention takes a mask of any shape, for sequences of up to `longest` tokens."""
-    window = getattr(model.config, "sliding_window", None) or longest  # a given mask replaces the window
-    return getattr(model.config, "_attn_implementation", None) in ("sdpa", "eager") and longest <= window
+    config = _config(model)
+    window = getattr(config, "sliding_window", None) or longest  # a given mask replaces the window
+    return getattr(config, "_attn_implementation", None) in ("sdpa", "eager") and longest <= window
+
+
+def _config(model: nn.Module) -> PretrainedConfig:
+    return getattr(model, "module", model).config  # DDP has none of its own
