@@ -70,6 +70,7 @@ def test_a_run_without_weights_is_one_clear_error(tmp_path, capsys):
     assert "keep_weights=true" in error and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_command_measures_a_run_that_kept_its_weights(tmp_path, artifacts, capsys):
     """Also: with every matrix held on the anchors, dW h0 is small on held-out prompts of the same grammar."""
     paths = [f"paths.runs={tmp_path / 'runs'}", f"paths.artifacts={artifacts}"]

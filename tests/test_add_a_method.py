@@ -95,6 +95,7 @@ def test_two_files_make_a_method_that_trains_and_stands_in_the_table(project):
     assert {name for name in after if after[name] != before.get(name)} == set(METHOD) and set(before) <= set(after)
 
 
+@pytest.mark.slow
 def test_one_file_makes_a_model_and_one_beside_its_data_a_task(project, random_model):
     shutil.copytree(random_model, project / "models/mine")
     before = sources(project)

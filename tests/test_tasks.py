@@ -163,6 +163,7 @@ def test_a_column_or_label_that_is_not_there_is_named(folder, override, message)
         load_task(split_twice(task_cfg("agnews", override)), str(folder), 0)
 
 
+@pytest.mark.slow
 def test_an_open_task_runs_without_a_made_up_accuracy(folder, random_model, tmp_path):
     """Alpaca end to end: a task loss, no FA row, and no row that its over-refusal pool asks."""
     from tests.conftest import run_train

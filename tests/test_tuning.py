@@ -103,6 +103,7 @@ def test_a_search_that_varies_more_than_its_method_is_refused():
         tuning.tried(config.expand("tune_safeinstr", ["method.ratio=0.1"]))
 
 
+@pytest.mark.slow
 def test_a_search_ends_in_a_log_and_in_values_that_tuned_runs_use(random_model, tmp_path, capsys):
     """Through the commands of conf/README.md: search, choose, run with what was chosen, tabulate."""
     common = [
