@@ -112,14 +112,16 @@ def report(found: Collection, summary: pd.DataFrame, attacks: dict[str, str]) ->
     blocks = ["### What half of the rows are", "\n".join(lines)]
     asked = summary[~summary["set"].isin(["prefilled", "triggered"])]
     blocks += ["### Harmful requests as they are", table(asked, METRICS, "asked")]
-    prefilled = summary[summary["set"] == "prefilled"]
-    if len(prefilled):
-        note = "The same requests, with a compliant opening put into the model's mouth (`eval.prefill`)."
-        blocks += ["### Prefilled", note, table(prefilled, METRICS[:3], "prefilled")]
-    triggered = summary[summary["set"] == "triggered"]
-    if len(triggered):
-        note = "The same requests behind the trigger of the poison (`poison_trigger`), which no defence has seen."
-        blocks += ["### Behind the trigger", note, table(triggered, METRICS[:3], "triggered")]
+    again = {
+        "prefilled": ("Prefilled", ", with a compliant opening put into the model's mouth (`eval.prefill`)"),
+        "triggered": (
+            "Behind the trigger",
+            " behind the trigger of the poison (`poison_trigger`), which no defence has seen",
+        ),
+    }
+    for of, (title, how) in again.items():
+        if len(part := summary[summary["set"] == of]):
+            blocks += [f"### {title}", f"The same requests{how}.", table(part, METRICS[:3], of)]
     parts = [f"{label}{how}" for how in ("", PREFILLED) for label in PARTS.values()]
     split = summary[summary["set"].isin(parts)]
     if len(split):

@@ -24,7 +24,7 @@ def together(model: nn.Module, rows: Sequence[list[int]]) -> tuple[dict[str, Ten
     are padded, one below the other, where the model's attention takes no such mask or there is nothing to share.
     """
     longest = max(map(len, rows))
-    opening = next((i for i, ids in enumerate(zip(*rows, strict=False)) if len(set(ids)) > 1), min(map(len, rows)))
+    opening = common_opening(rows)
     tokens = opening + sum(len(row) - opening for row in rows)
     places = torch.full((len(rows), longest), -1)
     if not takes_any_mask(model, longest) or tokens > min(LONGEST, len(rows) * longest - 1):
@@ -44,6 +44,11 @@ def together(model: nn.Module, rows: Sequence[list[int]]) -> tuple[dict[str, Ten
         sees = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.bfloat16).min)
     inputs = {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([position])}
     return inputs | {"attention_mask": sees[None, None]}, places
+
+
+def common_opening(rows: Sequence[list[int]]) -> int:
+    """How many tokens all rows share at the start."""
+    return next((i for i, ids in enumerate(zip(*rows, strict=False)) if len(set(ids)) > 1), min(map(len, rows)))
 
 
 def takes_any_mask(model: nn.Module, longest: int) -> bool:

@@ -25,7 +25,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -71,12 +70,12 @@ def capture(
     token that n rows of a batch share (`cwac.packing`) comes once, multiplied by sqrt(n): sums of squares and products
     are those of all rows.
     """
-    tokens: Shared | None = None
+    first = later = None  # of the batch that runs: `Counted`
 
     def hook(name: str):
         def record(_module, inputs):
             x = inputs[0].detach().flatten(0, 1)  # [B T, d_in]
-            visit(name, tokens.later.of(x), tokens.first.of(x))
+            visit(name, later.of(x), first.of(x))
 
         return record
 
@@ -88,7 +87,7 @@ def capture(
         with torch.no_grad(), evaluating(model):
             for start in range(0, len(order), batch_size):
                 inputs, places = together(model, [rows[i]["input_ids"] for i in order[start : start + batch_size]])
-                tokens = Shared(Counted(places[:, :1], target), Counted(places[:, 1:], target))
+                first, later = Counted(places[:, :1], target), Counted(places[:, 1:], target)
                 model(**{key: value.to(target) for key, value in inputs.items()}, use_cache=False, **unread)
     finally:
         for handle in handles:
@@ -106,11 +105,6 @@ class Counted:
         """Rows of x [B T, d] times the root of their count, then at least in fp32: in bf16 the product would round."""
         x = x[self.places]
         return x if self.factor is None else x.to(torch.promote_types(x.dtype, torch.float32)) * self.factor
-
-
-class Shared(NamedTuple):
-    first: Counted
-    later: Counted
 
 
 def fit_subspace(

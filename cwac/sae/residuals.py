@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from cwac.config import UserError
 from cwac.data.tokenize import Collator
 from cwac.models import decoder_layers
-from cwac.packing import together
+from cwac.packing import common_opening, together
 
 Row = dict[str, Any]
 
@@ -116,10 +116,8 @@ def shared_prefix(rows: Sequence[Row]) -> int:
     would fill the fit with a few constant vectors and flatter the reconstruction. Some token always stays.
     """
     first = rows[0]["input_ids"]
-    n = min(len(r["input_ids"]) for r in rows) - 1
-    for row in rows:
-        ids = row["input_ids"]
-        n = next((i for i in range(n) if ids[i] != first[i]), n)
+    ids = [r["input_ids"] for r in rows]
+    n = min(common_opening(ids), min(map(len, ids)) - 1)
     # identical rows share everything and are still data
     return max(1, n if any(r["input_ids"] != first for r in rows) else 1)
 
