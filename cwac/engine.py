@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import gc
 import importlib.util
 import json
 import logging
@@ -42,6 +44,8 @@ PENDING = ("task_losses", "penalties")
 """What the next line of the loss log is a mean of, kept over a resume."""
 OURS = ("max_length", "template")
 """Keys of the `train` group that are not TrainingArguments'."""
+freeze_once = functools.cache(gc.freeze)
+"""Trainer collects garbage at every start: not through all that a process imported before its first training."""
 
 
 class MethodTrainer(Trainer):
@@ -390,6 +394,7 @@ def train(
     Returns the trained model, whole and on rank 0 alone, with step count, epochs, median seconds per step (hooks
     included), the training's peak memory in MiB of one rank.
     """
+    freeze_once()
     trainer = build_trainer(model, method, rows, args, pad_token_id)
     trainer.track = track
     per_epoch = steps_per_epoch(args, len(rows))

@@ -1,5 +1,6 @@
 """Small random models and a small tokenizer, so that the tests need neither hub nor artifacts."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -13,6 +14,11 @@ import torch  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """Trainer collects garbage at every start: not through all that pytest, torch and the tests have imported."""
+    gc.freeze()
 
 
 def make_llama(layers: int = 3, hidden: int = 32, vocab: int = 61, seed: int = 0, **more) -> LlamaForCausalLM:
@@ -155,8 +161,12 @@ FINE_TUNE = [
 ]
 """Overrides for `fine_tune`: a few steps of the embedded model over small pools."""
 
-NEEDS = {"salora": ["model.lora={r: 4, alpha: 8, target_modules: all-linear}"]}
-"""What a method cannot do without."""
+NEEDS = {
+    "salora": ["model.lora={r: 4, alpha: 8, target_modules: all-linear}"],
+    "sppft": ["method.localisation={n_draws: 50, n_queries: 16, n_over_rejection: 16}"],
+    "vaccine": ["method.steps=10"],
+}
+"""What a method cannot do without, and stages before its training made short."""
 
 SMALL = [
     "task.n_train=32",

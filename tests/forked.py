@@ -23,24 +23,27 @@ PLACES = {
 """What a process can be doing when it dies -> the functions it dies in."""
 
 
-def start(*overrides: str, log: Path, die: tuple[str, int] | None = None) -> multiprocessing.Process:
+def start(
+    *overrides: str, log: Path, die: tuple[str, int] | None = None, env: dict[str, str] | None = None
+) -> multiprocessing.Process:
     """`python train.py <overrides>` in a process of its own; die=(place, n): killed at the n-th call of that place."""
-    process = FORKS.Process(target=main, args=(overrides, str(log), die))
+    process = FORKS.Process(target=main, args=(overrides, str(log), die, env or {}))
     process.start()
     return process
 
 
-def finish(*overrides: str, log: Path, die: tuple[str, int] | None = None) -> tuple[int, str]:
+def finish(*overrides: str, log: Path, **more) -> tuple[int, str]:
     """Its exit code, -9 for a killed one, and everything printed."""
-    process = start(*overrides, log=log, die=die)
+    process = start(*overrides, log=log, **more)
     process.join(300)
     assert process.exitcode is not None, "the run hangs"
     return process.exitcode, Path(log).read_text()
 
 
-def main(overrides: tuple[str, ...], log: str, die: tuple[str, int] | None) -> None:
+def main(overrides: tuple[str, ...], log: str, die: tuple[str, int] | None, env: dict[str, str]) -> None:
     import train
 
+    os.environ.update(env)
     os.chdir(ROOT)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for standard in (1, 2):

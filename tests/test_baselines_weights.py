@@ -283,7 +283,8 @@ def test_sppft_freezes_the_range_and_nothing_else(freeze_norms, tmp_path, artifa
 
 
 def test_sppft_localises_on_tiny_and_says_what_it_saw(tmp_path, artifacts):
-    cfg = cell("sppft", tmp_path, artifacts, "train.max_steps=2", "method.localisation.alpha=1.3")
+    published = "method.localisation={alpha: 1.3, n_queries: 100, n_draws: 500, n_over_rejection: 100}"
+    cfg = cell("sppft", tmp_path, artifacts, "train.max_steps=2", published)
     run_cell(cfg)
     folder = next(
         f

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from cwac import config, ranks
 from cwac.models import load
 from tests.conftest import FINE_TUNE, NEEDS, fine_tune, make_llama, random_rows, sgd
+from tests.forked import FORKS
 from tests.test_configs import METHODS
 
 
@@ -81,7 +82,6 @@ def cells(request, artifacts):
         for item in request.session.items
         if item.module is request.module and "method" in getattr(getattr(item, "callspec", None), "params", {})
     }
-    gc.freeze()  # Trainer collects garbage at every start, through all that pytest and torch have imported
     overrides = [
         *FINE_TUNE,
         f"paths.artifacts={artifacts}",
@@ -103,8 +103,7 @@ def cells(request, artifacts):
     cells["refresh"] = config.compose(["method=cwac", *overrides, *refresh])
     for cell in cells.values():
         OmegaConf.set_struct(cell, False)  # a layout adds keys
-    yield cells
-    gc.unfreeze()
+    return cells
 
 
 FSDP2 = {k: v for k, v in config.compose(["parallel=fsdp2"]).train.items() if k.startswith("fsdp")}
@@ -159,7 +158,12 @@ def on_two_ranks(tmp_path_factory, cells):
     with socket.socket() as probe:  # a port that is free now
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(two_ranks, args=(str(folder), cells, port), nprocs=2)
+    torch.multiprocessing.start_processes(
+        two_ranks,
+        args=(str(folder), cells, port),
+        nprocs=2,
+        start_method=FORKS.get_start_method(),  # torch is loaded in the server
+    )
     return torch.load(folder / "two.pt", weights_only=True)
 
 

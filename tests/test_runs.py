@@ -1,7 +1,6 @@
 """Sweeps, skipping, failing, resuming: what is on disk after each."""
 
 import json
-import signal
 import time
 from pathlib import Path
 
@@ -10,7 +9,8 @@ from omegaconf import OmegaConf
 
 from cwac import config, runs
 from cwac.artifacts import load_or_build
-from tests.conftest import SMALL, call, launch, run_train
+from tests.conftest import SMALL, call, run_train
+from tests.forked import finish, start
 
 FOLDER = [
     "model.kind=folder",
@@ -39,7 +39,8 @@ def test_sweep_survives_crashing_cells_and_the_rerun_does_exactly_those(random_m
         "seed=" + ",".join(map(str, range(24))),
         "train.max_steps=3",
     )
-    code, output = run_train("-m", *grid, env={"CWAC_TEST_CRASH": "3,7,11"})
+    printed = tmp_path / "printed"
+    code, output = finish("-m", *grid, log=printed, env={"CWAC_TEST_CRASH": "3,7,11"})
     assert code == 1, output
     assert "error: 3 cells failed" in output
     first = statuses(tmp_path / "runs")
@@ -47,7 +48,7 @@ def test_sweep_survives_crashing_cells_and_the_rerun_does_exactly_those(random_m
     assert sum(s["status"] == "failed" for s in first.values()) == 3
     assert all("planted crash" in s["error"] for s in first.values() if s["status"] == "failed")
 
-    code, output = run_train("-m", *grid)
+    code, output = finish("-m", *grid, log=printed)
     assert code == 0 and output.count("is done; nothing to do") == 21
     second = statuses(tmp_path / "runs")
     assert len(second) == 24 and all(s["status"] == "done" for s in second.values())
@@ -65,21 +66,22 @@ def test_kill_and_the_same_command_again_gives_the_same_weights(random_model, tm
     command = overrides(
         random_model, tmp_path, "method=sft", "train.max_steps=60", "train.save_steps=10", "harmful_ratio=0.1"
     )
-    code, output = run_train(*[o.replace("/runs", "/straight") for o in command])
+    printed = tmp_path / "printed"
+    code, output = finish(*[o.replace("/runs", "/straight") for o in command], log=printed)
     assert code == 0, output
     (whole,) = statuses(tmp_path / "straight").values()
 
-    process = launch(*command)
+    process = start(*command, log=printed)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "runs").glob("*/checkpoint-20/complete.json")):
-        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
+        assert process.is_alive() and time.monotonic() < deadline, "the run ended before it could be killed"
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     (cut,) = statuses(tmp_path / "runs").values()
     assert cut["status"] == "running"
 
-    code, output = run_train(*command)
+    code, output = finish(*command, log=printed)
     assert code == 0, output
     (resumed,) = statuses(tmp_path / "runs").values()
     assert resumed["status"] == "done" and resumed["weights_sha256"] == whole["weights_sha256"]
