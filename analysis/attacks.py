@@ -7,7 +7,6 @@ Reads the runs of the preset `closed_attacks`: poison of five kinds (`conf/attac
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from omegaconf import DictConfig
 
 from analysis import figures, paper, tables
 from analysis.collect import Collection, before, cell_from, collect, one_judge, pooled
-from analysis.demo import headline, provenance
+from analysis.demo import freeze
 from cwac import config
 from cwac.config import VARIATION, UserError, command
 
@@ -69,12 +68,9 @@ def main(argv: list[str] | None = None) -> int:
         )
     attacks = {config.run_id(cfg): attack_of(cfg) for cfg in cells}
     summary = summarise(one_judge(found.rows, args.judge), attacks)
-    args.out.mkdir(parents=True, exist_ok=True)
-    found.rows.to_csv(args.out / "results.csv", index=False)
+    first = freeze(found, args, sys.argv[1:] if argv is None else argv, "analysis.attacks")
     summary.to_csv(args.out / "attacks.csv", index=False)
-    record = provenance(found, args, sys.argv[1:] if argv is None else argv, "analysis.attacks")
-    (args.out / "provenance.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    text = f"{headline(record)}\n\n{report(found, summary, attacks)}"
+    text = f"{first}\n\n{report(found, summary, attacks)}"
     (args.out / "table.md").write_text(text, encoding="utf-8")
     print(text)
     print(f"figure: {figures.save(attack_panels(summary), args.out / 'attacks')[0]}")

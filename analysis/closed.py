@@ -8,7 +8,6 @@ of `closed_free`; SFT's and CWAC's of `closed_break` at `closed_goal`'s. docs/cl
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from analysis import figures, paper, stats, tables
 from analysis.collect import Collection, cell_from, collect, one_judge, pooled
-from analysis.demo import headline, provenance
+from analysis.demo import freeze
 from analysis.records import read_json
 from cwac import config
 from cwac.config import UserError, command
@@ -85,14 +84,11 @@ def publish(args: argparse.Namespace, argv: list[str]) -> int:
     }
     points = by_run(ends[ends["preset"] == "closed_anchors"])
     predictors = certificates(points)
-    args.out.mkdir(parents=True, exist_ok=True)
-    found.rows.to_csv(args.out / "results.csv", index=False)
+    first = freeze(found, args, argv, "analysis.closed")
     for name, part in [*parts.items(), ("certificates", predictors)]:
         part.to_csv(args.out / f"{name}.csv", index=False)
-    record = provenance(found, args, argv, "analysis.closed")
-    (args.out / "provenance.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     preset_of = dict(zip(settings["run_id"], settings["preset"], strict=True))
-    text = f"{headline(record)}\n\n{report(found, preset_of, parts, predictors)}"
+    text = f"{first}\n\n{report(found, preset_of, parts, predictors)}"
     (args.out / "table.md").write_text(text, encoding="utf-8")
     print(text)
     for name, figure in draw(curves, points, parts["free"]).items():

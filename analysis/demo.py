@@ -52,20 +52,16 @@ def publish(args: argparse.Namespace, argv: list[str]) -> int:
         raise UserError(f"no finished run in {args.runs}. Remedy: run the campaign first (make demo).")
     summary, difference = tables.summarise(found, args.judge), tables.differences(found, judge=args.judge)
     text = tables.report(found, summary, difference)
-    args.out.mkdir(parents=True, exist_ok=True)
-    found.rows.to_csv(args.out / "results.csv", index=False)
+    first = freeze(found, args, argv)
     summary.to_csv(args.out / "summary.csv", index=False)
     if len(found.verdicts):  # without a time stamp, so that the same runs freeze to the same bytes
         found.verdicts.to_csv(args.out / VERDICTS, index=False, compression={"method": "gzip", "mtime": 0})
     records.freeze(records.read_all(args.runs, found.runs), args.out / records.NAME)
     drawn = draw(found, summary, args.out, args.judge)
-    record = provenance(found, args, argv)
-    (args.out / "provenance.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    (args.out / "table.md").write_text(f"{headline(record)}\n\n{text}", encoding="utf-8")
-    short = f"{headline(record)}\n\n{tables.report(found, summary)}"
-    print(short)
+    (args.out / "table.md").write_text(f"{first}\n\n{text}", encoding="utf-8")
+    print(f"{first}\n\n{tables.report(found, summary)}")
     if args.readme:
-        overview = f"{headline(record)}\n\n{tables.overview(found, summary)}"
+        overview = f"{first}\n\n{tables.overview(found, summary)}"
         fill(args.readme, args.out, overview, [path for path in drawn if path.name.startswith("ratio")])
     print(f"with differences, costs and data: {args.out}/table.md")
     for path in drawn:
@@ -88,7 +84,16 @@ def draw(found: Collection, summary: pd.DataFrame, out: Path, judge: str | None)
     return written
 
 
-def provenance(found: Collection, args: argparse.Namespace, argv: list[str], module: str = "analysis.demo") -> dict:
+def freeze(found: Collection, args: argparse.Namespace, argv: list[str], module: str = "analysis.demo") -> str:
+    """Write `results.csv`, every row, and `provenance.json` to args.out; returns the line that tables open with."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    found.rows.to_csv(args.out / "results.csv", index=False)
+    record = provenance(found, args, argv, module)
+    (args.out / "provenance.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return headline(record)
+
+
+def provenance(found: Collection, args: argparse.Namespace, argv: list[str], module: str) -> dict:
     """Where the numbers come from: commit, versions, seeds, the command, the date, and the runs' own records."""
     rows = found.rows
     return {
