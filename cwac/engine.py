@@ -308,6 +308,11 @@ def shared_batch(given: dict, world_size: int) -> dict[str, int]:
 
 def check_precision(cfg: DictConfig, args: TrainingArguments, method: Method) -> None:
     """Refuse what would train wrongly or fail late, before a model is loaded; raises UserError."""
+    if args.use_cpu and torch.cuda.is_available():
+        raise UsageError(
+            "train.use_cpu=true: the SAE, the subspace and the evaluation would take the GPU that this process sees; "
+            "hide it instead with CUDA_VISIBLE_DEVICES="
+        )
     edits = [h for h in ("before_step", "after_backward") if getattr(type(method), h) is not getattr(Method, h)]
     if args.fp16 and edits:
         raise UsageError(

@@ -106,6 +106,16 @@ def test_what_would_go_wrong_is_refused_before_a_model_is_loaded(overrides, said
     assert "\n" not in str(caught.value)
 
 
+def test_half_a_run_on_the_cpu_is_refused_where_a_gpu_is(tmp_path, monkeypatch):
+    cfg = config.compose(["+train.use_cpu=true", f"paths.runs={tmp_path}"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused(cfg)
+    arguments = engine.training_arguments(cfg, Run(cfg))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match="train.use_cpu=true: .*CUDA_VISIBLE_DEVICES="):
+        engine.check_precision(cfg, arguments, None)
+
+
 def refused(cfg):
     config.validate(cfg)
     method = instantiate(cfg.method, _convert_="all")
