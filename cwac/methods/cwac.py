@@ -373,55 +373,12 @@ class CWAC(Method):
             self._targets[name] = self._target(model, rows)
 
     def _setup_activation(self, model: nn.Module, context: Context) -> None:
-        import pandas as pd
-
-        from cwac.sae import RoutedSAE, SAEConfig, SafetyTarget, fit_sae, quality, rank_latents, slots_of
+        from cwac.sae import SafetyTarget
 
         activation = self.activation
-        try:
-            config = SAEConfig(**{**activation.sae, "seed": 0})
-        except TypeError as error:
-            raise UserError(f"method.activation.sae: {error}; see cwac.sae.SAEConfig for its fields") from error
-        pools = context.pools
-
-        def encode(examples, responses=False):
-            return encode_prompts(context, examples, responses)
-
-        held = max(1, len(pools.sae) // 5)  # kept out of the fit for the quality report
-        harmful, held_harmful = encode(pools.sae[held:]), encode(pools.sae[:held])
-        n_benign = max(1, len(pools.benign) // 5)
-        general = encode(pools.benign[n_benign:], responses=True)
-        held_general = encode(pools.benign[:n_benign], responses=True)
-        key = {**artifact_key(context), "sae": asdict(config)}
-
-        def build(folder):
-            sae, fitted = fit_sae(model, general, harmful, config)
-            sae.save(folder)
-            measured = quality(model, sae, held_general, held_harmful)
-            (folder / "quality.json").write_text(json.dumps({**fitted, **measured}, indent=1))
-
-        folder = load_or_build(context.artifacts, "sae", key, build)
-        sae = RoutedSAE.load(folder, model).to(next(model.parameters()).device)
-        found = json.loads((folder / "quality.json").read_text())
-
-        def build_ranking(out):
-            refused = anchor_rows(model, context, pools.sae, 0)
-            table = rank_latents(
-                model,
-                sae,
-                refused,
-                encode(pools.benign),
-                n=activation.n_latents,
-                method=activation.rank,
-                general_rows=general,
-            )
-            table.to_csv(out / "latents.csv", index=False)
-
-        ranking_key = {**key, "rank": activation.rank, "n": activation.n_latents}
-        ranking = load_or_build(context.artifacts, "latents", ranking_key, build_ranking)
-        table = pd.read_csv(ranking / "latents.csv")
+        sae, table, found, ranking_key = ranked_latents(model, context, activation)
         latents = table["latent"].tolist()
-        for name, prompts in (("anchors", pools.step), ("heldout", pools.validation)):
+        for name, prompts in (("anchors", context.pools.step), ("heldout", context.pools.validation)):
             rows = anchor_rows(model, context, prompts, response_tokens(activation.positions))
             asked = digest({"prompts": [row["input_ids"] for row in rows]})
             target_key = {**ranking_key, "positions": activation.positions, "prompts": asked}
@@ -443,8 +400,61 @@ class CWAC(Method):
             sae_l0=found["l0_harmful"],
             sae_dead=found["dead_share"],
             latents_eligible=float(table["eligible"].sum()),
-            sae_slots=float(len(slots_of(model, config.slots))),
+            sae_slots=float(len(sae.slots)),
         )
+
+
+def ranked_latents(model: nn.Module, context: Context, activation: Activation) -> tuple[Any, Any, dict, dict]:
+    """The SAE of the aligned model and its latents by rank, fitted once and cached.
+
+    Returns the `RoutedSAE` on the model's device, the ranking's table (`cwac.sae.rank_latents`), the SAE's quality
+    report, and what identifies the ranking as an artifact.
+    """
+    import pandas as pd
+
+    from cwac.sae import RoutedSAE, SAEConfig, fit_sae, quality, rank_latents
+
+    try:
+        config = SAEConfig(**{**activation.sae, "seed": 0})
+    except TypeError as error:
+        raise UserError(f"method.activation.sae: {error}; see cwac.sae.SAEConfig for its fields") from error
+    pools = context.pools
+
+    def encode(examples, responses=False):
+        return encode_prompts(context, examples, responses)
+
+    held = max(1, len(pools.sae) // 5)  # kept out of the fit for the quality report
+    harmful, held_harmful = encode(pools.sae[held:]), encode(pools.sae[:held])
+    n_benign = max(1, len(pools.benign) // 5)
+    general = encode(pools.benign[n_benign:], responses=True)
+    held_general = encode(pools.benign[:n_benign], responses=True)
+    key = {**artifact_key(context), "sae": asdict(config)}
+
+    def build(folder):
+        sae, fitted = fit_sae(model, general, harmful, config)
+        sae.save(folder)
+        measured = quality(model, sae, held_general, held_harmful)
+        (folder / "quality.json").write_text(json.dumps({**fitted, **measured}, indent=1))
+
+    folder = load_or_build(context.artifacts, "sae", key, build)
+    sae = RoutedSAE.load(folder, model).to(next(model.parameters()).device)
+    found = json.loads((folder / "quality.json").read_text())
+
+    def build_ranking(out):
+        table = rank_latents(
+            model,
+            sae,
+            anchor_rows(model, context, pools.sae, 0),
+            encode(pools.benign),
+            n=activation.n_latents,
+            method=activation.rank,
+            general_rows=general,
+        )
+        table.to_csv(out / "latents.csv", index=False)
+
+    ranking_key = {**key, "rank": activation.rank, "n": activation.n_latents}
+    ranking = load_or_build(context.artifacts, "latents", ranking_key, build_ranking)
+    return sae, pd.read_csv(ranking / "latents.csv"), found, ranking_key
 
 
 def constrained(model: nn.Module, weight: Weight) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:

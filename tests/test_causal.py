@@ -1,0 +1,50 @@
+"""experiments/causal.py: the verdicts of planted rates, and the command on the embedded world."""
+
+import json
+
+import pandas as pd
+import pytest
+
+from experiments import causal
+
+SMALL = ["model.sae={tokens: 4096, m: 256, cached_tokens: 4096, batch: 512}", "eval.max_new_tokens=4"]
+
+
+@pytest.mark.parametrize(
+    ("held", "random", "said"), [(70, (90, 90), "yes yes"), (70.5, (90, 89), "no no"), (0, (100, 0), "yes no")]
+)
+def test_a_verdict_is_a_fall_of_30_points_and_of_at_most_10_at_random(held, random, said):
+    rates = {"none": 100.0, "held": held, **{f"random {k}": r for k, r in enumerate(random, 1)}}
+    rows = [
+        {"seed": 0, "factor": -1.0, "n": 200, "latents": name, "refusal": r, "harmful": 0.0, "other": 100 - r}
+        for name, r in rates.items()
+    ]
+    row = causal.verdicts(pd.DataFrame(rows)).splitlines()[2]
+    assert " ".join(cell.strip() for cell in row.split("|")[-3:-1]) == said
+
+
+def test_the_command_edits_the_held_latents_and_as_many_others(artifacts, tmp_path, capsys):
+    given = ["--draws", "2", "--prompts", "8", "--out", str(tmp_path), *SMALL, f"paths.artifacts={artifacts}"]
+    assert causal.main(given) == 0
+    table = pd.read_csv(tmp_path / "causal.csv")
+    assert table["latents"].tolist() == ["none", "held", "random 1", "random 2"] * 2
+    assert table["factor"].tolist() == [-1.0] * 4 + [0.0] * 4 and table["n"].nunique() == 1
+    assert (table["refusal"] + table["harmful"] + table["other"] - 100).abs().max() < 1e-9
+    untouched = table[table["latents"] == "none"]
+    assert untouched["refusal"].tolist() == [100, 100]  # only what the model refuses is asked
+    assert json.loads((tmp_path / "provenance.json").read_text())["overrides"][0] == "method=cwac"
+    assert (tmp_path / "table.md").read_text() in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (["method=weight_only"], "method=weight_only holds no latents of an SAE"),
+        (["method.activation={space: logits, positions: 'response:16'}"], "method=cwac holds no latents of an SAE"),
+        (["--draws", "0"], "--draws 0"),
+        (["--seeds", "x"], "--seeds x"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(given, named, artifacts, tmp_path, capsys):
+    assert causal.main(["--out", str(tmp_path / "out"), *given, f"paths.artifacts={artifacts}"]) == 2
+    assert named in capsys.readouterr().err and not (tmp_path / "out").exists()
