@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("results/attacks"), help="folder for the results")
     parser.add_argument("--judge", help="whose verdicts to use where the runs were judged by several")
     parser.add_argument("overrides", nargs="*", help="the sweep's own overrides, e.g. seed=0,1")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     args.experiment = ", ".join(PRESETS)
     cells = [cfg for preset in PRESETS for cfg in config.expand(preset, args.overrides)]
     found = collect(args.runs, [cell_from(cfg) for cfg in cells])

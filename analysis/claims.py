@@ -370,7 +370,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--reading", default="cwac", help="the method that stands for CWAC (cwac)")
     parser.add_argument("--csv", type=Path, help="also write every comparison's numbers here")
     parser.add_argument("overrides", nargs="*", help="the sweep's own overrides of the preset, e.g. seed=0,1")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     if args.results:
         collection = read_frozen(args.results)
     else:

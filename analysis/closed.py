@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("results/closed"), help="folder for the results")
     parser.add_argument("--judge", help="whose verdicts to use where the runs were judged by several")
     parser.add_argument("overrides", nargs="*", help="the sweeps' own overrides of every preset, e.g. seed=0,1")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     args.experiment = ", ".join(PRESETS)
     return publish(args, sys.argv[1:] if argv is None else argv)
 

@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         "--readme", type=Path, help="also fill this file's <!-- results:NAME --> block (NAME of --out)"
     )
     parser.add_argument("overrides", nargs="*", help="the sweep's own overrides of the preset, e.g. seed=0,1")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     return publish(args, argv if argv is not None else sys.argv[1:])
 
 

@@ -385,7 +385,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--figures", type=Path, help="also write every figure there, as PNG and PDF")
     parser.add_argument("--show-completions", action="store_true", help="do not redact answers to harmful requests")
     parser.add_argument("overrides", nargs="*", help="the sweep's own overrides of the preset, e.g. seed=0,1")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     if args.out.suffix != ".html":
         raise UserError(f"--out {args.out} is no page. Remedy: a name that ends in .html.")
     return publish(args, argv if argv is not None else sys.argv[1:])

@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("results/tuning"), help="folder of the logs (results/tuning)")
     parser.add_argument("--conf", type=Path, default=config.CONF, help="configuration folder to write to (conf)")
     parser.add_argument("overrides", nargs="*", help="the search's own overrides, e.g. model=smollm2 task=sst2 seed=3")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     try:
         return log_and_choose(args)
     except (HydraException, OmegaConfBaseException) as error:

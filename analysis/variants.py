@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("results/closed"), help="folder of the log (results/closed)")
     parser.add_argument("--conf", type=Path, default=config.CONF, help="configuration folder to write to (conf)")
     parser.add_argument("overrides", nargs="*", help="the search's own overrides, e.g. seed=3,4")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     cells = config.expand(SEARCH, args.overrides)
     found = collect(args.runs, map(cell_from, cells))
     missing = [cell for cell in found.missing if found.unfinished.get(cell.run_id) != "failed"]

@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.split("\n")[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (all)")
     parser.add_argument("--out", type=Path, default=runner.LATEST, help="(%(default)s)")
-    given = parser.parse_args(argv)
+    given = parser.parse_intermixed_args(argv)
     if unknown := sorted(set(given.parts) - set(PARTS)):
         parser.error(f"no benchmark is called {unknown[0]}; use some of {', '.join(PARTS)}")
     rows, skipped = [], []

@@ -141,7 +141,7 @@ def main(measure: Callable[..., Iterator[dict | Skipped]], argv: list[str] | Non
                 f"--{option.name.replace('_', '-')}", type=kind, default=option.default, help="(%(default)s)"
             )
     parser.add_argument("--out", type=Path, default=LATEST, help="(%(default)s)")
-    given = vars(parser.parse_args(argv))
+    given = vars(parser.parse_intermixed_args(argv))
     out = given.pop("out")
     try:
         rows, skipped = quietly(lambda: collect(measure(**given)))

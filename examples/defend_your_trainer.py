@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", default="runs/mine")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     parser.add_argument("overrides", nargs="*", help="any key of the method, e.g. method.activation.lam=1")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
 
     name = args.model or embedded_model(args.artifacts)
     model, tokenizer = (

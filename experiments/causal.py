@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "overrides", nargs="*", help="train.py's own, e.g. model=tiny method.activation.rank=activation"
     )
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     for name in ("draws", "prompts"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)} is too few; give at least 1")

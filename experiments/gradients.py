@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", default="0,1,2", help="run seeds, each a model and a mix of rows (0,1,2)")
     parser.add_argument("--out", type=Path, default=Path("results/gradients"), help="folder for the results")
     parser.add_argument("overrides", nargs="*", help="train.py's own, e.g. model=tiny harmful_ratio=0.2")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     given = ["method=weight_only_closed", "harmful_ratio=0.2", *args.overrides]
     entries = []
     for seed in args.seeds.split(","):

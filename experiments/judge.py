@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder that holds the runs' folders")
     parser.add_argument("--judge", required=True, help="an option of conf/eval/judge")
     parser.add_argument("overrides", nargs="*", help="keys of that option, e.g. batch_size=64 hub_id=<folder>")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     cfg = configure(args.judge, args.overrides)
     work = [one for folder in finished(args.runs) for one in pending(folder, cfg.name)]
     if not work:

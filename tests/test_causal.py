@@ -24,7 +24,8 @@ def test_a_verdict_is_a_fall_of_30_points_and_of_at_most_10_at_random(held, rand
 
 
 def test_the_command_edits_the_held_latents_and_as_many_others(artifacts, tmp_path, capsys):
-    given = ["--draws", "2", "--prompts", "8", "--out", str(tmp_path), *SMALL, f"paths.artifacts={artifacts}"]
+    before, *after = [*SMALL, f"paths.artifacts={artifacts}"]  # overrides may stand on both sides of options
+    given = [before, "--draws", "2", "--prompts", "8", "--out", str(tmp_path), *after]
     assert causal.main(given) == 0
     table = pd.read_csv(tmp_path / "causal.csv")
     assert table["latents"].tolist() == ["none", "held", "random 1", "random 2"] * 2
