@@ -6,8 +6,8 @@ python -m experiments.sources model=smollm2 task=sst2 paths.data=<folder laid ou
 The closed constraint keeps what a model does on its anchors; of other prompts it keeps what V holds of their
 activations, and that energy on held-out prompts is the certificate that predicted HS best (docs/findings.md, 3). Here
 V is fitted on as many anchors from one source, from all in equal parts (`mixed`), and on all there are (`all`), and
-measured on held-out prompts of every source, and on harmless ones. Where every prompt has a harm category (the embedded
-world), a source is a category.
+measured on held-out prompts of every source, and on harmless ones. Where every prompt has a harm category (the
+embedded world), a source is a category.
 
 Deviations: all of it is `ours`; the paper (arXiv:2604.12384) fits on one set of harmful prompts and does not ask.
 Energy is the share of squared norm of the inputs, the first token left out, the least over the constrained matrices.
