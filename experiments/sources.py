@@ -128,10 +128,11 @@ def measure(cfg: DictConfig, n: int, draws: int, test: int) -> list[dict]:
     return entries
 
 
-def shown(values: pd.Series) -> str:
-    """Percent, with the half-width of the 95 % t-interval over seeds and draws."""
-    half = half_width([100 * value for value in values])
-    return f"{100 * values.mean():.2f}" + ("" if math.isnan(half) else f" ± {half:.2f}")
+def shown(part: pd.DataFrame) -> str:
+    """Mean energy in percent, with the half-width of its 95 % t-interval over seeds, over draws where there is one."""
+    values = 100 * (part.groupby("seed")["energy"].mean() if part["seed"].nunique() > 1 else part["energy"])
+    half = half_width(list(values))
+    return f"{values.mean():.1f}" + ("" if math.isnan(half) else f" ± {half:.1f}")
 
 
 def summary(table: pd.DataFrame) -> str:
@@ -139,7 +140,7 @@ def summary(table: pd.DataFrame) -> str:
     sets = list(dict.fromkeys(table["prompts"]))
     rows = []
     for name, part in table.groupby("anchors", sort=False):
-        cells = [shown(part.loc[part["prompts"] == of, "energy"]) for of in sets]
+        cells = [shown(part[part["prompts"] == of]) for of in sets]
         rows.append([name, f"{part['n_anchors'].mean():.0f}", f"{part['rank'].mean():.2f}", *cells])
     return markdown(["anchors from", "anchors", "rank / d", *sets], rows, key=1)
 

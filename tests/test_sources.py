@@ -38,6 +38,13 @@ def test_the_command_measures_every_source_under_every_fit(artifacts, tmp_path, 
     assert "anchors from" in capsys.readouterr().out and (tmp_path / "sources.png").stat().st_size > 0
 
 
+def test_an_interval_is_over_seeds_where_there_are_several():
+    part = pd.DataFrame({"seed": [0, 0, 1, 1], "energy": [0.89, 0.91, 0.91, 0.93]})
+    assert sources.shown(part) == "91.0 ± 12.7"  # of 90 and 92: t(1) = 12.7, a standard error of 1
+    assert sources.shown(part[part["seed"] == 0]) == "90.0 ± 12.7"
+    assert sources.shown(part[:1]) == "89.0"
+
+
 @pytest.mark.parametrize(
     ("given", "named"),
     [
