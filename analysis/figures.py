@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from analysis import paper, stats
 
@@ -195,8 +195,7 @@ def multiples(
             ax.set_ylim(-4, 104)
             bare(ax)
             if scale == "log":
-                ax.set_xscale("log")
-                ax.xaxis.set_minor_formatter(NullFormatter())  # labels of minor ticks would overlap
+                logarithmic(ax, lines["x"])
             elif scale == "even":
                 ax.set_xticks(range(len(ticks)), [f"{x:g}" for x in ticks])
         for ax in list(grid.flat)[len(methods) :]:
@@ -336,6 +335,15 @@ def wide(values: pd.Series) -> bool:
     return bool(values.min() > 0 and values.max() > 20 * values.min())
 
 
+def logarithmic(ax: Axes, values: pd.Series) -> None:
+    """A logarithmic x axis for `values`: over less than three decades 1, 2 and 5 of each are labelled."""
+    ax.set_xscale("log")
+    if values.max() < 1000 * values.min():
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter(NullFormatter())  # labels of minor ticks would overlap
+
+
 def training_overlay(points: pd.DataFrame, ratios: Sequence[float], title: str) -> Figure:
     """`against_training` with all methods in one panel, one row of panels a harmful ratio."""
     figure, grid = panels(len(ratios), 2, (9, 1.2 + 2.7 * len(ratios)), sharey=True)
@@ -353,8 +361,7 @@ def training_overlay(points: pd.DataFrame, ratios: Sequence[float], title: str) 
         if here["task_loss"].notna().any():
             # Training lowers the loss, so time runs left to right in both columns.
             if wide(here["task_loss"].dropna()):
-                pair[1].set_xscale("log")
-                pair[1].xaxis.set_minor_formatter(NullFormatter())
+                logarithmic(pair[1], here["task_loss"])
             pair[1].invert_xaxis()
         else:
             pair[1].text(0.5, 0.5, "no task_loss rows", transform=pair[1].transAxes, ha="center", color="0.4")
