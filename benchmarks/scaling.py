@@ -137,7 +137,7 @@ def step_points(point: Point, series: str, repeats: int) -> Iterator[tuple[str, 
     """(what, size, seconds of each step) of every kind of step that depends on the series, and of its parts."""
     for kind in VARIED.get(series, KINDS):
         with tempfile.TemporaryDirectory() as folder:
-            row = cost.Row(point.tokens, point.tokens // 4, Sizes(32, point.rank / point.ffn))
+            row = cost.Row(point.tokens, point.tokens // 4, Sizes(prompt_tokens=32, rank_share=point.rank / point.ffn))
             trainer = steps.trainer(configured(point, kind), row, WARM_UP + repeats, folder)
             x = {
                 "parameters": sum(p.numel() for p in trainer.model.parameters()),
@@ -398,7 +398,7 @@ def counted(target: Target, *given: str) -> tuple[dict[str, float], float]:
     found = []
     for layers in (8, 16):
         cfg = config.compose(["model=llama2", "task=gsm8k", target.override(layers), *given])
-        row = cost.Row(512, 128, Sizes(32, target.ranks[0] / target.ffn))
+        row = cost.Row(512, 128, Sizes(prompt_tokens=32, rank_share=target.ranks[0] / target.ffn))
         found.append(cost.estimate(cfg, cost.shape(cfg), row))
     few, more = found
 

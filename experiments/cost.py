@@ -280,7 +280,7 @@ def step(ledger: Ledger, args: TrainingArguments, model: nn.Module, method: Meth
 
 def measure(cfg: DictConfig, architecture: PretrainedConfig, row: Row, steps: int) -> tuple[float, float]:
     """Peak bytes and median seconds of `steps` steps of a random model; see the module for what is subtracted."""
-    train(cfg, AutoConfig.for_model(**NANO), Row(16, 16, Sizes(8, row.sizes.rank_share)), 2)
+    train(cfg, AutoConfig.for_model(**NANO), Row(16, 16, Sizes(prompt_tokens=8, rank_share=row.sizes.rank_share)), 2)
     gc.collect()
     with suppress(OSError, AttributeError):  # glibc keeps what was freed; elsewhere the baseline stays a little high
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -364,7 +364,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for cfg in config.expand(None, given.overrides):
             tokens = given.tokens or cfg.train.max_length
-            sizes = Sizes(min(given.prompt_tokens, tokens), given.rank_share)
+            sizes = Sizes(prompt_tokens=min(given.prompt_tokens, tokens), rank_share=given.rank_share)
             row, architecture = Row(tokens, given.label_tokens or tokens, sizes), shape(cfg)
             found = estimate(cfg, architecture, row)
             took = measure(cfg, architecture, row, given.measure) if given.measure else None

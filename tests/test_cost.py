@@ -37,7 +37,7 @@ def test_every_model_has_a_shape():
 
 def small(*overrides):
     cfg = config.compose(["model=tiny", SMALL, *overrides])
-    return cfg, cost.shape(cfg), cost.Row(64, 64, Sizes(16))
+    return cfg, cost.shape(cfg), cost.Row(64, 64, Sizes(prompt_tokens=16))
 
 
 def test_parts_follow_from_the_shape():
@@ -62,7 +62,7 @@ def test_8_bits_and_4_bits_shrink_what_they_hold_also_without_bitsandbytes():
     assert four["optimizer state"] < 0.05 * plain["optimizer state"]
     # the peak is a step's, also where the base in full would be more
     cfg, shape, _ = small(*lora, "model.load_in_4bit=true")
-    assert "weights (4 bit)" in cost.estimate(cfg, shape, cost.Row(4, 4, Sizes(4))).parts
+    assert "weights (4 bit)" in cost.estimate(cfg, shape, cost.Row(4, 4, Sizes(prompt_tokens=4))).parts
 
 
 def test_checkpointing_saves_activations_and_bf16_keeps_masters_and_a_copy():
@@ -84,6 +84,13 @@ def test_a_step_costs_six_flops_a_parameter_and_token():
 def test_an_optimizer_without_an_estimate_is_named():
     with pytest.raises(UsageError, match="train.optim=adafactor has no estimate; use one of sgd"):
         cost.estimate(*small("method=sft", "+train.optim=adafactor"))
+
+
+@pytest.mark.parametrize("method", ["cwac", "cwac_closed"])
+def test_the_command_knows_the_sizes_of_a_constraint(method, capsys):
+    assert cost.main([SMALL, "model=tiny", f"method={method}", "--tokens", "16", "--rank-share", "0.25"]) == 0
+    printed = capsys.readouterr().out
+    assert "V and A of the constraint" in printed and "SAE" in printed and "FLOPs of a step" in printed
 
 
 def test_what_is_not_counted_is_said(capsys):

@@ -48,7 +48,7 @@ class Context:
     """Optimizer steps of the whole run; known from `setup` on, since `training_data` decides on the rows."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Sizes:
     """What a rehearsal cannot know, since it has no data; also the context it runs in."""
 
