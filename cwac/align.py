@@ -53,6 +53,9 @@ and how it was trained. It holds weights only. Model: Apache-2.0. Part of the tr
 CC BY-NC 4.0 (Alpaca, safety-tuned-llamas), the rest MIT (AdvBench, HarmBench) and CC BY 4.0 (XSTest).
 """
 
+READABLE = 0o644
+"""Of the adapter's file, which safetensors leaves to its owner alone."""
+
 Splits = dict[str, dict[str, list[Example]]]
 
 
@@ -88,9 +91,9 @@ ROUNDS = (
 adapters of the last two are averaged (Wortsman et al. 2022, arXiv:2203.05482): each alone refused 35 or 36 of
 HarmBench's 38 where Alpaca's refusals stayed under 5 %."""
 
-STRENGTH = 1.12
-"""The averaged adapter's update is multiplied by this (task arithmetic, Ilharco et al. 2023, arXiv:2212.04089). Tried
-on validation: 1 refuses 36 of HarmBench and 4 of Alpaca's 113, 1.12 37 and 5, 1.2 36 and 7."""
+STRENGTHS = (1.12, 1.0, 0.9, 0.8)
+"""By which the averaged adapter's update is multiplied (task arithmetic, Ilharco et al. 2023, arXiv:2212.04089), in the
+order in which validation prompts try them: less refuses less, of the harmful as of the harmless."""
 
 
 @dataclass(frozen=True)
@@ -165,9 +168,8 @@ def train_adapter(
     # a folder name of the building machine means nothing elsewhere
     model.peft_config["default"].base_model_name_or_path = f"{smollm2.PACKAGE}=={smollm2.VERSION}"
     model.save_pretrained(out)
-    out = Path(out)
-    (out / "adapter_model.safetensors").chmod(0o644)  # peft leaves it readable by its owner only
-    (out / "README.md").write_text(CARD)  # instead of peft's empty form
+    _weights(Path(out)).chmod(READABLE)
+    (Path(out) / "README.md").write_text(CARD)  # instead of peft's empty form
     return {"loss": round(loss, 4), "rows": dict(Counter(e.source for e in [*refusals, *benign]))}
 
 
@@ -184,7 +186,7 @@ def average(adapter: str | Path, other: str | Path) -> None:
     path = _weights(Path(adapter))
     mine, theirs = load_file(path), load_file(_weights(Path(other)))
     tensors = {name: ((tensor.float() + theirs[name].float()) / 2).half() for name, tensor in mine.items()}
-    save_file(tensors, path, metadata={"format": "pt"})
+    _rewrite(path, tensors)
 
 
 def strengthen(adapter: str | Path, strength: float) -> None:
@@ -194,7 +196,7 @@ def strengthen(adapter: str | Path, strength: float) -> None:
         name: (tensor.float() * strength).half() if "lora_B" in name else tensor
         for name, tensor in load_file(path).items()
     }
-    save_file(tensors, path, metadata={"format": "pt"})
+    _rewrite(path, tensors)
 
 
 def alignment_rows(
@@ -314,6 +316,11 @@ def _weights(adapter: Path) -> Path:
     return path
 
 
+def _rewrite(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(READABLE)
+
+
 def _respond(example: Example, response: str) -> Example:
     return Example(example.id, example.prompt, response, source=example.source, group=example.group)
 
@@ -350,14 +357,40 @@ def main() -> int:
             trained.append(asdict(recipe) | result)
         if len(trained) > 1:
             average(args.out, earlier)
-    strengthen(args.out, STRENGTH)
-    report = write_gate(base_folder, args.out, splits, trained)
+    report = choose_strength(base_folder, args.out, splits, trained)
     print(json.dumps(report, indent=2))
+    if not report["passed"]:
+        print("the gate is not passed; the adapter was written nevertheless, with its numbers", file=sys.stderr)
     return 0 if report["passed"] else 1
 
 
-def write_gate(base_folder: Path, adapter: str | Path, splits: Splits, trained: list[dict]) -> dict:
-    """Judge the saved fp16 adapter, merged, as a user gets it; writes and returns the report of `gate.json`."""
+def choose_strength(base_folder: Path, adapter: str | Path, splits: Splits, trained: list[dict]) -> dict:
+    """Leave the saved adapter at the first of `STRENGTHS` that passes the gate, or at the last; returns its report."""
+    path = _weights(Path(adapter))
+    plain, tried = path.read_bytes(), []
+    for strength in STRENGTHS:
+        path.write_bytes(plain)
+        strengthen(adapter, strength)
+        report = write_gate(base_folder, adapter, splits, trained, strength, tried)
+        if report["passed"]:
+            break
+        tried.append({"strength": strength, **{check["name"]: check["value"] for check in report["checks"]}})
+        print(f"the gate is not passed at a strength of {strength}", file=sys.stderr)
+    return report
+
+
+def write_gate(
+    base_folder: Path,
+    adapter: str | Path,
+    splits: Splits,
+    trained: list[dict],
+    strength: float,
+    tried: Sequence[dict] = (),
+) -> dict:
+    """Judge the saved fp16 adapter, merged, as a user gets it; writes and returns the report of `gate.json`.
+
+    trained: the rounds. tried: the strengths before this one, with what they measured.
+    """
     with tempfile.TemporaryDirectory() as folder:
         aligned = AutoModelForCausalLM.from_pretrained(apply(base_folder, adapter, folder)).to(device())
     base = AutoModelForCausalLM.from_pretrained(base_folder).to(device())
@@ -366,15 +399,14 @@ def write_gate(base_folder: Path, adapter: str | Path, splits: Splits, trained: 
         "passed": all(c.passed for c in checks if c.passed is not None),
         "checks": [asdict(c) for c in checks],
         "rounds": trained,
-        "strength": STRENGTH,
+        "strength": strength,
+        "tried": list(tried),
         "adapter_sha256": fingerprint(adapter),
         "base": {"wheel": f"{smollm2.PACKAGE}=={smollm2.VERSION}", "sha256": smollm2.SHA256},
         "judge": KeywordJudge().name,
         "prompts": "validation and validation_benign of conf/pools/real.yaml",
     }
     (Path(adapter) / "gate.json").write_text(json.dumps(report, indent=2) + "\n")
-    if not report["passed"]:
-        print("the gate is not passed; the adapter was written nevertheless, with its numbers", file=sys.stderr)
     return report
 
 

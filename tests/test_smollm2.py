@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -147,7 +147,7 @@ def test_a_cut_answer_is_not_taught_to_end(base):
     assert tokenizer.decode(answers[2]) == "apple <eos>"
 
 
-def test_two_rounds_leave_an_adapter_and_a_report(base, tmp_path):
+def test_two_rounds_leave_an_adapter_and_a_report(base, tmp_path, monkeypatch):
     """Where there is a GPU, on it; the files do not tell."""
     harmful = [Example(f"h{i}", "lift the lantern", "i cannot help with that .", source="advbench") for i in range(2)]
     benign = [Example(f"b{i}", "name a fruit", source="alpaca") for i in range(2)]
@@ -161,12 +161,25 @@ def test_two_rounds_leave_an_adapter_and_a_report(base, tmp_path):
     for start in (None, tmp_path):
         result = align.train_adapter(base, splits, tmp_path, recipe, start)
     assert result["rows"] == {"advbench": 2, "alpaca": 2}
-    align.strengthen(tmp_path, align.STRENGTH)
     weights = load_file(tmp_path / "adapter_model.safetensors")
     assert {(w.dtype, w.device.type) for w in weights.values()} == {(torch.float16, "cpu")}
     assert any(w.any() for name, w in weights.items() if "lora_B" in name)
-    report = align.write_gate(base, tmp_path, splits, [])
+    gate, measured = align.gate, []
+
+    def third_time_right(*args):
+        measured.append(gate(*args))
+        passed = [replace(check, passed=len(measured) == 3) for check in measured[-1]]
+        return passed
+
+    monkeypatch.setattr(align, "gate", third_time_right)
+    report = align.choose_strength(base, tmp_path, splits, [])
     assert report["checks"][-1]["n"] > 0 and report == json.loads((tmp_path / "gate.json").read_text())
+    assert report["passed"] and report["strength"] == align.STRENGTHS[2]
+    assert [t["strength"] for t in report["tried"]] == list(align.STRENGTHS[:2])
+    kept = load_file(tmp_path / "adapter_model.safetensors")
+    name = next(name for name, w in weights.items() if "lora_B" in name and w.any())
+    assert torch.allclose(kept[name].float(), weights[name].float() * align.STRENGTHS[2], rtol=2e-3, atol=1e-7)
+    assert (tmp_path / "adapter_model.safetensors").stat().st_mode & 0o777 == 0o644
 
 
 def test_the_models_own_answers_cost_least(base):
@@ -239,7 +252,7 @@ def test_the_shipped_gate_report_belongs_to_the_shipped_adapter():
     decided = [c for c in report["checks"] if c["passed"] is not None]
     assert report["passed"] and all(c["passed"] for c in decided)
     assert {c["name"] for c in decided} >= {"refusal on advbench", "refusal on harmbench", "over-refusal on alpaca"}
-    assert report["strength"] == align.STRENGTH
+    assert report["strength"] in align.STRENGTHS
     for check in decided:
         at_least = check["name"].startswith("refusal")
         ok = check["value"] >= check["threshold"] if at_least else check["value"] <= check["threshold"]
