@@ -92,8 +92,8 @@ adapters of the last two are averaged (Wortsman et al. 2022, arXiv:2203.05482): 
 HarmBench's 38 where Alpaca's refusals stayed under 5 %."""
 
 STRENGTHS = (1.12, 1.0, 0.9, 0.8)
-"""By which the averaged adapter's update is multiplied (task arithmetic, Ilharco et al. 2023, arXiv:2212.04089), in the
-order in which validation prompts try them: less refuses less, of the harmful as of the harmless."""
+"""By which the averaged adapter's update is multiplied (task arithmetic, Ilharco et al. 2023, arXiv:2212.04089), in
+the order in which they are tried on validation: less refuses less, of the harmful as of the harmless."""
 
 
 @dataclass(frozen=True)
