@@ -154,6 +154,10 @@ def main(measure: Callable[..., Iterator[dict | Skipped]], argv: list[str] | Non
 
 def quietly(act: Callable[[], T]) -> T:
     """Run `act` on one thread, whose CPU time is the measure, and without libraries' news."""
+    before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    return act()
+    try:
+        return act()
+    finally:
+        logging.disable(before)  # whoever goes on in this process hears of warnings again
