@@ -16,7 +16,6 @@ own ranking, `rank=random` is the control of the instrument.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from analysis.stats import exact
 from analysis.tables import markdown
 from cwac import config
 from cwac.config import UserError, command
-from cwac.runs import environment
+from experiments.seeds import at_least_one, cells, write_provenance
 
 FACTORS = (-1.0, 0.0)
 FALL, RANDOM_FALL = 30, 10
@@ -85,7 +84,8 @@ def verdicts(table: pd.DataFrame) -> str:
     """A Markdown table, one row a seed and factor; intervals are over its prompts, the random latents' over draws."""
     rows = []
     for (seed, factor), part in table.groupby(["seed", "factor"], sort=False):
-        refusal, n = part.set_index("latents")["refusal"], int(part["n"].iloc[0])
+        by, n = part.set_index("latents"), int(part["n"].iloc[0])
+        refusal = by["refusal"]
         random = refusal[refusal.index.str.startswith("random")]
         low, high = exact(refusal["held"], n)
         fall, random_fall = refusal["none"] - refusal["held"], refusal["none"] - random.mean()
@@ -96,7 +96,7 @@ def verdicts(table: pd.DataFrame) -> str:
                 str(n),
                 f"{refusal['none']:.1f}",
                 f"{refusal['held']:.1f} [{low:.1f}, {high:.1f}]",
-                f"{part.set_index('latents')['harmful']['held']:.1f}",
+                f"{by['harmful']['held']:.1f}",
                 f"{random.mean():.1f} [{random.min():.1f}, {random.max():.1f}]",
                 "yes" if fall >= FALL else "no",
                 "yes" if random_fall <= RANDOM_FALL else "no",
@@ -118,24 +118,17 @@ def main(argv: list[str] | None = None) -> int:
         "overrides", nargs="*", help="train.py's own, e.g. model=tiny method.activation.rank=activation"
     )
     args = parser.parse_intermixed_args(argv)
-    for name in ("draws", "prompts"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)} is too few; give at least 1")
+    at_least_one(args, "draws", "prompts")
     given = ["method=cwac", *args.overrides]
     entries = []
-    for seed in args.seeds.split(","):
-        if not seed.strip().isdigit():
-            raise UserError(f"--seeds {args.seeds} is no list of whole numbers such as 0,1,2")
-        cfg = config.compose([*given, f"seed={seed}"])
-        config.validate(cfg)
+    for cfg in cells(args.seeds, given):
         entries += measure(cfg, args.draws, args.prompts)
     table = pd.DataFrame(entries)
     args.out.mkdir(parents=True, exist_ok=True)
     table.to_csv(args.out / "causal.csv", index=False)
     text = verdicts(table)
     (args.out / "table.md").write_text(text + "\n", encoding="utf-8")
-    about = {"command": ["python", "-m", "experiments.causal", *(argv or sys.argv[1:])], "overrides": given}
-    (args.out / "provenance.json").write_text(json.dumps({**about, **environment()}, indent=2) + "\n")
+    write_provenance(args.out, "experiments.causal", argv, given)
     print(text)
     return 0
 

@@ -16,7 +16,6 @@ training, and plain gradients: AdamW's steps differ from them, and later gradien
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +32,7 @@ from cwac import config
 from cwac.config import UserError, command
 from cwac.data.tokenize import Collator, Rows, pad_token_id
 from cwac.models import linears
-from cwac.runs import environment
+from experiments.seeds import cells, write_provenance
 
 
 def mean_gradients(
@@ -160,11 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     given = ["method=weight_only_closed", "harmful_ratio=0.2", *args.overrides]
     entries = []
-    for seed in args.seeds.split(","):
-        if not seed.strip().isdigit():
-            raise UserError(f"--seeds {args.seeds} is no list of whole numbers such as 0,1,2")
-        cfg = config.compose([*given, f"seed={seed}"])
-        config.validate(cfg)
+    for cfg in cells(args.seeds, given):
         entries += measure(cfg)
     table = pd.DataFrame(entries)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -172,9 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     draw(table).savefig(args.out / "gradients.png", dpi=200)
     medians = table.drop(columns=["seed", "layer"]).groupby("kind").median().reindex(list(KINDS))
     print(medians.dropna().round(3).to_string())
-    about = {"command": ["python", "-m", "experiments.gradients", *(argv or sys.argv[1:])], "overrides": given}
-    about |= {"seeds": args.seeds, "matrices": len(table)}
-    (args.out / "provenance.json").write_text(json.dumps({**about, **environment()}, indent=2) + "\n")
+    write_provenance(args.out, "experiments.gradients", argv, given, seeds=args.seeds, matrices=len(table))
     print(f"figure: {args.out / 'gradients.png'}")
     return 0
 

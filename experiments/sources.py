@@ -18,7 +18,6 @@ Anchors are prompts of the pools `anchors`, `step` and `sae` with the model's re
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
 import sys
@@ -38,8 +37,8 @@ from analysis.tables import markdown
 from cwac import config
 from cwac.config import UserError, command
 from cwac.data.examples import Example
-from cwac.runs import environment
 from cwac.subspace import Basis, capture
+from experiments.seeds import at_least_one, cells, write_provenance
 
 MIXED, ALL, HARMLESS = "mixed", "all", "harmless"
 
@@ -176,16 +175,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("results/sources"), help="folder for the results")
     parser.add_argument("overrides", nargs="*", help="train.py's own, e.g. model=tiny method.weight.energy=0.999")
     args = parser.parse_intermixed_args(argv)
-    for name in ("anchors", "draws", "test"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)} is too few; give at least 1")
+    at_least_one(args, "anchors", "draws", "test")
     given = ["method=weight_only_closed", *args.overrides]
     entries = []
-    for seed in args.seeds.split(","):
-        if not seed.strip().isdigit():
-            raise UserError(f"--seeds {args.seeds} is no list of whole numbers such as 0,1,2")
-        cfg = config.compose([*given, f"seed={seed}"])
-        config.validate(cfg)
+    for cfg in cells(args.seeds, given):
         entries += measure(cfg, args.anchors, args.draws, args.test)
     table = pd.DataFrame(entries)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -193,8 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     text = summary(table)
     (args.out / "table.md").write_text(text + "\n", encoding="utf-8")
     draw_map(table).savefig(args.out / "sources.png", dpi=200)
-    about = {"command": ["python", "-m", "experiments.sources", *(argv or sys.argv[1:])], "overrides": given}
-    (args.out / "provenance.json").write_text(json.dumps({**about, **environment()}, indent=2) + "\n")
+    write_provenance(args.out, "experiments.sources", argv, given)
     print(text)
     print(f"figure: {args.out / 'sources.png'}")
     return 0

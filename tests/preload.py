@@ -1,6 +1,5 @@
 """What every run imports, loaded once into the server that test runs are forked from."""
 
-import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -15,4 +14,3 @@ from cwac import engine  # noqa: E402, F401
 from cwac.evaluation import evaluate  # noqa: E402, F401
 
 torch.set_num_threads(1)
-gc.freeze()  # Trainer collects garbage at every start; what is imported stays

@@ -1,6 +1,5 @@
 """1 x 8 == 8 x 1 == 2 ranks x 4, whole or in shards: a result does not depend on how a batch is laid out."""
 
-import gc
 import shutil
 import socket
 import traceback
@@ -136,7 +135,6 @@ def two_ranks(rank, folder, cells, port):
     )
     torch.set_num_threads(1)
     found = {"penalised": final_weights(folder, 4, 1, rank, 2)}
-    gc.freeze()
     for name, cfg in cells.items():  # one start of two processes for all of them
         try:
             found[name] = trained_by(cfg, Path(folder), 8, 1)
