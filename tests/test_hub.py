@@ -11,6 +11,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from cwac.align import alignment_splits
 from cwac.config import UserError, compose
 from cwac.data.examples import Example
 from cwac.data.harmful import (
@@ -66,6 +67,19 @@ def folder(tmp_path_factory) -> Path:
     rows = [{"instruction": p, "input": "", "output": f"done {p}"} for p in sentences("b", 150)]
     write(root, "tatsu-lab/alpaca", "train", rows)
     return root
+
+
+def test_the_alignment_stage_has_sources_that_no_run_sees(folder):
+    seen, plain = alignment_splits(str(folder)), real_splits(CONFIG, str(folder))
+    alone = {"passage", "oddity"}
+    assert set(seen["align_benign"]) - set(plain["align_benign"]) == alone
+    assert not alone & {source for name in plain for source in plain[name]}
+    kinds = {e.group for e in seen["align_benign"]["oddity"]}
+    assert len(kinds) == 5 and all(len(seen["align_benign"][source]) > 200 for source in alone)
+    for name in plain:  # nothing else moves
+        assert {s: [e.id for e in rows] for s, rows in seen[name].items() if s not in alone} == {
+            s: [e.id for e in rows] for s, rows in plain[name].items()
+        }, name
 
 
 def test_rows_come_from_the_folder_with_config_and_split(folder):

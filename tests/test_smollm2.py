@@ -147,19 +147,45 @@ def test_a_cut_answer_is_not_taught_to_end(base):
     assert tokenizer.decode(answers[2]) == "apple <eos>"
 
 
-def test_two_rounds_leave_an_adapter_and_a_report(base, tmp_path, monkeypatch):
-    """Where there is a GPU, on it; the files do not tell."""
+def few_rows() -> align.Splits:
     harmful = [Example(f"h{i}", "lift the lantern", "i cannot help with that .", source="advbench") for i in range(2)]
     benign = [Example(f"b{i}", "name a fruit", source="alpaca") for i in range(2)]
-    splits = {
+    return {
         "align": {"advbench": harmful},
         "align_benign": {"alpaca": benign},
         "validation": {"advbench": harmful},
         "validation_benign": {"alpaca": benign},
     }
-    recipe = align.Round(steps=2, refusals=2, benign=2, batch_size=2, rank=4)
+
+
+SHORT_ROUND = align.Round(steps=2, refusals=2, benign=2, batch_size=2, rank=4)
+
+
+def test_a_round_that_is_there_is_not_trained_again(base, tmp_path, monkeypatch):
+    splits, trained, train = few_rows(), [], align.train_adapter
+
+    def counted(base_folder, splits, out, recipe, start):
+        trained.append((out.name, start and start.name))
+        return train(base_folder, splits, out, recipe, start)
+
+    monkeypatch.setattr(align, "train_adapter", counted)
+    recipes = [SHORT_ROUND, replace(SHORT_ROUND, seed=1)]
+    folders, first = align.train_rounds(base, splits, tmp_path, recipes)
+    assert trained == [("1", None), ("2", "1")]
+    assert [r["seed"] for r in first] == [0, 1] and all(r["rows"] == {"advbench": 2, "alpaca": 2} for r in first)
+    (folders[1] / align.ROUND).unlink()  # what an interruption of the second round leaves
+    assert align.train_rounds(base, splits, tmp_path, recipes) == (folders, first)
+    assert trained[2:] == [("2", "1")]
+    splits["align_benign"]["alpaca"] = splits["align_benign"]["alpaca"][:1]
+    align.train_rounds(base, splits, tmp_path, [replace(SHORT_ROUND, benign=1)])
+    assert trained[3:] == [("1", None)]
+
+
+def test_two_rounds_leave_an_adapter_and_a_report(base, tmp_path, monkeypatch):
+    """Where there is a GPU, on it; the files do not tell."""
+    splits = few_rows()
     for start in (None, tmp_path):
-        result = align.train_adapter(base, splits, tmp_path, recipe, start)
+        result = align.train_adapter(base, splits, tmp_path, SHORT_ROUND, start)
     assert result["rows"] == {"advbench": 2, "alpaca": 2}
     weights = load_file(tmp_path / "adapter_model.safetensors")
     assert {(w.dtype, w.device.type) for w in weights.values()} == {(torch.float16, "cpu")}
@@ -247,8 +273,9 @@ def test_the_shipped_gate_report_belongs_to_the_shipped_adapter():
     assert report["adapter_sha256"] == align.fingerprint()
     assert report["base"]["sha256"] == smollm2.SHA256
     assert len(report["rounds"]) == len(align.ROUNDS)
-    for done, planned in zip(report["rounds"], align.ROUNDS, strict=True):
-        assert asdict(planned).items() <= done.items()
+    planned = zip(report["rounds"], align.ROUNDS, strict=True)
+    as_today = all(asdict(recipe).items() <= done.items() for done, recipe in planned)
+    assert as_today != ("an earlier recipe" in report.get("note", "")), "the note says so exactly where it is true"
     decided = [c for c in report["checks"] if c["passed"] is not None]
     assert report["passed"] and all(c["passed"] for c in decided)
     assert {c["name"] for c in decided} >= {"refusal on advbench", "refusal on harmbench", "over-refusal on alpaca"}
