@@ -94,8 +94,8 @@ ROUNDS = (
     Round(200, 900, 1800, learning_rate=2e-4, answer_tokens=8, refusal_characters=60, repeats=2, seed=2),
 )
 """The first teaches where to stop, the others, with more refusals to an answer, what to refuse in any wording. The
-adapters of all but the first are averaged (Wortsman et al. 2022, arXiv:2203.05482): each alone refused 35 or 36 of
-HarmBench's 38 where Alpaca's refusals stayed under 5 %."""
+adapters of all but the first are averaged (Wortsman et al. 2022, arXiv:2203.05482). A fourth round like the second,
+averaged in, was tried and refused more of the harmless, not less."""
 
 STRENGTHS = (1.12, 1.06, 1.0, 0.95, 0.9, 0.8)
 """By which the averaged adapter's update is multiplied (task arithmetic, Ilharco et al. 2023, arXiv:2212.04089), in
