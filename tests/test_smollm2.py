@@ -272,11 +272,8 @@ def test_the_shipped_gate_report_belongs_to_the_shipped_adapter():
     report = json.loads((align.ADAPTER / "gate.json").read_text())
     assert report["adapter_sha256"] == align.fingerprint()
     assert report["base"]["sha256"] == smollm2.SHA256
-    first, second, third = align.ROUNDS
-    shipped = (replace(first, benign=2000), replace(second, benign=1500), replace(third, benign=1500, steps=180))
-    for done, recipe in zip(report["rounds"], shipped, strict=True):
+    for done, recipe in zip(report["rounds"], align.ROUNDS, strict=True):
         assert asdict(recipe).items() <= done.items()
-    assert "an earlier recipe" in report["note"]
     decided = [c for c in report["checks"] if c["passed"] is not None]
     assert report["passed"] and all(c["passed"] for c in decided)
     assert {c["name"] for c in decided} >= {"refusal on advbench", "refusal on harmbench", "over-refusal on alpaca"}
