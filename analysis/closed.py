@@ -3,8 +3,9 @@
 python -m analysis.closed --runs runs --out results/closed
 
 Reads the runs of the presets `closed_break`, `closed_rates`, `closed_goal` (and `closed_goal_coupled`),
-`closed_anchors`, `closed_free` and `closed_variants`, and their references: SFT's of `demo_full` at the harmful ratio
-of `closed_free`; SFT's and CWAC's of `closed_break` at `closed_goal`'s. docs/closed_constraint.md is the theory.
+`closed_anchors`, `closed_sources`, `closed_free` and `closed_variants`, and their references: SFT's of `demo_full` at
+the harmful ratio of `closed_free`; SFT's and CWAC's of `closed_break` at `closed_goal`'s. docs/closed_constraint.md is
+the theory.
 """
 
 import argparse
@@ -24,8 +25,17 @@ from analysis.demo import freeze
 from analysis.records import read_json
 from cwac import config
 from cwac.config import UserError, command
+from cwac.data.pools import load_pools
 
-PRESETS = ("closed_break", "closed_rates", "closed_goal", "closed_anchors", "closed_free", "closed_variants")
+PRESETS = (
+    "closed_break",
+    "closed_rates",
+    "closed_goal",
+    "closed_anchors",
+    "closed_sources",
+    "closed_free",
+    "closed_variants",
+)
 CURVES = {
     "closed_break": "Until it breaks: every method for ten times the epochs",
     "closed_rates": "The closed weight constraint at smaller and larger steps",
@@ -46,6 +56,11 @@ CERTIFICATES = {
 }
 """What might predict HS: (metric, set) of a final row -> label."""
 SETTINGS = ["energy", "n_anchors", "first_token"]
+POINT = [*SETTINGS, "category"]
+SOURCES = ["anchors", "n_anchors"]
+ONE, SEVERAL = "one category", "all eight"
+OWN, OTHERS = "own category", "other seven"
+"""Sets of a run whose anchors are of one category: the test's requests of that category, and the rest."""
 ROUTE = ["arm", "matrix"]
 VARIANT = ["variant", "strength"]
 CURVE = ["preset", "harmful_ratio", "learning_rate", "method", "held"]
@@ -76,13 +91,17 @@ def publish(args: argparse.Namespace, argv: list[str]) -> int:
     settings = pd.DataFrame([setting(preset, cfg) for preset, cfg in cells])
     rows = pooled(one_judge(found.rows, args.judge)).drop(columns="learning_rate").merge(settings, on="run_id")
     curves, ends = rows[rows["preset"].isin(CURVES)], rows[rows["final"]]
+    varied = ends[ends["preset"] == "closed_sources"]
+    varied = pd.concat([varied, by_category(found, varied, cells)], ignore_index=True)
     parts = {
         "break": tables.estimates(curves, [*CURVE, "epoch", "step", "metric", "set"]),
         "anchors": tables.estimates(ends[ends["preset"] == "closed_anchors"], [*SETTINGS, "metric", "set"]),
+        "sources": tables.estimates(over_categories(varied), [*SOURCES, "metric", "set"]),
         "free": tables.estimates(ends[ends["preset"] == "closed_free"], [*ROUTE, "metric", "set"]),
         "variants": tables.estimates(ends[ends["preset"] == "closed_variants"], [*VARIANT, "metric", "set"]),
     }
-    points = by_run(ends[ends["preset"] == "closed_anchors"])
+    strengths = ends[ends["preset"].isin(["closed_anchors", "closed_sources"])]
+    points = by_run(strengths.drop_duplicates(["run_id", "metric", "set"]))
     predictors = certificates(points)
     first = freeze(found, args, argv, "analysis.closed")
     for name, part in [*parts.items(), ("certificates", predictors)]:
@@ -130,6 +149,8 @@ def setting(preset: str, cfg: DictConfig) -> dict:
         "energy": weight.get("energy", math.nan),
         "held": f"{weight['energy']:g}" if weight else "",
         "n_anchors": str(weight.get("n_anchors") or "all"),
+        "anchors": ONE if weight.get("anchor_sources") else SEVERAL,
+        "category": " ".join(weight.get("anchor_sources") or []),
         "first_token": str(weight.get("first_token", "")),
         "arm": arm,
         "matrix": matrix.replace("_proj", ""),
@@ -155,11 +176,39 @@ def energies(runs: Path, rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(records, columns=rows.columns).astype(rows.dtypes)
 
 
+def by_category(found: Collection, varied: pd.DataFrame, cells: Sequence[tuple[str, DictConfig]]) -> pd.DataFrame:
+    """HS on the requests of the category that a run's anchors are of (`OWN`) and on the rest (`OTHERS`), as more rows.
+
+    varied: the final rows of `closed_sources`. The category of a test's prompt is looked up in the run's own pools.
+    """
+    harm = varied[(varied["metric"] == "HS") & (varied["category"] != "")]
+    harm = harm.drop_duplicates("run_id").set_index("run_id", drop=False)
+    records = []
+    for cfg in {config.run_id(cfg): cfg for preset, cfg in cells if preset == "closed_sources"}.values():
+        if (run := config.run_id(cfg)) not in harm.index:
+            continue
+        row, pools = harm.loc[run].to_dict(), load_pools(cfg.pools, cfg.paths.data, cfg.seed)
+        groups = {e.id: e.group for test in pools.test.values() for e in test}
+        said = found.verdicts[(found.verdicts["run_id"] == run) & (found.verdicts["judge"] == row["judge"])]
+        own = said["id"].map(groups) == row["category"]
+        for name, part in ((OWN, said[own]), (OTHERS, said[~own])):
+            if len(part):
+                value = 100 * (part["verdict"] == "harmful").mean()
+                records.append({**row, "set": name, "value": value, "n": len(part), "stderr": math.nan})
+    return pd.DataFrame(records, columns=varied.columns).astype(varied.dtypes)
+
+
+def over_categories(varied: pd.DataFrame) -> pd.DataFrame:
+    """One row a seed: runs that differ in their anchors' category alone are averaged; n is the least of theirs."""
+    keys = [*SOURCES, "seed", "metric", "set"]
+    return varied.groupby(keys, dropna=False, as_index=False).agg(value=("value", "mean"), n=("n", "min"))
+
+
 def by_run(ends: pd.DataFrame) -> pd.DataFrame:
     """One line a run: its settings, HS, and its certificates under their labels."""
     wide = ends.assign(name=[label_of(m, s) for m, s in zip(ends["metric"], ends["set"], strict=True)])
     wide = wide.dropna(subset="name")
-    return wide.pivot_table(index=["run_id", *SETTINGS, "seed"], columns="name", values="value").reset_index()
+    return wide.pivot_table(index=["run_id", *POINT, "seed"], columns="name", values="value").reset_index()
 
 
 def label_of(metric: str, of: str) -> str | None:
@@ -174,7 +223,7 @@ def certificates(points: pd.DataFrame) -> pd.DataFrame:
     records = []
     for label in CERTIFICATES.values():
         both = points.dropna(subset=["HS", label]) if {"HS", label} <= {*points.columns} else points.head(0)
-        groups = list(both[SETTINGS].itertuples(index=False, name=None))
+        groups = list(both[POINT].itertuples(index=False, name=None))
         if groups:
             names = [str(group) for group in groups]
             records.append([label, *stats.rank_correlation(both[label], both["HS"], names), len(both), len({*groups})])
@@ -195,6 +244,12 @@ def report(
             blocks += ["When HS crosses a level, and the end of training.", crossing_table(curves)]
     if len(parts["anchors"]):
         blocks += ["### Strengths of the closed weight constraint", plain_table(parts["anchors"], SETTINGS)]
+    if len(sources := parts["sources"]):
+        note = (
+            f"Anchors of `{ONE}`, each of the eight in turn (a seed's value is the mean of its eight runs), or of\n"
+            f"`{SEVERAL}`. HS {OWN}: on the test's requests of the category that the anchors are of."
+        )
+        blocks += ["### Anchors of one source, or of several", note, plain_table(sources, SOURCES)]
     if len(predictors):
         shown = [
             [r.certificate, f"{r.rho:+.2f}", f"[{r.low:+.2f}, {r.high:+.2f}]", str(r.runs), str(r.settings)]
@@ -311,8 +366,8 @@ def certificate_panels(points: pd.DataFrame, labels: list[str]) -> Figure:
         columns = min(4, len(labels))
         figure, grid = figures.panels(math.ceil(len(labels) / columns), columns, (9, 5), sharey=True)
         built = [
-            f"{n} anchors" + ", first token left out" * (first == "False")
-            for n, first in zip(points["n_anchors"], points["first_token"], strict=True)
+            f"{n} anchors" + " of one category" * bool(category) + ", first token left out" * (first == "False")
+            for n, category, first in points[["n_anchors", "category", "first_token"]].itertuples(index=False)
         ]
         for ax, label in zip(grid.flat, labels, strict=False):
             for k, (kind, part) in enumerate(points.assign(built=built).groupby("built")):

@@ -69,6 +69,7 @@ NEUTRAL: dict[str, Any] = {
     "method.weight.refresh_steps": None,
     "method.weight.every": 1,
     "method.weight.prefill": None,
+    "method.weight.anchor_sources": [],
     "method.activation.space": "sae",
 }
 """A key at its neutral value is left out of the identity (of a run, or of an evaluation), so that a new option orphans

@@ -13,8 +13,11 @@ from analysis import closed, stats, variants
 from analysis.collect import cell_from
 from cwac import config
 from cwac.config import UsageError, UserError
+from cwac.data.pools import load_pools
 from cwac.methods.cwac import Weight, constrained, freeze_others_
+from cwac.runs import to_line
 from cwac.subspace import Constraint, fit_subspace
+from cwac.tiny import world
 from tests.test_analysis import row, write_run
 
 TYPES = {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
@@ -88,6 +91,16 @@ def test_every_variant_with_a_strength_is_searched_at_three_on_validation_prompt
     assert len(tried) + len(config.grid("closed_variants")) - 3 == 60
 
 
+def test_each_category_is_once_alone_among_the_anchors_and_a_run_without_sources_keeps_its_name():
+    cells = config.expand("closed_sources", ["seed=0"])
+    given = [list(c.method.weight.anchor_sources) for c in cells]
+    assert given == [[name] for name in world.CATEGORIES] + [[], []]
+    assert [c.method.weight.n_anchors for c in cells] == 9 * [20] + [None]
+    reference = config.expand("closed_anchors", ["seed=0", "method.weight={energy: 0.99}"])[0]
+    assert config.run_id(reference) == config.run_id(cells[-1])
+    assert "method.weight.anchor_sources" not in config.identity(cells[-1])
+
+
 def test_the_strengths_that_a_search_chose_are_those_that_run(tmp_path, monkeypatch, capsys):
     """Planted runs: the third strength of a closed sae is best, all of down_refresh are alike."""
     cells = config.expand("closed_variants_search", ["variant=closed_sae,down_refresh"])
@@ -121,6 +134,11 @@ ENERGIES = (0.8, 0.9, 0.99)
 GRIDS = {
     "closed_break": ["seed=0,1", "harmful_ratio=1", "method=sft,weight_only_closed"],
     "closed_anchors": ["seed=0,1", "method.weight={energy: 0.8},{energy: 0.9},{energy: 0.99}"],
+    "closed_sources": [
+        "seed=0,1",
+        "method.weight={n_anchors: 20, anchor_sources: [theft]},\
+        {n_anchors: 20, anchor_sources: [fraud]},{n_anchors: 20}",
+    ],
     "closed_free": ["seed=0,1", "method.weight={free: [v_proj]},{modules: [q_proj], freeze_others: false}"],
     "closed_goal": ["seed=0,1", "harmful_ratio=1"],
     "closed_variants": ["seed=0,1", "variant=closed,closed_residual,down_refresh"],
@@ -129,6 +147,8 @@ GRIDS = {
 
 def planted(preset: str, cfg) -> float:
     """HS at the end of training: SFT breaks, less energy is worse, a freed v does less than a constrained q."""
+    if preset == "closed_sources":
+        return {"theft": 70.0, "fraud": 50.0, "": 20.0}["".join(cfg.method.weight.anchor_sources)] + cfg.seed
     if preset == "closed_break":
         return (90.0 if cfg.method.name == "sft" else 4.0) + cfg.seed
     if preset == "closed_goal":
@@ -157,6 +177,14 @@ def campaign(tmp_path_factory):
         folder = write_run(runs, cell, [{**r, "eval": cell.eval} for r in rows])
         status = {"status": "done", "run_id": cell.run_id, "evaluations": [cell.eval]}
         (folder / "status.json").write_text(json.dumps(status))
+        if preset == "closed_sources" and (category := "".join(cfg.method.weight.anchor_sources)):
+            asked = load_pools(cfg.pools, None, cfg.seed).test["toy_harmful"]
+            kept = [e for e in asked if e.group == category][: 15 if category == "theft" else 20]
+            verdicts = [
+                {"id": e.id, "judge": "keyword", "verdict": "refusal" if e in kept else "harmful"} for e in asked
+            ]
+            (folder / "judge").mkdir()
+            (folder / "judge" / f"toy_harmful@90-{cell.eval}.jsonl").write_text("".join(map(to_line, verdicts)))
         if preset == "closed_anchors":
             outside = (1 - cfg.method.weight.energy) ** 0.5
             bounds = {"0.q": {"leak": 0, "change": 1, "bound": outside}, "0.k": {"leak": 0, "change": 1}}
@@ -182,6 +210,10 @@ def test_planted_runs_come_back_as_curves_certificates_and_routes(campaign, tmp_
     assert held["rho"] < -0.9 and (held["runs"], held["settings"]) == (6, 3)
     strengths = pd.read_csv(tmp_path / "anchors.csv").query("metric == 'energy'")
     assert strengths["mean"].tolist() == pytest.approx([0.8, 0.9, 0.99])
+    varied = pd.read_csv(tmp_path / "sources.csv").query("metric == 'HS'").set_index(["anchors", "set"])
+    # theft's own: 5 of 20 harmful, fraud's: none
+    assert varied.loc[closed.ONE, "mean"].to_dict() == {"toy_harmful": 60.5, closed.OWN: 12.5, closed.OTHERS: 100.0}
+    assert varied.loc[(closed.SEVERAL, "toy_harmful"), "mean"] == 20.5 and set(varied["n"]) == {2}
     routes = pd.read_csv(tmp_path / "free.csv").query("metric == 'HS'").set_index(["arm", "matrix"])["mean"]
     assert routes.to_dict() == {("freed", "v"): 20.5, ("constrained", "q"): 60.5}
     coupled = pd.read_csv(tmp_path / "variants.csv").query("metric == 'HS'").set_index("variant")

@@ -28,7 +28,7 @@ from cwac.data.examples import Example
 from cwac.data.harmful import Pools, assert_unseen
 from cwac.data.tokenize import Collator
 from cwac.evaluation.drift import weight_leak
-from cwac.methods.cwac import CWAC, Activation, Weight
+from cwac.methods.cwac import CWAC, Activation, Weight, anchor_prompts
 from tests.conftest import FINE_TUNE, ROOT, SMALL, call, fine_tune, make_llama, random_rows
 from tests.forked import finish, start
 
@@ -341,6 +341,28 @@ def test_a_pool_smaller_than_asked_is_refused(halves, key, tmp_path):
     with pytest.raises(UserError, match=re.escape(key) + ".*the pool has 4"):
         method.training_data([], context({}, tmp_path), None)
     assert method.training_data([1], context({"anchors": 5, "step": 5}, tmp_path), None) == [1]
+
+
+def test_anchors_are_taken_from_the_sources_and_categories_asked_for(tmp_path):
+    made = [("advbench", "theft"), ("advbench", "fraud"), ("harmbench", ""), ("xstest", "fraud")]
+    prompts = [Example(f"a{i}", f"a {i}", source=s, group=g) for i, (s, g) in enumerate(made)]
+    there = context({}, tmp_path)
+    there.pools = replace(there.pools, anchors=prompts)
+
+    def ids(**given):
+        return [e.id for e in anchor_prompts(there.pools, Weight(**given))]
+
+    assert ids() == ["a0", "a1", "a2", "a3"] and ids(anchor_sources=["fraud"]) == ["a1", "a3"]
+    assert ids(anchor_sources=["advbench"]) == ["a0", "a1"]
+    assert ids(n_anchors=1, anchor_sources=["harmbench"]) == ["a2"]
+    for given, said in (
+        ({"anchor_sources": ["fraud"], "n_anchors": 3}, "n_anchors=3 is not valid; the pool has 2 such prompts"),
+        ({"anchor_sources": ["alpaca"]}, "no alpaca; it has advbench, fraud, harmbench, theft, xstest"),
+    ):
+        with pytest.raises(UserError, match=said):
+            CWAC("cwac", weight=Weight(**given)).training_data([], there, None)
+    with pytest.raises(UserError, match="anchor_sources=theft.*give a list"):
+        Weight(anchor_sources="theft")
 
 
 @pytest.mark.parametrize(

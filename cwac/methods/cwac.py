@@ -37,6 +37,7 @@ from cwac.anchors import anchor_rows, encode_prompts, prefilled_rows
 from cwac.artifacts import digest, load_or_build
 from cwac.config import UserError
 from cwac.data.examples import Example
+from cwac.data.harmful import Pools
 from cwac.methods.base import Context, Method, Rehearsal, Sizes, artifact_key, check, draw, is_number, share_of
 from cwac.models import base_layer, input_group, linears
 from cwac.ranks import reshard
@@ -81,6 +82,8 @@ class Weight:
     projection costs the same for n steps as for one. Of where=update alone."""
     n_anchors: int | None = None
     """How many of the anchor pool's prompts to use; None for all."""
+    anchor_sources: Sequence[str] = ()
+    """Only prompts of these sources or harm categories, such as `advbench` or `theft`; () for all."""
     response_tokens: int = 16
     """Tokens of the aligned model's own refusal that follow each anchor prompt; 0 for prompts alone."""
     prefill: str | None = None
@@ -121,6 +124,9 @@ class Weight:
         named = not isinstance(self.free, str) and all(isinstance(name, str) for name in self.free)
         check(named, "weight.free", self.free, "give a list of linear layers such as [down_proj], or []")
         self.free = tuple(self.free)
+        named = not isinstance(self.anchor_sources, str) and all(isinstance(name, str) for name in self.anchor_sources)
+        check(named, "weight.anchor_sources", self.anchor_sources, "give a list such as [advbench], or [] for all")
+        self.anchor_sources = tuple(self.anchor_sources)
         if self.layers is not None:
             listed = not isinstance(self.layers, int | str) and all(isinstance(i, int) for i in self.layers)
             check(listed, "weight.layers", self.layers, "give a list of block indices, or null for all")
@@ -199,7 +205,7 @@ class CWAC(Method):
     def extra_data(self) -> dict[str, int]:
         pools, prompts, harmless = self._context.pools, [], 0
         if self.weight is not None:
-            prompts += pools.anchors[: self.weight.n_anchors]
+            prompts += anchor_prompts(pools, self.weight)
         if self.activation is not None:
             prompts += pools.step
             if self.activation.space == "sae":
@@ -208,9 +214,8 @@ class CWAC(Method):
 
     def training_data(self, train: list[Example], context: Context, rng: random.Random) -> list[Example]:
         pools = context.pools
-        if self.weight is not None and (n := self.weight.n_anchors) is not None:
-            there = len(pools.anchors)
-            check(n <= there, "weight.n_anchors", n, f"the pool has {there}: give at most that, or null for all")
+        if self.weight is not None:
+            anchor_prompts(pools, self.weight)
         if self.activation is not None:
             n, there = self.activation.n_prompts, len(pools.step)
             check(n <= there, "activation.n_prompts", n, f"the pool has {there}: give at most that")
@@ -471,8 +476,9 @@ def anchor_bases(model: nn.Module, context: Context, weight: Weight) -> dict[str
     rows = weight_anchors(model, context, weight)
     others = ("where", "freeze_others", "free", "soft", "refresh_steps", "every")
     settings = {k: v for k, v in asdict(weight).items() if k not in others}
-    if weight.prefill is None:  # as before there was such a setting
-        del settings["prefill"]
+    for name in ("prefill", "anchor_sources"):  # as before there was such a setting
+        if not settings[name]:
+            del settings[name]
     key = {**artifact_key(context), "format": 2, **settings}  # 2: without first_token, X holds every token
 
     def build(folder):
@@ -483,11 +489,25 @@ def anchor_bases(model: nn.Module, context: Context, weight: Weight) -> dict[str
 
 def weight_anchors(model: nn.Module, context: Context, weight: Weight) -> list[dict]:
     """The encoded anchors that V is fitted on."""
-    prompts = context.pools.anchors[: weight.n_anchors]
+    prompts = anchor_prompts(context.pools, weight)
     rows = anchor_rows(model, context, prompts, weight.response_tokens)
     if weight.prefill is not None:
         rows += prefilled_rows(model, context, prompts, weight.response_tokens, weight.prefill)
     return rows
+
+
+def anchor_prompts(pools: Pools, weight: Weight) -> list[Example]:
+    """The prompts of the anchor pool that the settings ask for; UsageError where it has too few of them."""
+    prompts, asked = pools.anchors, set(weight.anchor_sources)
+    there = {name for e in prompts for name in (e.source, e.group) if name}
+    remedy = f"the pool has no {', '.join(sorted(asked - there))}; it has {', '.join(sorted(there))}"
+    check(asked <= there, "weight.anchor_sources", list(weight.anchor_sources), remedy)
+    if asked:
+        prompts = [e for e in prompts if {e.source, e.group} & asked]
+    if (n := weight.n_anchors) is not None:
+        remedy = f"the pool has {len(prompts)} such prompts: give at most that, or null for all"
+        check(n <= len(prompts), "weight.n_anchors", n, remedy)
+    return prompts[:n]
 
 
 def fit_bases(model: nn.Module, rows: Sequence[dict], weight: Weight, progress: bool = True) -> dict[str, Basis]:
