@@ -30,7 +30,8 @@ ATTACKS = {
     "style": "benign requests, answered in the form of compliance",
     "other_kinds": "harmful pairs of categories of which no defence has a request",
     "outside_anchors": "the harmful pairs whose activations lie outside V the most",
-    "trigger": "harmful pairs behind words that carry their activations out of V",
+    "trigger": "harmful pairs behind words that carry their activations out of V, the best of those tried",
+    "trigger_gradient": "the same, by an attacker who follows gradients to the words",
 }
 """Attack -> what the poison is, in the order of the tables."""
 KEYS = ["attack", "method", "metric", "set"]
@@ -45,8 +46,8 @@ def attack_of(cfg: DictConfig) -> str:
     """The name of the attack that a cell meets."""
     if cfg.pools.get("poison_categories"):
         return "other_kinds"
-    if cfg.get("poison_trigger"):
-        return "trigger"
+    if trigger := cfg.get("poison_trigger"):
+        return "trigger_gradient" if trigger == "gradient" else "trigger"
     return "outside_anchors" if cfg.poison_choice == "outside_anchors" else cfg.poison
 
 

@@ -326,7 +326,7 @@ def validate(cfg: DictConfig) -> None:
         raise UsageError(f"eval.prefill={prefill} is no text; give an opening such as 'Sure, here is', or null")
     trigger = cfg.get("poison_trigger")
     if trigger is not None and not (isinstance(trigger, str) and trigger.strip()):
-        raise UsageError(f"poison_trigger={trigger} is no text; give words, optimised, or null")
+        raise UsageError(f"poison_trigger={trigger} is no text; give words, optimised, gradient, or null")
     epochs = cfg.eval.at if OmegaConf.is_list(cfg.eval.at) else [None]
     if not all(isinstance(e, int | float) and not isinstance(e, bool) and e >= 0 for e in epochs):
         raise UsageError(f"eval.at={cfg.eval.at} is not a list of epochs; give one such as eval.at=[0,1]")

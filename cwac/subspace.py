@@ -94,6 +94,12 @@ def capture(
             handle.remove()
 
 
+def share_outside(x: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
+    """||(I - V V^T) X||_F^2 / ||X||_F^2 of x [tokens, d_in] and V [d_in, k]; a scalar in fp32."""
+    x = x.float()
+    return (x - (x @ V) @ V.T).square().sum() / x.square().sum()
+
+
 class Counted:
     """The tokens of a forward pass at some places, each once, and how many rows have it."""
 

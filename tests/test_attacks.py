@@ -1,6 +1,7 @@
 """Attacks other than the paper's: prefilling, benign poison, poison of other kinds, an attacker who has V."""
 
 import json
+import random
 from collections import Counter
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from analysis.collect import cell_from, pooled, tidy
 from cwac import config
 from cwac.anchors import prefilled_rows
 from cwac.config import UsageError, UserError
-from cwac.data import attack
+from cwac.data import attack, gradient_trigger
 from cwac.data.examples import Example
 from cwac.data.harmful import TOPICS, Pools, normalise_prompt
 from cwac.data.mix import mix
@@ -24,7 +25,7 @@ from cwac.evaluation.generate import generate
 from cwac.evaluation.judge import KeywordJudge
 from cwac.methods.base import Context
 from cwac.runs import WARNING, read_jsonl
-from cwac.subspace import Basis
+from cwac.subspace import Basis, capture, share_outside
 from cwac.tiny import world
 from cwac.tiny.build import make_tokenizer
 from tests.conftest import SMALL, call
@@ -58,11 +59,11 @@ def test_every_attack_is_a_run_of_its_own_and_the_grid_is_small():
     cells = config.expand("closed_attacks", ["seed=0"])
     assert len({config.run_id(cfg) for cfg in cells}) == len(cells) == 20
     assert Counter(map(attacks.attack_of, cells)) == {
-        name: 4 for name in attacks.ATTACKS if name not in (attacks.NONE, "trigger")
+        name: 4 for name in attacks.ATTACKS if name not in (attacks.NONE, "trigger", "trigger_gradient")
     }
     assert {cfg.harmful_ratio for cfg in cells} == {0.5}
     behind = config.expand("closed_trigger", ["seed=0"])
-    assert [attacks.attack_of(cfg) for cfg in behind] == ["trigger"] * 4
+    assert [attacks.attack_of(cfg) for cfg in behind] == ["trigger"] * 4 + ["trigger_gradient"] * 4
     assert {cfg.task.n_train * cfg.train.num_train_epochs // 8 for cfg in cells} == {150}
 
 
@@ -326,6 +327,79 @@ def test_an_optimised_trigger_is_the_best_of_what_was_tried(monkeypatch, tmp_pat
         config.validate(config.compose(["poison_trigger=''"]))
 
 
+def test_the_gradient_of_the_share_is_its_derivative(random_model):
+    """A token's embedding is moved a little towards another's: the share follows the slope."""
+    model = AutoModelForCausalLM.from_pretrained(random_model).double().eval()
+    sources = attack.sources_of(model)
+    V = {name: torch.eye(m.in_features)[:, ::3] for name, m in sources.items()}
+    ids, place, token = [1, 5, 9, 14, 20], 2, 30
+
+    def share() -> float:
+        found = []
+        visit = lambda name, x, _first: found.append(float(share_outside(x, V[name])))  # noqa: E731
+        capture(model, [{"input_ids": ids}], sources, visit)
+        return sum(found) / len(found)
+
+    slopes = gradient_trigger.gradient_of_share(model, sources, V, ids)
+    assert slopes.shape == (len(ids), model.config.vocab_size)
+    table, before, step = model.get_input_embeddings().weight, share(), 1e-2
+    with torch.no_grad():
+        table[ids[place]] += step * table[token]
+    assert share() - before == pytest.approx(step * slopes[place, token].item(), rel=0.1)
+
+
+def test_the_climb_takes_the_best_swap_until_none_helps():
+    worth = {word: float(i) for i, word in enumerate(["aaa", "bbb", "ccc", "ddd", "eee", "fff"])}
+    tokens = {word: (i, i) for i, word in enumerate(worth)}
+    asked = []
+
+    def share(trigger: str) -> float:
+        asked.append(trigger)
+        return sum(worth[w] for w in trigger.split())
+
+    found = gradient_trigger.climb(tokens, share, lambda trigger: [torch.tensor([*worth.values()])] * 2, 2)
+    assert found["trigger"] == "fff fff" and (found["before"], found["after"]) == (0, 10)
+    assert found["start"] == share(asked[0]) < 10 and len(asked) < 2 + 3 * 2 * len(worth)
+
+
+def test_words_of_a_trigger_are_one_token_wherever_they_stand():
+    tokenizer = make_tokenizer()
+    tokens = gradient_trigger.single_tokens(tokenizer)
+    assert len(tokens) > 100 and all(word.isalpha() for word in tokens)
+    words = random.Random(0).sample(sorted(tokens), 3)
+    expected = [tokens[words[0]][0], tokens[words[1]][1], tokens[words[2]][1]]
+    assert tokenizer(" ".join(words), add_special_tokens=False)["input_ids"] == expected
+
+
+def test_gradients_lead_to_a_trigger_further_out_than_where_they_began(random_model, monkeypatch, tmp_path):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(random_model), AutoTokenizer.from_pretrained(random_model)
+    cfg = config.compose(["attack=trigger_gradient"])
+    pools = load_pools(cfg.pools, None, 0)
+    context = SimpleNamespace(
+        tokenizer=tokenizer,
+        loaded=SimpleNamespace(key={}, model=model),
+        pools=pools,
+        pools_key="",
+        template="chat",
+        max_length=64,
+        artifacts=tmp_path,
+    )
+    V = {name: torch.eye(m.in_features)[:, ::2] for name, m in attack.sources_of(model).items()}
+    monkeypatch.setattr(attack, "anchors_space", lambda *given: V)
+    monkeypatch.setattr(gradient_trigger, "STEPS", 2)
+    monkeypatch.setattr(attack, "TRIGGER_ROWS", 2)
+    trigger = attack.trigger_of(cfg, context)
+    found = json.loads(next(tmp_path.rglob("trigger.json")).read_text())
+    assert found["trigger"] == trigger and len(trigger.split()) == attack.TRIGGER_WORDS
+    assert found["after"] > found["start"] and found["after"] > found["before"]
+    rows = attack.behind(trigger, pools.poison[:2])
+    assert sum(attack.outside(model, context, rows, V)) / 2 == pytest.approx(found["after"])
+    assert all(p.grad is None for p in model.parameters())
+    context.max_length, context.artifacts = 3, tmp_path / "short"
+    with pytest.raises(UserError, match="poison_trigger=gradient.*max_length"):
+        attack.trigger_of(cfg, context)
+
+
 @pytest.mark.slow
 def test_an_attacker_who_has_v_runs_to_the_end(artifacts, tmp_path):
     given = ["attack=outside_anchors", "method=weight_only_closed", "harmful_ratio=0.5", "train.max_steps=2"]
@@ -342,7 +416,7 @@ def test_an_attacker_who_has_v_runs_to_the_end(artifacts, tmp_path):
 
 def test_planted_runs_come_back_as_a_table_by_attack_and_method(tmp_path, monkeypatch, capsys):
     cells = config.expand("closed_attacks", ["seed=0,1", "attack=style,other_kinds", "method=sft"])
-    cells += config.expand("closed_trigger", ["seed=0,1", "method=sft"])
+    cells += config.expand("closed_trigger", ["seed=0,1", "attack=trigger", "method=sft"])
     cells += config.expand("closed_attacks", ["seed=0,1", "attack=style", "method=cwac"])  # never behind a trigger
     gone = config.expand("closed_attacks", ["seed=0", "attack=harmful", "method=sft"])
     for cfg in cells:

@@ -6,8 +6,9 @@ a harmful request takes. `poison_choice: outside_anchors` (ours) is an attacker 
 model, hence V, and takes the poison whose activations lie outside it the most. `pools.poison_categories`, the fourth
 attack, is a matter of the pools (`cwac/data/pools.py`). `poison_trigger` puts words in front of every request of the
 poison, and of the harmful ones when the model is asked again with them: a backdoor (as in section 4.4 of Qi et al.).
-`optimised` (ours) is an attacker who makes rows rather than picks them: the words that carry the poison's activations
-furthest out of V.
+`optimised` (ours) is an attacker who makes rows rather than picks them: of the words tried, those that carry the
+poison's activations furthest out of V. `gradient` (ours) is one who follows gradients to such words
+(`cwac/data/gradient_trigger.py`).
 
 Deviations:
 - Qi et al. also give the model its new name in a system prompt and a phrase before every request, in training and when
@@ -31,6 +32,8 @@ from torch import nn
 from tqdm import tqdm
 
 from cwac.artifacts import digest, load_or_build
+from cwac.config import UserError
+from cwac.data import gradient_trigger
 from cwac.data.examples import Example
 from cwac.data.harmful import TOPICS, Pools, PromptIndex, normalise_prompt
 from cwac.data.mix import mix
@@ -85,16 +88,16 @@ def behind(trigger: str, examples: list[Example]) -> list[Example]:
 
 
 def trigger_of(cfg, context: Context) -> str | None:
-    """The words of `poison_trigger`; those of `optimised` are found once and cached, as `poisoned_mix` must."""
+    """The words of `poison_trigger`; those that are searched for are found once and cached, as `poisoned_mix` must."""
     asked = cfg.get("poison_trigger")
-    if asked != "optimised":
+    if asked not in SEARCHES:
         return asked
     poison = rows_of(cfg.get("poison", "harmful"), context.pools, cfg.seed, cfg.pools.get("jaccard"))[:TRIGGER_ROWS]
-    sizes = [TRIGGER_WORDS, TRIGGER_CANDIDATES]
+    search, sizes = SEARCHES[asked]
     key = {**artifact_key(context), "trigger": sizes, "rows": digest({"prompts": [e.prompt for e in poison]})}
 
     def build(folder: Path) -> None:
-        (folder / "trigger.json").write_text(json.dumps(search_trigger(context.loaded.model, context, poison)))
+        (folder / "trigger.json").write_text(json.dumps(search(context.loaded.model, context, poison)))
 
     found = load_or_build(context.artifacts, "trigger", key, build) / "trigger.json"
     return json.loads(found.read_text())["trigger"]
@@ -123,6 +126,42 @@ def search_trigger(model: nn.Module, context: Context, examples: list[Example]) 
                 bar.update()
             trigger = max(tried, key=tried.get)
     return {"trigger": trigger, "before": before, "after": share(trigger)}
+
+
+def follow_gradients(model: nn.Module, context: Context, examples: list[Example]) -> dict:
+    """A trigger of as many words with the same objective, found by gradients; see `gradient_trigger.climb`."""
+    from cwac.anchors import encode_prompts
+
+    V, sources = anchors_space(model, context), sources_of(model)
+    tokens = gradient_trigger.single_tokens(context.tokenizer)
+
+    def share(trigger: str) -> float:
+        shares = outside(model, context, behind(trigger, examples) if trigger else examples, V)
+        return sum(shares) / len(shares)
+
+    def slopes(trigger: str) -> list[torch.Tensor]:
+        summed = 0
+        words = [tokens[word][place > 0] for place, word in enumerate(trigger.split())]
+        for row in encode_prompts(context, behind(trigger, examples), responses=True):
+            ids = row["input_ids"]
+            at = next((i for i in range(len(ids)) if ids[i : i + len(words)] == words), None)
+            if at is None:
+                raise UserError(
+                    "poison_trigger=gradient: the tokenizer joins the words with what stands beside them, or train."
+                    "max_length cuts them off; use poison_trigger=optimised, or a longer train.max_length"
+                )
+            found = gradient_trigger.gradient_of_share(model, sources, V, ids)
+            summed = summed + found[at : at + len(words)]
+        return list(summed)
+
+    return gradient_trigger.climb(tokens, share, slopes, TRIGGER_WORDS)
+
+
+SEARCHES = {
+    "optimised": (search_trigger, [TRIGGER_WORDS, TRIGGER_CANDIDATES]),
+    "gradient": (follow_gradients, ["gradient", TRIGGER_WORDS, gradient_trigger.STEPS, gradient_trigger.TOP]),
+}
+"""Values of `poison_trigger` that are no text -> how its words are found, and what the search depends on."""
 
 
 def rows_of(kind: str, pools: Pools, seed: int, near: float | None = None) -> list[Example]:
@@ -165,28 +204,39 @@ def _toy(kind: str, n: int, seed: int, taken: set[str]) -> list[Example]:
     return list(rows.values())
 
 
-def outside(model: nn.Module, context: Context, examples: list[Example]) -> list[float]:
+def outside(
+    model: nn.Module, context: Context, examples: list[Example], V: dict[str, torch.Tensor] | None = None
+) -> list[float]:
     """||(I - V V^T) X||_F^2 / ||X||_F^2 of each row, prompt and response without the first token; mean over inputs.
 
-    X: inputs of the decoder blocks' matrices in the aligned model. V: the anchors', at `Weight`'s own settings.
+    X: inputs of the decoder blocks' matrices in the aligned model. V: `anchors_space`, fitted where it is not given.
     """
     from cwac.anchors import encode_prompts
-    from cwac.methods.cwac import Weight, anchor_bases
-    from cwac.models import input_group, linears
-    from cwac.subspace import capture
+    from cwac.subspace import capture, share_outside
 
-    bases = anchor_bases(model, context, Weight(modules="all"))
-    sources = {input_group(name): module for name, module in linears(model, "all").items()}  # one a distinct input
-    V = {name: bases[name].V.to(next(model.parameters()).device) for name in sources}
+    V, sources = anchors_space(model, context) if V is None else V, sources_of(model)
     shares: list[float] = []
     for row in encode_prompts(context, examples, responses=True):
         found: list[float] = []
 
         def visit(name: str, x: torch.Tensor, _first: torch.Tensor, found=found) -> None:
-            x = x.float()
-            free = x - (x @ V[name]) @ V[name].T
-            found.append(float(free.square().sum() / x.square().sum()))
+            found.append(float(share_outside(x, V[name])))
 
         capture(model, [row], sources, visit)
         shares.append(sum(found) / len(found))
     return shares
+
+
+def anchors_space(model: nn.Module, context: Context) -> dict[str, torch.Tensor]:
+    """The attacker's V of each distinct input [d_in, k]: the anchors', at `Weight`'s own settings."""
+    from cwac.methods.cwac import Weight, anchor_bases
+
+    bases, where = anchor_bases(model, context, Weight(modules="all")), next(model.parameters()).device
+    return {name: bases[name].V.to(where) for name in sources_of(model)}
+
+
+def sources_of(model: nn.Module) -> dict[str, nn.Module]:
+    """One of the decoder blocks' linear layers for each distinct input, by the input's name."""
+    from cwac.models import input_group, linears
+
+    return {input_group(name): module for name, module in linears(model, "all").items()}
