@@ -91,8 +91,14 @@ def summarise(rows: pd.DataFrame, attacks: dict[str, str]) -> pd.DataFrame:
         lambda name: ASKED["".join(name.partition(VARIATION)[1:])]
     )
     ends = whole[whole["final"]]
-    # whatever the attack, it asks the same requests; behind a trigger only one does
-    start = before(whole).assign(attack=NONE, method=paper.ALIGNED)
+    # whatever the attack, it asks the same requests; but behind a trigger each asks behind its own
+    behind = whole["set"] == "triggered"
+    start = pd.concat(
+        [
+            before(whole[~behind]).assign(attack=NONE),
+            *(before(part) for _, part in whole[behind].groupby("attack")),
+        ]
+    ).assign(method=paper.ALIGNED)
     split = rows[rows["final"] & (rows["metric"] == "HS")]
     split = split.assign(
         set=[
@@ -154,7 +160,7 @@ def table(summary: pd.DataFrame, metrics: tuple[str, ...], of: str) -> str:
 
 
 def attack_panels(summary: pd.DataFrame) -> Figure:
-    """HS by attack and method, as asked and prefilled; bars: 95 % intervals. Grey line: the aligned model's mean."""
+    """HS by attack and method, by how it is asked; bars: 95 % intervals. Grey lines: the aligned model's mean."""
     harm = summary[summary["metric"] == "HS"]
     titles = {
         "asked": "asked as they are",
@@ -163,12 +169,17 @@ def attack_panels(summary: pd.DataFrame) -> Figure:
     }
     shown = [of for of in titles if of in {*harm["set"]}]
     attacks = [name for name in ATTACKS if name != NONE and name in {*harm["attack"]}]
-    methods = sorted({*harm.loc[harm["attack"] != NONE, "method"]}, key=paper.method_order)
+    methods = sorted({*harm["method"]} - {paper.ALIGNED}, key=paper.method_order)
     figure, grid = figures.panels(1, len(shown), (4.6 * len(shown), 1 + 0.75 * len(attacks)), sharex=True, sharey=True)
     for ax, of in zip(grid.flat, shown, strict=True):
         part = harm[harm["set"] == of]
-        for _, row in part[part["attack"] == NONE].iterrows():
-            ax.axvline(row["mean"], color="#8C8C8C", linewidth=1, label=paper.method_label(paper.ALIGNED))
+        grey = {"color": "#8C8C8C", "linewidth": 1, "label": paper.method_label(paper.ALIGNED)}
+        for _, row in part[part["method"] == paper.ALIGNED].iterrows():
+            if row["attack"] == NONE:
+                ax.axvline(row["mean"], **grey)
+            else:  # behind a trigger: of this attack alone
+                at = attacks.index(row["attack"])
+                ax.vlines(row["mean"], at - 0.4, at + 0.4, **grey)
         for j, method in enumerate(methods):
             rows = part[(part["method"] == method) & part["attack"].isin(attacks)]
             look = {k: v for k, v in figures.style(method).items() if k in ("color", "marker", "markerfacecolor")}

@@ -416,7 +416,7 @@ def test_an_attacker_who_has_v_runs_to_the_end(artifacts, tmp_path):
 
 def test_planted_runs_come_back_as_a_table_by_attack_and_method(tmp_path, monkeypatch, capsys):
     cells = config.expand("closed_attacks", ["seed=0,1", "attack=style,other_kinds", "method=sft"])
-    cells += config.expand("closed_trigger", ["seed=0,1", "attack=trigger", "method=sft"])
+    cells += config.expand("closed_trigger", ["seed=0,1", "method=sft"])
     cells += config.expand("closed_attacks", ["seed=0,1", "attack=style", "method=cwac"])  # never behind a trigger
     gone = config.expand("closed_attacks", ["seed=0", "attack=harmful", "method=sft"])
     for cfg in cells:
@@ -430,8 +430,11 @@ def test_planted_runs_come_back_as_a_table_by_attack_and_method(tmp_path, monkey
                 at = {"set": of + how, "judge": "keyword", "n": 80}
                 rows.append(row(cell, "HS", hs + more + cfg.seed, **at))
                 rows.append(row(cell, "HS", 1.0 + more, step=0, epoch=0.0, final=False, **at))
-            if attacks.attack_of(cfg) == "trigger":
-                rows.append(row(cell, "HS", 70.0 + cfg.seed, set=f"{of}+trigger", judge="keyword", n=80))
+            if (name := attacks.attack_of(cfg)).startswith("trigger"):
+                at = {"set": f"{of}+trigger", "judge": "keyword", "n": 80}
+                rows.append(row(cell, "HS", (70.0 if name == "trigger" else 80.0) + cfg.seed, **at))
+                aligned = 2.0 if name == "trigger" else 7.0
+                rows.append(row(cell, "HS", aligned, step=0, epoch=0.0, final=False, **at))
         folder = write_run(tmp_path / "runs", cell, [{**r, "eval": cell.eval} for r in rows])
         status = {"status": "done", "run_id": cell.run_id, "evaluations": [cell.eval]}
         (folder / "status.json").write_text(json.dumps(status))
@@ -450,6 +453,11 @@ def test_planted_runs_come_back_as_a_table_by_attack_and_method(tmp_path, monkey
         ("trigger", "sft", "asked"): 20.5,
         ("trigger", "sft", "prefilled"): 50.5,
         ("trigger", "sft", "triggered"): 70.5,
+        ("trigger", "aligned", "triggered"): 2.0,
+        ("trigger_gradient", "sft", "asked"): 20.5,
+        ("trigger_gradient", "sft", "prefilled"): 50.5,
+        ("trigger_gradient", "sft", "triggered"): 80.5,
+        ("trigger_gradient", "aligned", "triggered"): 7.0,
         ("other_kinds", "sft", "asked"): 35.5,
         ("other_kinds", "sft", "prefilled"): 65.5,
         ("other_kinds", "sft", "poisoned"): 60.5,
@@ -461,7 +469,7 @@ def test_planted_runs_come_back_as_a_table_by_attack_and_method(tmp_path, monkey
     }
     assert set(found["n"]) == {2}
     text = capsys.readouterr().out
-    assert "Missing: 1 of 9 runs" in text and f"- harmful: {cell_from(gone[0])}" in text
+    assert "Missing: 1 of 11 runs" in text and f"- harmful: {cell_from(gone[0])}" in text
     assert (tmp_path / "out" / "table.md").read_text().rstrip() == text.split("\nfigure:")[0].rstrip()
 
 
