@@ -20,6 +20,7 @@ PARTS = {
     "prepared": {},
     "steps": {},
     "evaluation": {},
+    "engines": {},
     "methods": {"steps": 60},
 }
 """Modules, and what they are given so that all of them end within 15 minutes on two cores."""

@@ -3,6 +3,7 @@ and every other benchmark in miniature."""
 
 import importlib
 import json
+import os
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,12 +12,26 @@ import pytest
 import torch
 
 from benchmarks import __main__ as everything
-from benchmarks import constraint, evaluation, large, methods, prepared, profile, runner, sae, scaling, steps, sweep
+from benchmarks import (
+    constraint,
+    engines,
+    evaluation,
+    large,
+    methods,
+    prepared,
+    profile,
+    runner,
+    sae,
+    scaling,
+    steps,
+    sweep,
+)
 from cwac import config
 from cwac.config import UserError
 from experiments import cost
 from tests.conftest import SMALL
 from tests.test_configs import METHODS
+from tests.test_vllm import STUBS
 
 
 @pytest.fixture
@@ -141,6 +156,18 @@ def test_generation_and_preparation_in_miniature(random_model):
     assert [row["bar"] for row in rows] == [0.125, 0.0, 0.02] and rows[1]["ratio"] == 0
     with pytest.raises(UserError, match="--prompts 5: give 6"):
         next(evaluation.measure(prompts=5, alone=2, repeats=3))
+
+
+def test_the_engines_in_miniature(random_model, monkeypatch):
+    given = ["model.kind=folder", f"+model.path={random_model}"]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(STUBS), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.delenv("CWAC_VLLM_PYTHON", raising=False)
+    speed, start, differing = engines.measure(prompts=3, tokens=4, repeats=2, overrides=given)
+    assert speed["ratio"] > 0 and start["ratio"] > 0 and differing["ratio"] == 0
+    assert {row["bar"] for row in (speed, start, differing)} == {None}
+    monkeypatch.setenv("CWAC_VLLM_PYTHON", "/nowhere/python")
+    (skipped,) = engines.measure(prompts=3, tokens=4, overrides=given)
+    assert isinstance(skipped, runner.Skipped) and "/nowhere/python" in skipped.reason and not skipped.barred
 
 
 def test_what_a_second_method_builds_is_counted(monkeypatch):

@@ -1,0 +1,68 @@
+"""`eval.engine=vllm` against `eval.engine=hf`: the same prompts, the same greedy answers.
+
+CWAC_VLLM_PYTHON=<an interpreter with vLLM> python -m benchmarks.engines [--prompts 64 --repeats 3] [overrides]
+
+On SmolLM2-135M itself. By the clock on the wall, since vLLM works in processes of its own: on a machine that does
+nothing else. On a CPU both have one thread. vLLM's start, once an evaluation, is a row by itself.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import runner
+from benchmarks.runner import Skipped, entry
+from cwac import config
+from cwac.config import UserError
+from cwac.evaluation.generate import generate
+from cwac.evaluation.vllm_engine import VllmEngine
+from cwac.models import device, load
+
+NAME = "generation by vLLM"
+
+
+def measure(
+    prompts: int = 64, tokens: int = 64, repeats: int = 3, overrides: Sequence[str] = ()
+) -> Iterator[dict | Skipped]:
+    """Seconds of the same prompts by both engines in turn; vLLM's start; how many texts differ."""
+    cfg = config.compose(["model=smollm2", *overrides])
+    questions = (config.PACKAGE / "assets" / "contrast.txt").read_text(encoding="utf-8").split("\n")[:prompts]
+    asked = [[{"role": "user", "content": q}] for q in questions]
+    try:
+        loaded = load(cfg.model, Path(cfg.paths.artifacts), cfg.seed)
+        model, tokenizer = loaded.model.to(device()), loaded.tokenizer
+        settings: dict[str, Any] = {"max_new_tokens": tokens, "description": None}
+        ratios, differing, ours = [], 0, 0.0
+        python = os.environ.get("CWAC_VLLM_PYTHON")
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "0")  # a core, as ours has
+        begun = time.perf_counter()
+        with VllmEngine(model, tokenizer, python, {"dtype": "float32"}) as vllm:
+            start = time.perf_counter() - begun
+            for _ in range(repeats):
+                theirs, texts = wall(lambda: vllm.generate(asked, **settings))
+                ours, mine = wall(lambda: generate(model, tokenizer, asked, batch_size=len(asked), **settings))
+                ratios.append(theirs / ours)
+                differing += sum(a != b for a, b in zip(texts, mine, strict=True))
+    except UserError as error:
+        yield Skipped(NAME, str(error))
+        return
+    yield entry(f"{NAME}, {len(asked)} prompts, {tokens} new tokens", "eval.engine=hf, one batch", np.array(ratios))
+    yield entry("vLLM's start", "eval.engine=hf's answers", start / ours)
+    yield entry(f"texts that differ from eval.engine=hf's, of {repeats * len(asked)}", "none", float(differing))
+
+
+def wall(work: Callable[[], list[str]]) -> tuple[float, list[str]]:
+    begun = time.perf_counter()
+    done = work()
+    return time.perf_counter() - begun, done
+
+
+if __name__ == "__main__":
+    sys.exit(runner.main(measure))
