@@ -1,6 +1,7 @@
 """`eval.engine=vllm` against `eval.engine=hf`: the same prompts, the same greedy answers.
 
-CWAC_VLLM_PYTHON=<an interpreter with vLLM> python -m benchmarks.engines [--prompts 64 --repeats 3] [overrides]
+CWAC_VLLM_PYTHON=<an interpreter with vLLM> python -m benchmarks.engines [--prompts 64 --repeats 3] [overrides, e.g.
+"eval.vllm.options={max_model_len: 512}"]
 
 On SmolLM2-135M itself. By the clock on the wall, since vLLM works in processes of its own: on a machine that does
 nothing else. On a CPU both have one thread. vLLM's start, once an evaluation, is a row by itself.
@@ -40,10 +41,11 @@ def measure(
         model, tokenizer = loaded.model.to(device()), loaded.tokenizer
         settings: dict[str, Any] = {"max_new_tokens": tokens, "description": None}
         ratios, differing, ours = [], 0, 0.0
-        python = os.environ.get("CWAC_VLLM_PYTHON")
+        python = os.environ.get("CWAC_VLLM_PYTHON", cfg.eval.vllm.python)
+        options = {"dtype": "float32", **(cfg.eval.vllm.options or {})}
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "0")  # a core, as ours has
         begun = time.perf_counter()
-        with VllmEngine(model, tokenizer, python, {"dtype": "float32"}) as vllm:
+        with VllmEngine(model, tokenizer, python, options) as vllm:
             start = time.perf_counter() - begun
             for _ in range(repeats):
                 theirs, texts = wall(lambda: vllm.generate(asked, **settings))

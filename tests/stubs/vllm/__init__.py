@@ -23,7 +23,7 @@ class SamplingParams:
 
 
 class LLM:
-    def __init__(self, model: str, seed: int, skip_tokenizer_init: bool, fail: bool = False):
+    def __init__(self, model: str, seed: int, skip_tokenizer_init: bool, dtype: str = "auto", fail: bool = False):
         print("vLLM says much on stdout")
         if fail:
             raise RuntimeError("no memory left on the card")
