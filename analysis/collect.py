@@ -352,10 +352,13 @@ def at_end(rows: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
 def before(rows: pd.DataFrame) -> pd.DataFrame:
     """The percentages of the aligned model before fine-tuning (epoch 0), one a model, task and seed.
 
-    Runs have them where `eval.at` holds 0. SFT's are preferred: a method may change the prompt at inference.
+    Runs have them where `eval.at` holds 0. SFT's are preferred; those of a method that puts a trigger into the prompt
+    at inference come last.
     """
+    triggered = rows.loc[(rows["metric"] == "extra_data") & (rows["set"] == "trigger"), "run_id"]
     start = rows[(rows["epoch"] == 0) & ~rows["final"] & rows["metric"].isin(PROPORTIONS)]
-    start = start.assign(preferred=start["method"] == "sft").sort_values("preferred", kind="stable")
+    preferred = (start["method"] == "sft").astype(int) - start["run_id"].isin(triggered).astype(int)
+    start = start.assign(preferred=preferred).sort_values("preferred", kind="stable")
     return start.drop_duplicates(["model", "task", "seed", "metric", "set", "judge"], keep="last").drop(
         columns="preferred"
     )

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from analysis import demo, figures, paper, stats, tables
-from analysis.collect import Cell, at_end, before, collect, expected_cells, one_judge, pooled, read_frozen
+from analysis.collect import Cell, at_end, before, collect, expected_cells, one_judge, pooled, read_frozen, tidy
 from cwac import config
 from cwac.config import UserError
 
@@ -134,6 +134,18 @@ def test_planted_values_come_back(campaign):
         value = pick(end, run_id=cell.run_id, metric="HS")["value"]
         assert value == harm(cell.method, cell.harmful_ratio, cell.seed)
     assert len(before(found.rows).query("metric == 'HS'")) == 3  # once a seed, not once a run
+
+
+def test_the_aligned_model_is_not_what_a_method_with_a_trigger_makes_of_its_prompts():
+    rows = []
+    for method, value in (("lisa", 5.0), ("bea", 30.0)):
+        cell = cell_of(method, 0.1, 0)
+        rows.append(row(cell, "OR", value, epoch=0, step=0, final=False, set="benign", judge="keyword"))
+        if method == "bea":
+            rows.append(row(cell, "extra_data", 20.0, set="trigger", n=None))
+    found = tidy(rows)[0]
+    assert before(found)["value"].tolist() == [5.0]
+    assert before(found[found["method"] == "bea"])["value"].tolist() == [30.0]
 
 
 def test_a_half_written_last_line_is_skipped_and_counted(tmp_path):
