@@ -85,6 +85,8 @@ def test_a_run_is_evaluated_by_it_and_says_so(stub, random_model, tmp_path, arti
     overrides = [*SMALL, *where, "model=tiny", "model.kind=folder", "method=sft", "harmful_ratio=0.5"]
     plain, asked = config.compose(overrides), config.compose([*overrides, "eval.engine=vllm"])
     assert config.run_id(plain) == config.run_id(asked) and config.eval_id(plain) != config.eval_id(asked)
+    given = config.compose([*overrides, "eval.engine=vllm", "eval.vllm.options={max_model_len: 512}"])
+    assert given.eval.vllm.options == {"max_model_len": 512}  # as conf/eval/default.yaml has it
     python = config.compose([*overrides, "eval.engine=vllm", "eval.vllm.python=/usr/bin/python3"])
     assert config.eval_id(python) == config.eval_id(asked)
     assert call(*overrides, "keep_weights=true") == 0
