@@ -12,14 +12,16 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks import runner
-from benchmarks.runner import Skipped, entry
+from benchmarks.evaluation import conversations, questions
+from benchmarks.runner import Skipped, entry, timed
 from cwac import config
 from cwac.config import UserError
 from cwac.evaluation.generate import generate
@@ -34,8 +36,7 @@ def measure(
 ) -> Iterator[dict | Skipped]:
     """Seconds of the same prompts by both engines in turn; vLLM's start; how many texts differ."""
     cfg = config.compose(["model=smollm2", *overrides])
-    questions = (config.PACKAGE / "assets" / "contrast.txt").read_text(encoding="utf-8").split("\n")[:prompts]
-    asked = [[{"role": "user", "content": q}] for q in questions]
+    asked = conversations(questions()[:prompts])
     try:
         loaded = load(cfg.model, Path(cfg.paths.artifacts), cfg.seed)
         model, tokenizer = loaded.model.to(device()), loaded.tokenizer
@@ -48,8 +49,9 @@ def measure(
         with VllmEngine(model, tokenizer, python, options) as vllm:
             start = time.perf_counter() - begun
             for _ in range(repeats):
-                theirs, texts = wall(lambda: vllm.generate(asked, **settings))
-                ours, mine = wall(lambda: generate(model, tokenizer, asked, batch_size=len(asked), **settings))
+                theirs, texts = timed(lambda: vllm.generate(asked, **settings), time.perf_counter)
+                together = partial(generate, model, tokenizer, asked, batch_size=len(asked), **settings)
+                ours, mine = timed(together, time.perf_counter)
                 ratios.append(theirs / ours)
                 differing += sum(a != b for a, b in zip(texts, mine, strict=True))
     except UserError as error:
@@ -58,12 +60,6 @@ def measure(
     yield entry(f"{NAME}, {len(asked)} prompts, {tokens} new tokens", "eval.engine=hf, one batch", np.array(ratios))
     yield entry("vLLM's start", "eval.engine=hf's answers", start / ours)
     yield entry(f"texts that differ from eval.engine=hf's, of {repeats * len(asked)}", "none", float(differing))
-
-
-def wall(work: Callable[[], list[str]]) -> tuple[float, list[str]]:
-    begun = time.perf_counter()
-    done = work()
-    return time.perf_counter() - begun, done
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from benchmarks import runner
 from benchmarks.runner import Skipped, entry, paired, timed
 from cwac import config
 from cwac.config import UserError
-from cwac.data.examples import Example
+from cwac.data.examples import Example, Messages
+from cwac.data.harmful import CONTRAST
 from cwac.data.tokenize import Collator, encode_example, encode_prompt, pad_token_id
 from cwac.evaluation.generate import generate
 from cwac.models import Loaded, device, load
@@ -41,25 +42,34 @@ def measure(
     more prompts than there are.
     """
     cfg = config.compose(["model=smollm2", *overrides])
-    questions = (config.PACKAGE / "assets" / "contrast.txt").read_text(encoding="utf-8").split("\n")[:-1]
-    if not alone * repeats <= prompts <= len(questions):
-        raise UserError(f"--prompts {prompts}: give {alone * repeats} (--alone x --repeats) to {len(questions)}")
+    texts = questions()
+    if not alone * repeats <= prompts <= len(texts):
+        raise UserError(f"--prompts {prompts}: give {alone * repeats} (--alone x --repeats) to {len(texts)}")
     try:
         loaded = load(cfg.model, Path(cfg.paths.artifacts), cfg.seed)
     except UserError as error:
         yield Skipped("generation, tokenisation", str(error), barred=True)
         return
     loaded.model.to(device())
-    yield from generation(loaded, questions[:prompts], alone, tokens, repeats, cfg.eval.batch_size)
-    yield preparation(loaded, questions, length, repeats)
+    yield from generation(loaded, texts[:prompts], alone, tokens, repeats, cfg.eval.batch_size)
+    yield preparation(loaded, texts, length, repeats)
+
+
+def questions() -> list[str]:
+    """The project's own harmless questions."""
+    return CONTRAST.read_text(encoding="utf-8").split("\n")[:-1]
+
+
+def conversations(texts: Sequence[str]) -> list[Messages]:
+    return [[{"role": "user", "content": text}] for text in texts]
 
 
 def generation(
-    loaded: Loaded, questions: list[str], alone: int, tokens: int, repeats: int, batch_size: int
+    loaded: Loaded, prompts: list[str], alone: int, tokens: int, repeats: int, batch_size: int
 ) -> Iterator[dict]:
     """Greedy answers in fp32, and in how many of those that both gave the texts differ."""
     model, tokenizer = loaded.model, loaded.tokenizer
-    asked = [[{"role": "user", "content": q}] for q in questions]
+    asked = conversations(prompts)
     # every part of the rival's is a sample of all lengths
     order = sorted(range(len(asked)), key=lambda i: len(encode_prompt(tokenizer, asked[i])))
     stride = len(order) // (alone * repeats)

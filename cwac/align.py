@@ -416,6 +416,7 @@ def choose_strength(base_folder: Path, adapter: str | Path, splits: Splits, trai
     plain, tried = path.read_bytes(), []
     base = AutoModelForCausalLM.from_pretrained(base_folder).to(device())
     before = skill(base, AutoTokenizer.from_pretrained(base_folder), splits)
+    del base  # the aligned model of each strength takes its room
     for strength in STRENGTHS:
         path.write_bytes(plain)
         strengthen(adapter, strength)

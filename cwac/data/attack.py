@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -103,6 +104,16 @@ def trigger_of(cfg, context: Context) -> str | None:
     return json.loads(found.read_text())["trigger"]
 
 
+def objective(outside_of: Callable[[list[Example]], list[float]], examples: list[Example]) -> Callable[[str], float]:
+    """What both searches raise: a trigger -> the mean of `outside_of` over the examples behind it, or as they are."""
+
+    def share(trigger: str) -> float:
+        shares = outside_of(behind(trigger, examples) if trigger else examples)
+        return sum(shares) / len(shares)
+
+    return share
+
+
 def search_trigger(model: nn.Module, context: Context, examples: list[Example]) -> dict:
     """Greedy, word by word: the trigger whose rows have the largest mean share of squared norm outside V.
 
@@ -111,11 +122,7 @@ def search_trigger(model: nn.Module, context: Context, examples: list[Example]) 
     vocabulary = sorted({context.tokenizer.decode([i]).strip() for i in context.tokenizer.get_vocab().values()})
     words = [w for w in vocabulary if w.isascii() and w.isalpha() and len(w) > 2]
     draw = random.Random("trigger")
-
-    def share(trigger: str) -> float:
-        shares = outside(model, context, behind(trigger, examples) if trigger else examples)
-        return sum(shares) / len(shares)
-
+    share = objective(lambda rows: outside(model, context, rows), examples)
     before, trigger = share(""), ""
     with tqdm(total=TRIGGER_WORDS * TRIGGER_CANDIDATES, desc="searching a trigger", unit="trigger") as bar:
         for _ in range(TRIGGER_WORDS):
@@ -134,10 +141,7 @@ def follow_gradients(model: nn.Module, context: Context, examples: list[Example]
 
     V, sources = anchors_space(model, context), sources_of(model)
     tokens = gradient_trigger.single_tokens(context.tokenizer)
-
-    def share(trigger: str) -> float:
-        shares = outside(model, context, behind(trigger, examples) if trigger else examples, V)
-        return sum(shares) / len(shares)
+    share = objective(lambda rows: outside(model, context, rows, V), examples)
 
     def slopes(trigger: str) -> list[torch.Tensor]:
         summed = 0
