@@ -336,7 +336,9 @@ def test_the_memory_of_a_large_model_is_its_own_estimate_in_shards():
     cfg = config.compose(
         ["model=llama2", "task=gsm8k", "method=cwac", "train.optim=adamw_torch_fused", target.override(24)]
     )
-    whole = cost.estimate(cfg, cost.shape(cfg), cost.Row(512, 128, scaling.Sizes(prompt_tokens=32, rank_share=16 / 172)))
+    whole = cost.estimate(
+        cfg, cost.shape(cfg), cost.Row(512, 128, scaling.Sizes(prompt_tokens=32, rank_share=16 / 172))
+    )
     assert flops == pytest.approx(whole.flops, rel=1e-6)
     assert all(parts[name] == pytest.approx(whole.parts[name], rel=0.01) for name in parts)
     found = scaling.memory(target, "full, AdamW", 16, parts)

@@ -11,16 +11,28 @@ SMALL = ["model.sae={tokens: 4096, m: 256, cached_tokens: 4096, batch: 512}", "e
 
 
 @pytest.mark.parametrize(
-    ("held", "random", "said"), [(70, (90, 90), "yes yes"), (70.5, (90, 89), "no no"), (0, (100, 0), "yes no")]
+    ("held", "random", "energy", "said"),
+    [
+        (70, (90, 90), 20, "yes yes"),
+        (70.5, (90, 89), 20, "no no"),
+        (0, (100, 0), 20, "yes no"),
+        (0, (100, 100), 19.9, "yes no match"),
+    ],
 )
-def test_a_verdict_is_a_fall_of_30_points_and_of_at_most_10_at_random(held, random, said):
+def test_a_verdict_is_a_fall_of_30_points_and_of_at_most_10_at_random(held, random, energy, said):
     rates = {"none": 100.0, "held": held, **{f"random {k}": r for k, r in enumerate(random, 1)}}
     rows = [
         {"seed": 0, "factor": -1.0, "n": 200, "latents": name, "refusal": r, "harmful": 0.0, "other": 100 - r}
+        | {"energy": {"none": 0, "held": 40}.get(name, energy), "unchanged": 25.0 if name == "held" else 75.0}
         for name, r in rates.items()
     ]
-    row = causal.verdicts(pd.DataFrame(rows)).splitlines()[2]
-    assert " ".join(cell.strip() for cell in row.split("|")[-3:-1]) == said
+    lines = [line.split("|")[1:-1] for line in causal.verdicts(pd.DataFrame(rows)).splitlines() if line]
+    cells = [
+        pair for head, values in zip(lines[::3], lines[2::3], strict=True) for pair in zip(head, values, strict=True)
+    ]
+    row = {name.strip(): value.strip() for name, value in cells}
+    assert f"{row['causal']} {row['specific']}" == said
+    assert row["energy, held / random"] == f"40.0 / {energy:.1f}" and row["harmless unchanged"] == "25.0 / 75.0"
 
 
 def test_the_command_edits_the_held_latents_and_as_many_others(artifacts, tmp_path, capsys):
@@ -33,6 +45,8 @@ def test_the_command_edits_the_held_latents_and_as_many_others(artifacts, tmp_pa
     assert (table["refusal"] + table["harmful"] + table["other"] - 100).abs().max() < 1e-9
     untouched = table[table["latents"] == "none"]
     assert untouched["refusal"].tolist() == [100, 100]  # only what the model refuses is asked
+    assert untouched["unchanged"].tolist() == [100, 100] and table["unchanged"].between(0, 100).all()
+    assert table.loc[table["latents"] != "none", "energy"].between(0, 100, inclusive="right").all()
     assert json.loads((tmp_path / "provenance.json").read_text())["overrides"][0] == "method=cwac"
     assert (tmp_path / "table.md").read_text() in capsys.readouterr().out
 

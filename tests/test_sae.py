@@ -1,6 +1,7 @@
 """The routed sparse autoencoder, the ranking of its latents, and L_safety."""
 
 import copy
+from math import isnan
 
 import pytest
 import torch
@@ -699,7 +700,14 @@ def test_edited_generation_and_the_causal_check(fitted):
     assert generate_edited(model, tokenizer, sae, messages, [], -1.0, 6) == plain
     assert generate_edited(model, tokenizer, sae, messages, range(128), 1.0, 6, batch_size=3) == plain
     assert generate_edited(model, tokenizer, sae, messages, range(128), -1.0, 6) != plain
+    asked = (model, tokenizer, sae, range(0, 128, 2), examples, KeywordJudge())
+    everything = causal_check(*asked, draws=1, max_new_tokens=4, harmless=examples[:4])
+    assert everything["energy"] + everything["random_energy"][0] == pytest.approx(100)  # the other half
+    assert everything["unchanged"] in (0, 25, 50, 75, 100)
+    idle = causal_check(*asked, factor=1.0, draws=1, max_new_tokens=4, harmless=examples[:4])
+    assert idle["unchanged"] == idle["random_unchanged"][0] == 100 and idle["before"] == idle["after"]
     report = causal_check(model, tokenizer, sae, [1, 2, 3], examples, KeywordJudge(), draws=2, max_new_tokens=4)
+    assert isnan(report["unchanged"])
     assert report["n"] == 8 and len(report["random"]) == 2
     assert sum(report["before"].values()) == pytest.approx(100)
     assert report["fall"] == report["before"]["refusal"] - report["after"]["refusal"]
