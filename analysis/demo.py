@@ -51,7 +51,7 @@ def publish(args: argparse.Namespace, argv: list[str]) -> int:
             print(line)
         raise UserError(f"no finished run in {args.runs}. Remedy: run the campaign first (make demo).")
     summary, difference = tables.summarise(found, args.judge), tables.differences(found, judge=args.judge)
-    text = tables.report(found, summary, difference)
+    text = tables.report(found, summary, difference, args.judge)
     first = freeze(found, args, argv)
     summary.to_csv(args.out / "summary.csv", index=False)
     if len(found.verdicts):  # without a time stamp, so that the same runs freeze to the same bytes

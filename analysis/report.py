@@ -134,6 +134,8 @@ def tables_section(campaign: Campaign) -> Section:
             if tables.column_pairs(summary, tables.DETAIL):
                 detail = tables.result_table(found, summary, model, task, tables.DETAIL)
                 folds.append(Fold(f"{where}: losses, format and certificates", f"{tables.DETAIL_NOTE}\n\n{detail}"))
+            if way := tables.training_table(one_judge(rows, campaign.judge), model, task):
+                folds.append(Fold(f"{where}: on the way", f"{tables.WAY_NOTE}\n\n{way}"))
             if inner := tables.means_table(summary, model, task, tables.INNER):
                 folds.append(Fold(f"{where}: inside the constraints", f"{tables.INNER_NOTE}\n\n{inner}"))
     return Section("tables", "Tables", "\n\n".join([*beside_paper(campaign), *parts, tables.NOTES]), folds=folds)

@@ -23,6 +23,8 @@ DETAIL_NOTE = """\
 Format, losses and certificates. Losses in nats per token: of test answers of the task, and of the poison trained
 on. `weight_leak` is the worst ||dW X||/(||dW|| ||X||) over down_proj, `weight_leak_all` over every linear layer;
 `activation_drift` the mean relative change of the residual stream. On anchors, and on held-out prompts:"""
+WAY = ("FA", "HS", "task_loss", "poison_loss")
+WAY_NOTE = "On the way, after so many optimizer steps (means over the seeds that were asked there):"
 NOTES = """\
 Percentages; mean ± half-width of a 95 % t-interval over seeds, n = seeds. `(n=1)`: one seed, no interval.
 † all seeds agree exactly: the exact (Clopper-Pearson) interval over one seed's prompts instead. `(each seed)`: all
@@ -264,6 +266,28 @@ def means_table(summary: pd.DataFrame, model: str, task: str, metrics: Sequence[
     return markdown(["method", *(heading(pair, pairs) for pair in pairs)], rows)
 
 
+def training_table(rows: pd.DataFrame, model: str, task: str, metrics: Sequence[str] = WAY) -> str:
+    """method x harmful ratio x optimizer step, the numbers behind the training figure; empty without any on the way.
+
+    rows: metric rows of one judge. Methods that were measured at the end alone have no row.
+    """
+    part = rows[(rows["model"] == model) & (rows["task"] == task) & rows["metric"].isin(metrics) & (rows["step"] > 0)]
+    part = part.sort_values("time", kind="stable").drop_duplicates(["run_id", "metric", "set", "step"], keep="last")
+    steps = part.groupby(["harmful_ratio", "method"])["step"].transform("nunique")
+    found = estimates(part[steps > 1], ["harmful_ratio", "method", "step", "metric", "set"])
+    pairs = column_pairs(found, metrics)
+    if not pairs:
+        return ""
+    lines = []
+    order = {method: place for place, method in enumerate(sorted(set(found["method"]), key=paper.method_order))}
+    points = found.groupby(["harmful_ratio", "method", "step"], sort=False)
+    for (ratio, method, step), here in sorted(points, key=lambda g: (g[0][0], order[g[0][1]], g[0][2])):
+        values = {(r["metric"], r["set"]): r for _, r in here.iterrows()}
+        first = [paper.method_label(method), f"{ratio:g}", f"{step:g}", str(here["n"].max())]
+        lines.append([*first, *(show(values.get(pair)) for pair in pairs)])
+    return markdown(["method", "p", "steps", "n", *(heading(pair, pairs) for pair in pairs)], lines, key=4)
+
+
 def values_note(rows: pd.DataFrame) -> str:
     """Whose values the methods of these rows were run at, in one sentence."""
     tuned = {*map(tuple, rows.loc[rows["values"] == "tuned", ["model", "method"]].drop_duplicates().to_numpy())}
@@ -275,10 +299,13 @@ def values_note(rows: pd.DataFrame) -> str:
     return f"Values: tuned on validation prompts (results/tuning) for {shown}; official for the others."
 
 
-def report(collection: Collection, summary: pd.DataFrame, difference: pd.DataFrame | None = None) -> str:
+def report(
+    collection: Collection, summary: pd.DataFrame, difference: pd.DataFrame | None = None, judge: str | None = None
+) -> str:
     """The tables of a campaign as Markdown, the notes, and what is missing or was left out.
 
-    difference: from `differences`; adds the paired differences, details and costs. Without it, results only.
+    difference: from `differences`; adds the paired differences, details, what was measured on the way (by `judge`)
+    and costs. Without it, results only.
     """
     parts = []
     for model, task in grids(collection, summary):
@@ -290,6 +317,8 @@ def report(collection: Collection, summary: pd.DataFrame, difference: pd.DataFra
             parts += ["Difference to SFT at the same seeds, percentage points:", changed]
         if column_pairs(summary, DETAIL):
             parts += [DETAIL_NOTE, result_table(collection, summary, model, task, DETAIL)]
+        if way := training_table(one_judge(collection.rows, judge), model, task):
+            parts += [WAY_NOTE, way]
         if inner := means_table(summary, model, task, INNER):
             parts += [INNER_NOTE, inner]
         if cost := means_table(summary, model, task, COST):

@@ -292,6 +292,23 @@ def test_table_prints_the_planted_means_and_intervals(campaign):
     assert max(map(len, text.splitlines())) <= 120
 
 
+def test_what_was_measured_on_the_way_is_a_table_of_its_own(campaign, tmp_path):
+    found = collect(*campaign)
+    text = tables.report(found, tables.summarise(found), tables.differences(found))
+    values = [0.8 * harm("sft", 0.2, s) for s in (0, 1, 2)]
+    middle = line_of(text, "SFT", "0.2", "60", "3")
+    # FA was not asked there, and the loss is the same on every seed
+    assert [c.strip() for c in middle.split("|")[5:8]] == [
+        "not measured",
+        f"{np.mean(values):.1f} ± {stats.half_width(values):.1f}",
+        "1.2 (each seed)",
+    ]
+    assert line_of(text, "SFT", "0.2", "90", "3") and tables.WAY_NOTE in text
+    end_alone = cell_of("sft", 0.1, 0)
+    write_run(tmp_path / "ends", end_alone, [r for r in rows_of(end_alone, 30.0) if r["step"] in (0, 90)])
+    assert tables.training_table(collect(tmp_path / "ends").rows, "tiny", "toy") == ""
+
+
 def test_a_wide_table_is_broken_into_several():
     text = tables.markdown(["name", *"abcdef"], [["x", *["1" * 20] * 6]], width=60)
     blocks = text.split("\n\n")
