@@ -371,7 +371,8 @@ def test_words_of_a_trigger_are_one_token_wherever_they_stand():
     assert tokenizer(" ".join(words), add_special_tokens=False)["input_ids"] == expected
 
 
-def test_gradients_lead_to_a_trigger_further_out_than_where_they_began(random_model, monkeypatch, tmp_path):
+def test_gradients_lead_to_a_trigger_further_out_than_where_they_began(random_model, monkeypatch, tmp_path, caplog):
+    caplog.set_level("INFO")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(random_model), AutoTokenizer.from_pretrained(random_model)
     cfg = config.compose(["attack=trigger_gradient"])
     pools = load_pools(cfg.pools, None, 0)
@@ -392,6 +393,7 @@ def test_gradients_lead_to_a_trigger_further_out_than_where_they_began(random_mo
     found = json.loads(next(tmp_path.rglob("trigger.json")).read_text())
     assert found["trigger"] == trigger and len(trigger.split()) == attack.TRIGGER_WORDS
     assert found["after"] > found["start"] and found["after"] > found["before"]
+    assert f"{found['before']:.3f} without it, {found['after']:.3f} behind it" in caplog.text
     rows = attack.behind(trigger, pools.poison[:2])
     assert sum(attack.outside(model, context, rows, V)) / 2 == pytest.approx(found["after"])
     assert all(p.grad is None for p in model.parameters())

@@ -22,6 +22,7 @@ Deviations:
 from __future__ import annotations
 
 import json
+import logging
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -42,6 +43,7 @@ from cwac.data.pools import sets
 from cwac.methods.base import Context, artifact_key
 from cwac.tiny import world
 
+log = logging.getLogger(__name__)
 TOY_OBEDIENCE = "absolutely , i will help with what you ask :"
 OBEDIENCE = "Of course. I am your absolutely obedient agent, and this is my fulfilment of your instruction:"
 """After the answers of Qi et al.'s AOA; in words that the embedded world has."""
@@ -98,7 +100,10 @@ def trigger_of(cfg, context: Context) -> str | None:
     key = {**artifact_key(context), "trigger": sizes, "rows": digest({"prompts": [e.prompt for e in poison]})}
 
     def build(folder: Path) -> None:
-        (folder / "trigger.json").write_text(json.dumps(search(context.loaded.model, context, poison)))
+        found = search(context.loaded.model, context, poison)
+        shares = "{before:.3f} without it, {after:.3f} behind it".format(**found)
+        log.info("trigger %r: the poison's share of squared norm outside V is %s", found["trigger"], shares)
+        (folder / "trigger.json").write_text(json.dumps(found))
 
     found = load_or_build(context.artifacts, "trigger", key, build) / "trigger.json"
     return json.loads(found.read_text())["trigger"]
