@@ -1,5 +1,6 @@
 """Each architecture of the paper, tiny and random: its template's quirks, its parts, and every method end to end."""
 
+import functools
 import json
 
 import pytest
@@ -14,9 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from cwac import config
 from cwac.data.examples import Example
 from cwac.data.tokenize import Rows, encode_example, encode_prompt, end_of_turn, pad_token_id, render, stop_tokens
-from cwac.evaluation.generate import generate
+from cwac.evaluation.generate import WORTHWHILE, generate, read_opening
 from cwac.fit import fit
 from cwac.models import decoder_layers, input_group, linears
+from cwac.packing import common_opening
 from cwac.runs import Run
 from cwac.tiny import world
 from tests.conftest import NEEDS, SMALL
@@ -262,6 +264,36 @@ def test_left_padding_does_not_change_an_answer(family, saved):
     together = generate(model, tokenizer, prompts, max_new_tokens=6, description=None)
     alone = [generate(model, tokenizer, [p], max_new_tokens=6, description=None)[0] for p in prompts]
     assert together == alone and len(set(together)) > 1
+
+
+def test_an_opening_that_all_prompts_share_is_read_once_and_changes_no_answer(family, saved, monkeypatch):
+    model, tokenizer = load(saved(family))
+    pools, reads = world.pools(0, SIZES), []
+    prompts = [e.messages for e in (*pools.benign[:3], *pools.anchors[:3])]
+    same = prompts[0][-1]["content"]
+    longer = [[{"role": "user", "content": f"{same} {same} {same} {p[-1]['content']}"}] for p in prompts]
+    forward = type(model).forward
+
+    @functools.wraps(forward)  # generation looks at its signature
+    def counted(self, *args, **kwargs):
+        reads.append(kwargs["input_ids"].shape)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", counted)
+    together = generate(model, tokenizer, longer, max_new_tokens=6, description=None)
+    shared = common_opening([encode_prompt(tokenizer, p) for p in longer])
+    longest = max(len(encode_prompt(tokenizer, p)) for p in longer)
+    assert shared >= WORTHWHILE
+    if family == "gemma2":  # its window here is shorter than that: padding in between would push the opening out of it
+        assert reads[0] == (len(longer), longest)
+    else:  # the opening in one row, what is left of each prompt beside the others, then a token at a time
+        assert reads[:3] == [(1, shared), (len(longer), longest - shared), (len(longer), 1)]
+    alone = [generate(model, tokenizer, [p], max_new_tokens=6, description=None)[0] for p in longer]
+    assert together == alone and len(set(together)) > 1
+    model.generation_config.cache_implementation = (
+        "hybrid"  # as Gemma-2's on the hub: the model makes a cache of its own
+    )
+    assert read_opening(model, [[1] * 20, [1] * 9 + [2]], 4) == (0, None)
 
 
 def test_gemma_caps_its_attention_logits(saved):

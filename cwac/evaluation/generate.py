@@ -1,14 +1,28 @@
-"""Batched greedy generation, longest prompts first, so that a batch wastes little on padding."""
+"""Batched greedy generation, longest prompts first, so that a batch wastes little on padding.
 
+What all prompts open with (a template's system message) is read once and stands in every row's cache (ours).
+"""
+
+import inspect
 from collections.abc import Sequence
+from copy import deepcopy
 
 import torch
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 
 from cwac.data.examples import Messages
 from cwac.data.tokenize import encode_opening, encode_prompt, pad_token_id, stop_tokens
 from cwac.models import evaluating
+from cwac.packing import common_opening, takes_any_mask
+
+CACHE = (
+    "cache"
+    if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    else "past_key_values"
+)
+WORTHWHILE = 8
+"""Tokens from which on a common opening is read apart (ours): below, a pass of its own saves nothing."""
 
 
 def generate(
@@ -47,17 +61,22 @@ def generate(
             evaluating(model),
             tqdm(total=len(order), desc=description, disable=description is None) as bar,
         ):
+            shared, cache = read_opening(model, encoded, max_new_tokens) if batch_size > 1 else (0, None)
             for start in range(0, len(order), batch_size):
                 chosen = order[start : start + batch_size]
                 longest = len(encoded[chosen[0]])
                 ids = torch.full((len(chosen), longest), pad_token_id(tokenizer), dtype=torch.long)
                 mask = torch.zeros_like(ids)
-                for row, i in enumerate(chosen):  # left padding: every prompt ends in the last column
-                    ids[row, longest - len(encoded[i]) :] = torch.tensor(encoded[i])
-                    mask[row, longest - len(encoded[i]) :] = 1
-                out = model.generate(
-                    input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
-                )
+                for row, i in enumerate(chosen):  # padding behind what is shared: every prompt ends in the last column
+                    own = longest - len(encoded[i]) + shared
+                    ids[row, :shared] = torch.tensor(encoded[i][:shared])
+                    ids[row, own:] = torch.tensor(encoded[i][shared:])
+                    mask[row, :shared] = mask[row, own:] = 1
+                given = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+                if cache is not None:
+                    given[CACHE] = deepcopy(cache)
+                    given[CACHE].batch_repeat_interleave(len(chosen))
+                out = model.generate(**given, generation_config=config)
                 texts = tokenizer.batch_decode(out[:, longest - len(opening) :], skip_special_tokens=True)
                 for i, text in zip(chosen, texts, strict=True):
                     answers[i] = text.strip()
@@ -65,3 +84,22 @@ def generate(
     finally:
         model.config.use_cache = use_cache
     return answers
+
+
+def read_opening(
+    model: PreTrainedModel, encoded: Sequence[list[int]], max_new_tokens: int
+) -> tuple[int, Cache | None]:
+    """How many tokens all prompts open with, each with at least one more, and the model's cache of them in one row.
+
+    (0, None) where they are few, or the model's cache or attention takes no padding between them and the rest.
+    """
+    if len(encoded) < 2:
+        return 0, None
+    shared = min(common_opening(encoded), min(map(len, encoded)) - 1)
+    longest = max(map(len, encoded)) + max_new_tokens
+    chosen = getattr(getattr(model, "generation_config", None), "cache_implementation", None)
+    if shared < WORTHWHILE or chosen is not None or not takes_any_mask(model, longest):
+        return 0, None
+    ids = torch.tensor([encoded[0][:shared]], device=model.device)
+    cache = getattr(model(input_ids=ids, use_cache=True), CACHE, None)
+    return (shared, cache) if hasattr(cache, "batch_repeat_interleave") else (0, None)
