@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 
 from cwac import hub
 from cwac.artifacts import load_or_build
@@ -22,6 +22,12 @@ from cwac.config import UsageError, UserError, origin
 log = logging.getLogger(__name__)
 SAFE = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
 """A model's folder is data: no pickle and none of its own code is run."""
+CACHE = (
+    "cache"
+    if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    else "past_key_values"
+)
+"""What this release of transformers calls the keys and values of earlier tokens; 5.24 renamed them."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARED_INPUT = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 """Matrices of one block that read the same input, and so share one subspace."""

@@ -64,30 +64,21 @@ def measure(cfg: DictConfig, draws: int, prompts: int, harmless: int) -> list[di
     if not refused:
         raise UserError(f"model={cfg.model.name} refuses none of {len(asked)} held-out requests; nothing can fall")
     benign = [e for examples in context.pools.validation_benign.values() for e in examples[:harmless]]
-    entries = []
-    for factor in FACTORS:
-        found = causal_check(
-            model,
-            context.tokenizer,
-            sae,
-            table["latent"].tolist(),
-            refused,
-            judge,
-            factor=factor,
-            draws=draws,
-            max_new_tokens=tokens,
-            template=context.template,
-            seed=cfg.seed,
-            harmless=benign,
-        )
-        edits = {"none": {**found["before"], "energy": 0.0, "unchanged": 100.0}}
-        edits["held"] = {**found["after"], "energy": found["energy"], "unchanged": found["unchanged"]}
-        random = zip(found["random"], found["random_energy"], found["random_unchanged"], strict=True)
-        for k, (rates, energy, unchanged) in enumerate(random, 1):
-            edits[f"random {k}"] = {**rates, "energy": energy, "unchanged": unchanged}
-        about = {"seed": cfg.seed, "factor": factor, "n": found["n"]}
-        entries += [{**about, "latents": name, **rates} for name, rates in edits.items()]
-    return entries
+    entries = causal_check(
+        model,
+        context.tokenizer,
+        sae,
+        table["latent"].tolist(),
+        refused,
+        judge,
+        factors=FACTORS,
+        draws=draws,
+        max_new_tokens=tokens,
+        template=context.template,
+        seed=cfg.seed,
+        harmless=benign,
+    )
+    return [{"seed": cfg.seed, **entry} for entry in entries]
 
 
 def verdicts(table: pd.DataFrame) -> str:

@@ -701,13 +701,15 @@ def test_edited_generation_and_the_causal_check(fitted):
     assert generate_edited(model, tokenizer, sae, messages, range(128), 1.0, 6, batch_size=3) == plain
     assert generate_edited(model, tokenizer, sae, messages, range(128), -1.0, 6) != plain
     asked = (model, tokenizer, sae, range(0, 128, 2), examples, KeywordJudge())
-    everything = causal_check(*asked, draws=1, max_new_tokens=4, harmless=examples[:4])
-    assert everything["energy"] + everything["random_energy"][0] == pytest.approx(100)  # the other half
-    assert everything["unchanged"] in (0, 25, 50, 75, 100)
-    idle = causal_check(*asked, factor=1.0, draws=1, max_new_tokens=4, harmless=examples[:4])
-    assert idle["unchanged"] == idle["random_unchanged"][0] == 100 and idle["before"] == idle["after"]
-    report = causal_check(model, tokenizer, sae, [1, 2, 3], examples, KeywordJudge(), draws=2, max_new_tokens=4)
-    assert isnan(report["unchanged"])
-    assert report["n"] == 8 and len(report["random"]) == 2
-    assert sum(report["before"].values()) == pytest.approx(100)
-    assert report["fall"] == report["before"]["refusal"] - report["after"]["refusal"]
+    edits = causal_check(*asked, factors=(-1.0, 1.0), draws=1, max_new_tokens=4, harmless=examples[:4])
+    assert [(e["factor"], e["latents"]) for e in edits] == [
+        (by, name) for by in (-1.0, 1.0) for name in ("none", "held", "random 1")
+    ]
+    assert edits[1]["energy"] + edits[2]["energy"] == pytest.approx(100)  # the other half
+    assert edits[1]["unchanged"] in (0, 25, 50, 75, 100) and edits[0]["energy"] == 0
+    # a factor of 1 is no edit
+    assert {e["unchanged"] for e in edits[3:]} == {100}
+    assert len({(e["refusal"], e["harmful"], e["other"]) for e in edits[3:]}) == 1
+    alone = causal_check(model, tokenizer, sae, [1, 2, 3], examples, KeywordJudge(), draws=2, max_new_tokens=4)
+    assert len(alone) == 4 and all(isnan(e["unchanged"]) and e["n"] == 8 for e in alone)
+    assert all(e["refusal"] + e["harmful"] + e["other"] == pytest.approx(100) for e in alone)

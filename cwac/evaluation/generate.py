@@ -3,24 +3,18 @@
 What all prompts open with (a template's system message) is read once and stands in every row's cache (ours).
 """
 
-import inspect
 from collections.abc import Sequence
 from copy import deepcopy
 
 import torch
 from tqdm import tqdm
-from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cwac.data.examples import Messages
 from cwac.data.tokenize import encode_opening, encode_prompt, pad_token_id, stop_tokens
-from cwac.models import evaluating
+from cwac.models import CACHE, evaluating
 from cwac.packing import common_opening, takes_any_mask
 
-CACHE = (
-    "cache"
-    if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
-    else "past_key_values"
-)
 WORTHWHILE = 8
 """Tokens from which on a common opening is read apart (ours): below, a pass of its own saves nothing."""
 

@@ -20,7 +20,7 @@ from transformers import DynamicCache
 
 from cwac.config import UserError
 from cwac.data.tokenize import encode_prompt, pad_token_id, stop_tokens
-from cwac.models import evaluating
+from cwac.models import CACHE, evaluating
 from cwac.sae.autoencoder import RoutedSAE
 from cwac.sae.residuals import (
     Row,
@@ -328,7 +328,7 @@ def generate_edited(
                     "position_ids": (mask.cumsum(1) - 1).clamp_min(0)[:, -step.shape[1] :],
                     "use_cache": True,
                 }
-                r = residuals(model, {**inputs, "past_key_values": clean_cache}, slots)
+                r = residuals(model, {**inputs, CACHE: clean_cache}, slots)
                 x, _, std = normalize(r)
                 weights = sae.read_weights(x).unsqueeze(-1)  # [B, T, L_r, 1]
                 z = sae.dense((weights * x).sum(-2))[..., chosen]
@@ -341,7 +341,7 @@ def generate_edited(
                     return hidden + (weights[:, :, at] * std[:, :, at] * shift).to(hidden.dtype)
 
                 with on_slots(model, slots, edit):
-                    logits = model(**inputs, past_key_values=edited_cache).logits[:, -1]
+                    logits = model(**inputs, **{CACHE: edited_cache}).logits[:, -1]
                 token = logits.argmax(-1).masked_fill(~open_, pad)
                 written.append(token)
                 open_ &= ~torch.isin(token, stop)
@@ -363,20 +363,20 @@ def causal_check(
     examples: Sequence[Any],
     judge: Any,
     *,
-    factor: float = -1.0,
+    factors: Sequence[float] = (-1.0,),
     draws: int = 5,
     max_new_tokens: int = 32,
     template: str = "chat",
     seed: int = 0,
     harmless: Sequence[Any] = (),
-) -> dict[str, Any]:
+) -> list[dict[str, Any]]:
     """Does turning `latents` around (z -> factor * z) undo refusals, and turning matched random ones not?
 
-    examples: held-out harmful requests (`Example`); judge: a `Judge`. Refusal rates in percent.
-    A causal, specific set loses >= 30 points under the edit, matched random latents <= 10 (our bars).
-    `energy` and `random_energy` are shares of all latents' energy at the last prompt token, in percent: where the
-    latents hold most of it, no other set is a match. `unchanged` and `random_unchanged` are the shares of the
-    `harmless` prompts whose answer stays, to the letter; NaN without any.
+    examples: held-out harmful requests (`Example`); judge: a `Judge`. One entry an edit: its `factor`, the `latents`
+    edited (`none`, `held`: the given ones, `random 1` ... `draws` matched sets, the same under each factor), `n`, and
+    in percent the verdicts, `energy`, their share of all latents' energy at the last prompt token (where the held have
+    most of it, no other set is a match), and `unchanged`, of the `harmless` prompts those whose answer stays to the
+    letter; NaN without any.
     """
     if not len(examples):
         raise UserError("the causal check has no prompts: give it held-out harmful requests")
@@ -390,35 +390,27 @@ def causal_check(
     def answers_to(asked: Sequence[Any], chosen: Sequence[int], by: float) -> list[str]:
         return generate_edited(model, tokenizer, sae, asked, chosen, by, max_new_tokens, template)
 
-    def rates(chosen: Sequence[int], by: float) -> dict[str, float]:
+    def answered(name: str, chosen: Sequence[int], by: float) -> dict[str, Any]:
         verdicts = Counter(j.verdict for j in judge.judge(texts, answers_to(messages, chosen, by)))
-        return {v: 100 * verdicts[v] / len(texts) for v in ("refusal", "harmful", "other")}
+        return {
+            "latents": name,
+            "n": len(texts),
+            **{v: 100 * verdicts[v] / len(texts) for v in ("refusal", "harmful", "other")},
+            "energy": float(100 * energy[list(chosen)].sum() / energy.sum()),
+        }
 
-    plain = answers_to(benign, latents, 1.0) if benign else []
-
-    def unchanged(chosen: Sequence[int]) -> float:
-        if not benign:
-            return float("nan")
-        same = [a == b for a, b in zip(plain, answers_to(benign, chosen, factor), strict=True)]
+    def unchanged(chosen: Sequence[int], by: float) -> float:
+        same = [a == b for a, b in zip(plain, answers_to(benign, chosen, by), strict=True)]
         return 100 * sum(same) / len(same)
 
-    def share(chosen: Sequence[int]) -> float:
-        return float(100 * energy[list(chosen)].sum() / energy.sum())
-
-    before, after = rates(latents, 1.0), rates(latents, factor)
+    plain = answers_to(benign, [], 1.0) if benign else []
+    untouched = answered("none", [], 1.0) | {"unchanged": 100.0 if benign else float("nan")}
     drawn = [matched_random(energy, latents, generator) for _ in range(draws)]
-    random = [rates(chosen, factor) for chosen in drawn]
-    random_mean = sum(r["refusal"] for r in random) / max(1, len(random))
-    return {
-        "n": len(texts),
-        "factor": factor,
-        "before": before,
-        "after": after,
-        "random": random,
-        "energy": share(latents),
-        "random_energy": [share(chosen) for chosen in drawn],
-        "unchanged": unchanged(latents),
-        "random_unchanged": [unchanged(chosen) for chosen in drawn],
-        "fall": before["refusal"] - after["refusal"],
-        "random_fall": before["refusal"] - random_mean if random else float("nan"),
-    }
+    sets = {"held": list(latents), **{f"random {i}": chosen for i, chosen in enumerate(drawn, 1)}}
+    entries = []
+    for factor in factors:
+        entries.append({"factor": factor, **untouched})
+        for name, chosen in sets.items():
+            kept = unchanged(chosen, factor) if benign else float("nan")
+            entries.append({"factor": factor, **answered(name, chosen, factor), "unchanged": kept})
+    return entries
