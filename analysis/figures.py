@@ -27,6 +27,7 @@ PANELS = ("HS", "refusal", "other", "FA")
 OVERLAY = 8
 """How many methods one panel holds before their lines can no longer be told apart."""
 REFERENCE = "sft"
+LOSSES = ("task_loss", "poison_loss")
 # In a panel of its own a method needs no colour; what its two lines measure does.
 LOOKS = {
     "HS": {"color": "#D55E00", "marker": "o", "linestyle": "-", "markersize": 3.5, "linewidth": 1.5},
@@ -280,36 +281,40 @@ def trajectory(rows: pd.DataFrame, along: str = "step") -> pd.DataFrame:
     """Means over seeds at each training step (or `epoch`), before and at the end of training.
 
     rows: metric rows of one model and task, one set of harmful prompts. Columns of the result: method,
-    harmful_ratio, step (or epoch), HS, low, high, n, task_loss. Points at which only one of the two was measured
-    have NaN in the other.
+    harmful_ratio, step (or epoch), HS, low, high, n, task_loss, poison_loss. Points at which a loss was not measured
+    have NaN in it.
     """
-    columns = ["method", "harmful_ratio", along, "HS", "low", "high", "n", "task_loss"]
+    columns = ["method", "harmful_ratio", along, "HS", "low", "high", "n", *LOSSES]
     records = []
     for (method, ratio, at), group in rows.groupby(["method", "harmful_ratio", along]):
         latest = group.drop_duplicates(["seed", "metric"], keep="last").dropna(subset="value")
-        harm, loss = latest[latest["metric"] == "HS"], latest[latest["metric"] == "task_loss"]["value"]
+        harm = latest[latest["metric"] == "HS"]
+        losses = [latest.loc[latest["metric"] == name, "value"].mean() for name in LOSSES]
         if harm.empty:
             continue
         found = stats.estimate(harm["value"].tolist(), prompts=harm["n"].tolist(), proportion=True)
-        records.append([method, ratio, at, found.mean, found.low, found.high, found.n, loss.mean()])
+        records.append([method, ratio, at, found.mean, found.low, found.high, found.n, *losses])
     return pd.DataFrame(records, columns=columns)
 
 
 def against_training(rows: pd.DataFrame, model: str, task: str, of: str) -> list[Plate]:
-    """HS against optimizer steps and against the task loss: safer, or only slower?
+    """HS against optimizer steps, the task loss and, of few methods, the poison's: safer, or only slower?
 
     A defence that only learns slower lies on SFT's curve over the task loss. Bars: 95 % interval over seeds. Without
     any measurement before the end of training there is no curve and no figure: [] then.
     """
     part = rows[(rows["model"] == model) & (rows["task"] == task)]
-    part = part[(part["metric"] == "task_loss") | ((part["metric"] == "HS") & (part["set"] == of))]
+    part = part[part["metric"].isin(LOSSES) | ((part["metric"] == "HS") & (part["set"] == of))]
     points = trajectory(part)
     curves = points.groupby(["harmful_ratio", "method"])["step"].nunique()
     ratios = sorted({ratio for (ratio, _), steps in curves.items() if steps > 1})
     if not ratios:
         return []
     title = f"{model}, {task}; harmful prompts: {of}"
-    caption = "Bars: 95 % intervals. A defence that only learns slower lies on SFT's curve over the task loss."
+    caption = (
+        "Bars: 95 % intervals. A defence that only learns slower lies on SFT's curve over the task loss. Over the loss "
+        "on the poison one sees whether HS stays low because the poison is not learnt."
+    )
     heading = "HS against training"
     if points["method"].nunique() <= OVERLAY:
         return [Plate("training", f"{heading}: {title}", caption, training_overlay(points, ratios, title))]
@@ -346,10 +351,11 @@ def logarithmic(ax: Axes, values: pd.Series) -> None:
 
 def training_overlay(points: pd.DataFrame, ratios: Sequence[float], title: str) -> Figure:
     """`against_training` with all methods in one panel, one row of panels a harmful ratio."""
-    figure, grid = panels(len(ratios), 2, (9, 1.2 + 2.7 * len(ratios)), sharey=True)
-    for pair, ratio in zip(grid, ratios, strict=True):
+    losses = [name for name in LOSSES if name == "task_loss" or points[name].notna().any()]
+    figure, grid = panels(len(ratios), 1 + len(losses), (3 + 3 * len(losses), 1.2 + 2.7 * len(ratios)), sharey=True)
+    for row, ratio in zip(grid, ratios, strict=True):
         here = points[points["harmful_ratio"] == ratio]
-        for ax, across in zip(pair, ("step", "task_loss"), strict=True):
+        for ax, across in zip(row, ("step", *losses), strict=True):
             for method in ordered(here["method"]):
                 line = here[here["method"] == method].sort_values("step").dropna(subset=across)
                 look = style(method)
@@ -357,16 +363,18 @@ def training_overlay(points: pd.DataFrame, ratios: Sequence[float], title: str) 
                 ax.vlines(line[across], line["low"], line["high"], color=look["color"], linewidth=0.8)
             ax.set_ylim(-4, 104)
             bare(ax)
-        pair[0].set_ylabel(f"p = {ratio:g}\nHS (%)")
-        if here["task_loss"].notna().any():
-            # Training lowers the loss, so time runs left to right in both columns.
-            if wide(here["task_loss"].dropna()):
-                logarithmic(pair[1], here["task_loss"])
-            pair[1].invert_xaxis()
-        else:
-            pair[1].text(0.5, 0.5, "no task_loss rows", transform=pair[1].transAxes, ha="center", color="0.4")
+        row[0].set_ylabel(f"p = {ratio:g}\nHS (%)")
+        for ax, name in zip(row[1:], losses, strict=True):
+            if here[name].notna().any():
+                # Training lowers the losses, so time runs left to right in all columns.
+                if wide(here[name].dropna()):
+                    logarithmic(ax, here[name])
+                ax.invert_xaxis()
+            else:
+                ax.text(0.5, 0.5, f"no {name} rows", transform=ax.transAxes, ha="center", color="0.4")
     grid[-1][0].set_xlabel("optimizer steps")
-    grid[-1][1].set_xlabel(f"{paper.METRICS['task_loss']} (falls to the right)")
+    for ax, name in zip(grid[-1][1:], losses, strict=True):
+        ax.set_xlabel(f"{paper.METRICS[name]}\n(falls to the right)")
     figure.suptitle(title, fontsize=11)
     legend_below(figure, list(grid.flat))
     return figure

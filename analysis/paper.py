@@ -85,6 +85,7 @@ METRICS = {
     "OR": "over-refusal of benign requests (OR, %)",
     "AE": "AlpacaEval win rate (AE, %)",
     "task_loss": "task loss, nats per token",
+    "poison_loss": "loss on the poison, nats per token",
 }
 # What the verdicts are about. They share their sets; FA and OR have sets of their own.
 VERDICTS = ("HS", "refusal", "other")

@@ -359,6 +359,22 @@ def test_trajectory_averages_over_seeds_at_each_step(campaign):
     assert at["task_loss"] == pytest.approx(1.2) and at["n"] == 3
 
 
+def test_the_training_figure_has_a_column_for_the_poisons_loss_where_it_was_measured(tmp_path):
+    cell = cell_of("sft", 0.2, 0)
+    rows = rows_of(cell, 30.0)
+    poison = [
+        {**r, "metric": "poison_loss", "set": "poison", "value": 3 * r["value"]}
+        for r in rows
+        if r["metric"] == "task_loss"
+    ]
+    for name, extra, columns in (("without", [], 2), ("with", poison, 3)):
+        write_run(tmp_path / name, cell, rows + extra)
+        [plate] = figures.against_training(one_judge(collect(tmp_path / name).rows), "tiny", "toy", "harmful")
+        axes = plate.figure.axes
+        assert len(axes) == columns
+    assert axes[2].get_lines()[0].get_xdata().tolist() == pytest.approx([3 * (2 - share) for share in (0.4, 0.8, 1.0)])
+
+
 def test_styles_differ_between_all_methods():
     looks = [figures.style(m) for m in paper.METHODS if m != paper.ALIGNED]
     assert len({(k["marker"], str(k["linestyle"])) for k in looks}) == len(looks)  # readable without colour
