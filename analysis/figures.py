@@ -312,8 +312,8 @@ def against_training(rows: pd.DataFrame, model: str, task: str, of: str) -> list
         return []
     title = f"{model}, {task}; harmful prompts: {of}"
     caption = (
-        "Bars: 95 % intervals. A defence that only learns slower lies on SFT's curve over the task loss. Over the loss "
-        "on the poison one sees whether HS stays low because the poison is not learnt."
+        "Bars: 95 % intervals. A defence that only learns slower lies on SFT's curve over the task loss. Over the "
+        "poison's loss one sees whether HS stays low because the poison is not learnt."
     )
     heading = "HS against training"
     if points["method"].nunique() <= OVERLAY:
