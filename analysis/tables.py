@@ -279,9 +279,8 @@ def training_table(rows: pd.DataFrame, model: str, task: str, metrics: Sequence[
     if not pairs:
         return ""
     lines = []
-    order = {method: place for place, method in enumerate(sorted(set(found["method"]), key=paper.method_order))}
     points = found.groupby(["harmful_ratio", "method", "step"], sort=False)
-    for (ratio, method, step), here in sorted(points, key=lambda g: (g[0][0], order[g[0][1]], g[0][2])):
+    for (ratio, method, step), here in sorted(points, key=lambda g: (g[0][0], paper.method_order(g[0][1]), g[0][2])):
         values = {(r["metric"], r["set"]): r for _, r in here.iterrows()}
         first = [paper.method_label(method), f"{ratio:g}", f"{step:g}", str(here["n"].max())]
         lines.append([*first, *(show(values.get(pair)) for pair in pairs)])
