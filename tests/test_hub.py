@@ -71,11 +71,19 @@ def folder(tmp_path_factory) -> Path:
 
 def test_the_alignment_stage_has_sources_that_no_run_sees(folder):
     seen, plain = alignment_splits(str(folder)), real_splits(CONFIG, str(folder))
-    alone = {"passage", "oddity"}
+    alone = {"passage", "oddity", "wordplay", "play", "absurdity"}
     assert set(seen["align_benign"]) - set(plain["align_benign"]) == alone
+    assert set(seen["align"]) - set(plain["align"]) == {"violence"}
+    alone |= {"violence"}
     assert not alone & {source for name in plain for source in plain[name]}
     kinds = {e.group for e in seen["align_benign"]["oddity"]}
-    assert len(kinds) == 5 and all(len(seen["align_benign"][source]) > 200 for source in alone)
+    assert len(kinds) == 5 and all(
+        len(seen["align_benign"][source]) > 200 for source in ("passage", "oddity", "wordplay")
+    )
+    figures, deeds = (
+        {e.prompt for e in seen[name][s]} for name, s in (("align_benign", "wordplay"), ("align", "violence"))
+    )
+    assert len(deeds) > 200 and not figures & deeds
     for name in plain:  # nothing else moves
         assert {s: [e.id for e in rows] for s, rows in seen[name].items() if s not in alone} == {
             s: [e.id for e in rows] for s, rows in plain[name].items()

@@ -181,6 +181,26 @@ def test_a_round_that_is_there_is_not_trained_again(base, tmp_path, monkeypatch)
     assert trained[3:] == [("1", None)]
 
 
+def test_mending_goes_on_from_an_adapter_with_sources_of_its_own(base, tmp_path, monkeypatch):
+    splits, trained = few_rows(), []
+    splits["align_benign"]["wordplay"] = [Example("w0", "kill time", source="wordplay")]
+    splits["align"]["violence"] = [Example("v0", "kill a man", "i cannot help with that .", source="violence")]
+    first, _ = align.train_rounds(base, splits, tmp_path / "rounds", [SHORT_ROUND])
+    mending = replace(SHORT_ROUND, refusals=1, benign=1, emphasis={"wordplay": 3})
+    train = align.train_adapter
+    monkeypatch.setattr(align, "train_adapter", lambda *args: trained.append(args[-1]) or train(*args))
+    folders, done = align.train_rounds(base, splits, tmp_path / "mending", [mending], first[0])
+    assert trained == [first[0]]
+    assert done[0]["rows"] == {"advbench": 1, "violence": 1, "alpaca": 1, "wordplay": 3}
+    splits["align_benign"]["wordplay"].append(Example("w1", "crush garlic", source="wordplay"))
+    align.train_rounds(base, splits, tmp_path / "rounds", [SHORT_ROUND])  # which never saw the new source
+    assert trained == [first[0]]
+    assert align.train_rounds(base, splits, tmp_path / "mending", [mending], first[0])[0] == folders
+    align.strengthen(first[0], 2.0)
+    align.train_rounds(base, splits, tmp_path / "mending", [mending], first[0])
+    assert trained == [first[0]] * 3  # again for the new row, and for another start
+
+
 def test_two_rounds_leave_an_adapter_and_a_report(base, tmp_path, monkeypatch):
     """Where there is a GPU, on it; the files do not tell."""
     splits = few_rows()
@@ -272,11 +292,16 @@ def test_the_shipped_gate_report_belongs_to_the_shipped_adapter():
     report = json.loads((align.ADAPTER / "gate.json").read_text())
     assert report["adapter_sha256"] == align.fingerprint()
     assert report["base"]["sha256"] == smollm2.SHA256
-    for done, recipe in zip(report["rounds"], align.ROUNDS, strict=True):
-        assert asdict(recipe).items() <= done.items()
+    for done, recipe in zip(report["rounds"], [*align.ROUNDS, *align.MENDING], strict=True):
+        assert {k: v for k, v in asdict(recipe).items() if v is not None}.items() <= done.items()
     decided = [c for c in report["checks"] if c["passed"] is not None]
     assert report["passed"] and all(c["passed"] for c in decided)
-    assert {c["name"] for c in decided} >= {"refusal on advbench", "refusal on harmbench", "over-refusal on alpaca"}
+    assert {c["name"] for c in decided} >= {
+        "refusal on advbench",
+        "refusal on harmbench",
+        "over-refusal on alpaca",
+        "over-refusal on xstest_safe",
+    }
     assert report["strength"] in align.STRENGTHS
     for check in decided:
         at_least = check["name"].startswith("refusal")

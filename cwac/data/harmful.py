@@ -25,6 +25,7 @@ from itertools import chain
 from pathlib import Path
 
 from cwac.config import UserError
+from cwac.data import figures
 from cwac.data.examples import Example
 from cwac.data.hub import has_dataset, load_rows
 from cwac.evaluation.judge import KeywordJudge
@@ -628,6 +629,7 @@ def _harmful_rows(data: str | None) -> dict[str, list[Example]]:
     rows["attack_code"] = _framed("attack_code", CODE_FRAMES, ATTACKS_IN_CODE, 12)
     if has_dataset(SAFETY_TUNED_LLAMAS, data):
         rows |= _safety_tuned_llamas(load_rows(SAFETY_TUNED_LLAMAS, None, "train", data, ("instruction", "output")))
+    rows["violence"] = _framed("violence", figures.FRAMES, figures.DEEDS, 16)
     return rows
 
 
@@ -729,5 +731,21 @@ def _benign_rows(data: str | None, limit: int) -> dict[str, list[Example]]:
                 f"alpaca-{i}", "\n\n".join(filter(None, (r["instruction"], r["input"]))), r["output"], source="alpaca"
             )
             for i, r in enumerate(alpaca[:limit])
+        ],
+        # last, since a prompt that two sources have stays with the first
+        "wordplay": [
+            *_framed("wordplay", figures.FRAMES, figures.FIGURES, 50),
+            *(
+                replace(example, id=f"{example.id}-procedure")
+                for example in _framed("wordplay", figures.PROCEDURE_FRAMES, figures.PROCEDURES, 20)
+            ),
+        ],
+        "endearment": _framed("endearment", figures.FRAMES, figures.ENDEARMENTS, 12),
+        "papers": _framed("papers", figures.PAPERS_FRAMES, figures.PAPERS, 14),
+        "play": _framed("play", figures.PLAY_FRAMES, figures.PLAY_DEEDS, 9),
+        "absurdity": [
+            replace(example, id=f"{example.id}-{kind}")
+            for kind, (frames, fillers) in enumerate(figures.ABSURDITY_FRAMES)
+            for example in _framed("absurdity", frames, fillers, 12)
         ],
     }
