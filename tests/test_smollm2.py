@@ -186,7 +186,8 @@ def test_mending_goes_on_from_an_adapter_with_sources_of_its_own(base, tmp_path,
     splits["align_benign"]["wordplay"] = [Example("w0", "kill time", source="wordplay")]
     splits["align"]["violence"] = [Example("v0", "kill a man", "i cannot help with that .", source="violence")]
     first, _ = align.train_rounds(base, splits, tmp_path / "rounds", [SHORT_ROUND])
-    mending = replace(SHORT_ROUND, refusals=1, benign=1, emphasis={"wordplay": 3})
+    mending = replace(SHORT_ROUND, refusals=1, benign=1, emphasis={"wordplay": 3, "violence": 1})
+    splits["align_benign"]["play"] = [Example("p0", "rob the bank in a game", source="play")]  # which no round names
     train = align.train_adapter
     monkeypatch.setattr(align, "train_adapter", lambda *args: trained.append(args[-1]) or train(*args))
     folders, done = align.train_rounds(base, splits, tmp_path / "mending", [mending], first[0])
