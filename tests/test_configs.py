@@ -21,7 +21,7 @@ def options(group: str) -> list[str]:
 
 
 METHODS, MODELS, TASKS, PRESETS = (options(g) for g in ("method", "model", "task", "experiment"))
-OTHERS = [(g, o) for g in ("eval", "eval/judge", "logger", "train", "pools") for o in options(g)]
+OTHERS = [(g, o) for g in ("eval", "eval/judge", "logger", "train", "pools", "scale") for o in options(g)]
 
 
 def test_the_groups_are_found():
@@ -138,6 +138,17 @@ def test_presets_expand_to_distinct_valid_cells(name):
 def test_overrides_win_over_a_preset():
     cells = config.expand("demo", ["method=sft", "seed=0,1"])
     assert {c.method.name for c in cells} == {"sft"} and {c.seed for c in cells} == {0, 1}
+
+
+def test_the_papers_presets_at_the_scale_of_two_cores_share_the_cells_of_smollm2():
+    """So that `table3 model=smollm2 scale=two_cores` goes on from `make smollm2`, and trains as little."""
+    small = ["model=smollm2", "scale=two_cores"]
+    mine = {config.run_id(cfg) for name in ("smollm2", "smollm2_rivals") for cfg in config.expand(name)}
+    table3 = config.expand("table3", [*small, "harmful_ratio=0.1"])
+    assert len(table3) == 21 and {config.run_id(cfg) for cfg in table3} <= mine
+    figure3 = config.expand("figure3", small)
+    assert {(cfg.task.n_train, cfg.train.num_train_epochs, cfg.eval.n_harmful) for cfg in figure3} == {(64, 5, 30)}
+    assert sorted({cfg.train.learning_rate for cfg in figure3}) == [1e-7, 1e-6, 1e-5, 1e-4, 1e-3]
 
 
 def test_presets_open_with_their_launch_command():
