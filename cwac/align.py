@@ -10,7 +10,8 @@ Deviations:
   `align_benign` of `cwac/data/harmful.py`, which share no (near-)duplicate with validation or test.
 - Benign targets are the unaligned model's own greedy answers, so that the loss on them asks for no new style and
   what changes is the refusal. Contrast prompts (harmless, with harmful words) come from XSTest and from the
-  answered part of safety-tuned-llamas, the latter with the data set's answers, and from `cwac/assets/contrast.txt`.
+  answered part of safety-tuned-llamas, the latter with the data set's answers, from `cwac/assets/contrast.txt` and,
+  in the last rounds, from `cwac/data/figures.py`.
 """
 
 import argparse
@@ -139,7 +140,7 @@ after looking at what was refused there; their frames and fillers are near-dupli
 
 STRENGTHS = (1.12, 1.06, 1.0, 0.95, 0.9, 0.8)
 """By which the averaged adapter's update is multiplied (task arithmetic, Ilharco et al. 2023, arXiv:2212.04089), in
-the order in which they are tried on validation: less refuses less, of the harmful as of the harmless."""
+the order in which they are tried on validation: less refuses less of the harmful, and mostly of the harmless."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class Check:
 
 
 def alignment_splits(data: str | None) -> Splits:
-    """The splits of `conf/pools/real.yaml` and, in `align_benign`, the sources of this stage alone.
+    """The splits of `conf/pools/real.yaml` and, in `align` and `align_benign`, the sources of this stage alone.
 
     data: a folder laid out like the hub; None is the hub.
     """
