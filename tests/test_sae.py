@@ -37,7 +37,7 @@ from cwac.sae import (
     slots_of,
 )
 from cwac.sae.fit import TokenBuffer, auxiliary_loss, train_sae
-from cwac.sae.rank import attribution, generate_edited, last_latents, matched_random
+from cwac.sae.rank import attribution, generate_edited, last_latents, matched_random, telling
 from cwac.sae.residuals import keep_mask, on_slots, read_at, shared_prefix
 
 SIZE = {
@@ -637,11 +637,16 @@ def test_attribution_orders_by_effect_on_the_refusal(planted):
     model, sae, harmful, benign = planted
     effect = attribution(model, sae, harmful, [60], [61])
     assert effect[:5].min() > effect[5:].max()
-    table = rank_latents(model, sae, harmful, benign, n=20, openers=([60], [61]))
+    table = rank_latents(model, sae, harmful, benign, n=20, openers=({60: 1.0}, {61: 1.0}))
     assert set(table["latent"][:5]) == set(range(5))
     assert table.attrs["eligible"] < 20 and not table["eligible"].iloc[-1]  # filled up, and marked as such
     with pytest.raises(UserError, match="same tokens"):
-        rank_latents(model, sae, harmful, benign, openers=([60], [60]), n=5)
+        rank_latents(model, sae, harmful, benign, openers=({60: 1.0}, {60: 1.0}), n=5)
+
+
+def test_a_token_that_opens_both_belongs_to_the_side_that_it_opens_far_more_often():
+    refusal, compliance = telling({1: 0.9, 2: 0.1, 3: 0.2}, {1: 0.15, 2: 0.3, 3: 0.1, 4: 0.4})
+    assert refusal == [1] and compliance == [2, 4]  # 3 opens both alike
 
 
 def test_attribution_is_the_first_order_effect_of_removing_a_latent(model, fitted):

@@ -9,7 +9,7 @@ Deviations: the contrast, the eligibility rules, the fill-up and the causal test
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import pandas as pd
@@ -38,16 +38,30 @@ Method = Literal["activation", "contrast", "contrast+attribution", "cosine", "ra
 METHODS = ("activation", "contrast", "contrast+attribution", "cosine", "random")
 
 
+TELLING = 3.0
+"""How many times as often (ours)."""
+
+
 @torch.no_grad()
-def measured_openers(model: nn.Module, rows: Sequence[Row], n: int = 8) -> list[int]:
-    """The n most frequent first tokens of the model's own greedy answers to encoded prompts."""
+def measured_openers(model: nn.Module, rows: Sequence[Row], n: int = 8) -> dict[int, float]:
+    """The n most frequent first tokens of the model's own greedy answers to encoded prompts, and their shares."""
     counts: Counter[int] = Counter()
     with evaluating(model):
         for _, batch in batches(rows, device_of(model)):
             logits = model(**batch, use_cache=False).logits
             last = batch["attention_mask"].sum(1) - 1
             counts.update(logits[torch.arange(len(last), device=last.device), last].argmax(-1).tolist())
-    return [token for token, _ in counts.most_common(n)]
+    return {token: count / len(rows) for token, count in counts.most_common(n)}
+
+
+def telling(refusal: Mapping[int, float], compliance: Mapping[int, float]) -> tuple[list[int], list[int]]:
+    """The tokens of each side that tell a refusal from an answer: one that opens both belongs to the side that it
+    opens at least `TELLING` times as often ("I": nine in ten refusals, one in seven answers), else to neither."""
+
+    def of(side: Mapping[int, float], other: Mapping[int, float]) -> list[int]:
+        return [token for token, share in side.items() if share >= TELLING * other.get(token, 0.0)]
+
+    return of(refusal, compliance), of(compliance, refusal)
 
 
 @torch.no_grad()
@@ -125,7 +139,7 @@ def rank_latents(
     method: Method = "contrast+attribution",
     *,
     general_rows: Sequence[Row] | None = None,
-    openers: tuple[Sequence[int], Sequence[int]] | None = None,
+    openers: tuple[Mapping[int, float], Mapping[int, float]] | None = None,
     prefilter: int = 300,
     bootstraps: int = 200,
     seed: int = 0,
@@ -137,8 +151,8 @@ def rank_latents(
     method: `activation` mean on harmful prompts (the paper, literally), `contrast` standardised harmful -
     benign difference, `contrast+attribution` the `prefilter` best of those ordered by `attribution`,
     `cosine` decoder row against the difference of means, `random` a control.
-    openers: ids of the first tokens of the model's own refusals, and of its answers to harmless prompts;
-    measured from its logits where None.
+    openers: ids of the first tokens of the model's own refusals, and of its answers to harmless prompts, each with
+    the share that it opens (`telling`); measured from its logits where None.
 
     Columns: latent, rank, score, eligible, contrast, contrast_low (lower 95 % bootstrap bound), attribution,
     cosine, mean_harmful, mean_benign, fires_harmful, fires_benign, fires_general, slot (most used).
@@ -172,9 +186,7 @@ def rank_latents(
     if method == "contrast+attribution":
         if openers is None:
             openers = measured_openers(model, harmful_rows), measured_openers(model, benign_rows)
-        refusal, compliance = openers
-        shared = set(refusal) & set(compliance)  # a token that opens both says nothing
-        refusal, compliance = ([t for t in side if t not in shared] for side in (refusal, compliance))
+        refusal, compliance = telling(*openers)
         if not refusal or not compliance:
             raise UserError(
                 "the model opens refusals and answers with the same tokens, so attribution has no margin to "
