@@ -645,7 +645,7 @@ def test_attribution_orders_by_effect_on_the_refusal(planted):
 
 
 def test_a_token_that_opens_both_belongs_to_the_side_that_it_opens_far_more_often():
-    refusal, compliance = telling({1: 0.9, 2: 0.1, 3: 0.2}, {1: 0.15, 2: 0.3, 3: 0.1, 4: 0.4})
+    refusal, compliance = telling({1: 0.9, 2: 0.1, 3: 0.2}, {1: 0.15, 2: 0.35, 3: 0.1, 4: 0.4})
     assert refusal == [1] and compliance == [2, 4]  # 3 opens both alike
 
 
