@@ -71,7 +71,7 @@ def folder(tmp_path_factory) -> Path:
 
 def test_the_alignment_stage_has_sources_that_no_run_sees(folder):
     seen, plain = alignment_splits(str(folder)), real_splits(CONFIG, str(folder))
-    alone = {"passage", "oddity", "wordplay", "play", "absurdity"}
+    alone = {"passage", "oddity", "wordplay", "play", "absurdity", "endearment", "papers"}
     assert set(seen["align_benign"]) - set(plain["align_benign"]) == alone
     assert set(seen["align"]) - set(plain["align"]) == {"violence"}
     alone |= {"violence"}
