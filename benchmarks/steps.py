@@ -26,10 +26,7 @@ from cwac.sae import RoutedSAE, SAEConfig, SafetyTarget, slots_of
 from experiments.cost import Row, build, estimate, rehearsed, shape
 
 BARS = {"cwac": (1.10, 1.05), "cwac_closed": (1.20, None)}
-"""Of time and of peak memory, in SFT's: down_proj alone, and every matrix. They hold against our SFT, which computes
-logits at labels alone, and against SFT as transformers' Trainer trains it, which computes them at every token."""
-
-STOCK = "step of sft as transformers trains it, logits at every token"
+"""Of time and of peak memory, in SFT's: down_proj alone, and every matrix."""
 
 PROMPTS = Sizes(prompt_tokens=42, shared_tokens=24)
 """SmolLM2's requests of the step pool of conf/pools/real.yaml: 42.1 tokens on average (at most 55), of which the first
@@ -63,23 +60,16 @@ def measure(
 
     sft = of("sft")
     plain = estimate(sft, shape(sft), row)
-    stock = estimate(sft, shape(sft), Row(tokens, tokens, PROMPTS))
     batch = f"1 x {tokens} tokens, {labels} of them labels"
     for name, (time, memory) in BARS.items():
         with tempfile.TemporaryDirectory() as folder:
             pair = [trainer(of(name), row, steps, folder), trainer(sft, row, steps, folder)]
             yield entry(f"step of {name}, {batch}; 4 harmful prompts", "step of sft", ratios(pair, 1), time)
-        with tempfile.TemporaryDirectory() as folder:
-            pair = [trainer(of(name), row, steps, folder), trainer(sft, row, steps, folder)]
-            pair[1].label_logits = False
-            yield entry(f"step of {name}, {batch}; 4 harmful prompts", STOCK, ratios(pair, 1), time)
         counted = estimate(of(name), shape(sft), row)
         flops = counted.flops / plain.flops  # what no implementation of these products can beat at equal speed
         yield entry(f"FLOPs of a step of {name}, counted", "FLOPs of a step of sft, counted", flops)
         memory_ratio = counted.total / plain.total
         yield entry(f"peak memory of {name}, counted", "peak memory of sft, counted", memory_ratio, memory)
-        memory_ratio = counted.total / stock.total
-        yield entry(f"peak memory of {name}, counted", "the same with logits at every token", memory_ratio, memory)
     with tempfile.TemporaryDirectory() as folder:
         rarer = of("cwac", f"method.weight.every={EVERY}")
         pair = [trainer(cfg, row, 1 + 2 * EVERY, folder) for cfg in (rarer, sft)]
