@@ -15,7 +15,6 @@ Deviations:
 """
 
 import argparse
-import functools
 import hashlib
 import json
 import random
@@ -245,6 +244,12 @@ def average(adapter: str | Path, *others: str | Path) -> None:
     _rewrite(path, tensors)
 
 
+def put_mean(out: str | Path, rounds: Sequence[Path]) -> None:
+    """Write the mean of rounds' adapters to `out`, with all else of the last round's folder but its own record."""
+    shutil.copytree(rounds[-1], out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(ROUND))
+    average(out, *rounds[:-1])
+
+
 def strengthen(adapter: str | Path, strength: float) -> None:
     """Multiply the update of the saved adapter, B A of each layer, by `strength`, in place."""
     path = _weights(Path(adapter))
@@ -437,14 +442,11 @@ def main() -> int:
     base_folder = smollm2.prepare(args.base)
     splits = alignment_splits(args.data)
     folders, trained = train_rounds(base_folder, splits, Path(f"{args.out}_rounds"), ROUNDS[: args.rounds])
-    copy = functools.partial(shutil.copytree, dirs_exist_ok=True, ignore=shutil.ignore_patterns(ROUND))
-    copy(folders[-1], args.out)
-    average(args.out, *folders[1:-1])
+    put_mean(args.out, folders[1:] or folders)
     if args.rounds > len(ROUNDS):
         recipes = MENDING[: args.rounds - len(ROUNDS)]
         mended, more = train_rounds(base_folder, splits, Path(f"{args.out}_mending"), recipes, Path(args.out))
-        copy(mended[-1], args.out)
-        average(args.out, *mended[-2:-1])
+        put_mean(args.out, mended[-2:])
         trained = [*trained, *more]
     report = choose_strength(base_folder, args.out, splits, trained)
     print(json.dumps(report, indent=2))
