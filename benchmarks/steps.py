@@ -14,11 +14,14 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from omegaconf import DictConfig
+from transformers import Trainer
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from benchmarks import runner
 from benchmarks.methods import ratios
 from benchmarks.runner import entry, paired
 from cwac import config
+from cwac.data.tokenize import Collator
 from cwac.engine import MethodTrainer, build_trainer
 from cwac.methods.base import Sizes
 from cwac.models import decoder_layers, device
@@ -27,6 +30,9 @@ from experiments.cost import Row, build, estimate, rehearsed, shape
 
 BARS = {"cwac": (1.10, 1.05), "cwac_closed": (1.20, None)}
 """Of time and of peak memory, in SFT's: down_proj alone, and every matrix."""
+
+STOCK = "of sft by transformers' Trainer"
+"""The rival that the field uses: logits at every token. Ours computes those that are trained on, for every method."""
 
 PROMPTS = Sizes(prompt_tokens=42, shared_tokens=24)
 """SmolLM2's requests of the step pool of conf/pools/real.yaml: 42.1 tokens on average (at most 55), of which the first
@@ -39,7 +45,7 @@ EVERY = 4
 def measure(
     steps: int = 6, tokens: int = 512, labels: int = 128, repeats: int = 7, overrides: Sequence[str] = ()
 ) -> Iterator[dict]:
-    """Rows of the step, its memory, label-only logits, and the forward pass of L_safety.
+    """Rows of the step and its memory against both ways to do SFT, label-only logits, and L_safety's forward pass.
 
     steps: optimizer steps of each trainer, the first left out. tokens, labels: of the one row of a batch, and how many
     of them carry a label. repeats: pairs of forward passes.
@@ -60,25 +66,27 @@ def measure(
 
     sft = of("sft")
     plain = estimate(sft, shape(sft), row)
+    stocks = estimate(sft, shape(sft), Row(tokens, tokens, PROMPTS))
     batch = f"1 x {tokens} tokens, {labels} of them labels"
     for name, (time, memory) in BARS.items():
-        with tempfile.TemporaryDirectory() as folder:
-            pair = [trainer(of(name), row, steps, folder), trainer(sft, row, steps, folder)]
-            yield entry(f"step of {name}, {batch}; 4 harmful prompts", "step of sft", ratios(pair, 1), time)
+        for rival, make in (("step of sft", trainer), (f"step {STOCK}", stock)):
+            with tempfile.TemporaryDirectory() as folder:
+                pair = [trainer(of(name), row, steps, folder), make(sft, row, steps, folder)]
+                yield entry(f"step of {name}, {batch}; 4 harmful prompts", rival, ratios(pair, 1), time)
         counted = estimate(of(name), shape(sft), row)
         flops = counted.flops / plain.flops  # what no implementation of these products can beat at equal speed
         yield entry(f"FLOPs of a step of {name}, counted", "FLOPs of a step of sft, counted", flops)
-        memory_ratio = counted.total / plain.total
-        yield entry(f"peak memory of {name}, counted", "peak memory of sft, counted", memory_ratio, memory)
+        for rival, theirs in (("of sft", plain), (STOCK, stocks)):
+            share = counted.total / theirs.total
+            yield entry(f"peak memory of {name}, counted", f"peak memory {rival}, counted", share, memory)
     with tempfile.TemporaryDirectory() as folder:
         rarer = of("cwac", f"method.weight.every={EVERY}")
         pair = [trainer(cfg, row, 1 + 2 * EVERY, folder) for cfg in (rarer, sft)]
         name = f"step of cwac, projected every {EVERY} steps, {batch}; 4 harmful prompts"
         yield entry(name, "step of sft", ratios(pair, 1, EVERY))
     with tempfile.TemporaryDirectory() as folder:
-        pair = [trainer(sft, row, steps, folder) for _ in range(2)]
-        pair[1].label_logits = False
-        yield entry(f"step of sft, {batch}: logits where a label is", "logits at every token", ratios(pair, 1))
+        pair = [trainer(sft, row, steps, folder), stock(sft, row, steps, folder)]
+        yield entry(f"step of sft, {batch}: logits where a label is", f"step {STOCK}", ratios(pair, 1))
     yield forward(of("cwac"), repeats)
 
 
@@ -86,6 +94,15 @@ def trainer(cfg: DictConfig, row: Row, steps: int, folder: str) -> MethodTrainer
     """The trainer of a rehearsed run, ready to train."""
     args, model, method, rows = rehearsed(cfg, shape(cfg), row, steps, folder)
     return build_trainer(model, method, rows, args, 0)
+
+
+def stock(cfg: DictConfig, row: Row, steps: int, folder: str) -> Trainer:
+    """transformers' own Trainer on the same kind of model, rows and arguments."""
+    args, model, _, rows = rehearsed(cfg, shape(cfg), row, steps, folder)
+    trainer = Trainer(model=model, args=args, train_dataset=rows, data_collator=Collator(0))
+    trainer.remove_callback(PrinterCallback)  # what it prints would be part of its time
+    trainer.remove_callback(ProgressCallback)
+    return trainer
 
 
 def forward(cfg: DictConfig, repeats: int) -> dict:

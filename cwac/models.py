@@ -275,6 +275,11 @@ def picks_logits(model: nn.Module) -> bool:
     return "logits_to_keep" in inspect.signature(inner.forward).parameters
 
 
+def unread_logits(model: nn.Module) -> dict[str, int]:
+    """Arguments of a forward pass whose logits nobody reads: SmolLM2's are a fifth of its work."""
+    return {"logits_to_keep": 1} if picks_logits(model) else {}
+
+
 def linears(model: nn.Module, kinds, layers=None, key: str = "method.weight.modules") -> dict[str, nn.Module]:
     """Linear modules inside the decoder blocks, by name relative to the block list: `3.mlp.down_proj`.
 

@@ -32,7 +32,7 @@ from torch import nn
 from tqdm import tqdm
 
 from cwac.config import UserError
-from cwac.models import base_layer, evaluating, input_group, linears, picks_logits
+from cwac.models import base_layer, evaluating, input_group, linears, unread_logits
 from cwac.packing import together
 from cwac.ranks import local, spread, whole
 
@@ -82,7 +82,7 @@ def capture(
     handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
     target = next(model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
-    unread = {"logits_to_keep": 1} if picks_logits(model) else {}  # a fifth of SmolLM2's forward pass
+    unread = unread_logits(model)
     try:
         with torch.no_grad(), evaluating(model):
             for start in range(0, len(order), batch_size):
@@ -154,7 +154,7 @@ def fit_subspace(
         if few[name]:
             X[name].append(x.double())
         else:
-            C[name] += x.T @ x
+            add_gram(C[name], x)
         first[name].append(x0.double())
 
     capture(model, rows, sources, visit, batch_size)
@@ -168,7 +168,8 @@ def fit_subspace(
             trace = x.square().sum()
             V, values = from_tokens(x) if exact else from_gram(x.to(decomposed))
         else:
-            c = C.pop(name)
+            c = C.pop(name).tril_()
+            c += c.tril(-1).T
             if sink is not None:  # look only at what the sink's direction does not already cover
                 c = c - sink @ (sink.T @ c)
                 c = c - (c @ sink) @ sink.T
@@ -183,6 +184,12 @@ def fit_subspace(
         kept = float(values[:k].sum() / trace.clamp_min(1e-300))
         bases[name] = Basis(V.float().contiguous(), kept, n_tokens)
     return bases
+
+
+def add_gram(C: torch.Tensor, x: torch.Tensor, block: int = 256) -> None:
+    """C [d, d] += x^T x for x [n, d], on and below the diagonal alone, give or take a block: half of the products."""
+    for start in range(0, C.shape[1], block):
+        C[start:, start : start + block] += x[:, start:].T @ x[:, start : start + block]
 
 
 def rank_for(values: torch.Tensor, energy: float) -> int:

@@ -210,6 +210,14 @@ def test_padding_never_enters_the_subspace(llama):
         assert torch.allclose(P, Q, atol=1e-3)
 
 
+def test_half_of_a_gram_matrix_is_its_lower_triangle():
+    x, C = torch.randn(5, 7), torch.ones(7, 7, dtype=torch.float64)
+    subspace.add_gram(C, x, block=3)
+    whole = 1 + x.double().T @ x.double()
+    assert torch.allclose(C.tril(), whole.tril(), rtol=1e-5, atol=1e-5)
+    assert (C[:3, 3:] == 1).all()  # what no block on the diagonal covers is not computed
+
+
 def test_rank_for_counts_what_is_needed_and_not_the_noise():
     values = torch.tensor([6.0, 3.0, 1.0, 1e-18], dtype=torch.float64)
     assert [rank_for(values, e) for e in (0.5, 0.6, 0.61, 0.9, 0.91, 1.0)] == [1, 1, 2, 2, 3, 3]

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from cwac.data.tokenize import Collator
-from cwac.models import decoder_layers, evaluating, linears, plain_weight
+from cwac.models import decoder_layers, evaluating, linears, plain_weight, unread_logits
 from cwac.subspace import capture
 
 
@@ -101,6 +101,7 @@ def _residuals(model: nn.Module, batch: dict, last: torch.Tensor) -> torch.Tenso
                 input_ids=batch["input_ids"].to(device),
                 attention_mask=batch["attention_mask"].to(device),
                 use_cache=False,
+                **unread_logits(model),
             )
     finally:
         for handle in handles:

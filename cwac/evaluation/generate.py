@@ -12,7 +12,7 @@ from transformers import Cache, GenerationConfig, PreTrainedModel, PreTrainedTok
 
 from cwac.data.examples import Messages
 from cwac.data.tokenize import encode_opening, encode_prompt, pad_token_id, stop_tokens
-from cwac.models import CACHE, evaluating
+from cwac.models import CACHE, evaluating, unread_logits
 from cwac.packing import common_opening, takes_any_mask
 
 WORTHWHILE = 8
@@ -95,5 +95,5 @@ def read_opening(
     if shared < WORTHWHILE or chosen is not None or not takes_any_mask(model, longest):
         return 0, None
     ids = torch.tensor([encoded[0][:shared]], device=model.device)
-    cache = getattr(model(input_ids=ids, use_cache=True), CACHE, None)
+    cache = getattr(model(input_ids=ids, use_cache=True, **unread_logits(model)), CACHE, None)
     return (shared, cache) if hasattr(cache, "batch_repeat_interleave") else (0, None)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.functional import embedding_bag
 
 from cwac.config import UserError
 from cwac.models import decoder_layers
@@ -23,8 +24,8 @@ with warnings.catch_warnings():
 class _SparseAutoencoder(torch.autograd.Function):
     """u_hat = TopK(W_enc (u - b_pre) + b_enc) W_dec + b_pre with sparse decode and sparse weight gradients.
 
-    The k active latents of each of N tokens form a CSR matrix [N, M]. Its transpose, one argsort away,
-    turns both weight gradients into sparse products; nothing of size N*k*d or N*M is kept.
+    The k active latents of each of N tokens are a sparse matrix [N, M]. Its transpose, one argsort away,
+    turns both weight gradients into sums over bags of tokens; nothing of size N*k*d or N*M is kept.
     """
 
     @staticmethod
@@ -32,39 +33,38 @@ class _SparseAutoencoder(torch.autograd.Function):
         pre = torch.addmm(b_enc, u - b_pre, w_enc.t())
         values, indices = pre.topk(k, sorted=False)
         values = values.relu()
-        columns = indices.to(torch.int32).flatten()
+        columns = indices.to(torch.int32)
         ctx.save_for_backward(u, w_enc, w_dec, b_pre, values, columns)
         ctx.mark_non_differentiable(values, indices)
-        return _csr(values, columns, len(w_dec)) @ w_dec + b_pre, values, indices
+        return embedding_bag(columns, w_dec, per_sample_weights=values, mode="sum") + b_pre, values, indices
 
     @staticmethod
     def backward(ctx, grad, _values, _indices):
         u, w_enc, w_dec, b_pre, values, columns = ctx.saved_tensors
         n, k = values.shape
-        m = len(w_dec)
-        pattern = _csr(torch.zeros_like(values), columns, m)
-        d_values = torch.sparse.sampled_addmm(pattern, grad.contiguous(), w_dec.t(), beta=0.0).values()
+        m, grad, flat = len(w_dec), grad.contiguous(), columns.flatten()
+        rows = torch.arange(0, n * k + 1, k, dtype=torch.int32)
+        pattern = torch.sparse_csr_tensor(
+            rows, flat, torch.zeros(n * k, dtype=grad.dtype), (n, m), check_invariants=False
+        )
+        d_values = torch.sparse.sampled_addmm(pattern, grad, w_dec.t(), beta=0.0).values()
         d_values = d_values.view(n, k) * (values > 0)
-        order = columns.argsort()
+        order = flat.argsort()
         tokens = (order // k).to(torch.int32)
-        starts = torch.zeros(m + 1, dtype=torch.int32)
-        starts[1:] = torch.bincount(columns, minlength=m).cumsum(0)
+        starts = torch.zeros(m, dtype=torch.int32)
+        starts[1:] = torch.bincount(flat, minlength=m).cumsum(0)[:-1]
 
-        def transposed(entries: Tensor) -> Tensor:
-            return torch.sparse_csr_tensor(starts, tokens, entries.flatten()[order], (m, n), check_invariants=False)
+        def transposed(entries: Tensor, x: Tensor) -> Tensor:
+            """Sums [M, d] of the rows of x [N, d] weighted by the entries [N, k] of the sparse matrix."""
+            return embedding_bag(tokens, x, starts, per_sample_weights=entries.flatten()[order], mode="sum")
 
-        d_bias = torch.zeros(m, dtype=grad.dtype).index_add_(0, columns, d_values.flatten())
-        d_u = _csr(d_values, columns, m) @ w_enc if ctx.needs_input_grad[0] else None
+        d_bias = torch.zeros(m, dtype=grad.dtype).index_add_(0, flat, d_values.flatten())
+        d_u = None
+        if ctx.needs_input_grad[0]:
+            d_u = embedding_bag(columns, w_enc, per_sample_weights=d_values, mode="sum")
         # sum over tokens of d_values W_enc is one vector-matrix product, so b_pre costs nothing extra
         d_pre = grad.sum(0) - d_bias @ w_enc
-        return d_u, transposed(d_values) @ (u - b_pre), d_bias, transposed(values) @ grad, d_pre, None
-
-
-def _csr(values: Tensor, columns: Tensor, m: int) -> Tensor:
-    """[N, k] values at `columns` [N*k] as a CSR matrix [N, m]."""
-    n, k = values.shape
-    starts = torch.arange(0, n * k + 1, k, dtype=torch.int32)
-    return torch.sparse_csr_tensor(starts, columns, values.flatten(), (n, m), check_invariants=False)
+        return d_u, transposed(d_values, u - b_pre), d_bias, transposed(values, grad), d_pre, None
 
 
 class RoutedSAE(nn.Module):
@@ -169,7 +169,7 @@ class RoutedSAE(nn.Module):
 
     def decode(self, values: Tensor, indices: Tensor) -> Tensor:
         """u_hat = W_dec z + b_pre, [N, d] (Eq. 9); the second factor of the reconstruction, by embedding bags."""
-        return nn.functional.embedding_bag(indices, self.w_dec, per_sample_weights=values, mode="sum") + self.b_pre
+        return embedding_bag(indices, self.w_dec, per_sample_weights=values, mode="sum") + self.b_pre
 
     def forward(self, u: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
         """(u_hat [N, d], values [N, k], indices [N, k]) of u [N, d].
