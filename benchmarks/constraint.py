@@ -39,7 +39,7 @@ def measure(
     SmolLM2 and its anchor pool.
     """
     yield from projection(d_in, d_out, rank, repeats)
-    yield subspace(d, tokens, repeats)
+    yield from subspace(d, tokens, repeats)
     yield all_layers(layers, anchor_tokens)
 
 
@@ -55,8 +55,11 @@ def projection(d_in: int, d_out: int, rank: int, repeats: int) -> Iterator[dict]
     yield entry(f"memory of V and A, {sizes}", "memory of Pi", (V.nbytes + A.nbytes) / Pi.nbytes, 0.15)
 
 
-def subspace(d: int, tokens: int, repeats: int) -> dict:
-    """V of one layer's input, from the forward pass on: `fit_subspace` in float64, the rival in fp32 throughout."""
+def subspace(d: int, tokens: int, repeats: int) -> Iterator[dict]:
+    """V of one layer's input, from the forward pass on: `fit_subspace`, the rival in fp32 throughout.
+
+    Then what no implementation by LAPACK's eigenvectors goes below: those of X X^T in fp32 alone.
+    """
     model, rows = block(1, 64, d), random_rows(tokens, 100)
     module = linears(model, ["down_proj"])
 
@@ -66,8 +69,13 @@ def subspace(d: int, tokens: int, repeats: int) -> dict:
         U, values, _ = torch.linalg.svd(C)
         U[:, rank_for(values, 0.99) :].contiguous()
 
+    rival, sizes = "full SVD of C in fp32", f"d {d}, {tokens} tokens"
     measured = paired(lambda: fit_subspace(model, rows, ["down_proj"]), full_svd, repeats)
-    return entry(f"subspace of one layer, d {d}, {tokens} tokens", "full SVD of C in fp32", measured, 1 / 10)
+    yield entry(f"subspace of one layer, {sizes}", rival, measured, 1 / 10)
+    X = torch.randn(tokens, d)
+    gram = X @ X.T
+    measured = paired(lambda: torch.linalg.eigh(gram), full_svd, repeats)
+    yield entry(f"eigenvectors of X X^T alone, {sizes}", rival, measured)
 
 
 def all_layers(layers: int, tokens: int, seconds: float = 30.0) -> dict:
