@@ -21,6 +21,8 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from analysis import paper, stats
 
 COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2", "#8C8C8C"]
+OWN = {"cwac": "#0072B2", "weight_only": "#E69F00"}
+"""Instead of the colour of their place, so that the seven methods of the paper's tables have one each."""
 MARKERS = ["o", "s", "^", "v", "D", "P", "X", "*", "<", ">", "h", "p"]
 DASHES: list[str | tuple] = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1))]
 PANELS = ("HS", "refusal", "other", "FA")
@@ -60,13 +62,14 @@ def style(method: str) -> dict:
     place, _ = paper.method_order(method)
     if method not in paper.METHODS:
         place += sum(map(ord, method))
+    color = OWN.get(method, COLOURS[(place - 1) % len(COLOURS)])
     return {
-        "color": COLOURS[(place - 1) % len(COLOURS)],
+        "color": color,
         "marker": MARKERS[(place - 1) % len(MARKERS)],
         "linestyle": DASHES[(place - 1) % len(DASHES)],
         "markersize": 5,
         "linewidth": 1.4,
-        "markerfacecolor": "white" if "(ours)" in paper.method_label(method) else COLOURS[(place - 1) % len(COLOURS)],
+        "markerfacecolor": "white" if "(ours)" in paper.method_label(method) else color,
     }
 
 

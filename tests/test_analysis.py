@@ -377,6 +377,8 @@ def test_the_training_figure_has_a_column_for_the_poisons_loss_where_it_was_meas
 
 def test_styles_differ_between_all_methods():
     looks = [figures.style(m) for m in paper.METHODS if m != paper.ALIGNED]
+    of_tables = {figures.style(m)["color"] for m in ("sft", "lisa", "safeinstr", "bea", "sppft", "asft", "cwac")}
+    assert len(of_tables) == 7  # Table 3's lines cross in one panel
     assert len({(k["marker"], str(k["linestyle"])) for k in looks}) == len(looks)  # readable without colour
     assert len({(k["color"], k["marker"]) for k in looks}) == len(looks)
 
