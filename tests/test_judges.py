@@ -100,9 +100,7 @@ def test_beaver_dam_gives_each_response_what_the_model_gives_it_alone(judges):
         assert list(one.probabilities.values()) == pytest.approx(expected, abs=1e-5)
         assert one.score == pytest.approx(max(expected), abs=1e-5)
         assert (one.verdict == "harmful") == (max(expected) > 0.5)
-    (alone,) = judge.judge(PROMPTS[:1], RESPONSES[:1])  # its sums run in another order than a batch's, on some CPUs
-    assert alone.verdict == found[0].verdict
-    assert alone.probabilities == pytest.approx(found[0].probabilities, abs=1e-5)
+    assert judge.judge(PROMPTS[:1], RESPONSES[:1]) == found[:1]
 
 
 def test_beaver_dam_reads_256_tokens_and_the_end_of_a_short_answer(judges):
