@@ -183,7 +183,7 @@ def evaluate_again(run: Run, evaluator, loaded) -> None:
 
     folder = run.dir / "model"
     status = run.status
-    missed = [e for e in run.points if e != status["epoch"]]
+    missed = [e for e in run.points if e != status.get("epoch")]  # an imported run may not know it
     if missed:
         raise UserError(
             f"{run.id} is trained; eval.at={missed} asks for points on the way, which are gone: leave eval.at as it "

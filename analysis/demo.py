@@ -102,6 +102,7 @@ def provenance(found: Collection, args: argparse.Namespace, argv: list[str], mod
         "experiment": args.experiment,
         "git": git_state(),
         "runs_git": sorted({commit for run in found.runs if (commit := run_commit(args.runs / run))}),
+        "imported": {run: source for run in found.runs if (source := imported_from(args.runs / run))},
         "python": platform.python_version(),
         "machine": platform.platform(),
         "versions": {name: version for name in PACKAGES if (version := installed(name))},
@@ -130,6 +131,14 @@ def run_commit(folder: Path) -> str | None:
     try:
         env = json.loads((folder / "env.json").read_text(encoding="utf-8"))
         return f"{env['git_commit']}{'+dirty' * bool(env.get('git_dirty'))}" if env.get("git_commit") else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def imported_from(folder: Path) -> str | None:
+    """Where a run's folder was made from that no training here wrote (`analysis.thaw`, `import_wandb`); else None."""
+    try:
+        return json.loads((folder / "status.json").read_text(encoding="utf-8")).get("source")
     except (OSError, ValueError, AttributeError):
         return None
 

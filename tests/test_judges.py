@@ -21,6 +21,7 @@ from transformers import (
 from analysis import agreement, stats
 from cwac import config
 from cwac.config import UserError
+from cwac.evaluation import model_judges
 from cwac.evaluation.evaluate import verdict_rows
 from cwac.evaluation.judge import Judgement, judge_answers, repeats
 from cwac.evaluation.model_judges import LABELS
@@ -101,6 +102,20 @@ def test_beaver_dam_gives_each_response_what_the_model_gives_it_alone(judges):
         assert one.score == pytest.approx(max(expected), abs=1e-5)
         assert (one.verdict == "harmful") == (max(expected) > 0.5)
     assert judge.judge(PROMPTS[:1], RESPONSES[:1]) == found[:1]
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_a_batch_in_one_pass_gives_each_answer_what_it_gives_it_alone(judges, name, monkeypatch):
+    """As an accelerator reads; on a CPU rows are read one by one."""
+    judge, *_ = judges[name]
+    alone = judge.judge(PROMPTS, RESPONSES)
+    monkeypatch.setattr(model_judges, "at_once", lambda batch_size: batch_size)
+    passes, pad = [], model_judges.pad
+    monkeypatch.setattr(model_judges, "pad", lambda rows: passes.append(len(rows)) or pad(rows))
+    for one, other in zip(alone, judge.judge(PROMPTS, RESPONSES), strict=True):
+        assert one.verdict == other.verdict and one.score == pytest.approx(other.score, abs=1e-4)
+        assert one.probabilities == pytest.approx(other.probabilities, abs=1e-5)
+    assert passes == [len(PROMPTS)]
 
 
 def test_beaver_dam_reads_256_tokens_and_the_end_of_a_short_answer(judges):

@@ -39,11 +39,9 @@ from cwac.evaluation.score import score
 from cwac.evaluation.vllm_engine import VllmEngine
 from cwac.methods.base import Context, Method
 from cwac.models import evaluating
-from cwac.runs import Run, read_jsonl, write_jsonl
+from cwac.runs import GUARD_SLACK, Run, read_jsonl, write_jsonl
 
 log = logging.getLogger(__name__)
-GUARD_SLACK = 1e-3
-"""What rounding of fp32 weights may add to a leak (ours); bounds at the default energy are near 0.1."""
 
 
 class Evaluator:
