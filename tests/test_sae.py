@@ -36,6 +36,7 @@ from cwac.sae import (
     residuals,
     slots_of,
 )
+from cwac.sae.autoencoder import largest
 from cwac.sae.fit import TokenBuffer, auxiliary_loss, train_sae
 from cwac.sae.rank import attribution, generate_edited, last_latents, matched_random, telling
 from cwac.sae.residuals import keep_mask, on_slots, read_at, shared_prefix
@@ -291,6 +292,14 @@ def test_sparse_step_equals_dense_step(dtype):
         assert (ours - reference).norm() / reference.norm() < 1e-4 * (1e-6 if dtype == torch.float64 else 1)
 
 
+@pytest.mark.parametrize(("m", "k"), [(256, 8), (1024, 16), (1024, 33), (100, 3), (8, 8)])
+def test_the_largest_are_those_of_topk(m, k):
+    """In the same order too; with sizes that do not divide, or where groups would not pay."""
+    x = torch.randn(50, m, generator=torch.Generator().manual_seed(m + k))
+    for ours, reference in zip(largest(x, k), x.topk(k), strict=True):
+        assert torch.equal(ours, reference)
+
+
 def test_dense_gradients_match_finite_differences():
     sae = random_sae(d=6, m=20, k=3).double()
     u = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3), requires_grad=True)
@@ -362,6 +371,20 @@ def test_planted_features_are_recovered():
     assert (best > 0.9).float().mean() >= 0.8
     assert report["train_fvu"] < 0.3
     assert torch.allclose(sae.w_dec.norm(dim=1), torch.ones(96), atol=1e-5)
+
+
+def test_gradients_are_clipped_where_they_exceed_the_norm_alone():
+    """Adam takes no notice of a factor on its gradients but for epsilon, which tiny ones fall below."""
+
+    def trained(clip):
+        sae = RoutedSAE(16, 128, 4, [1], "fixed:1")
+        g = torch.Generator().manual_seed(0)
+        config = SAEConfig(tokens=1280, batch=128, router="fixed:1", clip=clip)
+        train_sae(sae, lambda n: torch.randn(n, 1, 16, generator=g), config)
+        return sae.w_enc
+
+    assert torch.equal(trained(None), trained(1e6))
+    assert not torch.allclose(trained(None), trained(1e-9), atol=1e-3)
 
 
 # ---------------------------------------------------------------- fitting

@@ -21,6 +21,22 @@ with warnings.catch_warnings():
     torch.eye(1).to_sparse_csr()
 
 
+def largest(x: Tensor, k: int, groups_of: int = 8) -> tuple[Tensor, Tensor]:
+    """Values, falling, and indices [N, k] of the k largest of each row of x [N, M]: `x.topk(k)`, sooner on a CPU.
+
+    The k largest lie in the k groups with the largest maxima, so `topk` need only look at M / 8 maxima and 8 k
+    candidates. Where several entries tie for the last places, it may choose others of them.
+    """
+    n, m = x.shape
+    if m % groups_of or 4 * k * groups_of > m:
+        return x.topk(k)
+    grouped = x.view(n, groups_of, m // groups_of)
+    group = grouped.amax(1).topk(k, sorted=False).indices  # [N, k]
+    candidates = grouped.gather(2, group.unsqueeze(1).expand(-1, groups_of, -1)).flatten(1)
+    values, at = candidates.topk(k)
+    return values, at // k * (m // groups_of) + group.gather(1, at % k)
+
+
 class _SparseAutoencoder(torch.autograd.Function):
     """u_hat = TopK(W_enc (u - b_pre) + b_enc) W_dec + b_pre with sparse decode and sparse weight gradients.
 
@@ -31,7 +47,7 @@ class _SparseAutoencoder(torch.autograd.Function):
     @staticmethod
     def forward(ctx, u, w_enc, b_enc, w_dec, b_pre, k):
         pre = torch.addmm(b_enc, u - b_pre, w_enc.t())
-        values, indices = pre.topk(k, sorted=False)
+        values, indices = largest(pre, k)
         values = values.relu()
         columns = indices.to(torch.int32)
         ctx.save_for_backward(u, w_enc, w_dec, b_pre, values, columns)

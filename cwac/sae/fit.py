@@ -201,10 +201,13 @@ def train_sae(
             optimizer.zero_grad(set_to_none=True)
             total.backward()
             if cfg.renorm_every == 1:  # keep the step tangent to the unit sphere
-                along = (sae.w_dec.grad * sae.w_dec).sum(1, keepdim=True)
-                sae.w_dec.grad -= along.detach() * sae.w_dec.detach()
-            if cfg.clip:
-                nn.utils.clip_grad_norm_(sae.parameters(), cfg.clip)
+                rows = sae.w_dec.detach()
+                along = torch.linalg.vecdot(sae.w_dec.grad, rows).unsqueeze(1)
+                sae.w_dec.grad.addcmul_(along, rows, value=-1)
+            if cfg.clip:  # a factor of one is not multiplied in: it would pass over every gradient
+                norm = nn.utils.get_total_norm([p.grad for p in sae.parameters() if p.grad is not None])
+                if norm + 1e-6 > cfg.clip:
+                    nn.utils.clip_grads_with_norm_(sae.parameters(), cfg.clip, norm)
             optimizer.step()
             schedule.step()
             if (step + 1) % cfg.renorm_every == 0 or step + 1 == steps:
