@@ -41,11 +41,12 @@ def status_of(rows: pd.DataFrame, source: str) -> dict:
 
 
 def config_of(first: pd.Series) -> dict:
-    """The keys of a run's `config.yaml` that its rows tell."""
+    """The keys of a run's `config.yaml` that its rows tell; whole ratios as the presets write them."""
     named = {key: {"name": first[key]} for key in ("model", "task", "method")}
     rate = {} if pd.isna(first["learning_rate"]) else {"train": {"learning_rate": float(first["learning_rate"])}}
-    cell = {"harmful_ratio": float(first["harmful_ratio"]), "seed": int(first["seed"]), "values": first["values"]}
-    return {**named, **cell, **rate}
+    ratio = float(first["harmful_ratio"])
+    cell = {"harmful_ratio": int(ratio) if ratio.is_integer() else ratio, "seed": int(first["seed"])}
+    return {**named, **cell, **rate, "values": first["values"]}
 
 
 def thaw(folder: Path, runs: Path) -> tuple[list[str], list[str]]:
