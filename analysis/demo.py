@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import figures, paper, records, tables
+from analysis import figures, paper, paper_figures, records, tables
 from analysis.collect import VERDICTS, Collection, collect, expected_cells, one_judge
 from cwac.config import UserError, command
 
@@ -50,16 +50,26 @@ def publish(args: argparse.Namespace, argv: list[str]) -> int:
         for line in found.account():
             print(line)
         raise UserError(f"no finished run in {args.runs}. Remedy: run the campaign first (make demo).")
-    summary, difference = tables.summarise(found, args.judge), tables.differences(found, judge=args.judge)
-    text = tables.report(found, summary, difference, args.judge)
+    rates = tables.by_rate(found)
+    if args.readme and len(rates) > 1:
+        raise UserError("--readme takes a campaign at one learning rate. Remedy: leave it out, or give one rate.")
+    brief, whole, summaries = [], [], []
+    for rate, part in rates:
+        heading = [f"## Learning rate {rate}"] if rate else []
+        found_there = tables.summarise(part, args.judge)
+        difference = tables.differences(part, judge=args.judge)
+        brief += [*heading, *tables.results(part, found_there)]
+        whole += [*heading, *tables.results(part, found_there, difference, args.judge)]
+        summaries.append(found_there.assign(learning_rate=rate) if rate else found_there)
+    summary, closing = pd.concat(summaries), tables.notes(found)
     first = freeze(found, args, argv)
     summary.to_csv(args.out / "summary.csv", index=False)
     if len(found.verdicts):  # without a time stamp, so that the same runs freeze to the same bytes
         found.verdicts.to_csv(args.out / VERDICTS, index=False, compression={"method": "gzip", "mtime": 0})
     records.freeze(records.read_all(args.runs, found.runs), args.out / records.NAME)
     drawn = draw(found, summary, args.out, args.judge)
-    (args.out / "table.md").write_text(f"{first}\n\n{text}", encoding="utf-8")
-    print(f"{first}\n\n{tables.report(found, summary)}")
+    (args.out / "table.md").write_text("\n\n".join([first, *whole, *closing]) + "\n", encoding="utf-8")
+    print("\n\n".join([first, *brief, *closing]) + "\n")
     if args.readme:
         overview = f"{first}\n\n{tables.overview(found, summary)}"
         fill(args.readme, args.out, overview, [path for path in drawn if path.name.startswith("ratio")])
@@ -71,7 +81,10 @@ def publish(args: argparse.Namespace, argv: list[str]) -> int:
 
 
 def draw(found: Collection, summary: pd.DataFrame, out: Path, judge: str | None) -> list[Path]:
-    """HS against the ratio and against training, every model, task and set of harmful prompts; returns the files."""
+    """HS against the ratio and against training, every model, task and set of harmful prompts; returns the files.
+
+    Of a sweep over the learning rate: against the rate alone, which the other figures would mix.
+    """
     rows = one_judge(found.rows, judge)
     trained = summary[(summary["metric"] == "HS") & (summary["method"] != paper.ALIGNED)]
     grids = sorted({*zip(trained["model"], trained["task"], trained["set"], strict=True)})
@@ -79,7 +92,11 @@ def draw(found: Collection, summary: pd.DataFrame, out: Path, judge: str | None)
     for model, task, of in grids:
         # One grid needs no long name; the demo's figure is `ratio.png`.
         suffix = f"-{model}-{task}-{of}" if len(grids) > 1 else ""
-        for plate in figures.against_ratio(summary, model, task, of) + figures.against_training(rows, model, task, of):
+        if "learning_rate" in summary:
+            plates = paper_figures.figure3(rows, model, task, of)
+        else:
+            plates = figures.against_ratio(summary, model, task, of) + figures.against_training(rows, model, task, of)
+        for plate in plates:
             written += figures.save(plate.figure, out / f"{plate.name}{suffix}")
     return written
 

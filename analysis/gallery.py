@@ -23,10 +23,10 @@ def draw(found: Collection, records: Iterable[Record], judge: str | None = None)
     for model, task, of in grids(rows):
         suffix = f"{model}-{task}"
         here = paper_figures.figure3(rows, model, task, of)
-        for rate, part in by_rate(rows[(rows["model"] == model) & (rows["task"] == task)]):
-            ids = set(part["run_id"])
+        for rate, campaign in tables.by_rate(Collection(rows[(rows["model"] == model) & (rows["task"] == task)])):
+            part, ids = campaign.rows, set(campaign.rows["run_id"])
             chosen = [r for r in done if r.run_id in ids]
-            summary = tables.summarise(Collection(part, runs=sorted(ids)))
+            summary = tables.summarise(campaign)
             several = [
                 *figures.pareto(summary, model, task, of),
                 *figures.against_ratio(summary, model, task, of),
@@ -49,12 +49,3 @@ def grids(rows: pd.DataFrame) -> list[tuple[str, str, str]]:
     """The (model, task, set of harmful prompts) that have HS at the end of training."""
     ends = rows[rows["final"] & (rows["metric"] == "HS")]
     return sorted({*zip(ends["model"], ends["task"], ends["set"], strict=True)})
-
-
-def by_rate(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """The rows of each learning rate with its name, where one cell was run at several; else all, under no name."""
-    cell = ["model", "task", "harmful_ratio", "method", "seed"]
-    rates = rows.groupby(cell, dropna=False)["learning_rate"].nunique()
-    if rates.empty or rates.max() < 2:
-        return [("", rows)]
-    return [(f"{rate:g}", part) for rate, part in rows.groupby("learning_rate")]

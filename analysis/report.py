@@ -121,8 +121,7 @@ def claims_section(campaign: Campaign) -> Section:
 
 def tables_section(campaign: Campaign) -> Section:
     parts, folds = [], []
-    for rate, rows in gallery.by_rate(campaign.found.rows):
-        found = campaign.found if not rate else Collection(rows, runs=sorted(set(rows["run_id"])))
+    for rate, found in tables.by_rate(campaign.found):
         summary, difference = tables.summarise(found, campaign.judge), tables.differences(found, judge=campaign.judge)
         grids = {*zip(summary["model"], summary["task"], strict=True)}
         grids |= {(cell.model, cell.task) for cell in found.expected}
@@ -134,7 +133,7 @@ def tables_section(campaign: Campaign) -> Section:
             if tables.column_pairs(summary, tables.DETAIL):
                 detail = tables.result_table(found, summary, model, task, tables.DETAIL)
                 folds.append(Fold(f"{where}: losses, format and certificates", f"{tables.DETAIL_NOTE}\n\n{detail}"))
-            if way := tables.training_table(one_judge(rows, campaign.judge), model, task):
+            if way := tables.training_table(one_judge(found.rows, campaign.judge), model, task):
                 folds.append(Fold(f"{where}: on the way", f"{tables.WAY_NOTE}\n\n{way}"))
             if inner := tables.means_table(summary, model, task, tables.INNER):
                 folds.append(Fold(f"{where}: inside the constraints", f"{tables.INNER_NOTE}\n\n{inner}"))
@@ -201,8 +200,8 @@ def coverage_section(campaign: Campaign) -> Section:
 
 def costs_section(campaign: Campaign) -> Section:
     parts = ["Means over seeds and harmful ratios; seconds a step with all hooks, peak memory in MiB."]
-    for rate, rows in gallery.by_rate(campaign.found.rows):
-        summary = tables.summarise(Collection(rows, runs=sorted(set(rows["run_id"]))), campaign.judge)
+    for rate, found in tables.by_rate(campaign.found):
+        summary = tables.summarise(found, campaign.judge)
         for model, task in sorted({*zip(summary["model"], summary["task"], strict=True)}):
             if cost := tables.means_table(summary, model, task, tables.COST):
                 parts += [f"### {model}, {task}" + f", learning rate {rate}" * bool(rate), cost]

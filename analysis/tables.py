@@ -135,6 +135,19 @@ def heading(pair: tuple[str, str], pairs: Sequence[tuple[str, str]]) -> str:
     return metric if sum(m == metric for m, _ in pairs) == 1 else f"{metric} {of}"
 
 
+def by_rate(collection: Collection) -> list[tuple[str, Collection]]:
+    """The campaign of each learning rate with its name, where one cell was run at several; else all, under no name.
+
+    What is missing stays with the whole campaign: a cell's name does not tell its rate.
+    """
+    cell = ["model", "task", "harmful_ratio", "method", "seed"]
+    rates = collection.rows.groupby(cell, dropna=False)["learning_rate"].nunique()
+    if rates.empty or rates.max() < 2:
+        return [("", collection)]
+    parts = collection.rows.groupby("learning_rate")
+    return [(f"{rate:g}", Collection(rows, runs=sorted(set(rows["run_id"])))) for rate, rows in parts]
+
+
 def seeds_found(cells: Sequence[Cell], done: set[str]) -> tuple[int, int]:
     """How many of the expected runs are done, and how many there are."""
     return sum(c.run_id in done for c in cells), len(cells)
@@ -301,7 +314,14 @@ def values_note(rows: pd.DataFrame) -> str:
 def report(
     collection: Collection, summary: pd.DataFrame, difference: pd.DataFrame | None = None, judge: str | None = None
 ) -> str:
-    """The tables of a campaign as Markdown, the notes, and what is missing or was left out.
+    """The tables of a campaign as Markdown (`results`), the notes, and what is missing or was left out."""
+    return "\n\n".join([*results(collection, summary, difference, judge), *notes(collection)]) + "\n"
+
+
+def results(
+    collection: Collection, summary: pd.DataFrame, difference: pd.DataFrame | None = None, judge: str | None = None
+) -> list[str]:
+    """Headings and tables, model by model and task by task.
 
     difference: from `differences`; adds the paired differences, details, what was measured on the way (by `judge`)
     and costs. Without it, results only.
@@ -322,7 +342,7 @@ def report(
             parts += [INNER_NOTE, inner]
         if cost := means_table(summary, model, task, COST):
             parts += ["Cost, means over seeds and harmful ratios (peak memory in MiB):", cost]
-    return "\n\n".join([*parts, *notes(collection)]) + "\n"
+    return parts
 
 
 def overview(collection: Collection, summary: pd.DataFrame) -> str:

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
 
@@ -242,6 +243,30 @@ def test_runs_of_a_learning_rate_sweep_are_kept_apart(tmp_path):
         at_end(rows)
     ends = at_end(rows, by=["learning_rate"]).query("metric == 'HS'")
     assert dict(zip(ends["learning_rate"], ends["value"], strict=True)) == {1e-5: 10.0, 1e-3: 1000.0}
+
+
+def test_a_learning_rate_sweep_is_frozen_with_a_table_for_each_rate(tmp_path, capsys):
+    for k, rate in enumerate((1e-5, 1e-3)):
+        for method in ("sft", "cwac"):
+            first = cell_of(method, 0.1, 0)
+            cell = Cell(f"{first.run_id[:-1]}{k}", "tiny", method, "toy", 0.1, 0, "e1")
+            folder = write_run(tmp_path / "runs", cell, rows_of(cell, 10.0 + 60 * k + (method == "sft")))
+            (folder / "config.yaml").write_text(f"train: {{learning_rate: {rate}}}\n")
+    out, readme = tmp_path / "out", tmp_path / "README.md"
+    arguments = ["--runs", str(tmp_path / "runs"), "--out", str(out)]
+    assert demo.main(arguments) == 0
+    text = (out / "table.md").read_text()
+    low, high = text.split("## Learning rate 0.001")
+    assert "## Learning rate 1e-05" in low and "10.0 (n=1)" in low and "70.0 (n=1)" in high and "70.0" not in low
+    assert "-1.0 (n=1)" in low and "-1.0 (n=1)" in high  # CWAC less SFT, of one rate each
+    assert text.count("Percentages; mean") == 1
+    summary = pd.read_csv(out / "summary.csv")
+    hs = summary[(summary["metric"] == "HS") & (summary["method"] == "cwac")]
+    assert dict(zip(hs["learning_rate"], hs["mean"], strict=True)) == {1e-5: 10.0, 1e-3: 70.0}
+    assert (out / "figure3-p0.1.png").is_file() and not list(out.glob("ratio*"))
+    readme.write_text("<!-- results:out --><!-- /results:out -->")
+    assert demo.main([*arguments, "--readme", str(readme)]) == 2
+    assert "--readme takes a campaign at one learning rate" in capsys.readouterr().err
 
 
 def test_sets_of_prompts_are_pooled_by_their_size(tmp_path):
