@@ -349,6 +349,21 @@ def at_end(rows: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
     return end.drop_duplicates(["run_id", "metric", "set", "judge"], keep="last").sort_index()
 
 
+def one_clock(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with a `step` that the seeds of a method at a harmful ratio share, so that they can be averaged.
+
+    Rows too long for a task are left out, which are others in each seed: an epoch then has more steps in one than in
+    another. There a step becomes the mean over the seeds at its epoch, to a tenth; elsewhere it stays.
+    """
+    cell = ["model", "task", "harmful_ratio", "method"]
+    seeds = rows.groupby(cell, dropna=False)["seed"].transform("nunique")
+    here = rows.groupby([*cell, "step"], dropna=False)["seed"].transform("nunique")
+    apart = (here < seeds).groupby([rows[c] for c in cell], dropna=False).transform("any")
+    points = rows.drop_duplicates([*cell, "seed", "epoch", "step"]).groupby([*cell, "epoch"])["step"].mean().round(1)
+    shared = rows[[*cell, "epoch"]].merge(points.rename("shared").reset_index(), "left")["shared"].to_numpy()
+    return rows.assign(step=rows["step"].where(~apart | rows["epoch"].isna(), shared))
+
+
 def before(rows: pd.DataFrame) -> pd.DataFrame:
     """The percentages of the aligned model before fine-tuning (epoch 0), one a model, task and seed.
 

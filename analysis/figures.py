@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from analysis import paper, stats
+from analysis.collect import one_clock
 
 COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2", "#8C8C8C"]
 OWN = {"cwac": "#0072B2", "weight_only": "#E69F00"}
@@ -280,16 +281,16 @@ def overlay(part: pd.DataFrame, methods: list[str], said: pd.DataFrame, title: s
     return figure
 
 
-def trajectory(rows: pd.DataFrame, along: str = "step") -> pd.DataFrame:
-    """Means over seeds at each training step (or `epoch`), before and at the end of training.
+def trajectory(rows: pd.DataFrame) -> pd.DataFrame:
+    """Means over seeds at each training step (`one_clock`), before and at the end of training.
 
     rows: metric rows of one model and task, one set of harmful prompts. Columns of the result: method,
-    harmful_ratio, step (or epoch), HS, low, high, n, task_loss, poison_loss. Points at which a loss was not measured
+    harmful_ratio, step, HS, low, high, n, task_loss, poison_loss. Points at which a loss was not measured
     have NaN in it.
     """
-    columns = ["method", "harmful_ratio", along, "HS", "low", "high", "n", *LOSSES]
+    columns = ["method", "harmful_ratio", "step", "HS", "low", "high", "n", *LOSSES]
     records = []
-    for (method, ratio, at), group in rows.groupby(["method", "harmful_ratio", along]):
+    for (method, ratio, at), group in one_clock(rows).groupby(["method", "harmful_ratio", "step"]):
         latest = group.drop_duplicates(["seed", "metric"], keep="last").dropna(subset="value")
         harm = latest[latest["metric"] == "HS"]
         losses = [latest.loc[latest["metric"] == name, "value"].mean() for name in LOSSES]

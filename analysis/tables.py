@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 import pandas as pd
 
 from analysis import paper, stats
-from analysis.collect import Cell, Collection, at_end, before, one_judge
+from analysis.collect import Cell, Collection, at_end, before, one_clock, one_judge
 
 KEYS = ["model", "task", "harmful_ratio", "method", "metric", "set"]
 MAIN = ("FA", "HS", "other", "OR")
@@ -286,6 +286,7 @@ def training_table(rows: pd.DataFrame, model: str, task: str, metrics: Sequence[
     """
     part = rows[(rows["model"] == model) & (rows["task"] == task) & rows["metric"].isin(metrics) & (rows["step"] > 0)]
     part = part.sort_values("time", kind="stable").drop_duplicates(["run_id", "metric", "set", "step"], keep="last")
+    part = one_clock(part)
     steps = part.groupby(["harmful_ratio", "method"])["step"].transform("nunique")
     found = estimates(part[steps > 1], ["harmful_ratio", "method", "step", "metric", "set"])
     pairs = column_pairs(found, metrics)

@@ -384,6 +384,21 @@ def test_trajectory_averages_over_seeds_at_each_step(campaign):
     assert at["task_loss"] == pytest.approx(1.2) and at["n"] == 3
 
 
+def test_seeds_whose_epochs_have_different_numbers_of_steps_share_a_point(tmp_path):
+    for seed, factor in ((0, 1), (1, 2)):
+        cell = cell_of("sft", 0.2, seed)
+        write_run(tmp_path, cell, [{**r, "step": factor * r["step"]} for r in rows_of(cell, 30.0 + 20 * seed)])
+    cell = cell_of("cwac", 0.2, 0)
+    write_run(tmp_path, cell, rows_of(cell, 10.0))
+    rows = one_judge(collect(tmp_path).rows)
+    points = figures.trajectory(rows[rows["metric"].isin(["task_loss", "HS"])])
+    assert points.loc[points["method"] == "sft", "step"].tolist() == [0, 45, 90, 135]  # 30 and 60, 60 and 120, ...
+    assert points.loc[points["method"] == "cwac", "step"].tolist() == [0, 30, 60, 90]
+    end = pick(points, method="sft", step=135)
+    assert (end["HS"], end["n"]) == (pytest.approx(40.0), 2)
+    assert "| SFT    | 0.2 |   135 | 2 |" in tables.training_table(rows, "tiny", "toy")
+
+
 def test_the_training_figure_has_a_column_for_the_poisons_loss_where_it_was_measured(tmp_path):
     cell = cell_of("sft", 0.2, 0)
     rows = rows_of(cell, 30.0)
