@@ -349,6 +349,13 @@ def at_end(rows: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
     return end.drop_duplicates(["run_id", "metric", "set", "judge"], keep="last").sort_index()
 
 
+def swept(rows: pd.DataFrame) -> list[str]:
+    """`["learning_rate"]` if some method was trained with several at the same cell and seed, else []."""
+    cell = ["model", "task", "harmful_ratio", "method", "seed"]
+    counts = rows[rows["final"]].groupby(cell, dropna=False)["learning_rate"].nunique()
+    return ["learning_rate"] if len(counts) and counts.max() > 1 else []
+
+
 def one_clock(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows with a `step` that the seeds of a method at a harmful ratio share, so that they can be averaged.
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pandas as pd
 
 from analysis import figures, paper, paper_figures, records, tables
-from analysis.collect import VERDICTS, Collection, collect, expected_cells, one_judge
+from analysis.collect import VERDICTS, Collection, collect, expected_cells, one_judge, swept
 from cwac.config import UserError, command
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,26 +50,18 @@ def publish(args: argparse.Namespace, argv: list[str]) -> int:
         for line in found.account():
             print(line)
         raise UserError(f"no finished run in {args.runs}. Remedy: run the campaign first (make demo).")
-    rates = tables.by_rate(found)
-    if args.readme and len(rates) > 1:
+    if args.readme and swept(found.rows):
         raise UserError("--readme takes a campaign at one learning rate. Remedy: leave it out, or give one rate.")
-    brief, whole, summaries = [], [], []
-    for rate, part in rates:
-        heading = [f"## Learning rate {rate}"] if rate else []
-        found_there = tables.summarise(part, args.judge)
-        difference = tables.differences(part, judge=args.judge)
-        brief += [*heading, *tables.results(part, found_there)]
-        whole += [*heading, *tables.results(part, found_there, difference, args.judge)]
-        summaries.append(found_there.assign(learning_rate=rate) if rate else found_there)
-    summary, closing = pd.concat(summaries), tables.notes(found)
+    summary, difference = tables.summarise(found, args.judge), tables.differences(found, judge=args.judge)
+    text = tables.report(found, summary, difference, args.judge)
     first = freeze(found, args, argv)
     summary.to_csv(args.out / "summary.csv", index=False)
     if len(found.verdicts):  # without a time stamp, so that the same runs freeze to the same bytes
         found.verdicts.to_csv(args.out / VERDICTS, index=False, compression={"method": "gzip", "mtime": 0})
     records.freeze(records.read_all(args.runs, found.runs), args.out / records.NAME)
     drawn = draw(found, summary, args.out, args.judge)
-    (args.out / "table.md").write_text("\n\n".join([first, *whole, *closing]) + "\n", encoding="utf-8")
-    print("\n\n".join([first, *brief, *closing]) + "\n")
+    (args.out / "table.md").write_text(f"{first}\n\n{text}", encoding="utf-8")
+    print(f"{first}\n\n{tables.report(found, summary)}")
     if args.readme:
         overview = f"{first}\n\n{tables.overview(found, summary)}"
         fill(args.readme, args.out, overview, [path for path in drawn if path.name.startswith("ratio")])
@@ -92,7 +84,7 @@ def draw(found: Collection, summary: pd.DataFrame, out: Path, judge: str | None)
     for model, task, of in grids:
         # One grid needs no long name; the demo's figure is `ratio.png`.
         suffix = f"-{model}-{task}-{of}" if len(grids) > 1 else ""
-        if "learning_rate" in summary:
+        if swept(rows):
             plates = paper_figures.figure3(rows, model, task, of)
         else:
             plates = figures.against_ratio(summary, model, task, of) + figures.against_training(rows, model, task, of)
@@ -145,19 +137,13 @@ def git_state() -> dict:
 
 def run_commit(folder: Path) -> str | None:
     """The commit that a run's `env.json` names, `+dirty` where it had uncommitted changes; None if it names none."""
-    try:
-        env = json.loads((folder / "env.json").read_text(encoding="utf-8"))
-        return f"{env['git_commit']}{'+dirty' * bool(env.get('git_dirty'))}" if env.get("git_commit") else None
-    except (OSError, ValueError, AttributeError):
-        return None
+    env = records.read_json(folder / "env.json")
+    return f"{env['git_commit']}{'+dirty' * bool(env.get('git_dirty'))}" if env.get("git_commit") else None
 
 
 def imported_from(folder: Path) -> str | None:
     """Where a run's folder was made from that no training here wrote (`analysis.thaw`, `import_wandb`); else None."""
-    try:
-        return json.loads((folder / "status.json").read_text(encoding="utf-8")).get("source")
-    except (OSError, ValueError, AttributeError):
-        return None
+    return records.read_json(folder / "status.json").get("source")
 
 
 def installed(name: str) -> str | None:

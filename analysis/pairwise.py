@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import paper, stats
-from analysis.collect import Collection, at_end, one_judge, pooled
+from analysis.collect import Collection, at_end, one_judge, pooled, swept
 
 CELL = ["model", "task", "harmful_ratio"]
 
@@ -103,12 +103,6 @@ class Cells:
     def prompts(self, cell: str, method: str) -> float:
         """The smallest number of prompts a seed; NaN where the metric has none."""
         return min((n for _, _, n in self._runs.get((cell, method), {}).values()), default=math.nan)
-
-
-def swept(rows: pd.DataFrame) -> list[str]:
-    """`["learning_rate"]` if some method was trained with several at the same cell and seed, else []."""
-    counts = rows[rows["final"]].groupby([*CELL, "method", "seed"], dropna=False)["learning_rate"].nunique()
-    return ["learning_rate"] if len(counts) and counts.max() > 1 else []
 
 
 def name_cells(rows: pd.DataFrame, by: Sequence[str]) -> pd.Series:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 import pandas as pd
 
 from analysis import paper, stats
-from analysis.collect import Cell, Collection, at_end, before, one_clock, one_judge
+from analysis.collect import Cell, Collection, at_end, before, one_clock, one_judge, swept
 
 KEYS = ["model", "task", "harmful_ratio", "method", "metric", "set"]
 MAIN = ("FA", "HS", "other", "OR")
@@ -36,9 +36,12 @@ the answer alone. OR: benign requests refused. Each percentage is of its own set
 def summarise(collection: Collection, judge: str | None = None) -> pd.DataFrame:
     """Every metric at the end of training, over seeds; and the aligned model's own, as method `aligned`.
 
-    Columns: model, task, harmful_ratio, method, metric, set, mean, low, high, half, n, over, prompts. The
-    aligned model is not trained, so its harmful_ratio is NaN.
+    Columns: model, task, harmful_ratio, method, metric, set, mean, low, high, half, n, over, prompts; of a sweep over
+    the learning rate also learning_rate, as `by_rate` names it. The aligned model is not trained, so its
+    harmful_ratio is NaN.
     """
+    if len(rates := by_rate(collection)) > 1:
+        return pd.concat([summarise(part, judge).assign(learning_rate=rate) for rate, part in rates])
     rows = one_judge(collection.rows, judge)
     start = before(rows).assign(method=paper.ALIGNED, harmful_ratio=math.nan)
     return estimates(pd.concat([start, at_end(rows)]), KEYS)
@@ -67,6 +70,9 @@ def differences(collection: Collection, reference: str = "sft", judge: str | Non
 
     Columns as in `summarise`, without `prompts`; n counts pairs of seeds.
     """
+    if len(rates := by_rate(collection)) > 1:
+        parts = [(rate, differences(part, reference, judge)) for rate, part in rates]
+        return pd.concat([found.assign(learning_rate=rate) for rate, found in parts])
     rows = at_end(one_judge(collection.rows, judge)).dropna(subset="value")
     columns = [*KEYS, "mean", "low", "high", "half", "n", "over"]
     records = []
@@ -140,9 +146,7 @@ def by_rate(collection: Collection) -> list[tuple[str, Collection]]:
 
     What is missing stays with the whole campaign: a cell's name does not tell its rate.
     """
-    cell = ["model", "task", "harmful_ratio", "method", "seed"]
-    rates = collection.rows.groupby(cell, dropna=False)["learning_rate"].nunique()
-    if rates.empty or rates.max() < 2:
+    if not swept(collection.rows):
         return [("", collection)]
     parts = collection.rows.groupby("learning_rate")
     return [(f"{rate:g}", Collection(rows, runs=sorted(set(rows["run_id"])))) for rate, rows in parts]
@@ -315,18 +319,28 @@ def values_note(rows: pd.DataFrame) -> str:
 def report(
     collection: Collection, summary: pd.DataFrame, difference: pd.DataFrame | None = None, judge: str | None = None
 ) -> str:
-    """The tables of a campaign as Markdown (`results`), the notes, and what is missing or was left out."""
-    return "\n\n".join([*results(collection, summary, difference, judge), *notes(collection)]) + "\n"
+    """The tables of a campaign as Markdown, the notes, and what is missing or was left out.
+
+    difference: from `differences`; adds the paired differences, details, what was measured on the way (by `judge`)
+    and costs. Without it, results only. A sweep over the learning rate has its tables rate by rate.
+    """
+    parts = []
+    for rate, part in by_rate(collection):
+        parts += [f"## Learning rate {rate}"] if rate else []
+        found, changes = (of_rate(frame, rate) for frame in (summary, difference))
+        parts += results(part, found, changes, judge)
+    return "\n\n".join([*parts, *notes(collection)]) + "\n"
+
+
+def of_rate(frame: pd.DataFrame | None, rate: str) -> pd.DataFrame | None:
+    """The rows of a summary or of differences at one learning rate; all where there is no sweep."""
+    return frame[frame["learning_rate"] == rate] if rate and frame is not None else frame
 
 
 def results(
-    collection: Collection, summary: pd.DataFrame, difference: pd.DataFrame | None = None, judge: str | None = None
+    collection: Collection, summary: pd.DataFrame, difference: pd.DataFrame | None, judge: str | None
 ) -> list[str]:
-    """Headings and tables, model by model and task by task.
-
-    difference: from `differences`; adds the paired differences, details, what was measured on the way (by `judge`)
-    and costs. Without it, results only.
-    """
+    """Headings and tables of `report`, model by model and task by task."""
     parts = []
     for model, task in grids(collection, summary):
         parts.append(f"### {model}, {task}")

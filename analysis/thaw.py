@@ -49,8 +49,9 @@ def config_of(first: pd.Series) -> dict:
     return {**named, **cell, **rate, "values": first["values"]}
 
 
-def thaw(folder: Path, runs: Path) -> tuple[list[str], list[str]]:
-    """Write a folder below `runs` for each finished run of a campaign; returns the ids written, and those left alone.
+def thaw(folder: Path, runs: Path) -> tuple[list[str], list[str], list[str]]:
+    """Write a folder below `runs` for each finished run of a campaign; returns the ids written and
+    those left alone, and what the campaign lacked when it was frozen.
 
     folder: as `analysis.demo` writes it. A run with a status already, whatever it is, is left alone. Raises UserError
     where the campaign cannot be read, or names a run by what is no name of a folder.
@@ -77,7 +78,7 @@ def thaw(folder: Path, runs: Path) -> tuple[list[str], list[str]]:
         write_jsonl(target / "metrics.jsonl", plain)
         write_atomic(target / "status.json", json.dumps(status_of(rows, str(folder)), indent=1))
         written.append(name)
-    return written, there
+    return written, there, found.account()
 
 
 def write_record(record: records.Record, target: Path) -> None:
@@ -101,9 +102,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("campaign", type=Path, help="a frozen campaign, such as results/demo")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where to write the run folders (runs)")
     args = parser.parse_args(argv)
-    written, there = thaw(args.campaign, args.runs)
+    written, there, lacked = thaw(args.campaign, args.runs)
     print(f"{len(written)} runs of {args.campaign} written to {args.runs}; {len(there)} were there already")
-    for line in read_frozen(args.campaign).account():
+    for line in lacked:
         print(f"left out when it was frozen: {line}")
     return 0
 

@@ -51,7 +51,7 @@ def test_a_run_that_is_there_is_left_alone(tmp_path, capsys):
     first = pd.read_csv(source / "results.csv")["run_id"].iloc[0]
     (runs / first).mkdir(parents=True)
     (runs / first / "status.json").write_text('{"status": "running"}')
-    written, there = thaw.thaw(source, runs)
+    written, there, _ = thaw.thaw(source, runs)
     assert there == [first] and first not in written and len(list(runs.iterdir())) == len(written) + 1
     assert [p.name for p in (runs / first).iterdir()] == ["status.json"]
     assert thaw.main([str(source), "--runs", str(runs)]) == 0
