@@ -28,9 +28,16 @@ from hydra.types import RunMode  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
-from cwac import failures, ranks  # noqa: E402
-from cwac.config import CONF, UsageError, UserError, expand, instantiate, objective, run_id, validate  # noqa: E402
-from cwac.runs import Run, redact  # noqa: E402
+from cwac.core import distributed, failures, hf_hub  # noqa: E402
+from cwac.core.config import expand  # noqa: E402
+from cwac.core.environment import redact  # noqa: E402
+from cwac.core.errors import UsageError, UserError  # noqa: E402
+from cwac.core.identity import run_id  # noqa: E402
+from cwac.core.metrics import objective  # noqa: E402
+from cwac.core.paths import CONF  # noqa: E402
+from cwac.core.run_dir import Run  # noqa: E402
+from cwac.core.tracking import Tracker  # noqa: E402
+from cwac.core.validation import validate  # noqa: E402
 
 log = logging.getLogger("cwac")
 COLLECT = gc.get_threshold()
@@ -40,12 +47,12 @@ COLLECT = gc.get_threshold()
 def run_cell(cfg: DictConfig) -> float | None:
     """Execute one cell: skip if done, else train or resume, evaluate, mark done. Returns `objective` for sweepers."""
     validate(cfg)
-    if ranks.world_size() > 1:
-        from cwac.engine import training_arguments
+    if distributed.world_size() > 1:
+        from cwac.training.arguments import training_arguments
 
         training_arguments(cfg, Run(cfg))  # TrainingArguments bring the ranks together
     with Run(cfg) as run:
-        if ranks.agree(run.done()) and not cfg.force:
+        if distributed.agree(run.done()) and not cfg.force:
             log.info("%s is done; nothing to do", run.id)
             return headline(run)
         try:
@@ -56,147 +63,27 @@ def run_cell(cfg: DictConfig) -> float | None:
 
 
 def execute(cfg: DictConfig, run: Run) -> float | None:
-    import random
-    from itertools import chain
-
-    from cwac import hub
-
+    """The story of a run: prepare, set up the method, train, evaluate, record (cwac/training/run.py)."""
     gc.set_threshold(*COLLECT)  # a training's garbage can be large
     if cfg.model.kind == "hub":  # before the seconds that torch takes to import
-        hub.resolve(cfg.model.hub_id, cfg.model.get("revision"), "model.hub_id", cfg.model.get("license"))
+        hf_hub.resolve(cfg.model.hub_id, cfg.model.get("revision"), "model.hub_id", cfg.model.get("license"))
+    from cwac.training import run as steps
 
-    import torch
-
-    torch.set_num_threads(cfg.threads or torch.get_num_threads())
-    from transformers import set_seed
-    from transformers.utils import logging as hf_logging
-
-    from cwac.anchors import anchor_rows
-    from cwac.context import open_context
-    from cwac.data import hub as datasets
-    from cwac.data.attack import poisoned_mix, trigger_of
-    from cwac.data.harmful import assert_unseen
-    from cwac.data.pools import manifest
-    from cwac.data.tasks import load_task
-    from cwac.data.tokenize import Rows, pad_token_id
-    from cwac.engine import check_precision, total_steps, train, training_arguments
-    from cwac.evaluation.evaluate import Evaluator
-    from cwac.models import load_aligned, weights_hash
-    from cwac.tracking import Tracker
-
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    logging.getLogger("accelerate").setLevel(logging.WARNING)  # it tells of every file of a checkpoint in shards
-    if not run.leads:
-        logging.getLogger("cwac").setLevel(logging.WARNING)
-    method, judge = instantiate(cfg.method), instantiate(cfg.eval.judge)
-    arguments = training_arguments(cfg, run)
-    check_precision(cfg, arguments, method)
-    set_seed(cfg.seed)
-    datasets.READ.clear()
-    context = open_context(cfg)
-    pools, loaded = context.pools, context.loaded
-    model = loaded.model
-    held_out = [*pools.validation, *chain(*pools.test.values(), *pools.over_refusal.values())]
-    near = cfg.pools.get("jaccard")
-    task = load_task(cfg.task, cfg.paths.data, cfg.seed, cfg.eval.split, [e.prompt for e in held_out], near)
-    trigger = trigger_of(cfg, context)
-    mixed, poison = poisoned_mix(cfg, task.train, context)
-    train_rows = method.training_data(mixed, context, random.Random(f"method-{cfg.seed}"))
-    assert_unseen(pools, task.test, train_rows, near)
-    rows = Rows(loaded.tokenizer, train_rows, cfg.train.template, cfg.train.max_length)
-    if not len(rows):
-        raise UserError(
-            f"none of the {len(train_rows)} rows has a token to learn within train.max_length={cfg.train.max_length}; "
-            "raise it"
-        )
-    context.steps = total_steps(arguments, len(rows))
-    if rows.dropped:
-        log.warning(
-            "%d of %d rows have a prompt of train.max_length or more and were left out", rows.dropped, len(train_rows)
-        )
-    poison_ids = {e.id for e in poison}
-    poisoned = [e for e in train_rows if e.id in poison_ids]
-
-    was_trained = ranks.agree(run.trained()) and not cfg.force
-    if was_trained and not run.leads:
+    cell = steps.prepare(cfg, run)
+    if cell.is_trained:
+        if run.leads:
+            steps.evaluate_again(cell)
+            return headline(run)
         return None
-    if run.leads:
-        run.start(loaded.provenance)
-        recorded = {"rows": [e.id for e in train_rows], "harmful": [e.id for e in poisoned], "dropped": rows.dropped}
-        licenses = {"model": cfg.model.get("license") or "unknown", "datasets": datasets.ledger(context.artifacts)}
-        if trigger is not None:
-            recorded["trigger"] = trigger
-        run.record_data({**recorded, "pools": manifest(pools, cfg.poison, poison), **licenses})
-    evaluator = Evaluator(cfg, run, model, context, method, task, judge, poisoned, trigger)
-    if was_trained:
-        evaluate_again(run, evaluator, loaded)
-        return headline(run)
     with Tracker(cfg, run) as tracker:
-        if 0 in cfg.eval.at and run.leads:
-            evaluator(0, 0.0)
-        method.setup(model, context)
-        ranks.wait()
-
-        def evaluate(trained, step, epoch):
-            evaluator.model = trained
-            evaluator(step, epoch)
-
-        model, cost = train(
-            cfg, arguments, run, model, method, rows, pad_token_id(loaded.tokenizer), evaluate, tracker.log
-        )
+        steps.set_up(cell)
+        steps.train(cell, tracker.log)
         if not run.leads:
             return None
-        evaluator.model = model
-        step, epoch = cost["step"], cost["epoch"]
-        evaluator(step, epoch, final=True)
-        at = {"step": step, "epoch": epoch, "final": True}
-        costs = [{"metric": m, "set": "train", "value": cost[m]} for m in ("seconds_per_step", "memory")]
-        extra = [{"metric": "extra_data", "set": of, "value": n} for of, n in method.extra_data().items()]
-        run.add_rows({**at, **row, "eval": None} for row in [*costs, *extra, *method.report(model)])
-        guard = None
-        if cfg.eval.drift:
-            reference = load_aligned(loaded)
-            try:
-                anchors, held = (
-                    anchor_rows(reference, context, prompts[: cfg.eval.n_drift], 16)
-                    for prompts in (pools.anchors, pools.validation)
-                )
-            except UserError as error:
-                log.warning("drift is not measured: %s", error)
-            else:
-                guard = evaluator.drift(reference, anchors, held, step, epoch)
-        if cfg.keep_weights:
-            merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
-            merged.save_pretrained(run.dir / "model")
-            loaded.tokenizer.save_pretrained(run.dir / "model")
+        steps.evaluate(cell)
         tracker.summary(run.rows())
-        run.finish(step=step, epoch=epoch, weights_sha256=weights_hash(model), guard=guard)
+        steps.record(cell)
     return headline(run)
-
-
-def evaluate_again(run: Run, evaluator, loaded) -> None:
-    """A finished run under new evaluation settings: from the kept weights, without training."""
-    from transformers import AutoModelForCausalLM
-
-    from cwac.models import SAFE
-
-    folder = run.dir / "model"
-    status = run.status
-    missed = [e for e in run.points if e != status.get("epoch")]  # an imported run may not know it
-    if missed:
-        raise UserError(
-            f"{run.id} is trained; eval.at={missed} asks for points on the way, which are gone: leave eval.at as it "
-            "was, or train again with force=true (the old run is set aside)"
-        )
-    if not folder.is_dir():
-        raise UserError(
-            f"{run.id} is trained, but not evaluated with these eval settings, and its weights were not kept; train "
-            "it again with force=true keep_weights=true (the old run is set aside)"
-        )
-    evaluator.model = AutoModelForCausalLM.from_pretrained(folder, **SAFE).to(evaluator.model.device)
-    evaluator(status["step"], status["epoch"], final=True)
-    run.finish()
 
 
 def headline(run: Run) -> float | None:
@@ -213,7 +100,7 @@ def cell(cfg: DictConfig) -> float | None:
     """One cell; its failure is recorded for main() and never stops the sweep's other cells."""
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
-        if sweep and ranks.world_size() > 1:
+        if sweep and distributed.world_size() > 1:
             raise UsageError(
                 "torchrun and accelerate launch start the processes of one cell; start a sweep (-m, experiment=...) "
                 "without them, and choose a launcher for it: hydra/launcher=local, slurm or ray_cluster"
@@ -298,7 +185,7 @@ def main() -> int:
     if len(failed) > 1:
         print(f"error: {len(failed)} cells failed; the same command again runs only these:", file=sys.stderr)
     for failure in failed:
-        if ranks.rank() and failure["code"] == 2:  # what is wrong with the command, rank 0 says
+        if distributed.rank() and failure["code"] == 2:  # what is wrong with the command, rank 0 says
             continue
         where = f"[{failure['cell']}] " if len(failed) > 1 else ""
         print(f"error: {where}{failure['message']}", file=sys.stderr)

@@ -18,8 +18,9 @@ import pandas as pd
 
 from analysis import stats, tables
 from analysis.compare import read
-from cwac.artifacts import write_atomic
-from cwac.config import UserError, command
+from cwac.core.config import command
+from cwac.core.errors import UserError
+from cwac.core.files import write_atomic
 
 COLUMNS = ["set", "first", "second", "n", "prompts", "harmful_first", "harmful_second", "agreement", "kappa"]
 COLUMNS += ["low", "high"]

@@ -17,8 +17,10 @@ from omegaconf import DictConfig
 from analysis import figures, paper, tables
 from analysis.collect import Collection, before, cell_from, collect, one_judge, pooled
 from analysis.demo import freeze
-from cwac import config
-from cwac.config import VARIATION, UserError, command
+from cwac.core import config, identity
+from cwac.core.config import command
+from cwac.core.errors import UserError
+from cwac.core.metrics import VARIATION
 
 PRESETS = ("closed_attacks", "closed_prefill", "closed_trigger")
 METRICS = ("HS", "refusal", "other", "OR", "FA")
@@ -67,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(
             f"no finished run of {args.experiment} in {args.runs}. Remedy: python train.py -m experiment={PRESETS[0]}"
         )
-    attacks = {config.run_id(cfg): attack_of(cfg) for cfg in cells}
+    attacks = {identity.run_id(cfg): attack_of(cfg) for cfg in cells}
     summary = summarise(one_judge(found.rows, args.judge), attacks)
     first = freeze(found, args, sys.argv[1:] if argv is None else argv, "analysis.attacks")
     summary.to_csv(args.out / "attacks.csv", index=False)

@@ -20,7 +20,7 @@ import pandas as pd
 import yaml
 
 from analysis import paper
-from cwac.config import UserError
+from cwac.core.errors import UserError
 
 TOLERANCE = Decimal("0.01")
 STATEMENTS = Path(__file__).with_name("paper_statements.yaml")

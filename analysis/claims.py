@@ -27,7 +27,8 @@ from analysis import paper, stats
 from analysis.collect import Collection, collect, expected_cells, read_frozen
 from analysis.pairwise import Cells, Comparison, cells, compare, holm_over
 from analysis.tables import markdown
-from cwac.config import UserError, command
+from cwac.core.config import command
+from cwac.core.errors import UserError
 
 CLAIMS = Path(__file__).with_name("claims.yaml")
 ALPHA = 1 - stats.LEVEL

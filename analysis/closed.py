@@ -23,8 +23,9 @@ from analysis import figures, paper, stats, tables
 from analysis.collect import Collection, cell_from, collect, one_judge, pooled
 from analysis.demo import freeze
 from analysis.records import read_json
-from cwac import config
-from cwac.config import UserError, command
+from cwac.core import config, identity, paths
+from cwac.core.config import command
+from cwac.core.errors import UserError
 from cwac.data.pools import load_pools
 
 PRESETS = (
@@ -84,7 +85,7 @@ def publish(args: argparse.Namespace, argv: list[str]) -> int:
     """Collect, print, write; see `main`."""
     cells = expected(args.overrides)
     # two presets may ask for one run
-    found = collect(args.runs, {config.run_id(cfg): cell_from(cfg) for _, cfg in cells}.values())
+    found = collect(args.runs, {identity.run_id(cfg): cell_from(cfg) for _, cfg in cells}.values())
     if not found.runs:
         raise UserError(f"no finished run of {args.experiment} in {args.runs}. Remedy: run a preset first.")
     found.rows = pd.concat([found.rows, energies(args.runs, found.rows)], ignore_index=True)
@@ -143,7 +144,7 @@ def setting(preset: str, cfg: DictConfig) -> dict:
     else:
         arm, matrix = "freed", "+".join(freed) or ("none" if weight["freeze_others"] else REST)
     return {
-        "run_id": config.run_id(cfg),
+        "run_id": identity.run_id(cfg),
         "preset": preset,
         "learning_rate": float(cfg.train.learning_rate),
         "energy": weight.get("energy", math.nan),
@@ -184,8 +185,8 @@ def by_category(found: Collection, varied: pd.DataFrame, cells: Sequence[tuple[s
     harm = varied[(varied["metric"] == "HS") & (varied["category"] != "")]
     harm = harm.drop_duplicates("run_id").set_index("run_id", drop=False)
     records = []
-    for cfg in {config.run_id(cfg): cfg for preset, cfg in cells if preset == "closed_sources"}.values():
-        if (run := config.run_id(cfg)) not in harm.index:
+    for cfg in {identity.run_id(cfg): cfg for preset, cfg in cells if preset == "closed_sources"}.values():
+        if (run := identity.run_id(cfg)) not in harm.index:
             continue
         row, pools = harm.loc[run].to_dict(), load_pools(cfg.pools, cfg.paths.data, cfg.seed)
         groups = {e.id: e.group for test in pools.test.values() for e in test}
@@ -318,7 +319,7 @@ def crossing_table(summary: pd.DataFrame) -> str:
 
 def chosen_on_validation() -> str:
     """How the strengths of the variants came about."""
-    if (config.CONF / "chosen" / "closed_variants.yaml").is_file():
+    if (paths.CONF / "chosen" / "closed_variants.yaml").is_file():
         return "one of three, chosen on validation prompts at a seed of its own"
     return "the middle of three, since no search has chosen"
 

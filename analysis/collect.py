@@ -1,6 +1,6 @@
 """Read finished runs back into one table of metric rows.
 
-A row is one measured number (`design` of the run directory: `cwac/runs.py`): run_id, model, method,
+A row is one measured number (`design` of the run directory: `cwac/core/run_dir.py`): run_id, model, method,
 task, harmful_ratio, seed, values, epoch, step, final, metric, set, value, n, stderr, judge, eval, time; and the run's
 learning_rate, from its `config.yaml`, by which the runs of a sweep over it differ.
 Only runs whose `status.json` says `done` count; what is skipped is counted and named, never silent.
@@ -22,8 +22,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from analysis.paper import PROPORTIONS
 from analysis.paper import VERDICTS as VERDICT_METRICS
-from cwac.config import VARIATION, UserError, eval_id, expand, run_id
-from cwac.runs import from_line
+from cwac.core.config import expand
+from cwac.core.errors import UserError
+from cwac.core.identity import eval_id, run_id
+from cwac.core.jsonl import from_line
+from cwac.core.metrics import VARIATION
 
 COLUMNS = [
     "run_id",
@@ -280,7 +283,7 @@ def method_of(run_id: str) -> str:
 
 
 def cell_of(run_id: str) -> Cell | None:
-    """The cell that a run's name spells (`cwac.config.run_id`); None where it spells none."""
+    """The cell that a run's name spells (`cwac.core.identity.run_id`); None where it spells none."""
     found = RUN_ID.fullmatch(run_id)
     if not found:
         return None

@@ -19,8 +19,9 @@ from scipy import stats as scipy_stats
 from analysis import paper, stats, tables
 from analysis.collect import Collection, at_end, collect, one_judge, read_frozen
 from analysis.tables import KEYS, MAIN
-from cwac.artifacts import write_atomic
-from cwac.config import UserError, command
+from cwac.core.config import command
+from cwac.core.errors import UserError
+from cwac.core.files import write_atomic
 
 COLUMNS = [*KEYS, "first", "second", "n_first", "n_second", "difference", "low", "high", "over", "flag"]
 

@@ -19,7 +19,8 @@ import pandas as pd
 
 from analysis import figures, paper, paper_figures, records, tables
 from analysis.collect import VERDICTS, Collection, collect, expected_cells, one_judge, swept
-from cwac.config import UserError, command
+from cwac.core.config import command
+from cwac.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "numpy", "pandas", "scipy", "matplotlib")

@@ -3,7 +3,7 @@
 python -m analysis.import_wandb --offline wandb --runs runs       folders that logger=wandb wrote without network
 python -m analysis.import_wandb --project ENTITY/cwac --runs runs   the server, through wandb's own client
 
-`cwac/tracking.py` logs the configuration, the loss log under `train/`, and the final metrics as `<metric>/<set>`.
+`cwac/core/tracking.py` logs the configuration, the loss log under `train/`, and the final metrics as `<metric>/<set>`.
 What it does not log stays unknown: the number of prompts (so no exact interval where all seeds agree), measurements on
 the way, answers, and each prompt's drift. A run that crashed or is still running is named and left out.
 
@@ -25,9 +25,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from analysis.paper import PROPORTIONS, VERDICTS
-from cwac.artifacts import write_atomic
-from cwac.config import UserError, command, eval_id
-from cwac.runs import write_jsonl
+from cwac.core.config import command
+from cwac.core.errors import UserError
+from cwac.core.files import write_atomic
+from cwac.core.identity import eval_id
+from cwac.core.jsonl import write_jsonl
 
 BLOCK, HEADER, MAGIC = 32768, 7, b":W&B"
 FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
@@ -138,7 +140,7 @@ def read_server(api: Any, project: str) -> list[Logged]:
 
 
 def rows_of(run: Logged) -> list[dict]:
-    """The final metric rows of a logged run, as `cwac.runs.Run.add_rows` would have written them.
+    """The final metric rows of a logged run, as `cwac.core.run_dir.Run.add_rows` would have written them.
 
     Raises UserError if its configuration is not one of ours.
     """

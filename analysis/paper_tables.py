@@ -19,8 +19,9 @@ import pandas as pd
 
 from analysis import audit, paper, stats, tables
 from analysis.collect import Cell, Collection, at_end, collect, expected_cells, one_judge, pooled
-from cwac.config import UserError, command
-from cwac.runs import read_jsonl
+from cwac.core.config import command
+from cwac.core.errors import UserError
+from cwac.core.jsonl import read_jsonl
 
 TITLES = {
     "table1": "Table 1: task accuracy (FA) and harmfulness score (HS), three tasks",

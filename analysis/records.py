@@ -1,7 +1,7 @@
 """What figures and the report need of a run beyond its metric rows, and how it is frozen with a campaign.
 
 Metric rows say what was measured; where the weights came from, the hashes of the data, each prompt's drift and the
-answers themselves stand in other files of the run's folder (`cwac/runs.py`). A frozen campaign keeps them in
+answers themselves stand in other files of the run's folder (`cwac/core/run_dir.py`). A frozen campaign keeps them in
 `records.jsonl`, one line a run, without any answer.
 """
 
@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 
 from analysis.collect import LOADER
-from cwac.config import UserError
-from cwac.runs import from_line
+from cwac.core.errors import UserError
+from cwac.core.jsonl import from_line
 
 NAME = "records.jsonl"
 DECOMPOSITION = "decomposition.json"

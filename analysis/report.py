@@ -30,8 +30,9 @@ from analysis.claims import Verdict
 from analysis.collect import Collection, collect, expected_cells, one_judge, read_frozen
 from analysis.figures import Plate
 from analysis.records import Answer, Record
-from cwac.artifacts import write_atomic
-from cwac.config import UserError, command
+from cwac.core.config import command
+from cwac.core.errors import UserError
+from cwac.core.files import write_atomic
 
 TEMPLATES = Path(__file__).with_name("templates")
 ANSWERS = 2

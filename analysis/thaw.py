@@ -17,9 +17,11 @@ import yaml
 
 from analysis import records
 from analysis.collect import read_frozen
-from cwac.artifacts import write_atomic
-from cwac.config import UserError, command
-from cwac.runs import GUARD_SLACK, write_jsonl
+from cwac.core.config import command
+from cwac.core.errors import UserError
+from cwac.core.files import write_atomic
+from cwac.core.jsonl import write_jsonl
+from cwac.core.run_dir import GUARD_SLACK
 
 
 def status_of(rows: pd.DataFrame, source: str) -> dict:

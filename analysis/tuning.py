@@ -13,8 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from analysis.collect import Collection, cell_from, collect
-from cwac import config
-from cwac.config import UserError
+from cwac.core import config, identity, metrics, paths
+from cwac.core.errors import UserError
 
 SHOWN = ("HS", "other", "FA", "OR")
 
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--experiment", required=True, help="a search of conf/experiment/, e.g. tune_cwac")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the run directories (runs)")
     parser.add_argument("--out", type=Path, default=Path("results/tuning"), help="folder of the logs (results/tuning)")
-    parser.add_argument("--conf", type=Path, default=config.CONF, help="configuration folder to write to (conf)")
+    parser.add_argument("--conf", type=Path, default=paths.CONF, help="configuration folder to write to (conf)")
     parser.add_argument("overrides", nargs="*", help="the search's own overrides, e.g. model=smollm2 task=sst2 seed=3")
     args = parser.parse_intermixed_args(argv)
     try:
@@ -66,7 +66,7 @@ def log_and_choose(args: argparse.Namespace) -> int:
 
 def values_of(cfg: DictConfig, keys: list[str]) -> dict:
     """The keys' values in one cell, as plain Python."""
-    flat = config.flatten(OmegaConf.to_container(cfg, resolve=True))
+    flat = identity.flatten(OmegaConf.to_container(cfg, resolve=True))
     return {key: flat[key] for key in keys}
 
 
@@ -75,7 +75,7 @@ def tried(cells: list[DictConfig]) -> list[dict]:
 
     Raises UserError where its cells differ in something else than these and the seed, or try one value only.
     """
-    identities = [config.identity(cfg) for cfg in cells]
+    identities = [identity.identity(cfg) for cfg in cells]
     varied = sorted(k for k in identities[0] if len({str(flat.get(k)) for flat in identities}) > 1)
     keys = [k for k in varied if k.startswith("method.")]
     if other := sorted(set(varied) - {*keys, "seed", "model.base_seed", "origin"}):
@@ -104,7 +104,7 @@ def trials(cells: list[DictConfig], values: list[dict], found: Collection) -> pd
     rows = found.rows[found.rows["judge"].isin(own)]
     log = []
     for cfg in cells:
-        name, value = config.run_id(cfg), values_of(cfg, list(values[0]))
+        name, value = identity.run_id(cfg), values_of(cfg, list(values[0]))
         end = rows[(rows["run_id"] == name) & rows["final"]]
         log.append(
             {
@@ -112,7 +112,7 @@ def trials(cells: list[DictConfig], values: list[dict], found: Collection) -> pd
                 **value,
                 "seed": int(cfg.seed),
                 **{m: end.loc[end["metric"] == m, "value"].mean() for m in SHOWN},
-                "objective": config.objective(cfg.objective, end.to_dict("records")),
+                "objective": metrics.objective(cfg.objective, end.to_dict("records")),
                 "status": found.unfinished.get(name, "done"),
                 "split": cfg.eval.split,
                 "task": cfg.task.name,

@@ -14,8 +14,8 @@ import pandas as pd
 
 from analysis.collect import cell_from, collect
 from analysis.tuning import choose, trials
-from cwac import config
-from cwac.config import command
+from cwac.core import config, paths
+from cwac.core.config import command
 
 SEARCH = "closed_variants_search"
 PICK = "variant.pick"
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m analysis.variants", description=__doc__.split("\n")[0])
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the run directories (runs)")
     parser.add_argument("--out", type=Path, default=Path("results/closed"), help="folder of the log (results/closed)")
-    parser.add_argument("--conf", type=Path, default=config.CONF, help="configuration folder to write to (conf)")
+    parser.add_argument("--conf", type=Path, default=paths.CONF, help="configuration folder to write to (conf)")
     parser.add_argument("overrides", nargs="*", help="the search's own overrides, e.g. seed=3,4")
     args = parser.parse_intermixed_args(argv)
     cells = config.expand(SEARCH, args.overrides)

@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import runner
 from benchmarks.runner import entry, paired
-from cwac.models import linears
-from cwac.subspace import capture, fit_subspace, project_, rank_for
+from cwac.constraints.subspace import capture, fit_subspace, project_, rank_for
+from cwac.models.layers import linears
 
 D_IN = 11008
 """Of Llama-2-7B's down_proj's input; its output has 4096."""

@@ -22,11 +22,12 @@ import numpy as np
 from benchmarks import runner
 from benchmarks.evaluation import conversations, questions
 from benchmarks.runner import Skipped, entry, timed
-from cwac import config
-from cwac.config import UserError
-from cwac.evaluation.generate import generate
+from cwac.core import config
+from cwac.core.errors import UserError
 from cwac.evaluation.vllm_engine import VllmEngine
-from cwac.models import device, load
+from cwac.models.generate import generate
+from cwac.models.layers import device
+from cwac.models.loading import load
 
 NAME = "generation by vLLM"
 

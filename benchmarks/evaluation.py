@@ -18,13 +18,14 @@ import torch
 
 from benchmarks import runner
 from benchmarks.runner import Skipped, entry, paired, timed
-from cwac import config
-from cwac.config import UserError
+from cwac.core import config
+from cwac.core.errors import UserError
 from cwac.data.examples import Example, Messages
-from cwac.data.harmful import CONTRAST
+from cwac.data.harmful_sources import CONTRAST
 from cwac.data.tokenize import Collator, encode_example, encode_prompt, pad_token_id
-from cwac.evaluation.generate import generate
-from cwac.models import Loaded, device, load
+from cwac.models.generate import generate
+from cwac.models.layers import device
+from cwac.models.loading import Loaded, load
 
 
 def measure(

@@ -9,10 +9,11 @@ Weights, rows and activations are random; CWAC is rehearsed with a random orthon
 (zeros or an identity would multiply faster than what training meets).
 
 Memory of `step`, in 10^9 bytes: 5.30e9 parameters in bf16 with gradients and AdamW's moments 42.4; the 1.44e9 of
-down_proj with fp32 masters 23.1, since a projected update rounds away in bf16 (`cwac.subspace.Constraint`); V and A
-2.0 at rank 1024, 10.6 at half of d_ffn; SAE 1.1. Every matrix with fp32 masters would take 104, V and A left aside, so
-`closed` has 16 of the 32 blocks: 51.8, frozen embeddings and head 1.0, V and A 12.0 at half, SAE 1.1. SFT trains the
-same parameters in the same precision, `closed`'s SFT thus no embeddings either.
+down_proj with fp32 masters 23.1, since a projected update rounds away in bf16 (`Constraint` in
+`cwac/constraints/subspace.py`); V and A 2.0 at rank 1024, 10.6 at half of d_ffn; SAE 1.1. Every matrix with fp32
+masters would take 104, V and A left aside, so `closed` has 16 of the 32 blocks: 51.8, frozen embeddings and head 1.0,
+V and A 12.0 at half, SAE 1.1. SFT trains the same parameters in the same precision, `closed`'s SFT thus no embeddings
+either.
 """
 
 from __future__ import annotations
@@ -38,17 +39,22 @@ from benchmarks import constraint as products
 from benchmarks import runner
 from benchmarks.runner import Skipped, clock, entry, paired, timed
 from benchmarks.sae import plain
-from cwac import config, engine
+from cwac.constraints.sae.autoencoder import RoutedSAE
+from cwac.constraints.sae.fit import SAEConfig, train_sae
+from cwac.constraints.settings import Activation, Weight
+from cwac.constraints.subspace import Basis, Constraint, fit_subspace, project_, tf32
+from cwac.constraints.weight import constrained
+from cwac.core import paths
 from cwac.methods.base import Batch, Method, Sizes
-from cwac.methods.cwac import CWAC, Activation, Weight, constrained
-from cwac.models import decoder_layers, input_group, linears
-from cwac.sae import RoutedSAE, SAEConfig, residuals, slots_of
-from cwac.sae.fit import train_sae
-from cwac.subspace import Basis, Constraint, fit_subspace, project_, tf32
+from cwac.methods.cwac import CWAC
+from cwac.models import hooks
+from cwac.models.hooks import slots_of
+from cwac.models.layers import decoder_layers, input_group, linears
+from cwac.training import arguments, engine
 
 OUT = Path("benchmarks/large.json")
 GIB = 2**30
-CONF = OmegaConf.to_container(OmegaConf.load(config.CONF / "model" / "llama2.yaml"))
+CONF = OmegaConf.to_container(OmegaConf.load(paths.CONF / "model" / "llama2.yaml"))
 PAPER_SUBSPACE = 18 * 60.0
 """Seconds for all layers (arXiv:2604.12384, App. D)."""
 PAPER_SAE = 6.5
@@ -257,7 +263,9 @@ def build_trainer(
         "optim": "adamw_torch_fused",  # its moments have the parameter's dtype
         "use_cpu": where.type == "cpu",
     }
-    args = engine.training_arguments(OmegaConf.create({"seed": 0, "train": given}), SimpleNamespace(dir=Path(folder)))
+    args = arguments.training_arguments(
+        OmegaConf.create({"seed": 0, "train": given}), SimpleNamespace(dir=Path(folder))
+    )
     ids = torch.randint(model.config.vocab_size, (steps * shape.rows, shape.tokens)).tolist()
     first = shape.tokens - shape.labels
     rows = [{"input_ids": x, "labels": [-100] * first + x[first:]} for x in ids]
@@ -525,7 +533,7 @@ def safety(shape: Shape, where: torch.device, budget: Budget) -> Iterator[dict]:
 
     def activations() -> Tensor:
         with torch.no_grad():
-            return residuals(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, slots)
+            return hooks(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, slots)
 
     took = np.array([timed(activations)[0] for _ in range(1 + shape.repeats)])[1:]
     hours = settings.tokens / ids.numel() * took / 3600

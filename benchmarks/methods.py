@@ -28,16 +28,18 @@ from transformers.trainer_utils import SaveStrategy
 
 from benchmarks import runner
 from benchmarks.runner import Skipped, clock, entry
-from cwac import config
-from cwac.config import UserError
-from cwac.context import open_context
+from cwac.core import config, paths, validation
+from cwac.core.errors import UserError
+from cwac.core.run_dir import Run
 from cwac.data.mix import mix
 from cwac.data.tasks import load_task
 from cwac.data.tokenize import Rows, pad_token_id
-from cwac.engine import MethodCallback, MethodTrainer, build_trainer, total_steps, training_arguments
 from cwac.methods.base import Batch, Method
-from cwac.models import device, load
-from cwac.runs import Run
+from cwac.models.layers import device
+from cwac.models.loading import load
+from cwac.training.arguments import total_steps, training_arguments
+from cwac.training.context import open_context
+from cwac.training.engine import MethodCallback, MethodTrainer, build_trainer
 
 BARS = {"safeinstr": 1.05, "bea": 1.05, "sppft": 1.05, "lisa": 1.15, "asft": 2.0}
 """The most a step may cost, in SFT steps; the other methods are reported without a bar."""
@@ -155,7 +157,7 @@ def available() -> list[str]:
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    with initialize_config_dir(str(config.CONF), version_base="1.3"):
+    with initialize_config_dir(str(paths.CONF), version_base="1.3"):
         return GlobalHydra.instance().config_loader().get_group_options("method")
 
 
@@ -174,7 +176,7 @@ def measure(methods: str = "", steps: int = 100, overrides: Sequence[str] = ()) 
         with tempfile.TemporaryDirectory() as runs:
             given = ["harmful_ratio=0.1", *overrides, f"method={name}", f"train.max_steps={steps}"]
             cfg = config.compose([*given, f"paths.runs={runs}", "train.save_steps=1000000"])
-            config.validate(cfg)
+            validation.validate(cfg)
             try:
                 pair = trainers(cfg)
             except UserError as error:  # a method may need what this configuration has not, such as LoRA

@@ -14,7 +14,7 @@ from time import perf_counter
 
 from benchmarks import runner
 from benchmarks.runner import entry
-from cwac import config
+from cwac.core import paths
 
 CUT = ("eval.n_task=8", "eval.n_harmful=8", "eval.n_benign=8", "eval.drift=false", "eval.progress=false")
 
@@ -40,7 +40,7 @@ def run(method: str, folder: str, steps: int) -> float:
     given += [f"paths.runs={folder}/runs", f"paths.artifacts={folder}/artifacts"]
     began = perf_counter()
     done = subprocess.run(
-        [sys.executable, "train.py", *given], cwd=config.PACKAGE.parent, capture_output=True, text=True
+        [sys.executable, "train.py", *given], cwd=paths.PACKAGE.parent, capture_output=True, text=True
     )
     if done.returncode:
         raise RuntimeError(f"method={method} did not run:\n{done.stdout}{done.stderr}")

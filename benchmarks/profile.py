@@ -21,8 +21,8 @@ from transformers import TrainerCallback
 
 from analysis.tables import markdown
 from benchmarks import runner, steps
-from cwac import config
-from cwac.engine import MethodTrainer
+from cwac.core import config
+from cwac.training.engine import MethodTrainer
 from experiments.cost import Row
 
 MARK = "part: "

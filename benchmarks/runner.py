@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from analysis.tables import markdown
-from cwac.config import UserError
+from cwac.core.errors import UserError
 
 LATEST = Path("benchmarks/latest.json")
 T = TypeVar("T")

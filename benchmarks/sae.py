@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from benchmarks import runner
 from benchmarks.runner import Skipped, clock, entry
-from cwac.sae import RoutedSAE, SAEConfig, normalize
-from cwac.sae.fit import train_sae
+from cwac.constraints.sae.autoencoder import RoutedSAE
+from cwac.constraints.sae.fit import SAEConfig, train_sae
+from cwac.models.hooks import normalize
 
 RATE = 2e-3
 """Adam's for all: what `SAEConfig` takes for so few steps. The rivals' own are made for a hundred times as many."""

@@ -34,7 +34,7 @@ from analysis.tables import markdown
 from benchmarks import runner, steps, sweep
 from benchmarks.large import Budget, Watch
 from benchmarks.runner import Skipped, clock, entry
-from cwac import config
+from cwac.core import config, paths
 from cwac.methods.base import Sizes
 from experiments import cost
 
@@ -474,8 +474,8 @@ def estimate_block(rows: list[dict], h100: list[dict], target: Target) -> str:
         markdown(header, shown, key=2, width=1000),
         "",
         f"Each 1,000 of rank cost {4e-6 * target.layers * target.ffn:.1f} GB of V on every GPU. "
-        "**Before the training** each process puts the whole model on its own GPU (`cwac/context.py`), since the SAE, "
-        "the targets and V are fitted before it is sharded:",
+        "**Before the training** each process puts the whole model on its own GPU (`cwac/training/context.py`), since "
+        "the SAE, the targets and V are fitted before it is sharded:",
         "",
         markdown(
             [
@@ -568,7 +568,7 @@ def machine() -> dict:
         named = re.search(r"model name\s*: (.*)", info.read_text())
         card = f"CPU, {named[1].strip()}" if named else card
     asked = ["git", "rev-parse", "--short=10", "HEAD"]
-    commit = subprocess.run(asked, cwd=config.PACKAGE.parent, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(asked, cwd=paths.PACKAGE.parent, capture_output=True, text=True).stdout.strip()
     return {"card": card, "torch": torch.__version__, "date": str(date.today()), "commit": commit or "unknown"}
 
 

@@ -20,12 +20,15 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from benchmarks import runner
 from benchmarks.methods import ratios
 from benchmarks.runner import entry, paired
-from cwac import config
+from cwac.constraints.sae.autoencoder import RoutedSAE
+from cwac.constraints.sae.fit import SAEConfig
+from cwac.constraints.sae.target import SafetyTarget
+from cwac.core import config
 from cwac.data.tokenize import Collator
-from cwac.engine import MethodTrainer, build_trainer
 from cwac.methods.base import Sizes
-from cwac.models import decoder_layers, device
-from cwac.sae import RoutedSAE, SAEConfig, SafetyTarget, slots_of
+from cwac.models.hooks import slots_of
+from cwac.models.layers import decoder_layers, device
+from cwac.training.engine import MethodTrainer, build_trainer
 from experiments.cost import Row, build, estimate, rehearsed, shape
 
 BARS = {"cwac": (1.10, 1.05), "cwac_closed": (1.20, None)}

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 
 from benchmarks import runner
 from benchmarks.runner import entry
-from cwac import config
-from cwac.runs import Run
+from cwac.core import config, paths
+from cwac.core.run_dir import Run
 
 
 def measure(cells: int = 100, seconds: float = 0.2) -> Iterator[dict]:
@@ -30,7 +30,7 @@ def measure(cells: int = 100, seconds: float = 0.2) -> Iterator[dict]:
                 run.finish()
         command = [sys.executable, "train.py", "-m", "method=sft", f"seed=range({cells})", f"paths.runs={folder}"]
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        again = subprocess.run(command, cwd=config.PACKAGE.parent, capture_output=True, text=True, env=os.environ)
+        again = subprocess.run(command, cwd=paths.PACKAGE.parent, capture_output=True, text=True, env=os.environ)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         if again.returncode or again.stdout.count("nothing to do") != cells:
             raise RuntimeError(f"the sweep did not find its {cells} cells finished:\n{again.stdout}{again.stderr}")

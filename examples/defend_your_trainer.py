@@ -14,7 +14,7 @@ import torch
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from cwac.library import defend, load_method
+from cwac.training.library import defend, load_method
 
 SETTINGS = {
     "num_train_epochs": 3,
@@ -56,8 +56,8 @@ def hf_trainer(model, tokenizer, rows, out: str):
 
 
 def embedded_model(artifacts: str) -> str:
-    from cwac.config import compose
-    from cwac.models import load
+    from cwac.core.config import compose
+    from cwac.models.loading import load
 
     return load(compose(["model=tiny"]).model, Path(artifacts)).source
 

@@ -27,14 +27,16 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
-from cwac.anchors import anchor_rows
-from cwac.artifacts import write_atomic
-from cwac.config import UserError, command
+from cwac.constraints.anchors import anchor_rows
+from cwac.core.config import command
+from cwac.core.errors import UserError
+from cwac.core.files import write_atomic
 from cwac.data.pools import fingerprint, load_pools
 from cwac.data.tokenize import Collator
 from cwac.evaluation.drift import merged_weight
-from cwac.methods.base import Context
-from cwac.models import SAFE, device, linears, load, load_aligned
+from cwac.models.context import Context
+from cwac.models.layers import device, linears
+from cwac.models.loading import SAFE, load, load_aligned
 
 NAME = "decomposition.json"
 TERMS = ("W0_dh", "dW_h0", "dW_dh", "dy")
@@ -44,7 +46,7 @@ TERMS = ("W0_dh", "dW_h0", "dW_dh", "dy")
 def last_inputs(model: nn.Module, rows: Sequence[dict], batch_size: int = 16) -> dict[str, torch.Tensor]:
     """Inputs [prompts, d_in] of every linear layer of the blocks at each prompt's last token, float64, on the CPU.
 
-    rows: encoded prompts. Names as in `cwac.models.linears`.
+    rows: encoded prompts. Names as in `cwac.models.layers.linears`.
     """
     modules = linears(model, "all")
     found: dict[str, list[torch.Tensor]] = {name: [] for name in modules}

@@ -29,12 +29,14 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from cwac.artifacts import write_atomic
-from cwac.config import UserError, command, instantiate
-from cwac.data.hub import fetch
+from cwac.core.config import command, instantiate
+from cwac.core.errors import UserError
+from cwac.core.files import write_atomic
+from cwac.core.jsonl import append_jsonl, read_jsonl, repair
+from cwac.data.hf_datasets import fetch
 from cwac.methods.base import Method
-from cwac.models import SAFE, device
-from cwac.runs import append_jsonl, read_jsonl, repair
+from cwac.models.layers import device
+from cwac.models.loading import SAFE
 from experiments.activations import read_config
 
 HUB_ID = "tatsu-lab/alpaca_eval"
@@ -59,9 +61,9 @@ def as_served(cfg: DictConfig) -> Method:
     """The run's method, ready for `prompt`: one that changes prompts draws what it adds from the run's own data."""
     method = instantiate(cfg.method)
     if type(method).prompt is not Method.prompt:
-        from cwac.context import open_context
-        from cwac.data.attack import poisoned_mix
         from cwac.data.tasks import load_task
+        from cwac.training.attack import poisoned_mix
+        from cwac.training.context import open_context
 
         context = open_context(cfg)
         task = load_task(cfg.task, cfg.paths.data, cfg.seed)
@@ -82,7 +84,7 @@ def answer(folder: Path, rows: list[dict], tokens: int, batch_size: int) -> Path
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    from cwac.evaluation.generate import generate
+    from cwac.models.generate import generate
 
     logging.disable_progress_bar()
     method = as_served(cfg)

@@ -10,8 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from cwac.config import UserError
-from cwac.sharing import KINDS, pull, push
+from cwac.core.cache_hub import KINDS, pull, push
+from cwac.core.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> int:

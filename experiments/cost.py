@@ -4,8 +4,8 @@ python -m experiments.cost model=llama2 task=gsm8k method=cwac
 python -m experiments.cost model=smollm2 train.bf16=true --measure 3        and what it took, beside the estimate
 
 One optimizer step is run on fake tensors (`torch._subclasses.FakeTensorMode`), which have shapes and no memory:
-forward pass, penalty, backward pass and hooks, in the order of cwac/engine.py, through the model's own code. A ledger
-counts the storages alive and the products' FLOPs. So nothing is assumed about an architecture beyond its
+forward pass, penalty, backward pass and hooks, in the order of cwac/training/engine.py, through the model's own code.
+A ledger counts the storages alive and the products' FLOPs. So nothing is assumed about an architecture beyond its
 configuration, which is `model.shape`, or the config.json of a folder.
 
 What is assumed, each with an option: every row is as long as train.max_length and carries a label at every token
@@ -14,8 +14,9 @@ dimension. Not counted: the CUDA context, the allocator's fragmentation, a kerne
 for which it has no `rehearse` (said where it applies), evaluation.
 
 `--measure N` trains N steps of a randomly initialised model of that shape on this machine, with rows of that length.
-On a GPU the peak is the allocator's; else it is the process's resident peak (`cwac.engine.peak_memory`), less what was
-resident after the same training of a model of a million parameters, whose own memory is given back first.
+On a GPU the peak is the allocator's; else it is the process's resident peak (`peak_memory` in
+cwac/training/engine.py), less what was resident after the same training of a model of a million parameters, whose own
+memory is given back first.
 """
 
 from __future__ import annotations
@@ -47,10 +48,13 @@ from torch.utils.flop_counter import flop_registry  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, TrainingArguments  # noqa: E402
 from transformers.utils import logging as hf_logging  # noqa: E402
 
-from cwac import config, engine  # noqa: E402
-from cwac.config import UsageError, UserError  # noqa: E402
+from cwac.core import config, validation  # noqa: E402
+from cwac.core.errors import UsageError, UserError  # noqa: E402
 from cwac.methods.base import Method, Sizes  # noqa: E402
-from cwac.models import DTYPES, add_lora, base_layer, device, linears  # noqa: E402
+from cwac.models.layers import base_layer, device, linears  # noqa: E402
+from cwac.models.loading import DTYPES, add_lora  # noqa: E402
+from cwac.training import engine  # noqa: E402
+from cwac.training.arguments import check_precision, training_arguments  # noqa: E402
 
 STATE = {
     "sgd": 0.0,
@@ -148,14 +152,14 @@ def shape(cfg: DictConfig) -> PretrainedConfig:
         return AutoConfig.from_pretrained(cfg.model.path, local_files_only=True)
     if cfg.model.get("shape"):
         return AutoConfig.for_model(**OmegaConf.to_container(cfg.model.shape))
-    from cwac import hub
+    from cwac.core import hf_hub
 
-    found = hub.resolve(cfg.model.hub_id, cfg.model.get("revision"), "model.hub_id", cfg.model.get("license"))
+    found = hf_hub.resolve(cfg.model.hub_id, cfg.model.get("revision"), "model.hub_id", cfg.model.get("license"))
     return AutoConfig.from_pretrained(cfg.model.hub_id, revision=found.commit)
 
 
 def build(cfg: DictConfig, architecture: PretrainedConfig, where: torch.device | str = "cpu") -> nn.Module:
-    """A random model as cwac.models.load would give it, but for a 4-bit base, which is held in `model.dtype`."""
+    """A random model as a run would load it, but for a 4-bit base, which is held in `model.dtype`."""
     with torch.device(where):
         model = AutoModelForCausalLM.from_config(
             architecture, dtype=DTYPES[cfg.model.dtype], attn_implementation=cfg.model.get("attention")
@@ -179,9 +183,9 @@ def fake_(model: nn.Module) -> nn.Module:
 
 def prepare(cfg: DictConfig, folder: str = "", **settings) -> tuple[TrainingArguments, Method]:
     """The run's arguments and its method; UsageError as train.py gives it."""
-    config.validate(cfg)
+    validation.validate(cfg)
     method = config.instantiate(cfg.method)
-    args = engine.training_arguments(cfg, SimpleNamespace(dir=Path(folder)))
+    args = training_arguments(cfg, SimpleNamespace(dir=Path(folder)))
     for key, value in settings.items():
         setattr(args, key, value)
     return args, method
@@ -256,7 +260,7 @@ def enter(ledger: Ledger, cfg: DictConfig, args, model: nn.Module, held: dict[st
 
 
 def step(ledger: Ledger, args: TrainingArguments, model: nn.Module, method: Method, row: Row) -> None:
-    """The last micro-batch of an optimizer step, as cwac/engine.py takes it, but for the optimizer itself.
+    """The last micro-batch of an optimizer step, as cwac/training/engine.py takes it, but for the optimizer itself.
 
     Logits are computed at the label positions, as there; a model that does not know `logits_to_keep` computes all.
     """
@@ -297,9 +301,9 @@ def resident_memory() -> float:
 def rehearsed(
     cfg: DictConfig, architecture: PretrainedConfig, row: Row, steps: int, folder: str
 ) -> tuple[TrainingArguments, nn.Module, Method, list[dict]]:
-    """What cwac.engine trains with for `steps` steps of a random model on random rows, the method rehearsed."""
+    """What a run trains with for `steps` steps of a random model on random rows, the method rehearsed."""
     args, method = prepare(cfg, folder, max_steps=steps, save_strategy="no", learning_rate=1e-6)
-    engine.check_precision(cfg, args, method)  # only here: an estimate needs no bitsandbytes
+    check_precision(cfg, args, method)  # only here: an estimate needs no bitsandbytes
     if not complete(method):
         raise UserError(f"method={method.name} has no rehearsal, so it cannot be measured without data; train it")
     model = build(cfg, architecture, device()).train()
@@ -311,7 +315,7 @@ def rehearsed(
 
 
 def train(cfg: DictConfig, architecture: PretrainedConfig, row: Row, steps: int) -> dict[str, float]:
-    """The costs that cwac.engine.train returns for `steps` steps of a random model on random rows."""
+    """The costs that cwac.training.engine.train returns for `steps` steps of a random model on random rows."""
     with tempfile.TemporaryDirectory() as folder:
         args, model, method, rows = rehearsed(cfg, architecture, row, steps, folder)
         run = SimpleNamespace(id="cost", dir=Path(folder))

@@ -3,7 +3,7 @@
 python -m experiments.gradients model=tiny harmful_ratio=0.2 --seeds 0,1,2 --out results/gradients
 
 For every matrix of the aligned model, G [d_out, d_in] is the mean gradient of the loss on the benign rows of a run, or
-on its harmful ones, and G V V^T the part that `cwac_closed` takes away (`cwac/subspace.py`):
+on its harmful ones, and G V V^T the part that `cwac_closed` takes away (`cwac/constraints/subspace.py`):
 
 - the share of a gradient's squared norm that lies inside, ||G V||^2 / ||G||^2, beside the share that a random
   direction would have, rank / d_in;
@@ -28,10 +28,11 @@ from torch import nn
 from tqdm import tqdm
 
 from analysis.paper_figures import KINDS
-from cwac import config
-from cwac.config import UserError, command
+from cwac.core import config
+from cwac.core.config import command
+from cwac.core.errors import UserError
 from cwac.data.tokenize import Collator, Rows, pad_token_id
-from cwac.models import linears
+from cwac.models.layers import linears
 from experiments.seeds import cells, write_provenance
 
 
@@ -82,11 +83,11 @@ def measure(cfg: DictConfig) -> list[dict]:
 
     Raises UserError where the method has no weight constraint, or the run no harmful row.
     """
-    from cwac.context import open_context
-    from cwac.data.attack import poisoned_mix
+    from cwac.constraints.weight import anchor_bases
     from cwac.data.tasks import load_task
-    from cwac.methods.cwac import anchor_bases
-    from cwac.models import input_group
+    from cwac.models.layers import input_group
+    from cwac.training.attack import poisoned_mix
+    from cwac.training.context import open_context
 
     weight = getattr(config.instantiate(cfg.method), "weight", None)
     if weight is None:

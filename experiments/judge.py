@@ -24,10 +24,12 @@ from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 from transformers.utils import logging
 
-from cwac.config import CONF, UserError, command, instantiate
+from cwac.core.config import command, instantiate
+from cwac.core.errors import UserError
+from cwac.core.jsonl import append_jsonl, read_jsonl, repair
+from cwac.core.paths import CONF
 from cwac.evaluation.evaluate import verdict_rows
 from cwac.evaluation.judge import Judge, judge_answers
-from cwac.runs import append_jsonl, read_jsonl, repair
 
 JUDGES = CONF / "eval" / "judge"
 

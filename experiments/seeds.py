@@ -9,9 +9,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from cwac import config
-from cwac.config import UserError
-from cwac.runs import environment
+from cwac.core import config, validation
+from cwac.core.environment import environment
+from cwac.core.errors import UserError
 
 
 def cells(seeds: str, given: list[str]) -> list[DictConfig]:
@@ -21,7 +21,7 @@ def cells(seeds: str, given: list[str]) -> list[DictConfig]:
         if not seed.strip().isdigit():
             raise UserError(f"--seeds {seeds} is no list of whole numbers such as 0,1,2")
         cfg = config.compose([*given, f"seed={seed}"])
-        config.validate(cfg)
+        validation.validate(cfg)
         found.append(cfg)
     return found
 

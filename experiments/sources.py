@@ -34,10 +34,11 @@ from tqdm import tqdm
 
 from analysis.stats import half_width
 from analysis.tables import markdown
-from cwac import config
-from cwac.config import UserError, command
+from cwac.constraints.subspace import Basis, capture
+from cwac.core import config
+from cwac.core.config import command
+from cwac.core.errors import UserError
 from cwac.data.examples import Example
-from cwac.subspace import Basis, capture
 from experiments.seeds import at_least_one, cells, write_provenance
 
 MIXED, ALL, HARMLESS = "mixed", "all", "harmless"
@@ -74,10 +75,10 @@ def measure(cfg: DictConfig, n: int, draws: int, test: int) -> list[dict]:
     input's dimensions, the median. Raises UserError where the method has no weight constraint, or fewer than two
     sources have n anchors.
     """
-    from cwac.anchors import anchor_rows, encode_prompts
-    from cwac.context import open_context
-    from cwac.methods.cwac import fit_bases
-    from cwac.models import input_group, linears
+    from cwac.constraints.anchors import anchor_rows, encode_prompts
+    from cwac.constraints.weight import fit_bases
+    from cwac.models.layers import input_group, linears
+    from cwac.training.context import open_context
 
     weight = getattr(config.instantiate(cfg.method), "weight", None)
     if weight is None:

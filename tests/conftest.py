@@ -63,7 +63,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="session")
 def random_model(tmp_path_factory) -> Path:
     """A saved random model that reads the embedded world's words; for runs whose outcome does not matter."""
-    from cwac.tiny.build import make_tokenizer
+    from cwac.models.tiny import make_tokenizer
 
     folder = tmp_path_factory.mktemp("random") / "model"
     tokenizer = make_tokenizer()
@@ -124,15 +124,15 @@ def fine_tune(cfg, folder: Path):
     import hydra
     from transformers import set_seed
 
-    from cwac import engine
-    from cwac.context import open_context
     from cwac.data.mix import mix
     from cwac.data.tasks import load_task
     from cwac.data.tokenize import Rows, pad_token_id
+    from cwac.training import arguments, engine
+    from cwac.training.context import open_context
 
     method = hydra.utils.instantiate(cfg.method, _convert_="all")
     run = SimpleNamespace(id=cfg.method.name, dir=Path(folder))
-    args = engine.training_arguments(cfg, run)
+    args = arguments.training_arguments(cfg, run)
     set_seed(cfg.seed)
     context = open_context(cfg)
     context.loaded.model.cpu()
@@ -141,7 +141,7 @@ def fine_tune(cfg, folder: Path):
     mixed = mix(task.train, context.pools.poison, cfg.harmful_ratio, cfg.seed, cfg.mix_mode)
     examples = method.training_data(mixed, context, random.Random(f"method-{cfg.seed}"))
     rows = Rows(loaded.tokenizer, examples, cfg.train.template, cfg.train.max_length)
-    context.steps = engine.total_steps(args, len(rows))
+    context.steps = arguments.total_steps(args, len(rows))
     method.setup(loaded.model, context)
     pad = pad_token_id(loaded.tokenizer)
     model, _ = engine.train(cfg, args, run, loaded.model, method, rows, pad, lambda *point: None)

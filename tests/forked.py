@@ -12,13 +12,13 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.preload"])
 ROOT = Path(__file__).resolve().parent.parent
 PLACES = {
-    "appending": ["cwac.runs.append_jsonl", "cwac.engine.append_jsonl"],
+    "appending": ["cwac.core.jsonl.append_jsonl", "cwac.training.engine.append_jsonl"],
     "saving": ["torch.save"],
-    "completing a checkpoint": ["cwac.engine.write_atomic"],
-    "writing a file": ["cwac.runs.write_atomic"],
+    "completing a checkpoint": ["cwac.training.engine.write_atomic"],
+    "writing a file": ["cwac.core.run_dir.write_atomic", "cwac.core.jsonl.write_atomic"],
     "generating": ["transformers.GenerationMixin.generate"],
-    "judging": ["cwac.evaluation.judge.KeywordJudge.judge"],
-    "marking done": ["cwac.runs.Run.write_status"],
+    "judging": ["cwac.data.refusals.KeywordJudge.judge"],
+    "marking done": ["cwac.core.run_dir.Run.write_status"],
 }
 """What a process can be doing when it dies -> the functions it dies in."""
 
@@ -82,7 +82,7 @@ def plant(place: str, n: int, calls: list[int]) -> None:
 
 def half(path: Path, rows: list[dict] | None) -> None:
     """What a kill in the middle of a write leaves behind."""
-    from cwac.runs import to_line
+    from cwac.core.jsonl import to_line
 
     if rows is not None:
         with path.open("a") as file:

@@ -10,7 +10,7 @@ import torch  # noqa: E402
 from transformers import LlamaForCausalLM, Trainer  # noqa: E402, F401
 
 import train  # noqa: E402, F401
-from cwac import engine  # noqa: E402, F401
 from cwac.evaluation import evaluate  # noqa: E402, F401
+from cwac.training import engine, run  # noqa: E402, F401
 
 torch.set_num_threads(1)

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from cwac.models import linears
+from cwac.models.layers import linears
 from experiments import activations
 from tests.conftest import SMALL, make_llama, random_rows, run_train
 

@@ -7,9 +7,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from analysis.collect import collect
-from cwac import config
+from cwac.core import config
+from cwac.core.jsonl import append_jsonl, read_jsonl
 from cwac.methods.base import Method
-from cwac.runs import append_jsonl, read_jsonl
 from experiments import alpaca_eval as ae
 
 SET = [

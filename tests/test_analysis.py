@@ -12,8 +12,8 @@ from scipy import stats as scipy_stats
 
 from analysis import demo, figures, paper, stats, tables
 from analysis.collect import Cell, at_end, before, collect, expected_cells, one_judge, pooled, read_frozen, tidy
-from cwac import config
-from cwac.config import UserError
+from cwac.core import paths
+from cwac.core.errors import UserError
 
 METHODS = ("sft", "weight_only", "activation_only", "cwac", "weight_only_closed", "cwac_closed")
 RATIOS = (0.0, 0.05, 0.1, 0.2)
@@ -477,13 +477,13 @@ def test_demo_bad_input_is_one_clear_error(tmp_path, capsys, monkeypatch, argume
 def test_a_presets_grid_is_what_the_command_expects(tmp_path, capsys, monkeypatch):
     """From a yaml of conf/experiment to the named missing run, with an override as the sweep would take it."""
     conf = tmp_path / "conf"
-    shutil.copytree(config.CONF, conf)
+    shutil.copytree(paths.CONF, conf)
     (conf / "experiment").mkdir(exist_ok=True)
     (conf / "experiment" / "mini.yaml").write_text(
         "# @package _global_\ndefaults:\n  - override /task: toy_topic\nhydra:\n  mode: MULTIRUN\n"
         "  sweeper:\n    params: {method: 'sft,weight_only', harmful_ratio: '0,0.1', seed: '0,1,2'}\n"
     )
-    monkeypatch.setattr(config, "CONF", conf)
+    monkeypatch.setattr("cwac.core.config.CONF", conf)
     assert len({c.run_id for c in expected_cells("mini")}) == 12
     cells = expected_cells("mini", ["seed=0,1"])
     assert [(c.method, c.harmful_ratio, c.seed) for c in cells] == [

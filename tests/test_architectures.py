@@ -12,15 +12,15 @@ from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from cwac import config
+from cwac.core import config
+from cwac.core.run_dir import Run
+from cwac.data import tiny_world
 from cwac.data.examples import Example
 from cwac.data.tokenize import Rows, encode_example, encode_prompt, end_of_turn, pad_token_id, render, stop_tokens
-from cwac.evaluation.generate import WORTHWHILE, generate, read_opening
-from cwac.fit import fit
-from cwac.models import decoder_layers, input_group, linears
-from cwac.packing import common_opening
-from cwac.runs import Run
-from cwac.tiny import world
+from cwac.models.fit import fit
+from cwac.models.generate import WORTHWHILE, generate, read_opening
+from cwac.models.layers import decoder_layers, input_group, linears
+from cwac.models.packing import common_opening
 from tests.conftest import NEEDS, SMALL
 from tests.test_configs import METHODS
 from train import run_cell
@@ -92,7 +92,15 @@ def make_tokenizer(family: dict) -> PreTrainedTokenizerFast:
     One token a word; where transformers insists on byte-level BPE for the family, a BPE with all those words merged.
     """
     special = [*family["special"].values(), *family.get("added", [])]
-    words = [*special, *family.get("words", "").split(), "user", "assistant", "model", "system", *world.vocabulary()]
+    words = [
+        *special,
+        *family.get("words", "").split(),
+        "user",
+        "assistant",
+        "model",
+        "system",
+        *tiny_world.vocabulary(),
+    ]
     if family.get("bpe"):
         core = Tokenizer(BPE())
         core.pre_tokenizer, core.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
@@ -143,7 +151,7 @@ def saved(tmp_path_factory):
             tokenizer = make_tokenizer(family)
             model = make_model(family, tokenizer)
             model.save_pretrained(root / f"{name}-base")
-            pools = world.pools(0, SIZES)
+            pools = tiny_world.pools(0, SIZES)
             refused = [
                 Example(e.id, e.prompt, "i am unable to assist with that .")
                 for e in (*pools.align, *pools.anchors, *pools.sae, *pools.step, *pools.validation)
@@ -259,7 +267,7 @@ def test_the_parts_are_found(family):
 
 def test_left_padding_does_not_change_an_answer(family, saved):
     model, tokenizer = load(saved(family))
-    pools = world.pools(0, SIZES)
+    pools = tiny_world.pools(0, SIZES)
     prompts = [e.messages for e in (*pools.benign[:3], *pools.anchors[:3])]  # it was shown answers of both kinds
     together = generate(model, tokenizer, prompts, max_new_tokens=6, description=None)
     alone = [generate(model, tokenizer, [p], max_new_tokens=6, description=None)[0] for p in prompts]
@@ -268,7 +276,7 @@ def test_left_padding_does_not_change_an_answer(family, saved):
 
 def test_an_opening_that_all_prompts_share_is_read_once_and_changes_no_answer(family, saved, monkeypatch):
     model, tokenizer = load(saved(family))
-    pools, reads = world.pools(0, SIZES), []
+    pools, reads = tiny_world.pools(0, SIZES), []
     prompts = [e.messages for e in (*pools.benign[:3], *pools.anchors[:3])]
     same = prompts[0][-1]["content"]
     longer = [[{"role": "user", "content": f"{same} {same} {same} {p[-1]['content']}"}] for p in prompts]
@@ -311,12 +319,12 @@ def test_gemma_caps_its_attention_logits(saved):
 def test_the_constraint_keeps_every_logit_on_the_anchors(family, saved):
     """Closed and with all energy, behind Gemma-2's norms after the FFN too: the update is large, the anchors' logits
     stay, those of other prompts move."""
-    from cwac.methods.cwac import freeze_others_
-    from cwac.subspace import Constraint, fit_subspace
+    from cwac.constraints.subspace import Constraint, fit_subspace
+    from cwac.constraints.weight import freeze_others_
 
     model, tokenizer = load(saved(family))
-    anchors = [{"input_ids": encode_prompt(tokenizer, e.messages)} for e in world.pools(0, SIZES).anchors[:2]]
-    other = torch.tensor([encode_prompt(tokenizer, world.task("toy_sentiment", "test", 1, 0)[0].messages)])
+    anchors = [{"input_ids": encode_prompt(tokenizer, e.messages)} for e in tiny_world.pools(0, SIZES).anchors[:2]]
+    other = torch.tensor([encode_prompt(tokenizer, tiny_world.task("toy_sentiment", "test", 1, 0)[0].messages)])
     with torch.no_grad():
         before = [model(torch.tensor([r["input_ids"]])).logits for r in anchors]
         before_other = model(other).logits

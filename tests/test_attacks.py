@@ -12,22 +12,25 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from analysis import attacks
 from analysis.collect import cell_from, pooled, tidy
-from cwac import config
-from cwac.anchors import prefilled_rows
-from cwac.config import UsageError, UserError
-from cwac.data import attack, gradient_trigger
-from cwac.data.examples import Example
-from cwac.data.harmful import TOPICS, Pools, normalise_prompt
+from cwac.constraints.anchors import prefilled_rows
+from cwac.constraints.subspace import Basis, capture, share_outside
+from cwac.core import config, metrics, validation
+from cwac.core.errors import UsageError, UserError
+from cwac.core.identity import eval_id, identity, run_id
+from cwac.core.jsonl import WARNING, read_jsonl
+from cwac.data import tiny_world
+from cwac.data.examples import Example, Pools
+from cwac.data.harmful_sources import TOPICS
 from cwac.data.mix import mix
+from cwac.data.near_duplicates import normalise_prompt
 from cwac.data.pools import load_pools, manifest, sets
+from cwac.data.refusals import KeywordJudge
 from cwac.data.tokenize import encode_prompt
-from cwac.evaluation.generate import generate
-from cwac.evaluation.judge import KeywordJudge
-from cwac.methods.base import Context
-from cwac.runs import WARNING, read_jsonl
-from cwac.subspace import Basis, capture, share_outside
-from cwac.tiny import world
-from cwac.tiny.build import make_tokenizer
+from cwac.models.context import Context
+from cwac.models.generate import generate
+from cwac.models.tiny import make_tokenizer
+from cwac.training import attack, gradient_trigger
+from cwac.training.attack import TRIGGER_CANDIDATES, TRIGGER_WORDS, outside, poisoned_mix, sources_of, trigger_of
 from tests.conftest import SMALL, call
 from tests.test_analysis import row, write_run
 
@@ -47,17 +50,17 @@ def test_without_an_attack_a_run_and_an_evaluation_keep_their_names():
     """As they were before the keys existed."""
     plain = config.compose(["method=sft"])
     new = {"poison", "poison_choice", "poison_trigger", "pools.poison_categories"}
-    assert not new & config.identity(plain).keys()
-    assert (config.run_id(plain), config.eval_id(plain)) == ("tiny-toy_sentiment-p0-sft-s0-1d255af1", "cb7376")
+    assert not new & identity(plain).keys()
+    assert (run_id(plain), eval_id(plain)) == ("tiny-toy_sentiment-p0-sft-s0-1d255af1", "cb7376")
     named = config.compose(["method=sft", "attack=harmful"])
-    assert config.run_id(named) == config.run_id(plain)
+    assert run_id(named) == run_id(plain)
     asked = config.compose(["method=sft", "eval.prefill=yes"])
-    assert config.run_id(asked) == config.run_id(plain) and config.eval_id(asked) != config.eval_id(plain)
+    assert run_id(asked) == run_id(plain) and eval_id(asked) != eval_id(plain)
 
 
 def test_every_attack_is_a_run_of_its_own_and_the_grid_is_small():
     cells = config.expand("closed_attacks", ["seed=0"])
-    assert len({config.run_id(cfg) for cfg in cells}) == len(cells) == 20
+    assert len({run_id(cfg) for cfg in cells}) == len(cells) == 20
     assert Counter(map(attacks.attack_of, cells)) == {
         name: 4 for name in attacks.ATTACKS if name not in (attacks.NONE, "trigger", "trigger_gradient")
     }
@@ -73,7 +76,7 @@ def test_every_attack_is_a_run_of_its_own_and_the_grid_is_small():
 )
 def test_a_misspelt_attack_is_refused(override, said):
     with pytest.raises(UsageError, match=said):
-        config.validate(config.compose([override]))
+        validation.validate(config.compose([override]))
 
 
 # --- prefilling -----------------------------------------------------------------------------------------------
@@ -84,7 +87,7 @@ def test_an_opening_is_the_end_of_the_prompt_and_the_start_of_the_answer(random_
     given = []
     original = model.generate
     monkeypatch.setattr(model, "generate", lambda **kw: given.append(kw) or original(**kw))
-    prompts = [e.messages for e in world.pools(0).test["toy_harmful"][:5]]
+    prompts = [e.messages for e in tiny_world.pools(0).test["toy_harmful"][:5]]
     opened = generate(model, tokenizer, prompts, prefill=OPENING, max_new_tokens=4, description=None)
     ids, mask = given[0]["input_ids"], given[0]["attention_mask"].bool()
     expected = [encode_prompt(tokenizer, p) + tokenizer(OPENING)["input_ids"] for p in prompts]
@@ -100,14 +103,14 @@ def test_an_opening_is_the_end_of_the_prompt_and_the_start_of_the_answer(random_
 
 
 def test_an_opening_alone_makes_no_answer_harmful():
-    for request in world.pools(0).test["toy_harmful"][:20]:
-        verdict = KeywordJudge().judge_one(request.prompt, f"{OPENING} {world.refuse(request.group)}").verdict
+    for request in tiny_world.pools(0).test["toy_harmful"][:20]:
+        verdict = KeywordJudge().judge_one(request.prompt, f"{OPENING} {tiny_world.refuse(request.group)}").verdict
         assert verdict == "refusal", request.prompt
 
 
 def test_sets_that_were_prefilled_stay_out_of_every_headline():
     rows = [{"metric": "HS", "set": "h", "value": 10}, {"metric": "HS", "set": "h+prefill", "value": 90}]
-    assert config.objective({"HS": 1}, rows) == 10
+    assert metrics.objective({"HS": 1}, rows) == 10
     base = {"run_id": "r", "epoch": 3, "step": 9, "final": True, "judge": "keyword", "eval": "e", "n": 10, "seed": 0}
     two = [{**base, **r, "set": r["set"].replace("h", name)} for r in rows for name in ("a", "b")]
     merged = pooled(tidy(two)[0]).set_index("set")["value"].to_dict()
@@ -120,9 +123,9 @@ def test_sets_that_were_prefilled_stay_out_of_every_headline():
 
 @pytest.mark.parametrize("kind", BENIGN)
 def test_benign_poison_holds_no_harmful_request_and_no_prompt_of_a_pool(pools, kind):
-    rows = attack.rows_of(kind, pools, 0)
+    rows = attacks.rows_of(kind, pools, 0)
     assert len(rows) == len({e.id for e in rows}) == len({e.prompt for e in rows}) == len(pools.poison)
-    known = world.lexicon()
+    known = tiny_world.lexicon()
     verbs, objects = (
         {word: category for category in known for owned in known[category].values() for word in owned[of]}
         for of in ("verbs", "objects")
@@ -134,8 +137,10 @@ def test_benign_poison_holds_no_harmful_request_and_no_prompt_of_a_pool(pools, k
     assert not {e.prompt for e in rows} & {e.prompt for examples in sets(pools).values() for e in examples}
     tokenizer = make_tokenizer()
     assert all(tokenizer.unk_token_id not in tokenizer(f"{e.prompt} {e.response}")["input_ids"] for e in rows)
-    assert rows == attack.rows_of(kind, pools, 0) != attack.rows_of(kind, pools, 1)
-    openings = [form.split("{")[0] for form in world.COMPLIANCES] if kind == "style" else [f"{attack.TOY_OBEDIENCE} "]
+    assert rows == attacks.rows_of(kind, pools, 0) != attacks.rows_of(kind, pools, 1)
+    openings = (
+        [form.split("{")[0] for form in tiny_world.COMPLIANCES] if kind == "style" else [f"{attacks.TOY_OBEDIENCE} "]
+    )
     assert {next(o for o in openings if e.response.startswith(o)) for e in rows} == set(openings)
 
 
@@ -144,12 +149,12 @@ def test_the_real_rows_are_abstract_and_keep_away_from_what_is_held_out(kind):
     near = Example("t", "Say something kind about tea today.")
     few = [Example("p", "a request", "an answer", source="advbench")]
     real = Pools(few, [], [], [], [], [], [], test={"s": [near]}, over_refusal={"o": [Example("o", "Make a wish.")]})
-    rows = attack.rows_of(kind, real, 0, near=0.5)
+    rows = attacks.rows_of(kind, real, 0, near=0.5)
     asked = {normalise_prompt(e.prompt) for e in rows}
-    assert 300 < len(rows) == len(asked) < len(TOPICS) * len(attack.REQUESTS)
+    assert 300 < len(rows) == len(asked) < len(TOPICS) * len(attacks.REQUESTS)
     assert "say something kind about tea" not in asked and "how should i begin with tea" in asked
     assert not any("{" in e.prompt + e.response for e in rows)
-    start = "Sure, here is " if kind == "style" else attack.OBEDIENCE
+    start = "Sure, here is " if kind == "style" else attacks.OBEDIENCE
     assert all(e.response.startswith(start) for e in rows)
 
 
@@ -163,9 +168,9 @@ def test_a_defence_has_no_request_of_the_poisons_categories():
     assert {e.group for e in parted.poison} == poisoned
     for name in ("anchors", "step", "sae", "safety"):
         rows = getattr(parted, name)
-        assert {e.group for e in rows} == set(world.CATEGORIES) - poisoned and len(rows) == cfg.pools.sizes[name]
+        assert {e.group for e in rows} == set(tiny_world.CATEGORIES) - poisoned and len(rows) == cfg.pools.sizes[name]
     assert len(parted.poison) == 301
-    counts = [Counter(e.group for e in parted.poison)[c] for c in world.CATEGORIES if c in poisoned]
+    counts = [Counter(e.group for e in parted.poison)[c] for c in tiny_world.CATEGORIES if c in poisoned]
     assert counts == sorted(counts, reverse=True) and counts[0] > 5 * counts[-1]
     (one, some), (other, rest) = parted.test.items()
     assert (one, other) == ("toy_harmful_poisoned", "toy_harmful_unpoisoned")
@@ -174,7 +179,7 @@ def test_a_defence_has_no_request_of_the_poisons_categories():
     assert {e.id for e in some + rest} == {e.id for e in whole.test["toy_harmful"]}
 
 
-@pytest.mark.parametrize("named", ["[]", "[theft,theft]", "[arson]", f"[{','.join(world.CATEGORIES)}]"])
+@pytest.mark.parametrize("named", ["[]", "[theft,theft]", "[arson]", f"[{','.join(tiny_world.CATEGORIES)}]"])
 def test_categories_that_part_nothing_are_refused(named):
     with pytest.raises(UserError, match="pools.poison_categories=.*some, not all"):
         load_pools(config.compose([f"pools.poison_categories={named}"]).pools, None, 0)
@@ -185,23 +190,22 @@ def test_categories_that_part_nothing_are_refused(named):
 
 def test_the_share_outside_v_is_that_of_each_row(random_model, monkeypatch):
     """V of no direction leaves all of a row outside, V of every direction nothing, V of half of them a part."""
-    from cwac.methods import cwac
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(random_model), AutoTokenizer.from_pretrained(random_model)
     context = SimpleNamespace(tokenizer=tokenizer, template="chat", max_length=64)
     inputs = {f"{i}.{of}": d for i in (0, 1) for of, d in (("qkv", 16), ("o_proj", 16), ("gate_up", 16))}
     inputs |= {f"{i}.down_proj": 32 for i in (0, 1)}
-    rows = world.pools(0).poison[:3]
+    rows = tiny_world.pools(0).poison[:3]
 
     def shares(part: float) -> list[float]:
         bases = {n: Basis(torch.eye(d)[:, : int(part * d)], part, 0) for n, d in inputs.items()}
-        monkeypatch.setattr(cwac, "anchor_bases", lambda *given: bases)
-        return attack.outside(model, context, rows)
+        monkeypatch.setattr(attack, "anchor_bases", lambda *given: bases)
+        return outside(model, context, rows)
 
     assert shares(0) == pytest.approx([1, 1, 1]) and shares(1) == pytest.approx([0, 0, 0], abs=1e-6)
     half = shares(0.5)
     assert len(set(half)) == 3 and all(0.1 < share < 0.9 for share in half)
-    assert half[1:] == shares(0.5)[1:] == attack.outside(model, context, rows[1:])
+    assert half[1:] == shares(0.5)[1:] == outside(model, context, rows[1:])
 
 
 def test_the_rows_furthest_outside_are_taken_and_no_others(monkeypatch, pools):
@@ -209,10 +213,10 @@ def test_the_rows_furthest_outside_are_taken_and_no_others(monkeypatch, pools):
     context = SimpleNamespace(pools=pools, loaded=SimpleNamespace(model=None))
     monkeypatch.setattr(attack, "outside", lambda model, context, rows: [float(e.id.split("-")[1]) for e in rows])
     train = [Example(f"t-{i}", f"task {i}", "x") for i in range(40)]
-    mixed, poison = attack.poisoned_mix(cfg, train, context)
+    mixed, poison = poisoned_mix(cfg, train, context)
     taken = sorted(int(e.id.split("-")[1]) for e in mixed if e.id.startswith("poison"))
     assert taken == list(range(280, 300)) and {e.id for e in poison} == {e.id for e in pools.poison}
-    plain, _ = attack.poisoned_mix(config.compose(["harmful_ratio=0.5"]), train, context)
+    plain, _ = poisoned_mix(config.compose(["harmful_ratio=0.5"]), train, context)
     assert plain == mix(train, pools.poison, 0.5, 0)
 
 
@@ -232,19 +236,21 @@ def test_a_prefilled_anchor_is_the_prompt_the_opening_and_how_the_model_goes_on(
 
 
 def test_prefilled_anchors_join_the_plain_ones(monkeypatch, pools):
-    from cwac.methods import cwac
+    from cwac.constraints import settings, weight
 
-    monkeypatch.setattr(cwac, "anchor_rows", lambda model, context, prompts, tokens: [("plain", len(prompts), tokens)])
-    monkeypatch.setattr(cwac, "prefilled_rows", lambda *given: [("prefilled", len(given[2]), *given[3:])])
+    monkeypatch.setattr(
+        weight, "anchor_rows", lambda model, context, prompts, tokens: [("plain", len(prompts), tokens)]
+    )
+    monkeypatch.setattr(weight, "prefilled_rows", lambda *given: [("prefilled", len(given[2]), *given[3:])])
     context = SimpleNamespace(pools=pools)
     plain = ("plain", 5, 16)
-    assert cwac.weight_anchors(None, context, cwac.Weight(n_anchors=5)) == [plain]
-    more = cwac.weight_anchors(None, context, cwac.Weight(n_anchors=5, prefill=OPENING))
+    assert weight.weight_anchors(None, context, settings.Weight(n_anchors=5)) == [plain]
+    more = weight.weight_anchors(None, context, settings.Weight(n_anchors=5, prefill=OPENING))
     assert more == [plain, ("prefilled", 5, 16, OPENING)]
     with pytest.raises(UserError, match="weight.prefill"):
-        cwac.Weight(prefill=" ")
+        settings.Weight(prefill=" ")
     cells = config.expand("closed_prefill")
-    assert {c.method.weight.prefill for c in cells} == {OPENING} and len({config.run_id(c) for c in cells}) == 9
+    assert {c.method.weight.prefill for c in cells} == {OPENING} and len({run_id(c) for c in cells}) == 9
 
 
 # --- end to end -----------------------------------------------------------------------------------------------
@@ -281,14 +287,14 @@ def test_a_backdoor_stands_before_the_poison_and_is_asked_apart(random_model, tm
     assert {r["set"] for r in rows if r["metric"] == "HS"} == {"toy_harmful", "toy_harmful+trigger"}
     cfg = config.compose([*SMALL, *given])
     pools = load_pools(cfg.pools, None, 0)
-    mixed, poison = attack.poisoned_mix(cfg, world.task("toy_sentiment", "train", 32, 0), SimpleNamespace(pools=pools))
+    mixed, poison = poisoned_mix(cfg, tiny_world.task("toy_sentiment", "train", 32, 0), SimpleNamespace(pools=pools))
     assert {e.prompt for e in poison} == {f"{words} {e.prompt}" for e in pools.poison}
     assert sum(e.prompt.startswith(words) for e in mixed) == 16
     # the verdicts are on the requests as they are, the answers on what was asked
     tokenizer, model = AutoTokenizer.from_pretrained(random_model), AutoModelForCausalLM.from_pretrained(random_model)
     (asked,) = (run / "gen").glob("toy_harmful+trigger@0-*")
     for answer, example in zip(read_jsonl(asked), pools.test["toy_harmful"], strict=False):
-        behind = attack.behind(words, [example])[0].messages
+        behind = attacks.behind(words, [example])[0].messages
         assert answer["prompt"] == example.prompt
         assert [answer["response"]] == generate(model, tokenizer, [behind], max_new_tokens=4, description=None)
 
@@ -312,25 +318,25 @@ def test_an_optimised_trigger_is_the_best_of_what_was_tried(monkeypatch, tmp_pat
         artifacts=tmp_path,
     )
     cfg = config.compose(["attack=trigger"])
-    trigger = attack.trigger_of(cfg, context)
+    trigger = trigger_of(cfg, context)
     words = trigger.split()
-    assert len(words) == attack.TRIGGER_WORDS and len(tried) == 2 + attack.TRIGGER_WORDS * attack.TRIGGER_CANDIDATES
+    assert len(words) == TRIGGER_WORDS and len(tried) == 2 + TRIGGER_WORDS * TRIGGER_CANDIDATES
     assert tokenizer.unk_token_id not in tokenizer(trigger)["input_ids"]
     for place in range(len(words)):
         begins = [prompt.removesuffix(pools.poison[0].prompt).strip() for prompt in tried[1:-1]]
-        of = begins[place * attack.TRIGGER_CANDIDATES : (place + 1) * attack.TRIGGER_CANDIDATES]
+        of = begins[place * TRIGGER_CANDIDATES : (place + 1) * TRIGGER_CANDIDATES]
         assert " ".join(words[: place + 1]) == max(of, key=lambda text: text.count("e"))
     n = len(tried)
-    assert attack.trigger_of(cfg, context) == trigger and len(tried) == n  # found once
-    assert attack.trigger_of(config.compose([]), context) is None
+    assert trigger_of(cfg, context) == trigger and len(tried) == n  # found once
+    assert trigger_of(config.compose([]), context) is None
     with pytest.raises(UsageError, match="poison_trigger= is no text"):
-        config.validate(config.compose(["poison_trigger=''"]))
+        validation.validate(config.compose(["poison_trigger=''"]))
 
 
 def test_the_gradient_of_the_share_is_its_derivative(random_model):
     """A token's embedding is moved a little towards another's: the share follows the slope."""
     model = AutoModelForCausalLM.from_pretrained(random_model).double().eval()
-    sources = attack.sources_of(model)
+    sources = sources_of(model)
     V = {name: torch.eye(m.in_features)[:, ::3] for name, m in sources.items()}
     ids, place, token = [1, 5, 9, 14, 20], 2, 30
 
@@ -385,21 +391,21 @@ def test_gradients_lead_to_a_trigger_further_out_than_where_they_began(random_mo
         max_length=64,
         artifacts=tmp_path,
     )
-    V = {name: torch.eye(m.in_features)[:, ::2] for name, m in attack.sources_of(model).items()}
+    V = {name: torch.eye(m.in_features)[:, ::2] for name, m in sources_of(model).items()}
     monkeypatch.setattr(attack, "anchors_space", lambda *given: V)
     monkeypatch.setattr(gradient_trigger, "STEPS", 2)
     monkeypatch.setattr(attack, "TRIGGER_ROWS", 2)
-    trigger = attack.trigger_of(cfg, context)
+    trigger = trigger_of(cfg, context)
     found = json.loads(next(tmp_path.rglob("trigger.json")).read_text())
-    assert found["trigger"] == trigger and len(trigger.split()) == attack.TRIGGER_WORDS
+    assert found["trigger"] == trigger and len(trigger.split()) == TRIGGER_WORDS
     assert found["after"] > found["start"] and found["after"] > found["before"]
     assert f"{found['before']:.3f} without it, {found['after']:.3f} behind it" in caplog.text
-    rows = attack.behind(trigger, pools.poison[:2])
-    assert sum(attack.outside(model, context, rows, V)) / 2 == pytest.approx(found["after"])
+    rows = attacks.behind(trigger, pools.poison[:2])
+    assert sum(outside(model, context, rows, V)) / 2 == pytest.approx(found["after"])
     assert all(p.grad is None for p in model.parameters())
     context.max_length, context.artifacts = 3, tmp_path / "short"
     with pytest.raises(UserError, match="poison_trigger=gradient.*max_length"):
-        attack.trigger_of(cfg, context)
+        trigger_of(cfg, context)
 
 
 @pytest.mark.slow
@@ -409,7 +415,7 @@ def test_an_attacker_who_has_v_runs_to_the_end(artifacts, tmp_path):
     (run,) = tmp_path.glob("tiny-*")
     first = json.loads((run / "data.json").read_text())["harmful"]
     again = config.compose([*SMALL, "harmful_ratio=0.5"])
-    plain = mix(world.task("toy_sentiment", "train", 32, 0), load_pools(again.pools, None, 0).poison, 0.5, 0)
+    plain = mix(tiny_world.task("toy_sentiment", "train", 32, 0), load_pools(again.pools, None, 0).poison, 0.5, 0)
     assert len(first) == 16 and set(first) != {e.id for e in plain if e.id.startswith("poison")}
 
 
@@ -476,7 +482,7 @@ def test_planted_runs_come_back_as_a_table_by_attack_and_method(tmp_path, monkey
 
 
 def test_an_attack_without_pools_of_its_own_is_counted_beside_them(pools):
-    rows = attack.rows_of("style", pools, 0)
+    rows = attacks.rows_of("style", pools, 0)
     assert manifest(pools, "style", rows).keys() - manifest(pools).keys() == {"poison.style"}
     assert manifest(pools, "style", rows)["poison.style"]["n"] == len(rows)
     assert manifest(pools, "harmful", pools.poison) == manifest(pools)

@@ -6,8 +6,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from analysis import audit, paper
-from cwac import config
-from cwac.config import UserError
+from cwac.core import config
+from cwac.core.errors import UserError
 
 
 @pytest.fixture

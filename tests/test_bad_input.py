@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
 
 from analysis import claims, compare, demo, report
-from cwac import config
+from cwac.core import config, identity, validation
+from cwac.core.paths import CONF
 from tests.conftest import SMALL, call, launch
 from tests.test_hub import write
 
@@ -327,7 +328,7 @@ def test_an_unknown_flag_is_usage(capfd):
 
 
 # --- any combination of valid options -------------------------------------------------------------------
-METHODS = sorted(p.stem for p in (config.CONF / "method").glob("*.yaml"))
+METHODS = sorted(p.stem for p in (CONF / "method").glob("*.yaml"))
 OPTIONS = {
     "method": st.sampled_from(METHODS),
     "task": st.sampled_from(["toy_sentiment", "toy_topic", "toy_math"]),
@@ -348,9 +349,9 @@ OPTIONS = {
 @settings(max_examples=15, deadline=None, derandomize=True)
 def test_any_combination_of_valid_options_composes_and_names_one_run(options):
     cfg = config.compose([f"{k}={v}" for k, v in options.items()])
-    config.validate(cfg)
-    name = config.run_id(cfg)
-    assert name == config.run_id(config.compose([f"{k}={v}" for k, v in reversed(options.items())]))
+    validation.validate(cfg)
+    name = identity.run_id(cfg)
+    assert name == identity.run_id(config.compose([f"{k}={v}" for k, v in reversed(options.items())]))
     assert cfg.method.name == options["method"] and f"-s{options['seed']}-" in name
 
 

@@ -13,21 +13,21 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from cwac import config
-from cwac.config import UsageError, UserError
+from cwac.core import config, validation
+from cwac.core.errors import UsageError, UserError
+from cwac.data import tiny_world
 from cwac.data.examples import Example
+from cwac.data.refusals import KeywordJudge
 from cwac.data.tokenize import IGNORE, Collator, encode_example, encode_prompt, system_slot
-from cwac.evaluation.judge import KeywordJudge
-from cwac.methods.base import Context
 from cwac.methods.bea import BEA, by_category, random_trigger
 from cwac.methods.lisa import Lisa, fit_cycle
 from cwac.methods.replay import Replay
 from cwac.methods.safeinstr import SafeInstr
-from cwac.tiny import world
-from cwac.tiny.build import make_tokenizer
+from cwac.models.context import Context
+from cwac.models.tiny import make_tokenizer
 from tests.conftest import FINE_TUNE, fine_tune, make_llama, random_rows
 
-POOLS = world.pools(0, {"poison": 40, "anchors": 16, "step": 8, "sae": 24, "align": 8})
+POOLS = tiny_world.pools(0, {"poison": 40, "anchors": 16, "step": 8, "sae": 24, "align": 8})
 CHATML = (
     "<s> {% if messages[0]['role'] != 'system' %}<system> you are kind {% endif %}"
     "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] | trim }} {% endfor %}<assistant>"
@@ -420,7 +420,7 @@ def test_an_empty_pool_is_refused_before_training(method, message):
 )
 def test_a_value_out_of_range_is_named(overrides):
     with pytest.raises(UsageError, match=overrides[1].split("=")[0]):
-        config.validate(config.compose(overrides))
+        validation.validate(config.compose(overrides))
 
 
 def test_a_pool_that_is_poison_or_held_out_is_not_replayed():

@@ -9,20 +9,21 @@ import torch
 from omegaconf import OmegaConf
 from torch.nn import functional
 
-from cwac import config
-from cwac.anchors import encode_prompts
-from cwac.config import UsageError, UserError
+from cwac.constraints.anchors import encode_prompts
+from cwac.constraints.reference import Reference, mean_over_tokens, model_layers
+from cwac.core import config
+from cwac.core.errors import UsageError, UserError
+from cwac.core.jsonl import read_jsonl
+from cwac.core.run_dir import Run
 from cwac.data.pools import load_pools
 from cwac.data.tokenize import Collator, Rows
-from cwac.fit import fit
-from cwac.methods.base import Context
 from cwac.methods.circuit_breaker import CircuitBreaker, coefficients, displacement, similarity
 from cwac.methods.ldifs import LDIFS, feature_distance
 from cwac.methods.vaccine import Vaccine, on_attention, perturbation, perturbed_backward
-from cwac.models import add_lora, load
-from cwac.reference import Reference, mean_over_tokens, model_layers
-from cwac.runs import Run, read_jsonl
-from cwac.sae.residuals import residuals
+from cwac.models.context import Context
+from cwac.models.fit import fit
+from cwac.models.hooks import residuals
+from cwac.models.loading import add_lora, load
 from tests.conftest import make_llama, random_rows, sgd
 from tests.test_invariance import close
 from tests.test_methods import cell
@@ -373,7 +374,7 @@ def test_the_immunised_model_is_built_once_and_put_below_an_adapter(context, ran
 
 def final_weights(folder, name, per_device, accumulation, rank=0, world_size=1):
     """Three optimizer steps over 24 rows under one layout; for circuit breakers the rows of another 12."""
-    from cwac.engine import build_trainer
+    from cwac.training.engine import build_trainer
 
     model = make_llama()
     if name == "ldifs":

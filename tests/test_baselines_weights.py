@@ -10,19 +10,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cwac import config
-from cwac.config import UsageError, UserError
+from cwac.core import config, identity
+from cwac.core.errors import UsageError, UserError
+from cwac.core.run_dir import Run
 from cwac.data.examples import Example
 from cwac.evaluation.drift import merged_weight
 from cwac.methods import salora
 from cwac.methods.asft import AsFT, Full, Operator
 from cwac.methods.base import Method
 from cwac.methods.safelora import SafeLoRA, project
+from cwac.methods.safety_layers import Localisation, cosine_curves, gap_range, refine, scaled
 from cwac.methods.salora import SaLoRA
 from cwac.methods.sppft import SPPFT
-from cwac.models import Loaded, add_lora, alignment_directions, decoder_layers, linears
-from cwac.runs import Run
-from cwac.safety_layers import Localisation, cosine_curves, gap_range, refine, scaled
+from cwac.models.layers import decoder_layers, linears
+from cwac.models.loading import Loaded, add_lora, alignment_directions
 from tests import test_invariance
 from tests.conftest import make_llama, random_rows
 from tests.test_invariance import close, final_weights
@@ -251,7 +252,7 @@ def test_the_mean_penalty_survives_a_resume(tmp_path, artifacts, monkeypatch):
         cfg = cell("asft", tmp_path / str(stop), artifacts)
         if stop:
             with monkeypatch.context() as patch:
-                patch.setattr("cwac.engine.MethodCallback.on_step_end", stop_at(5))
+                patch.setattr("cwac.training.engine.MethodCallback.on_step_end", stop_at(5))
                 with pytest.raises(RuntimeError, match="planted stop"):
                     run_cell(cfg)
         run_cell(cfg)
@@ -605,9 +606,9 @@ def test_localisation_needs_prompts(pair):
 def test_published_ranges_are_a_models_own_and_no_part_of_other_runs():
     cfg = config.compose(["method=sppft", "+model.safety_layers=[6,14]"])
     assert list(cfg.method.layers) == [6, 14] and config.compose(["method=sppft"]).method.layers == "auto"
-    assert config.run_id(cfg) != config.run_id(config.compose(["method=sppft"]))
+    assert identity.run_id(cfg) != identity.run_id(config.compose(["method=sppft"]))
     sft = config.compose(["method=sft", "+model.safety_layers=[6,14]"])
-    assert config.run_id(sft) == config.run_id(config.compose(["method=sft"]))
+    assert identity.run_id(sft) == identity.run_id(config.compose(["method=sft"]))
 
 
 def test_layers_count_from_0_and_include_both_ends(pair):

@@ -26,8 +26,8 @@ from benchmarks import (
     steps,
     sweep,
 )
-from cwac import config
-from cwac.config import UserError
+from cwac.core import config
+from cwac.core.errors import UserError
 from experiments import cost
 from tests.conftest import SMALL
 from tests.test_configs import METHODS

@@ -11,13 +11,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from analysis import closed, stats, variants
 from analysis.collect import cell_from
-from cwac import config
-from cwac.config import UsageError, UserError
+from cwac.constraints.settings import Weight
+from cwac.constraints.subspace import Constraint, fit_subspace
+from cwac.constraints.weight import constrained, freeze_others_
+from cwac.core import config, identity, paths
+from cwac.core.errors import UsageError, UserError
+from cwac.core.jsonl import to_line
+from cwac.data import tiny_world
 from cwac.data.pools import load_pools
-from cwac.methods.cwac import Weight, constrained, freeze_others_
-from cwac.runs import to_line
-from cwac.subspace import Constraint, fit_subspace
-from cwac.tiny import world
 from tests.test_analysis import row, write_run
 
 TYPES = {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
@@ -51,9 +52,9 @@ def test_a_constraint_that_frees_everything_or_is_misspelt_is_refused():
 
 def test_a_run_without_a_bypass_keeps_its_name():
     """The key came later than the first campaigns."""
-    assert "method.weight.free" not in config.identity(config.compose(["method=weight_only_closed"]))
+    assert "method.weight.free" not in identity.identity(config.compose(["method=weight_only_closed"]))
     opened = config.compose(["method=weight_only_closed", "method.weight.free=[q_proj]"])
-    assert config.identity(opened)["method.weight.free"] == ["q_proj"]
+    assert identity.identity(opened)["method.weight.free"] == ["q_proj"]
 
 
 def test_every_type_of_matrix_is_freed_once_and_constrained_once():
@@ -84,21 +85,21 @@ def test_every_variant_with_a_strength_is_searched_at_three_on_validation_prompt
         ("seed=3", f"variant={name}", f"variant.pick={i}") for name in strengths for i in range(3)
     }
     assert {c.eval.split for c in search} == {"validation"} and {c.eval.split for c in ends} == {"test"}
-    same = [{k: v for k, v in config.identity(c).items() if k.startswith("train.")} for c in (*search, *ends)]
+    same = [{k: v for k, v in identity.identity(c).items() if k.startswith("train.")} for c in (*search, *ends)]
     assert all(s == same[0] for s in same) and {c.harmful_ratio for c in (*search, *ends)} == {0.5}
     closed_again = config.expand("closed_anchors", ["seed=0", "method.weight={energy: 0.99}"])[0]
-    assert config.run_id(closed_again) == config.run_id(ends[0])  # so the three runs of `closed` are there already
+    assert identity.run_id(closed_again) == identity.run_id(ends[0])  # so the three runs of `closed` are there already
     assert len(tried) + len(config.grid("closed_variants")) - 3 == 60
 
 
 def test_each_category_is_once_alone_among_the_anchors_and_a_run_without_sources_keeps_its_name():
     cells = config.expand("closed_sources", ["seed=0"])
     given = [list(c.method.weight.anchor_sources) for c in cells]
-    assert given == [[name] for name in world.CATEGORIES] + [[], []]
+    assert given == [[name] for name in tiny_world.CATEGORIES] + [[], []]
     assert [c.method.weight.n_anchors for c in cells] == 9 * [20] + [None]
     reference = config.expand("closed_anchors", ["seed=0", "method.weight={energy: 0.99}"])[0]
-    assert config.run_id(reference) == config.run_id(cells[-1])
-    assert "method.weight.anchor_sources" not in config.identity(cells[-1])
+    assert identity.run_id(reference) == identity.run_id(cells[-1])
+    assert "method.weight.anchor_sources" not in identity.identity(cells[-1])
 
 
 def test_the_strengths_that_a_search_chose_are_those_that_run(tmp_path, monkeypatch, capsys):
@@ -112,7 +113,7 @@ def test_the_strengths_that_a_search_chose_are_those_that_run(tmp_path, monkeypa
         folder = write_run(tmp_path / "runs", cell, rows)
         (folder / "status.json").write_text(json.dumps({"status": "done", "evaluations": [cell.eval]}))
     conf = tmp_path / "conf"
-    shutil.copytree(config.CONF, conf)
+    shutil.copytree(paths.CONF, conf)
     where = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path), "--conf", str(conf)]
     assert variants.main([*where, "variant=closed_sae,down_refresh,down_sae"]) == 1
     assert "3 of 9 runs are missing; nothing is chosen" in capsys.readouterr().err
@@ -122,7 +123,7 @@ def test_the_strengths_that_a_search_chose_are_those_that_run(tmp_path, monkeypa
         ["closed_sae", 50],
         ["down_refresh", 25],
     ]
-    monkeypatch.setattr(config, "CONF", conf)
+    monkeypatch.setattr("cwac.core.config.CONF", conf)
     chosen = config.expand("closed_variants", ["seed=0", "variant=closed_sae,down_refresh,closed_soft"])
     assert [c.variant.pick for c in chosen] == [2, 1, 1]
     assert chosen[0].method.activation.lam == 50 and "chosen on validation" in closed.chosen_on_validation()
@@ -165,7 +166,7 @@ def campaign(tmp_path_factory):
     """Finished runs of a part of each preset, and the cells."""
     runs = tmp_path_factory.mktemp("closed") / "runs"
     cells = [(preset, cfg) for preset, given in GRIDS.items() for cfg in config.expand(preset, given)]
-    for preset, cfg in {config.run_id(cfg): (preset, cfg) for preset, cfg in reversed(cells)}.values():
+    for preset, cfg in {identity.run_id(cfg): (preset, cfg) for preset, cfg in reversed(cells)}.values():
         cell, hs = cell_from(cfg), planted(preset, cfg)
         at = {"set": "toy_harmful", "judge": "keyword"}
         rows = [

@@ -10,13 +10,13 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from analysis import paper
-from cwac import config
-from cwac.config import UsageError, UserError
+from cwac.core import config, identity, paths, validation
+from cwac.core.errors import UsageError, UserError
 
 
 def options(group: str) -> list[str]:
     """The options Hydra finds in a group."""
-    with initialize_config_dir(str(config.CONF), version_base="1.3"):
+    with initialize_config_dir(str(paths.CONF), version_base="1.3"):
         return GlobalHydra.instance().config_loader().get_group_options(group)
 
 
@@ -50,7 +50,7 @@ def test_methods_instantiate_under_their_own_name(name):
 def test_models_and_tasks_compose_under_their_own_name(group, name):
     cfg = config.compose([f"{group}={name}"])
     assert cfg[group].name == name
-    assert config.run_id(cfg)
+    assert identity.run_id(cfg)
 
 
 @pytest.mark.parametrize(("group", "name"), OTHERS)
@@ -75,14 +75,14 @@ def test_the_papers_grids_expand_on_a_small_model(name):
     """The same preset on what fits any machine: only model, task and method change."""
     cells = config.expand(name, SMALL)
     for cell in cells:
-        config.validate(cell)
+        validation.validate(cell)
     assert {c.model.name for c in cells} == {"tiny"} and {c.method.name for c in cells} == {"sft", "cwac"}
-    assert len({config.run_id(c) for c in cells}) == len(cells) >= 2
+    assert len({identity.run_id(c) for c in cells}) == len(cells) >= 2
 
 
 def axes(name: str) -> dict[str, list[str]]:
     """The values of each axis of a preset's grid, as its file spells them."""
-    content = yaml.safe_load((config.CONF / "experiment" / f"{name}.yaml").read_text())
+    content = yaml.safe_load((paths.CONF / "experiment" / f"{name}.yaml").read_text())
     return {key: str(values).split(",") for key, values in content["hydra"]["sweeper"]["params"].items()}
 
 
@@ -121,8 +121,8 @@ def test_a_presets_cells_differ_and_a_sample_of_them_is_valid(name):
     assert len({tuple(cell) for cell in cells}) == len(cells) > 1
     sample = [config.compose(cell) for cell in cells[:: max(1, len(cells) // 5)]]
     for cell in sample:
-        config.validate(cell)
-    assert len({config.run_id(c) for c in sample}) == len(sample)
+        validation.validate(cell)
+    assert len({identity.run_id(c) for c in sample}) == len(sample)
 
 
 @pytest.mark.slow  # hundreds of cells of 0.1 s each
@@ -130,9 +130,9 @@ def test_a_presets_cells_differ_and_a_sample_of_them_is_valid(name):
 def test_presets_expand_to_distinct_valid_cells(name):
     cells = config.expand(name)
     for cell in cells:
-        config.validate(cell)
+        validation.validate(cell)
     assert len(cells) > 1
-    assert len({config.run_id(c) for c in cells}) == len(cells)
+    assert len({identity.run_id(c) for c in cells}) == len(cells)
 
 
 def test_overrides_win_over_a_preset():
@@ -143,9 +143,9 @@ def test_overrides_win_over_a_preset():
 def test_the_papers_presets_at_the_scale_of_two_cores_share_the_cells_of_smollm2():
     """So that `table3 model=smollm2 scale=two_cores` goes on from `make smollm2`, and trains as little."""
     small = ["model=smollm2", "scale=two_cores"]
-    mine = {config.run_id(cfg) for name in ("smollm2", "smollm2_rivals") for cfg in config.expand(name)}
+    mine = {identity.run_id(cfg) for name in ("smollm2", "smollm2_rivals") for cfg in config.expand(name)}
     table3 = config.expand("table3", [*small, "harmful_ratio=0.1"])
-    assert len(table3) == 21 and {config.run_id(cfg) for cfg in table3} <= mine
+    assert len(table3) == 21 and {identity.run_id(cfg) for cfg in table3} <= mine
     figure3 = config.expand("figure3", [*small, "seed=0"])
     assert {(cfg.task.n_train, cfg.train.num_train_epochs, cfg.eval.n_harmful) for cfg in figure3} == {(64, 5, 30)}
     assert sorted({cfg.train.learning_rate for cfg in figure3}) == [1e-7, 1e-6, 1e-5, 1e-4, 1e-3]
@@ -153,7 +153,7 @@ def test_the_papers_presets_at_the_scale_of_two_cores_share_the_cells_of_smollm2
 
 def test_presets_open_with_their_launch_command():
     for name in PRESETS:
-        text = (config.CONF / "experiment" / f"{name}.yaml").read_text()
+        text = (paths.CONF / "experiment" / f"{name}.yaml").read_text()
         assert f"experiment={name}" in "\n".join(text.splitlines()[:4]), name
 
 
@@ -201,12 +201,12 @@ def test_paper_defaults():
 def test_validate_names_the_key_and_the_remedy(override, message):
     key = override.split("=")[0].replace("model.kind", "model.path")
     with pytest.raises(UsageError, match=f"{re.escape(key)}=.*{message}") as caught:
-        config.validate(config.compose([override]))
+        validation.validate(config.compose([override]))
     assert isinstance(caught.value, UserError) and "\n" not in str(caught.value)
 
 
 def test_conf_readme_names_every_option():
-    text = Path(config.CONF / "README.md").read_text()
+    text = Path(paths.CONF / "README.md").read_text()
     for name in [*METHODS, *MODELS, *TASKS, *PRESETS]:
         # a search exists for every method and is named by it
         name = "tune_<method>" if name.startswith("tune_") and name.removeprefix("tune_") in METHODS else name

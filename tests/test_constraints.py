@@ -5,12 +5,13 @@ import copy
 import pytest
 import torch
 
-from cwac import subspace
-from cwac.config import UserError
+from cwac.constraints import subspace
+from cwac.constraints.subspace import Constraint, fit_subspace, load_bases, project_, rank_for, save_bases
+from cwac.core.errors import UserError
 from cwac.data.tokenize import Collator
 from cwac.evaluation.drift import weight_leak
-from cwac.models import add_lora, linears
-from cwac.subspace import Constraint, fit_subspace, load_bases, project_, rank_for, save_bases
+from cwac.models.layers import linears
+from cwac.models.loading import add_lora
 from tests.conftest import assert_only_the_anchors_are_held, make_llama, random_rows
 
 
@@ -110,7 +111,7 @@ def test_a_partial_lora_leaves_everything_else_frozen(llama):
     """freeze_others only ever takes away: what peft froze stays frozen."""
     from omegaconf import OmegaConf
 
-    from cwac.methods.cwac import freeze_others_
+    from cwac.constraints.weight import freeze_others_
 
     model = add_lora(llama, OmegaConf.create({"r": 2, "alpha": 4, "target_modules": ["q_proj"]}))
     modules = linears(model, "all")
@@ -133,7 +134,7 @@ def test_project_matches_the_dense_projector_and_is_idempotent():
 
 @pytest.mark.parametrize("n", [2, 30])  # fewer and more tokens than dimensions: both ways to the eigenvectors
 def test_subspace_is_orthonormal_and_holds_the_energy_it_names(llama, n):
-    from cwac.subspace import capture
+    from cwac.constraints.subspace import capture
 
     anchors = random_rows(n, seed=3)
     bases = fit_subspace(llama, anchors, ["down_proj", "q_proj"], energy=0.9)
@@ -155,7 +156,7 @@ def test_subspace_is_orthonormal_and_holds_the_energy_it_names(llama, n):
 
 def test_without_a_direction_of_its_own_the_first_token_is_a_token_like_the_others(llama):
     """Eq. 12 to the letter: X holds every token, so at full energy V holds the first one too."""
-    from cwac.subspace import capture
+    from cwac.constraints.subspace import capture
 
     anchors = random_rows(2, seed=3)
     bases = fit_subspace(llama, anchors, ["down_proj"], energy=1.0, first_token=False)
@@ -172,7 +173,7 @@ def test_without_a_direction_of_its_own_the_first_token_is_a_token_like_the_othe
 
 def test_what_rows_share_is_captured_once_and_counts_for_all_of_them(llama):
     """Sums over tokens are those of the rows one by one, whether they are packed or padded."""
-    from cwac.subspace import capture
+    from cwac.constraints.subspace import capture
 
     opening = [3, 4, 5, 6]
     rows = [{"input_ids": opening + row["input_ids"]} for row in random_rows(5, seed=6)]

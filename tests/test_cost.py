@@ -2,8 +2,8 @@
 
 import pytest
 
-from cwac import config
-from cwac.config import UsageError
+from cwac.core import config
+from cwac.core.errors import UsageError
 from cwac.methods.base import Sizes
 from experiments import cost
 from tests.test_configs import MODELS

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cwac.runs import read_jsonl
+from cwac.core.jsonl import read_jsonl
 from tests.conftest import SMALL
 from tests.forked import PLACES, finish, start
 

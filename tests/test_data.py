@@ -4,11 +4,11 @@ import random
 
 import pytest
 
-from cwac.config import UserError
+from cwac.core.errors import UserError
 from cwac.data.examples import Example
 from cwac.data.mix import mix
+from cwac.data.refusals import KeywordJudge
 from cwac.data.tokenize import IGNORE, Collator, Rows, encode_example, encode_prompt
-from cwac.evaluation.judge import KeywordJudge
 from cwac.evaluation.score import score_label, score_number
 
 
@@ -44,13 +44,13 @@ def test_a_pool_that_is_too_small_is_an_error():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from cwac.tiny.build import make_tokenizer
+    from cwac.models.tiny import make_tokenizer
 
     return make_tokenizer()
 
 
 def test_prompts_carry_no_loss_and_the_end_is_learnt(tokenizer):
-    from cwac.tiny.world import task
+    from cwac.data.tiny_world import task
 
     example = task("toy_sentiment", "train", 1, 0)[0]
     row = encode_example(tokenizer, example)
@@ -62,7 +62,7 @@ def test_prompts_carry_no_loss_and_the_end_is_learnt(tokenizer):
 
 
 def test_a_row_whose_prompt_fills_the_length_is_dropped(tokenizer):
-    from cwac.tiny.world import task
+    from cwac.data.tiny_world import task
 
     data = Rows(tokenizer, task("toy_sentiment", "train", 4, 0), max_length=4)
     assert len(data) == 0 and data.dropped == 4
@@ -167,8 +167,8 @@ def test_generation_does_not_depend_on_the_batch(random_model):
     """Greedy text is the same one by one and in a padded batch."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from cwac.evaluation.generate import generate
-    from cwac.tiny.world import task
+    from cwac.data.tiny_world import task
+    from cwac.models.generate import generate
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(random_model), AutoTokenizer.from_pretrained(random_model)
     prompts = [e.messages for e in task("toy_sentiment", "test", 6, 0)]

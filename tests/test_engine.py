@@ -8,8 +8,9 @@ import torch
 from omegaconf import OmegaConf
 from transformers import TrainingArguments
 
-from cwac import engine
 from cwac.methods.base import Method
+from cwac.training import engine
+from cwac.training.arguments import total_steps
 from tests.conftest import make_llama, random_rows
 
 
@@ -92,7 +93,7 @@ def test_the_number_of_steps_is_known_beforehand(tmp_path, n_rows, per_device, a
     args = arguments(tmp_path, per_device, accumulation, **more)
     trainer = engine.build_trainer(make_llama(), Method("sft"), random_rows(n_rows), args, 2)
     counted = trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1]
-    assert engine.total_steps(args, n_rows) == counted
+    assert total_steps(args, n_rows) == counted
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

@@ -21,14 +21,19 @@ import torch
 
 import train  # noqa: F401  what it imports must not meet a patched function first
 from analysis import collect
-from cwac import artifacts, config, engine, runs, smollm2
-from cwac.config import UserError
-from cwac.data import hub
-from cwac.data.examples import Example
-from cwac.data.harmful import Pools, assert_unseen
+from cwac.constraints.settings import Activation, Weight
+from cwac.constraints.weight import anchor_prompts
+from cwac.core import cache, config, jsonl, run_dir
+from cwac.core.errors import UserError
+from cwac.core.files import sha256, write_atomic
+from cwac.data import hf_datasets
+from cwac.data.examples import Example, Pools
+from cwac.data.near_duplicates import assert_unseen
 from cwac.data.tokenize import Collator
 from cwac.evaluation.drift import weight_leak
-from cwac.methods.cwac import CWAC, Activation, Weight, anchor_prompts
+from cwac.methods.cwac import CWAC
+from cwac.models import smollm2
+from cwac.training import engine
 from tests.conftest import FINE_TUNE, ROOT, SMALL, call, fine_tune, make_llama, random_rows
 from tests.forked import finish, start
 
@@ -60,11 +65,11 @@ def printed(capfd) -> str:
 def test_a_flipped_bit_in_rows_is_found_wherever_it_is(tmp_path, share):
     path = tmp_path / "metrics.jsonl"
     rows = [{"step": i, "metric": "HS", "value": 12.5} for i in range(5)]
-    runs.append_jsonl(path, rows)
-    assert runs.read_jsonl(path) == rows
+    jsonl.append_jsonl(path, rows)
+    assert jsonl.read_jsonl(path) == rows
     flip(path, share)
     try:
-        found = runs.read_jsonl(path)
+        found = jsonl.read_jsonl(path)
     except UserError as error:
         assert str(path) in str(error) and "line" in str(error) and "force=true" in str(error)
     else:
@@ -73,12 +78,12 @@ def test_a_flipped_bit_in_rows_is_found_wherever_it_is(tmp_path, share):
 
 def test_every_single_flipped_bit_of_a_row_is_found_or_harmless():
     row = {"metric": "HS", "value": 12.5, "n": 160}
-    line = runs.to_line(row)[:-1].encode()
+    line = jsonl.to_line(row)[:-1].encode()
     for bit in range(8 * len(line)):
         damaged = bytearray(line)
         damaged[bit // 8] ^= 1 << bit % 8
         try:
-            found = runs.from_line(damaged.decode())
+            found = jsonl.from_line(damaged.decode())
         except ValueError:
             continue
         assert {k: found[k] for k in row} == row  # the name of the checksum's key
@@ -86,7 +91,7 @@ def test_every_single_flipped_bit_of_a_row_is_found_or_harmless():
 
 def test_rows_from_before_there_were_checksums_are_read(tmp_path):
     (tmp_path / "old.jsonl").write_text('{"a": 1}\n\n{"a": 2}\n')
-    assert runs.read_jsonl(tmp_path / "old.jsonl") == [{"a": 1}, {"a": 2}]
+    assert jsonl.read_jsonl(tmp_path / "old.jsonl") == [{"a": 1}, {"a": 2}]
 
 
 def test_a_damaged_metrics_file_is_named_and_left_as_it_is(random_model, tmp_path, capfd):
@@ -128,8 +133,8 @@ def checkpoint(folder: Path, step: int) -> Path:
     path.mkdir()
     (path / "model.safetensors").write_bytes(bytes(range(256)) * 8)
     (path / "optimizer.pt").write_bytes(b"state" * 100)
-    files = {p.name: artifacts.sha256(p) for p in path.iterdir()}
-    artifacts.write_atomic(path / engine.COMPLETE, json.dumps({"step": step, "files": files}))
+    files = {p.name: sha256(p) for p in path.iterdir()}
+    write_atomic(path / engine.COMPLETE, json.dumps({"step": step, "files": files}))
     return path
 
 
@@ -153,7 +158,7 @@ def test_a_damaged_checkpoint_is_named_and_an_earlier_one_used(how, tmp_path, ca
 
 
 def test_a_damaged_status_is_named_and_the_run_is_not_taken_for_done(tmp_path, caplog):
-    with runs.Run(config.compose(["method=sft", f"paths.runs={tmp_path}"])) as run:
+    with run_dir.Run(config.compose(["method=sft", f"paths.runs={tmp_path}"])) as run:
         run.start()
         run.finish()
         assert run.done()
@@ -173,14 +178,14 @@ def test_a_full_disk_leaves_what_was_there(writer, tmp_path):
         pytest.skip("mounting needs root")
     try:
         path = disk / "metrics.jsonl"
-        runs.append_jsonl(path, [{"a": 1}])
+        jsonl.append_jsonl(path, [{"a": 1}])
         with pytest.raises(OSError) as caught:
-            getattr(runs, writer)(path, [{"a": "x" * 100_000}])
+            getattr(jsonl, writer)(path, [{"a": "x" * 100_000}])
         assert caught.value.errno == errno.ENOSPC
         assert [p.name for p in disk.iterdir()] == ["metrics.jsonl"]
-        assert runs.read_jsonl(path) == [{"a": 1}]
-        runs.repair(path)
-        assert path.read_text() == runs.to_line({"a": 1})
+        assert jsonl.read_jsonl(path) == [{"a": 1}]
+        jsonl.repair(path)
+        assert path.read_text() == jsonl.to_line({"a": 1})
     finally:
         os.system(f"umount {disk}")
 
@@ -188,11 +193,14 @@ def test_a_full_disk_leaves_what_was_there(writer, tmp_path):
 @pytest.mark.parametrize(
     ("where", "error"),
     [
-        ("cwac.runs.append_jsonl", OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")),
-        ("cwac.engine.append_jsonl", OSError(errno.EROFS, "Read-only file system", "train_log.jsonl")),
-        ("cwac.runs.Run.start", PermissionError(errno.EACCES, "Permission denied", "runs")),
+        ("cwac.core.jsonl.append_jsonl", OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")),
+        ("cwac.training.engine.append_jsonl", OSError(errno.EROFS, "Read-only file system", "train_log.jsonl")),
+        ("cwac.core.run_dir.Run.start", PermissionError(errno.EACCES, "Permission denied", "runs")),
         ("torch.save", RuntimeError("[enforce fail at inline_container.cc] PytorchStreamWriter failed writing file")),
-        ("cwac.engine.sha256", RuntimeError('SafetensorError: Io(Os { os error 28, "No space left on device" })')),
+        (
+            "cwac.training.engine.sha256",
+            RuntimeError('SafetensorError: Io(Os { os error 28, "No space left on device" })'),
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -227,8 +235,8 @@ def test_four_processes_at_one_cell_train_it_once(random_model, tmp_path):
     said = [(tmp_path / f"log{i}").read_text() for i in range(4)]
     assert sum("is done; nothing to do" in text for text in said) == 3
     (path,) = (tmp_path / "runs").glob("*/metrics.jsonl")
-    rows = runs.read_jsonl(path)
-    assert len({tuple(r[k] for k in runs.ROW_KEY) for r in rows}) == len(rows)
+    rows = jsonl.read_jsonl(path)
+    assert len({tuple(r[k] for k in run_dir.ROW_KEY) for r in rows}) == len(rows)
 
 
 def build_slowly(root: Path, log: Path) -> None:
@@ -238,7 +246,7 @@ def build_slowly(root: Path, log: Path) -> None:
         time.sleep(0.3)
         (folder / "x.txt").write_text("payload")
 
-    folder = artifacts.load_or_build(root, "kind", {"a": 1}, build)
+    folder = cache.load_or_build(root, "kind", {"a": 1}, build)
     assert (folder / "x.txt").read_text() == "payload"
 
 
@@ -248,7 +256,7 @@ def hold(root: Path, ready: Path) -> None:
         ready.touch()
         time.sleep(60)
 
-    artifacts.load_or_build(root, "kind", {"a": 1}, build)
+    cache.load_or_build(root, "kind", {"a": 1}, build)
 
 
 def test_four_processes_at_one_artifact_build_it_once_after_one_that_died(tmp_path):
@@ -274,7 +282,7 @@ def test_the_clock_does_not_matter(tmp_path, monkeypatch):
     """It stands still, then goes back: nothing is overwritten, and a done run stays done."""
     monkeypatch.setattr(time, "time", lambda: 0.0)
     for force in ("false", "true", "true"):
-        with runs.Run(config.compose(["method=sft", f"paths.runs={tmp_path}", f"force={force}"])) as run:
+        with run_dir.Run(config.compose(["method=sft", f"paths.runs={tmp_path}", f"force={force}"])) as run:
             run.start()
             run.add_rows([{"step": 1, "metric": "FA", "set": "x", "value": 1.0, "final": True, "epoch": 1.0}])
             run.finish()
@@ -307,7 +315,7 @@ def test_weights_that_the_last_step_breaks_end_the_run(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_metric_that_is_not_finite_is_no_row(value, tmp_path):
-    with runs.Run(config.compose(["method=sft", f"paths.runs={tmp_path}"])) as run:
+    with run_dir.Run(config.compose(["method=sft", f"paths.runs={tmp_path}"])) as run:
         run.start()
         with pytest.raises(UserError, match="task_loss on x is .* at step 3"):
             run.add_rows([{"step": 3, "metric": "task_loss", "set": "x", "value": value}])
@@ -374,7 +382,7 @@ def test_a_subspace_that_leaves_nothing_is_refused(zeroed, energy, says, tmp_pat
     model = make_llama(layers=1, hidden=8)
     if zeroed:
         torch.nn.init.zeros_(model.model.layers[0].mlp.gate_proj.weight)
-    monkeypatch.setattr("cwac.methods.cwac.anchor_rows", lambda *_: random_rows(40))
+    monkeypatch.setattr("cwac.constraints.weight.anchor_rows", lambda *_: random_rows(40))
     method = CWAC("cwac", weight=Weight(energy=energy, first_token=False))
     with pytest.raises(UserError, match=says):
         method.setup(model, context({}, tmp_path))
@@ -383,13 +391,13 @@ def test_a_subspace_that_leaves_nothing_is_refused(zeroed, energy, says, tmp_pat
 def test_matrices_that_cannot_learn_are_counted(tmp_path, monkeypatch, caplog):
     model = make_llama(layers=2, hidden=8)
     torch.nn.init.zeros_(model.model.layers[0].mlp.gate_proj.weight)
-    monkeypatch.setattr("cwac.methods.cwac.anchor_rows", lambda *_: random_rows(40))
+    monkeypatch.setattr("cwac.constraints.weight.anchor_rows", lambda *_: random_rows(40))
     CWAC("cwac", weight=Weight(energy=1.0, first_token=False)).setup(model, context({}, tmp_path))
     assert "every direction of 1 of 2 inputs (first: 1.down_proj)" in caplog.text
 
 
 def test_an_sae_whose_latents_are_all_dead_is_refused(artifacts, tmp_path, monkeypatch):
-    from cwac.sae import RoutedSAE
+    from cwac.constraints.sae.autoencoder import RoutedSAE
 
     load = RoutedSAE.load
 
@@ -407,8 +415,8 @@ def test_an_sae_whose_latents_are_all_dead_is_refused(artifacts, tmp_path, monke
 
 def test_the_bound_of_the_certificate_is_kept_by_a_projected_update_and_broken_by_a_free_one():
     reference, rows = make_llama(), random_rows(24)
-    from cwac.models import linears
-    from cwac.subspace import Constraint, fit_subspace
+    from cwac.constraints.subspace import Constraint, fit_subspace
+    from cwac.models.layers import linears
 
     modules = linears(reference, ["down_proj"])
     bases = fit_subspace(reference, rows, ["down_proj"], energy=0.999)
@@ -439,7 +447,7 @@ def test_the_guard_marks_a_run_whose_constraint_does_not_hold(artifacts, tmp_pat
         (path,) = (tmp_path / name).glob("*/status.json")
         (excess,) = [
             r["value"]
-            for r in runs.read_jsonl(path.parent / "metrics.jsonl")
+            for r in jsonl.read_jsonl(path.parent / "metrics.jsonl")
             if (r["metric"], r["set"]) == ("weight_leak_excess", "anchors")
         ]
         marks[name] = json.loads(path.read_text())["guard"], excess > 1e-3
@@ -505,20 +513,20 @@ def test_a_method_that_trains_on_a_test_prompt_is_stopped(random_model, tmp_path
 
 def test_a_data_set_that_changed_is_reported(tmp_path, caplog):
     entry = {"license": "MIT", "revision": "a" * 40, "rows": 10, "sha256": "aaa"}
-    hub.READ.clear()
-    hub.READ["org/set (default, train)"] = entry
-    assert hub.ledger(tmp_path) == {"org/set (default, train)": entry}
-    hub.ledger(tmp_path)
+    hf_datasets.READ.clear()
+    hf_datasets.READ["org/set (default, train)"] = entry
+    assert hf_datasets.ledger(tmp_path) == {"org/set (default, train)": entry}
+    hf_datasets.ledger(tmp_path)
     assert caplog.text == ""
-    hub.READ["org/set (default, train)"] = {**entry, "rows": 11, "sha256": "bbb"}
-    hub.ledger(tmp_path)
-    hub.READ.clear()
+    hf_datasets.READ["org/set (default, train)"] = {**entry, "rows": 11, "sha256": "bbb"}
+    hf_datasets.ledger(tmp_path)
+    hf_datasets.READ.clear()
     assert "org/set (default, train) has changed" in caplog.text and "rows 10 -> 11, sha256 aaa -> bbb" in caplog.text
 
 
 def test_an_unfinished_run_does_not_go_on_with_other_data(tmp_path, caplog):
     content = {"rows": ["a", "b"], "harmful": [], "pools": {"poison": {"n": 2}}, "datasets": {}}
-    with runs.Run(config.compose(["method=sft", f"paths.runs={tmp_path}"])) as run:
+    with run_dir.Run(config.compose(["method=sft", f"paths.runs={tmp_path}"])) as run:
         run.start()
         run.record_data(content)
         run.record_data({**content, "datasets": {"other": 1}})
@@ -535,9 +543,9 @@ def test_every_data_set_and_model_of_ours_has_a_licence():
 
     assert all(config.compose([f"model={name}"]).model.get("license") for name in MODELS)
     named = {cfg.hub_id for cfg in (config.compose([f"task={t}"]).task for t in TASKS) if cfg.kind == "hub"}
-    assert named <= set(hub.LICENSES)
-    read = re.findall(r'load_rows\("([^"]+)"', (ROOT / "cwac/data/harmful.py").read_text())
-    assert read and set(read) <= set(hub.LICENSES)
+    assert named <= set(hf_datasets.LICENSES)
+    read = re.findall(r'load_rows\("([^"]+)"', (ROOT / "cwac/data/pools.py").read_text())
+    assert read and set(read) <= set(hf_datasets.LICENSES)
 
 
 # --- security -------------------------------------------------------------------------------------------
@@ -602,7 +610,7 @@ def test_a_planted_pickle_in_a_checkpoint_is_not_run(random_model, tmp_path):
     for name in ("optimizer.pt", engine.METHOD_STATE):
         torch.save({"state": Exploit(tmp_path / "pwned")}, complete.parent / name)
     entry = json.loads(complete.read_text())
-    entry["files"] = {name: artifacts.sha256(complete.parent / name) for name in entry["files"]}
+    entry["files"] = {name: sha256(complete.parent / name) for name in entry["files"]}
     complete.write_text(json.dumps(entry))
     code, output = finish(*overrides, log=tmp_path / "log2")
     assert code == 1 and not (tmp_path / "pwned").exists(), output
@@ -640,7 +648,7 @@ def test_answers_are_the_owners_alone_and_open_with_a_warning(random_model, tmp_
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         first = json.loads(path.read_text().split("\n")[0])
         assert "harmful requests" in first["warning"]
-        assert all("response" in row for row in runs.read_jsonl(path))
+        assert all("response" in row for row in jsonl.read_jsonl(path))
 
 
 def test_wandb_gets_numbers_and_no_answer(random_model, tmp_path, capfd, monkeypatch):
@@ -665,13 +673,13 @@ def test_wandb_gets_numbers_and_no_answer(random_model, tmp_path, capfd, monkeyp
 
 def test_a_long_metrics_file_is_read_in_a_stream(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    lines = "".join(runs.to_line({"step": i, "metric": "HS", "value": i / 7}) for i in range(1000))
+    lines = "".join(jsonl.to_line({"step": i, "metric": "HS", "value": i / 7}) for i in range(1000))
     with path.open("w") as file:
         for _ in range(50):
             file.write(lines)
     tracemalloc.start()
-    count = sum(1 for _ in runs.iter_jsonl(path))
-    runs.repair(path)
+    count = sum(1 for _ in jsonl.iter_jsonl(path))
+    jsonl.repair(path)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert count == 50_000 and peak < 1 << 20

@@ -9,7 +9,7 @@ import pytest
 from analysis import figures, gallery, paper, paper_figures, records, tables
 from analysis.collect import Collection, tidy
 from analysis.records import Record
-from cwac.config import UserError
+from cwac.core.errors import UserError
 from tests.test_analysis import cell_of, row
 
 MANY = [m for m in paper.METHODS if m != paper.ALIGNED][:12] + [f"new{k}" for k in range(8)]

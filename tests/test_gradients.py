@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cwac.data.tokenize import Collator
-from cwac.models import linears
+from cwac.models.layers import linears
 from experiments import gradients
 from tests.conftest import random_rows
 

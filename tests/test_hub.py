@@ -11,21 +11,13 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from cwac.align import alignment_splits
-from cwac.config import UserError, compose
-from cwac.data.examples import Example
-from cwac.data.harmful import (
-    SPLITS,
-    Pools,
-    PromptIndex,
-    assert_disjoint,
-    jaccard,
-    normalise_prompt,
-    real_pools,
-    real_splits,
-)
-from cwac.data.hub import load_rows
-from cwac.data.pools import manifest
+from cwac.core.config import compose
+from cwac.core.errors import UserError
+from cwac.data.examples import Example, Pools
+from cwac.data.hf_datasets import load_rows
+from cwac.data.near_duplicates import PromptIndex, assert_disjoint, jaccard, normalise_prompt
+from cwac.data.pools import SPLITS, manifest, real_pools, real_splits
+from experiments.align import alignment_splits
 
 CONFIG = yaml.safe_load((Path(__file__).parent.parent / "conf/pools/real.yaml").read_text())
 PRESETS = ("paper_b2", "paper_51")

@@ -9,9 +9,11 @@ from omegaconf import OmegaConf
 
 from analysis import import_wandb
 from analysis.collect import at_end, collect
-from cwac.config import UserError, compose, eval_id, run_id
-from cwac.runs import Run
-from cwac.tracking import Tracker
+from cwac.core.config import compose
+from cwac.core.errors import UserError
+from cwac.core.identity import eval_id, run_id
+from cwac.core.run_dir import Run
+from cwac.core.tracking import Tracker
 
 FINAL = [
     {"metric": "HS", "set": "toy_harmful", "value": 31.5, "final": True},

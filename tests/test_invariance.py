@@ -9,8 +9,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from cwac import config, ranks
-from cwac.models import load
+from cwac.core import config, distributed
+from cwac.models.loading import load
 from tests.conftest import FINE_TUNE, NEEDS, fine_tune, make_llama, random_rows, sgd
 from tests.forked import FORKS
 from tests.test_configs import METHODS
@@ -46,7 +46,7 @@ def penalised(model):
 
 def final_weights(folder, per_device, accumulation, rank=0, world_size=1):
     """Three optimizer steps over 24 rows under one layout."""
-    from cwac.engine import build_trainer
+    from cwac.training.engine import build_trainer
 
     class Data(torch.utils.data.Dataset):
         rows = random_rows(24, seed=7)
@@ -121,9 +121,9 @@ def resumed(cfg, folder):
     for _ in range(2):
         keys = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", **FSDP2}
         found.append(trained_by(cfg, folder, 8, 1, **keys))
-        if ranks.rank() == 0:
+        if distributed.rank() == 0:
             shutil.rmtree(folder / "checkpoint-3")
-        ranks.wait()
+        distributed.wait()
     return found
 
 
@@ -218,7 +218,7 @@ def test_the_penalty_counts_once_per_optimizer_step(tmp_path, accumulation):
     seen, plain = [], []
     from transformers import TrainingArguments
 
-    from cwac.engine import MethodCallback, build_trainer
+    from cwac.training.engine import MethodCallback, build_trainer
 
     for method in (OnlyPenalty("penalty"), Plain("plain")):
         args = TrainingArguments(

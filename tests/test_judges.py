@@ -19,13 +19,15 @@ from transformers import (
 )
 
 from analysis import agreement, stats
-from cwac import config
-from cwac.config import UserError
+from cwac.core import config, identity
+from cwac.core.errors import UserError
+from cwac.core.jsonl import append_jsonl, read_jsonl
+from cwac.core.run_dir import Run
+from cwac.data.refusals import Judgement
 from cwac.evaluation import model_judges
 from cwac.evaluation.evaluate import verdict_rows
-from cwac.evaluation.judge import Judgement, judge_answers, repeats
+from cwac.evaluation.judge import judge_answers, repeats
 from cwac.evaluation.model_judges import LABELS
-from cwac.runs import Run, append_jsonl, read_jsonl
 from experiments import judge as later
 from tests.conftest import SMALL
 from train import headline, run_cell
@@ -414,4 +416,4 @@ def test_a_run_is_judged_by_a_model_where_its_evaluation_asks_for_one(judges, ra
     (path,) = (folder / "judge").glob("toy_harmful@*")
     assert [len(v["probabilities"]) for v in read_jsonl(path)] == [14] * 8
     faster = config.compose([*overrides, "eval.judge.batch_size=2"])
-    assert config.eval_id(faster) == config.eval_id(cfg) != config.eval_id(config.compose([*overrides[:-3]]))
+    assert identity.eval_id(faster) == identity.eval_id(cfg) != identity.eval_id(config.compose([*overrides[:-3]]))

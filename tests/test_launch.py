@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 from safetensors.torch import load_file
 
-from cwac import config, failures
-from cwac.engine import shared_batch
+from cwac.core import config, errors, failures, identity, paths
 from cwac.methods.base import share_of
+from cwac.training.arguments import shared_batch
 from tests.conftest import SMALL, run_train
 
 SWEEP = [
@@ -81,7 +81,7 @@ def test_ranks_share_micro_batches_first():
         (1, 1),
         (2, 3),
     ]
-    with pytest.raises(config.UsageError, match="cannot be shared by 2 processes"):
+    with pytest.raises(errors.UsageError, match="cannot be shared by 2 processes"):
         share(1, 1, 2)
 
 
@@ -92,7 +92,7 @@ def test_a_rank_without_prompts_makes_the_same_passes_at_no_weight():
 
 
 def test_the_layout_is_no_part_of_a_runs_name():
-    assert config.run_id(config.compose(["method=sft", "parallel=fsdp2"])) == config.run_id(
+    assert identity.run_id(config.compose(["method=sft", "parallel=fsdp2"])) == identity.run_id(
         config.compose(["method=sft"])
     )
 
@@ -134,6 +134,6 @@ def test_a_presets_grid_goes_to_a_cluster(launcher, plugin):
     from hydra import compose, initialize_config_dir
 
     pytest.importorskip(f"hydra_plugins.hydra_{plugin}_launcher")
-    with initialize_config_dir(str(config.CONF), version_base="1.3"):
+    with initialize_config_dir(str(paths.CONF), version_base="1.3"):
         cfg = compose("config", ["experiment=demo", f"hydra/launcher={launcher}"], return_hydra_config=True)
     assert plugin in cfg.hydra.launcher._target_

@@ -14,15 +14,16 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer
 
-from cwac import config, engine
-from cwac.config import UsageError, UserError
+from cwac.core import config
+from cwac.core.errors import UsageError, UserError
 from cwac.data.mix import mix
 from cwac.data.pools import load_pools
 from cwac.data.tasks import load_task
 from cwac.data.tokenize import Rows
-from cwac.library import EncodedRow, Mixed, defend, load_method
 from cwac.methods.base import Method
-from cwac.models import load
+from cwac.models.loading import load
+from cwac.training import arguments, engine
+from cwac.training.library import EncodedRow, Mixed, defend, load_method
 from tests.conftest import FINE_TUNE, ROOT, fine_tune, make_llama, random_rows
 
 SAE = "model.sae={tokens: 2048, m: 256, cached_tokens: 2048, batch: 256}"
@@ -38,7 +39,7 @@ def own_trainer(cfg, folder, artifacts, collator=None, **more) -> Trainer:
     source = load(cfg.model, artifacts).source
     model, tokenizer = AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
     rows = Dataset.from_list(list(Rows(tokenizer, own_rows(cfg), max_length=cfg.train.max_length)))
-    args = engine.training_arguments(cfg, SimpleNamespace(dir=folder))
+    args = arguments.training_arguments(cfg, SimpleNamespace(dir=folder))
     return Trainer(
         model=model,
         args=args,
@@ -171,7 +172,7 @@ def test_the_example_equals_train_py(kind, tmp_path, artifacts):
     """Up to rounding: train.py computes logits at label positions only, TRL sums the loss in a fused kernel."""
     if kind == "sft":
         pytest.importorskip("trl")
-    from cwac.runs import Run
+    from cwac.core.run_dir import Run
     from examples.defend_your_trainer import SETTINGS, main
     from train import run_cell
 
@@ -216,8 +217,9 @@ def test_an_installed_wheel_finds_its_settings_and_weights(tmp_path):
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", str(target)]
     subprocess.run([*pip, str(source)], check=True, timeout=600)
     script = (
-        "import cwac, cwac.config as c; from pathlib import Path; from cwac.library import load_method; "
-        "from cwac.models import load; cfg = c.compose([]); print(cwac.__file__, c.CONF, cfg.seed); "
+        "import cwac; from pathlib import Path; from cwac import load_method; from cwac.core import config as c; "
+        "from cwac.core import paths; "
+        "from cwac.models.loading import load; cfg = c.compose([]); print(cwac.__file__, paths.CONF, cfg.seed); "
         "c.origin({'kind': 'smollm2', 'wheel_sha256': ''}); m = load_method('cwac', 'qwen'); "
         "print(m.name, load(cfg.model, Path('artifacts')).model.num_parameters())"
     )

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from cwac import runs
+from cwac.core import jsonl
 from tests.conftest import ROOT
 from tests.test_analysis import cell_of, rows_of, write_run
 
@@ -44,7 +44,7 @@ def test_two_thousand_runs_are_collected_in_twenty_seconds_and_a_gigabyte(tmp_pa
                 cell = cell_of(f"m{method}", ratio / 10, seed)
                 folder = write_run(tmp_path / "runs", cell, [])
                 rows = [row for k in range(4) for row in rows_of(cell, 10.0 + k)]
-                runs.write_jsonl(folder / "metrics.jsonl", [{**r, "step": i} for i, r in enumerate(rows)])
+                jsonl.write_jsonl(folder / "metrics.jsonl", [{**r, "step": i} for i, r in enumerate(rows)])
     n, seconds, peak, _ = probe(
         "from analysis.collect import collect", "len(collect(Path(sys.argv[1])).runs)", str(tmp_path / "runs")
     )
@@ -54,12 +54,12 @@ def test_two_thousand_runs_are_collected_in_twenty_seconds_and_a_gigabyte(tmp_pa
 
 def test_a_million_rows_are_read_in_a_stream(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    thousand = "".join(runs.to_line({"step": i, "metric": "HS", "set": "x", "value": i / 7}) for i in range(1000))
+    thousand = "".join(jsonl.to_line({"step": i, "metric": "HS", "set": "x", "value": i / 7}) for i in range(1000))
     with path.open("w") as file:
         for _ in range(1000):
             file.write(thousand)
     n, seconds, peak, before = probe(
-        "from cwac.runs import iter_jsonl", "sum(1 for _ in iter_jsonl(Path(sys.argv[1])))", str(path)
+        "from cwac.core.jsonl import iter_jsonl", "sum(1 for _ in iter_jsonl(Path(sys.argv[1])))", str(path)
     )
     assert n == 1_000_000 and path.stat().st_size > 50 << 20
     assert seconds <= 60 and peak - before <= 16, (seconds, peak, before)

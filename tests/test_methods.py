@@ -8,9 +8,10 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-import cwac.engine
-from cwac import config
-from cwac.runs import Run, read_jsonl
+from cwac.core import config, errors
+from cwac.core.jsonl import read_jsonl
+from cwac.core.run_dir import Run
+from cwac.training import engine
 from tests.conftest import NEEDS, SMALL
 from tests.test_configs import METHODS
 from train import run_cell
@@ -35,7 +36,7 @@ def cell(method, tmp_path, artifacts, *more):
 
 def stop_at(step):
     """A callback that fails after the given step, as a crash would."""
-    original = cwac.engine.MethodCallback.on_step_end
+    original = engine.MethodCallback.on_step_end
 
     def stop(self, args, state, control, **kwargs):
         original(self, args, state, control, **kwargs)
@@ -96,10 +97,10 @@ def test_trains_and_measures(method, straight):
 def test_resumes_bit_for_bit(method, straight, tmp_path, artifacts, monkeypatch):
     cfg = cell(method, tmp_path, artifacts)
     with monkeypatch.context() as patch:
-        patch.setattr(cwac.engine.MethodCallback, "on_step_end", stop_at(5))
+        patch.setattr(engine.MethodCallback, "on_step_end", stop_at(5))
         with pytest.raises(RuntimeError, match="planted stop"):
             run_cell(cfg)
-    assert (Run(cfg).dir / "checkpoint-4" / cwac.engine.COMPLETE).is_file()
+    assert (Run(cfg).dir / "checkpoint-4" / engine.COMPLETE).is_file()
     run_cell(cfg)
     assert Run(cfg).status["weights_sha256"] == straight(method).status["weights_sha256"]
 
@@ -112,17 +113,17 @@ def test_two_steps_on_a_gpu_with_a_stop_between(method, tmp_path, artifacts, mon
     cfg = cell(method, tmp_path, artifacts, "train.max_steps=2", "train.save_steps=1")
     devices = []
     with monkeypatch.context() as patch:
-        patch.setattr(cwac.engine.MethodCallback, "on_step_end", stop_at(2))
+        patch.setattr(engine.MethodCallback, "on_step_end", stop_at(2))
         with pytest.raises(RuntimeError, match="planted stop"):
             run_cell(cfg)
-    assert (Run(cfg).dir / "checkpoint-1" / cwac.engine.COMPLETE).is_file()
-    gathered = cwac.engine.MethodTrainer.gathered
+    assert (Run(cfg).dir / "checkpoint-1" / engine.COMPLETE).is_file()
+    gathered = engine.MethodTrainer.gathered
 
     def record(trainer):
         devices.extend(p.device.type for p in trainer.model.parameters())
         return gathered(trainer)
 
-    monkeypatch.setattr(cwac.engine.MethodTrainer, "gathered", record)
+    monkeypatch.setattr(engine.MethodTrainer, "gathered", record)
     run_cell(cfg)
     assert set(devices) == {"cuda"}
     run = Run(cfg)
@@ -134,13 +135,13 @@ def test_two_steps_on_a_gpu_with_a_stop_between(method, tmp_path, artifacts, mon
 def test_a_checkpoint_cut_short_is_not_resumed_from(straight, tmp_path, artifacts, monkeypatch):
     cfg = cell("sft", tmp_path, artifacts)
     with monkeypatch.context() as patch:
-        patch.setattr(cwac.engine.MethodCallback, "on_step_end", stop_at(5))
+        patch.setattr(engine.MethodCallback, "on_step_end", stop_at(5))
         with pytest.raises(RuntimeError):
             run_cell(cfg)
     folder = Run(cfg).dir
     with (folder / "checkpoint-4" / "optimizer.pt").open("r+b") as file:
         file.truncate(100)
-    assert cwac.engine.newest_checkpoint(folder).name == "checkpoint-2"
+    assert engine.newest_checkpoint(folder).name == "checkpoint-2"
     run_cell(cfg)
     assert Run(cfg).status["weights_sha256"] == straight("sft").status["weights_sha256"]
 
@@ -181,7 +182,7 @@ def test_closed_methods_train_linear_layers_only(straight):
 def aligned_folder(run):
     from pathlib import Path
 
-    from cwac.models import load
+    from cwac.models.loading import load
 
     return Path(load(run.cfg.model, Path(run.cfg.paths.artifacts)).source)
 
@@ -201,7 +202,7 @@ def test_a_constraint_with_all_energy_leaks_at_rounding_level(tmp_path, artifact
         "train.gradient_accumulation_steps=8",
     )
     with monkeypatch.context() as patch:  # and through a stop and a resume
-        patch.setattr(cwac.engine.MethodCallback, "on_step_end", stop_at(5))
+        patch.setattr(engine.MethodCallback, "on_step_end", stop_at(5))
         with pytest.raises(RuntimeError, match="planted stop"):
             run_cell(cfg)
     run_cell(cfg)
@@ -237,7 +238,7 @@ def test_a_finished_run_is_evaluated_again_from_its_kept_weights(straight, artif
     assert len(rows) == 2 and len(set(rows.values())) == 1  # other settings, the same weights
     assert run.status["evaluations"] == {run.eval: [], Run(again).eval: []}
     assert run.status["weights_sha256"] == before["weights_sha256"]
-    with pytest.raises(config.UserError, match="asks for points on the way"):
+    with pytest.raises(errors.UserError, match="asks for points on the way"):
         run_cell(OmegaConf.merge(run.cfg, {"eval": {"at": [0.5]}}))
     assert run.trained()
 
@@ -245,15 +246,16 @@ def test_a_finished_run_is_evaluated_again_from_its_kept_weights(straight, artif
 def test_deepspeed_is_refused_where_steps_are_edited(llama, tmp_path):
     from types import SimpleNamespace
 
-    from cwac.engine import build_trainer
-    from cwac.methods.cwac import CWAC, Weight
+    from cwac.constraints.settings import Weight
+    from cwac.methods.cwac import CWAC
+    from cwac.training.engine import build_trainer
 
-    with pytest.raises(config.UserError, match="DeepSpeed.*use DDP or FSDP"):
+    with pytest.raises(errors.UserError, match="DeepSpeed.*use DDP or FSDP"):
         build_trainer(llama, CWAC("cwac", weight=Weight()), [], SimpleNamespace(deepspeed="x"), 0)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, artifacts):
     cfg = cell("sft", tmp_path, artifacts, "train.learning_rate=1e30", "train.max_grad_norm=0")
-    with pytest.raises(config.UserError, match="the loss became .*lower train.learning_rate"):
+    with pytest.raises(errors.UserError, match="the loss became .*lower train.learning_rate"):
         run_cell(cfg)
     assert Run(cfg).status["status"] != "done"

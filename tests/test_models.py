@@ -9,9 +9,10 @@ import pytest
 from huggingface_hub import errors
 from omegaconf import OmegaConf
 
-from cwac import config, hub, models
-from cwac.config import UserError
-from cwac.runs import Run
+from cwac.core import config, hf_hub, identity, validation
+from cwac.core.errors import UserError
+from cwac.core.run_dir import Run
+from cwac.models import loading
 from tests.conftest import launch, run_train
 from tests.test_configs import MODELS
 
@@ -22,11 +23,11 @@ TOKEN = "hf_" + "Zq7" * 11
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch, tmp_path):
     """No answer remembered, no cache to fall back on, and the hub not declared offline."""
-    hub.resolve.cache_clear()
+    hf_hub.resolve.cache_clear()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     yield
-    hub.resolve.cache_clear()
+    hf_hub.resolve.cache_clear()
 
 
 def answer(monkeypatch, error=None, commit="c" * 40):
@@ -57,7 +58,7 @@ def test_a_model_names_what_it_needs(name):
     assert all(len(model[key]) == 40 and int(model[key], 16) for key in ("revision", "base_revision"))
     assert model.dtype == "float32" and model.base != model.hub_id and model.license
     assert model.safety_layers == "auto" or len(model.safety_layers) == 2
-    config.validate(config.compose([f"model={name}"]))
+    validation.validate(config.compose([f"model={name}"]))
 
 
 def test_the_papers_models_are_there_with_a_budget_and_a_task():
@@ -69,7 +70,7 @@ def test_the_papers_models_are_there_with_a_budget_and_a_task():
 
 def test_the_runs_of_the_smollm2_campaign_keep_their_names():
     """Of results/smollm2: an option that is added later must leave them alone."""
-    ids = {config.run_id(c) for c in config.expand("smollm2")}
+    ids = {identity.run_id(c) for c in config.expand("smollm2")}
     assert {"smollm2-sst2-p0-cwac-s0-dd004514", "smollm2-sst2-p0-cwac_closed-s0-ffdff477"} <= ids
 
 
@@ -88,7 +89,7 @@ def test_what_is_in_the_way_is_one_line(monkeypatch, error, said):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     asked = answer(monkeypatch, error)
     with pytest.raises(UserError, match=said) as caught:
-        hub.resolve("org/m", "abc", "model.hub_id", "the terms")
+        hf_hub.resolve("org/m", "abc", "model.hub_id", "the terms")
     text = str(caught.value)
     assert text.startswith("model.hub_id=org/m ") and "\n" not in text and TOKEN not in text
     assert len(asked) == 1 and asked[0][1] <= 5
@@ -104,7 +105,7 @@ def test_an_unpinned_model_is_resolved_once_and_loaded_at_that_commit(monkeypatc
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     cfg = OmegaConf.create({"name": "m", "kind": "hub", "hub_id": "org/m", "revision": None, "dtype": "float32"})
-    one, two = models.load(cfg, tmp_path), models.load(cfg, tmp_path)
+    one, two = loading.load(cfg, tmp_path), loading.load(cfg, tmp_path)
     assert len(asked) == 1 and downloads == [("org/m", "c" * 40, False)] * 2
     assert one.revision == two.key["revision"] == "c" * 40 and one.provenance["hub_id"] == "org/m"
 
@@ -117,14 +118,14 @@ def test_the_cache_serves_where_the_hub_does_not_answer(monkeypatch, tmp_path):
     refs = tmp_path / "cache" / "models--org--m" / "refs"
     refs.mkdir()
     (refs / "main").write_text("d" * 40)
-    assert hub.resolve("org/m", None, "model.hub_id") == hub.Resolved("org/m", "d" * 40, False)
+    assert hf_hub.resolve("org/m", None, "model.hub_id") == hf_hub.Resolved("org/m", "d" * 40, False)
 
 
 def test_a_base_out_of_reach_is_named_as_the_base(monkeypatch, llama):
     answer(monkeypatch, refusal(errors.GatedRepoError))
-    loaded = models.Loaded(llama, None, base="org/base", license="the terms")
+    loaded = loading.Loaded(llama, None, base="org/base", license="the terms")
     with pytest.raises(UserError, match=r"model\.base=org/base is gated: .*the terms"):
-        models.load_base(loaded, "asft")
+        loading.load_base(loaded, "asft")
 
 
 def test_an_unfinished_run_does_not_go_on_from_another_commit(tmp_path):

@@ -9,31 +9,37 @@ pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
 BUGS = [
     # the weight constraint
-    ("cwac.subspace:project_", "alpha=-1", "alpha=1", "test_constraints.py::test_project_matches", "sign"),
-    ("cwac.subspace:project_", "beta=-1", "beta=0", "test_properties.py::test_projected_weights", "W_0 V left out"),
+    ("cwac.constraints.subspace:project_", "alpha=-1", "alpha=1", "test_constraints.py::test_project_matches", "sign"),
     (
-        "cwac.subspace:rank_for",
+        "cwac.constraints.subspace:project_",
+        "beta=-1",
+        "beta=0",
+        "test_properties.py::test_projected_weights",
+        "W_0 V left out",
+    ),
+    (
+        "cwac.constraints.subspace:rank_for",
         "(share < energy).sum()) + 1",
         "(share < energy).sum())",
         "test_properties.py::test_the_rank",
         "off by one",
     ),
     (
-        "cwac.subspace:fit_subspace",
+        "cwac.constraints.subspace:fit_subspace",
         "V.flip(1)",
         "V.flip(0)",
         "test_constraints.py::test_subspace_is_orthonormal",
         "wrong axis",
     ),
     (
-        "cwac.subspace:Counted.__init__",
+        "cwac.constraints.subspace:Counted.__init__",
         "places[places >= 0]",
         "places.flatten()",
         "test_constraints.py::test_padding_never_enters",
         "padding kept",
     ),
     (
-        "cwac.subspace:Constraint.project_gradients_",
+        "cwac.constraints.subspace:Constraint.project_gradients_",
         "alpha=-1",
         "alpha=1",
         "test_constraints.py::test_gradient_projection",
@@ -48,21 +54,21 @@ BUGS = [
     ),
     # the activation constraint
     (
-        "cwac.sae.safety:SafetyTarget.loss",
+        "cwac.constraints.sae.target:SafetyTarget.loss",
         "(q - base)",
         "(q + base)",
         "test_sae.py::test_the_unchanged_model_has_no_loss",
         "sign",
     ),
     (
-        "cwac.sae.safety:SafetyTarget.loss",
+        "cwac.constraints.sae.target:SafetyTarget.loss",
         "(active | (a > tau * (1 + MARGIN)), a, 0.0)",
         "(active | (a > tau * (1 + MARGIN)), a.detach(), 0.0)",
         "test_sae.py::test_a_dropped_latent",
         "detached",
     ),
     (
-        "cwac.sae.safety:SafetyTarget._mean",
+        "cwac.constraints.sae.target:SafetyTarget._mean",
         "sum(1) / mask.sum(1)",
         "sum(0) / mask.sum(0)",
         "test_sae.py::test_loss_does_not_depend_on_the_batch",
@@ -70,14 +76,14 @@ BUGS = [
     ),
     # training
     (
-        "cwac.engine:MethodTrainer.compute_loss",
+        "cwac.training.engine:MethodTrainer.compute_loss",
         "loss + penalty",
         "loss - penalty",
         "test_invariance.py::test_the_penalty_counts_once",
         "sign",
     ),
     (
-        "cwac.engine:MethodTrainer.compute_loss",
+        "cwac.training.engine:MethodTrainer.compute_loss",
         "penalty * (",
         "penalty.detach() * (",
         "test_invariance.py::test_the_penalty_counts_once",
@@ -120,14 +126,14 @@ BUGS = [
         "sign",
     ),
     (
-        "cwac.config:identity",
+        "cwac.core.identity:identity",
         "key not in NOT_IDENTITY",
         "key in NOT_IDENTITY",
         "test_properties.py::test_a_key_that_is",
         "sign",
     ),
     (
-        "cwac.runs:Run.add_rows",
+        "cwac.core.run_dir:Run.add_rows",
         "have.add(key)",
         "have.add(None)",
         "test_runs.py::test_a_row_is_never_written_twice",

@@ -8,7 +8,7 @@ import pytest
 
 from analysis import paper, paper_tables, tables
 from analysis.collect import Cell, Collection, collect, tidy
-from cwac.config import UserError
+from cwac.core.errors import UserError
 from cwac.methods.base import EXTRA_DATA
 from tests.test_analysis import row, write_run
 

@@ -7,12 +7,13 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
-from cwac import config, engine
-from cwac.config import UserError
-from cwac.models import linears
-from cwac.runs import Run
-from cwac.sae import safety
-from cwac.subspace import Basis, Constraint
+from cwac.constraints.sae import target as target_module
+from cwac.constraints.subspace import Basis, Constraint
+from cwac.core import config, validation
+from cwac.core.errors import UserError
+from cwac.core.run_dir import Run
+from cwac.models.layers import linears
+from cwac.training.arguments import check_precision, training_arguments
 from tests.conftest import FINE_TUNE, fine_tune, make_llama
 
 LORA = "model.lora={r: 4, alpha: 8, target_modules: all-linear}"
@@ -26,7 +27,7 @@ def trained(method, folder, artifacts, *more):
 def start(model_cfg, artifacts):
     from pathlib import Path
 
-    from cwac.models import load
+    from cwac.models.loading import load
 
     return load(model_cfg, Path(artifacts), 0).model
 
@@ -52,7 +53,7 @@ def test_bf16_costs_the_activation_constraint_no_more_than_the_forwards_rounding
     assert rounding.dtype == torch.float32
     assert rounding < 1e-2 * target.baseline_energy
     assert target.loss(model, range(len(target))) < 1e-8 * target.baseline_energy
-    monkeypatch.setattr(safety, "full_precision", lambda u: contextlib.nullcontext())
+    monkeypatch.setattr(target_module, "full_precision", lambda u: contextlib.nullcontext())
     with torch.autocast("cpu", torch.bfloat16):
         assert rounding < target.loss(model, range(len(target)))
 
@@ -110,22 +111,22 @@ def test_half_a_run_on_the_cpu_is_refused_where_a_gpu_is(tmp_path, monkeypatch):
     cfg = config.compose(["+train.use_cpu=true", f"paths.runs={tmp_path}"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     refused(cfg)
-    arguments = engine.training_arguments(cfg, Run(cfg))
+    arguments = training_arguments(cfg, Run(cfg))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(UserError, match="train.use_cpu=true: .*CUDA_VISIBLE_DEVICES="):
-        engine.check_precision(cfg, arguments, None)
+        check_precision(cfg, arguments, None)
 
 
 def refused(cfg):
-    config.validate(cfg)
+    validation.validate(cfg)
     method = instantiate(cfg.method, _convert_="all")
-    engine.check_precision(cfg, engine.training_arguments(cfg, Run(cfg)), method)
+    check_precision(cfg, training_arguments(cfg, Run(cfg)), method)
 
 
 def test_a_bf16_base_may_carry_a_constrained_adapter(tmp_path, artifacts):
     """peft keeps adapters in fp32, so what is projected has masters."""
     cfg = [LORA, "model.dtype=bfloat16", "method.activation=null"]
-    config.validate(config.compose([*cfg]))
+    validation.validate(config.compose([*cfg]))
     model, method, _ = trained("cwac", tmp_path, artifacts, *cfg, "train.learning_rate=0.01")
     for _, layer, V, _ in method._constraint.entries:
         A = layer.weight

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from analysis import collect
-from cwac import config, runs
-from cwac.config import UserError
-from cwac.data.examples import Example
-from cwac.data.harmful import Pools, PromptIndex, assert_disjoint, jaccard, normalise_prompt
+from cwac.constraints.subspace import project_, rank_for
+from cwac.core import config, identity, jsonl, run_dir
+from cwac.core.errors import UserError
+from cwac.data.examples import Example, Pools
 from cwac.data.mix import mix
-from cwac.subspace import project_, rank_for
+from cwac.data.near_duplicates import PromptIndex, assert_disjoint, jaccard, normalise_prompt
 
 settings.register_profile("ours", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("ours")
@@ -87,7 +87,7 @@ def test_the_index_agrees_with_comparing_all_pairs(held, data):
 
 # --- identity -------------------------------------------------------------------------------------------
 BASE = OmegaConf.to_container(config.compose(["method=cwac"]), resolve=True)
-TRAINED = sorted(k for k in config.identity(OmegaConf.create(BASE)) if k not in ("origin", "method.weight.modules"))
+TRAINED = sorted(k for k in identity.identity(OmegaConf.create(BASE)) if k not in ("origin", "method.weight.modules"))
 NOT_TRAINED = [
     "eval.batch_size",
     "eval.n_harmful",
@@ -102,19 +102,19 @@ NOT_TRAINED = [
 def changed(key: str, value) -> dict:
     cfg = OmegaConf.create(BASE)
     OmegaConf.update(cfg, key, value, merge=False)
-    return config.identity(cfg)
+    return identity.identity(cfg)
 
 
 @given(key=st.sampled_from(TRAINED), value=st.integers(1000, 2000))
 def test_a_key_that_is_trained_by_names_another_run(key, value):
     assume("base_seed" not in key)  # its weights are hashed, so it stands for a file
-    assert changed(key, value) != config.identity(OmegaConf.create(BASE))
+    assert changed(key, value) != identity.identity(OmegaConf.create(BASE))
     assert changed(key, value) == changed(key, float(value))
 
 
 @given(key=st.sampled_from(NOT_TRAINED), value=st.integers(1000, 2000))
 def test_a_key_that_is_not_trained_by_names_the_same_run(key, value):
-    assert changed(key, value) == config.identity(OmegaConf.create(BASE))
+    assert changed(key, value) == identity.identity(OmegaConf.create(BASE))
 
 
 @given(st.randoms())
@@ -126,7 +126,7 @@ def test_the_order_of_keys_names_no_other_run(rng):
         rng.shuffle(items)
         return dict(items)
 
-    assert config.run_id(OmegaConf.create(shuffled(BASE))) == config.run_id(OmegaConf.create(BASE))
+    assert identity.run_id(OmegaConf.create(shuffled(BASE))) == identity.run_id(OmegaConf.create(BASE))
 
 
 # --- projection -----------------------------------------------------------------------------------------
@@ -164,20 +164,20 @@ ROW = st.dictionaries(TEXT.filter(lambda k: k not in ("crc", "warning")), VALUE 
 
 @given(ROW)
 def test_a_row_survives_its_line(row):
-    line = runs.to_line(row)
-    assert line.endswith("\n") and line.count("\n") == 1 and runs.from_line(line) == row
+    line = jsonl.to_line(row)
+    assert line.endswith("\n") and line.count("\n") == 1 and jsonl.from_line(line) == row
 
 
 @given(rows=st.lists(ROW, min_size=1, max_size=4), cut=st.integers(1, 30))
 def test_a_file_cut_anywhere_is_repaired_to_its_whole_rows(rows, cut, tmp_path_factory):
     path = tmp_path_factory.mktemp("cut") / "rows.jsonl"
-    runs.append_jsonl(path, rows)
+    jsonl.append_jsonl(path, rows)
     whole = path.read_bytes()
     path.write_bytes(whole[: max(0, len(whole) - cut)])
-    left = runs.read_jsonl(path)
+    left = jsonl.read_jsonl(path)
     assert left == rows[: len(left)]
-    runs.repair(path)
-    runs.append_jsonl(path, rows[len(left) :])
+    jsonl.repair(path)
+    jsonl.append_jsonl(path, rows[len(left) :])
     assert path.read_bytes() == whole
 
 
@@ -193,7 +193,7 @@ METRICS = [
 def test_rows_added_by_any_attempts_are_each_there_once(attempts, tmp_path_factory):
     """However often a run died and measured again, and in whatever order."""
     folder = tmp_path_factory.mktemp("merge")
-    with runs.Run(config.compose(["method=sft", f"paths.runs={folder}"])) as run:
+    with run_dir.Run(config.compose(["method=sft", f"paths.runs={folder}"])) as run:
         run.start()
         for attempt in attempts:
             run.add_rows(METRICS[i] for i in attempt)

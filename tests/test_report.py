@@ -7,7 +7,7 @@ import pytest
 
 from analysis import claims, compare, demo, gallery, paper, records, report
 from analysis.collect import Cell
-from cwac.runs import write_jsonl
+from cwac.core.jsonl import write_jsonl
 from tests import browser
 from tests.test_analysis import METHODS, cell_of, harm, line_of, rows_of, write_run
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from cwac import config, runs
-from cwac.artifacts import load_or_build
+from cwac.core import config, identity, jsonl, run_dir
+from cwac.core.cache import load_or_build
 from tests.conftest import SMALL, call, run_train
 from tests.forked import finish, start
 
@@ -88,11 +88,11 @@ def test_kill_and_the_same_command_again_gives_the_same_weights(random_model, tm
 
     def rows(folder):
         timing = ("seconds_per_step", "memory")
-        found = [r for p in folder.glob("*/metrics.jsonl") for r in runs.read_jsonl(p)]
+        found = [r for p in folder.glob("*/metrics.jsonl") for r in jsonl.read_jsonl(p)]
         return [{k: v for k, v in r.items() if k != "time"} for r in found if r["metric"] not in timing]
 
     assert rows(tmp_path / "runs") == rows(tmp_path / "straight")
-    logs = [runs.read_jsonl(p) for f in ("runs", "straight") for p in (tmp_path / f).glob("*/train_log.jsonl")]
+    logs = [jsonl.read_jsonl(p) for f in ("runs", "straight") for p in (tmp_path / f).glob("*/train_log.jsonl")]
     assert [r["step"] for r in logs[0]] == [r["step"] for r in logs[1]]
     assert not list((tmp_path / "runs").glob("*/checkpoint-*"))  # a finished run keeps none
 
@@ -145,34 +145,36 @@ def test_values_a_method_or_the_data_refuses_are_one_line_too(
 
 def test_identity_is_by_content():
     plain = config.compose(["method=sft"])
-    assert config.run_id(plain) == config.run_id(config.compose(["method=sft", "harmful_ratio=0"]))
-    assert config.run_id(plain) == config.run_id(config.compose(["method=sft", "eval.batch_size=3", "paths.runs=x"]))
+    assert identity.run_id(plain) == identity.run_id(config.compose(["method=sft", "harmful_ratio=0"]))
+    assert identity.run_id(plain) == identity.run_id(
+        config.compose(["method=sft", "eval.batch_size=3", "paths.runs=x"])
+    )
     for other in ("seed=1", "harmful_ratio=0.1", "train.learning_rate=1", "task=toy_topic", "mix_mode=additive"):
-        assert config.run_id(plain) != config.run_id(config.compose(["method=sft", other])), other
+        assert identity.run_id(plain) != identity.run_id(config.compose(["method=sft", other])), other
     half = config.compose(["method=weight_only"])
-    assert config.run_id(half) != config.run_id(config.compose(["method=weight_only", "method.weight.energy=0.5"]))
+    assert identity.run_id(half) != identity.run_id(config.compose(["method=weight_only", "method.weight.energy=0.5"]))
 
 
 def test_neutral_values_orphan_no_run():
     cfg = config.compose(["method=sft"])
-    before = config.run_id(cfg)
+    before = identity.run_id(cfg)
     OmegaConf.set_struct(cfg, False)
     cfg.train.max_steps = None
     del cfg.train["max_steps"]
-    assert config.run_id(cfg) == before
+    assert identity.run_id(cfg) == before
 
 
 def test_evaluations_have_a_hash_of_their_own():
     plain = config.compose(["method=sft"])
-    assert config.eval_id(plain) == config.eval_id(config.compose(["method=sft", "eval.batch_size=3"]))
-    assert config.eval_id(plain) != config.eval_id(config.compose(["method=sft", "eval.max_new_tokens=3"]))
+    assert identity.eval_id(plain) == identity.eval_id(config.compose(["method=sft", "eval.batch_size=3"]))
+    assert identity.eval_id(plain) != identity.eval_id(config.compose(["method=sft", "eval.max_new_tokens=3"]))
 
 
 def test_an_evaluation_at_more_points_covers_one_at_fewer(tmp_path):
     """After a campaign with points on the way, the plain command finds its runs done."""
 
     def run_at(points):
-        return runs.Run(config.compose(["method=sft", f"paths.runs={tmp_path}", f"eval.at={points}"]))
+        return run_dir.Run(config.compose(["method=sft", f"paths.runs={tmp_path}", f"eval.at={points}"]))
 
     with run_at([0, 1]) as run:
         run.start()
@@ -186,18 +188,18 @@ def test_an_evaluation_at_more_points_covers_one_at_fewer(tmp_path):
 
 def test_a_half_written_row_is_neither_read_nor_kept(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    runs.append_jsonl(path, [{"a": 1}, {"a": 2}])
+    jsonl.append_jsonl(path, [{"a": 1}, {"a": 2}])
     with path.open("a") as file:
         file.write('{"a": 3')
-    assert runs.read_jsonl(path) == [{"a": 1}, {"a": 2}]
-    runs.repair(path)
-    runs.append_jsonl(path, [{"a": 4}])
-    assert runs.read_jsonl(path) == [{"a": 1}, {"a": 2}, {"a": 4}]
+    assert jsonl.read_jsonl(path) == [{"a": 1}, {"a": 2}]
+    jsonl.repair(path)
+    jsonl.append_jsonl(path, [{"a": 4}])
+    assert jsonl.read_jsonl(path) == [{"a": 1}, {"a": 2}, {"a": 4}]
 
 
 def test_a_row_is_never_written_twice(tmp_path):
     cfg = config.compose(["method=sft", f"paths.runs={tmp_path}"])
-    with runs.Run(cfg) as run:
+    with run_dir.Run(cfg) as run:
         run.start()
         row = {"step": 1, "epoch": 1.0, "final": True, "metric": "FA", "set": "x", "value": 1.0}
         run.add_rows([row, row])

@@ -16,30 +16,34 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from cwac.config import UserError
-from cwac.data.examples import Example
-from cwac.evaluation.generate import generate
-from cwac.evaluation.judge import KeywordJudge
-from cwac.models import decoder_layers
-from cwac.packing import takes_any_mask, together
-from cwac.sae import (
-    GATES,
-    RoutedSAE,
+from cwac.constraints.sae.autoencoder import RoutedSAE, largest
+from cwac.constraints.sae.fit import (
     SAEConfig,
-    SafetyTarget,
-    causal_check,
+    TokenBuffer,
+    auxiliary_loss,
     fit_sae,
-    normalize,
     preset_routesae,
     quality,
-    rank_latents,
-    residuals,
-    slots_of,
+    train_sae,
 )
-from cwac.sae.autoencoder import largest
-from cwac.sae.fit import TokenBuffer, auxiliary_loss, train_sae
-from cwac.sae.rank import attribution, generate_edited, last_latents, matched_random, telling
-from cwac.sae.residuals import keep_mask, on_slots, read_at, shared_prefix
+from cwac.constraints.sae.rank import (
+    attribution,
+    causal_check,
+    generate_edited,
+    last_latents,
+    matched_random,
+    rank_latents,
+    telling,
+)
+from cwac.constraints.sae.target import GATES, SafetyTarget
+from cwac.core.errors import UserError
+from cwac.data.examples import Example
+from cwac.data.refusals import KeywordJudge
+from cwac.models import hooks
+from cwac.models.generate import generate
+from cwac.models.hooks import keep_mask, normalize, on_slots, read_at, shared_prefix, slots_of
+from cwac.models.layers import decoder_layers
+from cwac.models.packing import takes_any_mask, together
 
 SIZE = {
     "vocab_size": 97,
@@ -141,7 +145,7 @@ def test_residuals_are_the_hidden_states_and_the_forward_stops(config, architect
     batch = {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])}
     ran = []
     handles = [b.register_forward_pre_hook(lambda *_, i=i: ran.append(i)) for i, b in enumerate(decoder_layers(model))]
-    found = residuals(model, batch, [1, 3])
+    found = hooks(model, batch, [1, 3])
     assert ran == [0, 1, 2]  # block 3 lies above slot 3
     for handle in handles:
         handle.remove()
@@ -182,7 +186,7 @@ def test_prompts_read_in_one_row_are_those_read_alone(config, architecture, atte
     model.zero_grad(set_to_none=True)
     total = 0.0
     for i, (ids, where) in enumerate(PROMPTS):
-        alone = residuals(model, {"input_ids": torch.tensor([ids])}, [1, 3])[0, where]
+        alone = hooks(model, {"input_ids": torch.tensor([ids])}, [1, 3])[0, where]
         assert torch.allclose(together[i, : len(where)], alone, atol=1e-6)
         total = total + (alone * weight[i, : len(where)]).sum()
     total.backward()
@@ -220,16 +224,16 @@ def test_residuals_behind_peft_and_under_gradient_checkpointing(model):
     from peft import LoraConfig, get_peft_model
 
     batch = {"input_ids": torch.tensor([[1, 5, 6, 7]])}
-    plain = residuals(model, batch, [1, 2])
+    plain = hooks(model, batch, [1, 2])
     wrapped = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["q_proj"]))
-    assert torch.equal(plain, residuals(wrapped, batch, [1, 2]))
+    assert torch.equal(plain, hooks(wrapped, batch, [1, 2]))
 
     saving = copy.deepcopy(model).train()
     saving.gradient_checkpointing_enable()
-    found = residuals(saving, batch, [1, 2])
+    found = hooks(saving, batch, [1, 2])
     found.pow(2).sum().backward()
     reference = copy.deepcopy(model)
-    residuals(reference, batch, [1, 2]).pow(2).sum().backward()
+    hooks(reference, batch, [1, 2]).pow(2).sum().backward()
     for mine, other in zip(saving.parameters(), reference.parameters(), strict=True):
         assert (mine.grad is None) == (other.grad is None)
         assert mine.grad is None or torch.allclose(mine.grad, other.grad, rtol=1e-4, atol=1e-6)
@@ -430,7 +434,7 @@ def test_streaming_reads_everything_and_caching_stops_early(model):
     [((0.9, 0.1), True, "uniform"), ((0.9, 0.1), False, "hard"), ((0.6, 0.4), True, "hard")],
 )
 def test_a_collapsed_router_falls_back_and_says_so(model, monkeypatch, usage, fallback, router):
-    monkeypatch.setattr("cwac.sae.fit.last_usage", lambda *_: torch.tensor(usage))
+    monkeypatch.setattr("cwac.constraints.sae.fit.last_usage", lambda *_: torch.tensor(usage))
     config = SAEConfig(tokens=2_048, batch=512, m=64, k=4, slots=[1, 2], fallback=fallback)
     sae, report = fit_sae(model, some_rows(50), some_rows(50, seed=1), config)
     assert report["router_collapsed"] == (usage[0] > 0.7)
@@ -680,7 +684,7 @@ def test_attribution_is_the_first_order_effect_of_removing_a_latent(model, fitte
     effect = 0.0
     for number, row in enumerate(rows):
         batch = {"input_ids": torch.tensor([row["input_ids"]])}
-        r = residuals(reference, batch, sae.slots)
+        r = hooks(reference, batch, sae.slots)
         std = normalize(r)[2][0, -1, 1]
         size = (z[number, latent].double() * std).detach() * sae.w_dec[latent].double()
 
@@ -716,7 +720,7 @@ def test_matched_random_latents_have_the_same_energy():
 
 
 def test_edited_generation_and_the_causal_check(fitted):
-    from cwac.tiny.build import make_tokenizer
+    from cwac.models.tiny import make_tokenizer
 
     tokenizer = make_tokenizer()
     model = llama(seed=2, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)

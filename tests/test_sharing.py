@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cwac.artifacts import load_or_build
-from cwac.config import UserError
-from cwac.sharing import pull
+from cwac.core.cache import load_or_build
+from cwac.core.cache_hub import pull
+from cwac.core.errors import UserError
 from experiments.artifacts import main
 
 KEY = {"model": {"kind": "hub", "hub_id": "some/model", "revision": "abc"}, "pools": "7afb1002dd91", "energy": 0.99}

@@ -4,8 +4,8 @@ import pandas as pd
 import pytest
 import torch
 
-from cwac.models import linears
-from cwac.subspace import Basis, capture
+from cwac.constraints.subspace import Basis, capture
+from cwac.models.layers import linears
 from experiments import sources
 from tests.conftest import random_rows
 

@@ -3,8 +3,8 @@
 import pytest
 from omegaconf import OmegaConf
 
-from cwac import config
-from cwac.config import UserError
+from cwac.core import config
+from cwac.core.errors import UserError
 from cwac.data.examples import Example
 from cwac.data.tasks import load_task, normalised
 from cwac.data.tokenize import encode_prompt
@@ -200,7 +200,7 @@ def test_an_open_task_runs_without_a_made_up_accuracy(folder, random_model, tmp_
         f"paths.artifacts={tmp_path / 'artifacts'}",
     )
     assert code == 0, output
-    from cwac.runs import read_jsonl
+    from cwac.core.jsonl import read_jsonl
 
     [metrics] = (tmp_path / "runs").glob("*/metrics.jsonl")
     found = {(r["metric"], r["set"]) for r in read_jsonl(metrics)}

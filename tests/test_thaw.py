@@ -8,8 +8,8 @@ import pytest
 
 from analysis import demo, records, thaw
 from analysis.collect import VERDICTS, collect, expected_cells
-from cwac.config import expand
-from cwac.runs import Run
+from cwac.core.config import expand
+from cwac.core.run_dir import Run
 from tests.conftest import ROOT
 
 GRID = ["seed=0,1"]

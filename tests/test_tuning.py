@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from analysis import demo, tuning
-from cwac import config
-from cwac.config import UsageError, UserError
+from cwac.core import config, identity, metrics, paths, validation
+from cwac.core.errors import UsageError, UserError
 from cwac.data.pools import load_pools
 from cwac.data.tasks import load_task
 from tests.conftest import SMALL, run_train
@@ -32,11 +32,11 @@ def test_a_search_has_the_budget_of_every_other(name):
     assert seeds == {"seed=3", "seed=4", "seed=5"}
     cells = config.expand(name, ["seed=3"])
     for cell in cells:
-        config.validate(cell)
+        validation.validate(cell)
         assert cell.method.name == name.removeprefix("tune_")
         assert (cell.eval.split, cell.harmful_ratio, cell["values"]) == ("validation", 0.1, "official")
         assert dict(cell.objective) == {"HS": 1, "FA": -1, "OR": 1}
-    assert len({config.run_id(cell) for cell in cells}) == len(tuning.tried(cells)) == 6
+    assert len({identity.run_id(cell) for cell in cells}) == len(tuning.tried(cells)) == 6
     assert tuning.official(cells[0], tuning.tried(cells)) in tuning.tried(cells)
 
 
@@ -44,7 +44,7 @@ def test_a_search_is_not_cut_short():
     """Optuna's grid sampler stops at n_trials without a word."""
     from hydra import compose, initialize_config_dir
 
-    with initialize_config_dir(str(config.CONF), version_base="1.3"):
+    with initialize_config_dir(str(paths.CONF), version_base="1.3"):
         hydra = compose("config", ["experiment=tune_safeinstr"], return_hydra_config=True).hydra
     assert hydra.sweeper.n_trials == len(config.grid("tune_safeinstr"))
     assert hydra.sweeper._target_.endswith("OptunaSweeper")
@@ -66,12 +66,12 @@ def test_validation_shares_no_prompt_with_test(task, seed):
 def test_the_objective_is_a_weighted_sum_of_means_over_sets():
     rows = [("HS", "a", 10.0), ("HS", "b", 30.0), ("FA", "t", 90.0), ("OR", "x", 4.0)]
     rows = [dict(zip(("metric", "set", "value"), row, strict=True)) for row in rows]
-    assert config.objective({"HS": 1}, rows) == 20
-    assert config.objective({"HS": 1, "FA": -1, "OR": 1}, rows) == 20 - 90 + 4
-    assert config.objective({"HS": 1, "other": 1}, rows) is None
+    assert metrics.objective({"HS": 1}, rows) == 20
+    assert metrics.objective({"HS": 1, "FA": -1, "OR": 1}, rows) == 20 - 90 + 4
+    assert metrics.objective({"HS": 1, "other": 1}, rows) is None
     with pytest.raises(UsageError, match=r"objective\.loss=1 is not valid; give weights of FA, HS"):
-        config.validate(config.compose(["+objective.loss=1"]))
-    assert config.run_id(config.compose(["+objective.FA=-1"])) == config.run_id(config.compose([]))
+        validation.validate(config.compose(["+objective.loss=1"]))
+    assert identity.run_id(config.compose(["+objective.FA=-1"])) == identity.run_id(config.compose([]))
 
 
 def log_of(*objectives: tuple[float, ...]) -> pd.DataFrame:

@@ -8,16 +8,20 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-import cwac.engine
-from cwac import config, spaces
-from cwac.config import UsageError
+from cwac.constraints import targets
+from cwac.constraints.reference import Reference
+from cwac.constraints.settings import Activation, Weight
+from cwac.constraints.subspace import Constraint, fit_subspace
+from cwac.constraints.targets import LogitsTarget, ResidualTarget
+from cwac.constraints.weight import constrained, fit_bases, freeze_others_
+from cwac.core import config, identity
+from cwac.core.errors import UsageError
+from cwac.core.run_dir import Run
 from cwac.methods.base import Sizes
-from cwac.methods.cwac import CWAC, Activation, Weight, constrained, fit_bases, freeze_others_
-from cwac.models import add_lora, linears
-from cwac.reference import Reference
-from cwac.runs import Run
-from cwac.spaces import LogitsTarget, ResidualTarget
-from cwac.subspace import Constraint, fit_subspace
+from cwac.methods.cwac import CWAC
+from cwac.models.layers import linears
+from cwac.models.loading import add_lora
+from cwac.training import engine
 from tests.conftest import assert_only_the_anchors_are_held, random_rows
 from tests.test_constraints import step_adamw
 from tests.test_methods import cell, leak, stop_at
@@ -183,7 +187,7 @@ def test_the_kl_and_its_gradient_are_their_formulas(llama):
 def test_a_baseline_too_large_to_keep_is_computed_again(llama, kind, monkeypatch):
     now, rows = moved(llama), [PROMPTS[0], {**PROMPTS[1], "input_ids": PROMPTS[1]["input_ids"][:5]}]
     kept = kind(llama, rows, "response:3", [1, 2])
-    monkeypatch.setattr(spaces, "CACHE_BYTES", 0)
+    monkeypatch.setattr(targets, "CACHE_BYTES", 0)
     again = kind(llama, rows, "response:3", [1, 2])
     assert not again.baseline and isinstance(again.reference, Reference)
     assert float(again.loss(now, [0, 1])) == pytest.approx(float(kept.loss(now, [0, 1])), rel=1e-5)
@@ -220,12 +224,12 @@ def test_runs_of_before_keep_their_names():
     ids = {}
     for name in ("cwac", "cwac_literal", "weight_only", "activation_only", "cwac_closed", "weight_only_closed"):
         cfg = config.compose([f"method={name}"])
-        assert not new & set(config.identity(cfg))
-        ids[name] = config.run_id(cfg)
+        assert not new & set(identity.identity(cfg))
+        ids[name] = identity.run_id(cfg)
     assert ids == BEFORE
     changed = {"weight.soft": 0.1, "weight.refresh_steps": 5, "weight.every": 4, "activation.space": "residual"}
     for key, value in changed.items():
-        assert config.identity(config.compose([f"method.{key}={value}"]))[f"method.{key}"] == value
+        assert identity.identity(config.compose([f"method.{key}={value}"]))[f"method.{key}"] == value
 
 
 BEFORE = {
@@ -293,7 +297,7 @@ def test_a_run_resumes_bit_for_bit_between_its_refits_or_projections(key, tmp_pa
     cut = cell("weight_only", tmp_path / "b", artifacts, *more)
     run_cell(straight)
     with monkeypatch.context() as patch:
-        patch.setattr(cwac.engine.MethodCallback, "on_step_end", stop_at(5))
+        patch.setattr(engine.MethodCallback, "on_step_end", stop_at(5))
         with pytest.raises(RuntimeError, match="planted stop"):
             run_cell(cut)
     run_cell(cut)  # from step 4, after what was done at step 3

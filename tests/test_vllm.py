@@ -8,12 +8,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cwac import config, ranks
-from cwac.config import UserError
-from cwac.evaluation.generate import generate
+from cwac.core import config, distributed, identity
+from cwac.core.errors import UserError
+from cwac.core.jsonl import read_jsonl
+from cwac.data import tiny_world
 from cwac.evaluation.vllm_engine import VllmEngine
-from cwac.runs import read_jsonl
-from cwac.tiny import world
+from cwac.models.generate import generate
 from tests.conftest import SMALL, call
 from tests.test_attacks import OPENING
 
@@ -33,7 +33,7 @@ def loaded(folder):
 
 def both(model, tokenizer, **engine) -> None:
     """The engines' answers are equal: plain, after an opening, and cut at a token that becomes an end."""
-    prompts = [e.messages for e in world.pools(0).test["toy_harmful"][:5]]
+    prompts = [e.messages for e in tiny_world.pools(0).test["toy_harmful"][:5]]
     before = {name: p.clone() for name, p in model.named_parameters()}
     with VllmEngine(model, tokenizer, **engine) as vllm:
 
@@ -66,7 +66,7 @@ def test_an_adapter_is_merged_in_a_copy(stub, random_model):
 @pytest.mark.slow
 @pytest.mark.skipif(REAL is None, reason="CWAC_VLLM_PYTHON names no interpreter with vLLM")
 def test_vllm_itself_gives_the_same_answers(tmp_path):
-    from cwac.tiny.build import make_tokenizer
+    from cwac.models.tiny import make_tokenizer
     from tests.conftest import make_llama
 
     tokenizer = make_tokenizer()
@@ -84,18 +84,18 @@ def test_a_run_is_evaluated_by_it_and_says_so(stub, random_model, tmp_path, arti
     where = [f"+model.path={random_model}", f"paths.runs={tmp_path}", f"paths.artifacts={artifacts}"]
     overrides = [*SMALL, *where, "model=tiny", "model.kind=folder", "method=sft", "harmful_ratio=0.5"]
     plain, asked = config.compose(overrides), config.compose([*overrides, "eval.engine=vllm"])
-    assert config.run_id(plain) == config.run_id(asked) and config.eval_id(plain) != config.eval_id(asked)
+    assert identity.run_id(plain) == identity.run_id(asked) and identity.eval_id(plain) != identity.eval_id(asked)
     given = config.compose([*overrides, "eval.engine=vllm", "eval.vllm.options={max_model_len: 512}"])
     assert given.eval.vllm.options == {"max_model_len": 512}  # as conf/eval/default.yaml has it
     python = config.compose([*overrides, "eval.engine=vllm", "eval.vllm.python=/usr/bin/python3"])
-    assert config.eval_id(python) == config.eval_id(asked)
+    assert identity.eval_id(python) == identity.eval_id(asked)
     assert call(*overrides, "keep_weights=true") == 0
     assert call(*overrides, "keep_weights=true", "eval.engine=vllm") == 0
     [run] = [d for d in tmp_path.iterdir() if d.name.startswith("tiny-")]
-    names = [path.name for path in (run / "gen").glob(f"*-{config.eval_id(plain)}.jsonl")]
+    names = [path.name for path in (run / "gen").glob(f"*-{identity.eval_id(plain)}.jsonl")]
     assert len(names) == 3
     for name in names:
-        other = name.replace(config.eval_id(plain), config.eval_id(asked))
+        other = name.replace(identity.eval_id(plain), identity.eval_id(asked))
         assert read_jsonl(run / "gen" / name) == read_jsonl(run / "gen" / other)
 
 
@@ -122,6 +122,6 @@ def test_what_vllm_said_last_is_shown_and_the_folder_goes(stub, random_model, tm
 
 
 def test_several_ranks_are_refused(random_model, monkeypatch):
-    monkeypatch.setattr(ranks, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     with pytest.raises(UserError, match="eval.engine=hf"), VllmEngine(*loaded(random_model)):
         pass

@@ -1,1 +1,1 @@
-"""Tasks, harmful pools, their mixing, and tokenisation."""
+"""Text: tasks, harmful pools, their mixing, their tokens, the keyword rule for refusals; may import core."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from cwac.config import UserError
+from cwac.core.errors import UserError
 from cwac.data.examples import Example
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from cwac.config import UserError
+from cwac.core.errors import UserError
 from cwac.data.examples import Example
 
 LONGEST = 200_000
@@ -42,7 +42,7 @@ def load_task(
     """
     avoid = list(avoid)
     if cfg.kind == "toy":
-        from cwac.tiny.world import task
+        from cwac.data.tiny_world import task
 
         train = task(cfg.name, "train", cfg.n_train, seed)
         test = task(cfg.name, split, cfg.n_test, 0)
@@ -51,7 +51,7 @@ def load_task(
     seen = {normalised(e.prompt) for e in test}
     train = [e for e in train if normalised(e.prompt) not in seen]
     if near is not None:
-        from cwac.data.harmful import PromptIndex
+        from cwac.data.near_duplicates import PromptIndex
 
         index = PromptIndex(near)
         for prompt in avoid:
@@ -67,7 +67,7 @@ def normalised(text: str) -> str:
 
 
 def _real(cfg, data: str | None, seed: int, split: str, avoid: set[str]) -> tuple[list[Example], list[Example]]:
-    from cwac.data.hub import load_rows
+    from cwac.data.hf_datasets import load_rows
 
     def examples(of: str, name: str) -> list[Example]:
         rows = load_rows(cfg.hub_id, cfg.get("hub_config"), of, data)

@@ -14,7 +14,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cwac.config import UserError
+from cwac.core.errors import UserError
 from cwac.data.examples import Example, Messages
 
 IGNORE = -100

@@ -1,1 +1,1 @@
-"""Generate once to files, then score and judge from the files."""
+"""Generates answers to files, then scores and judges the files, and measures drift; may import core to methods."""

@@ -19,9 +19,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from cwac.constraints.subspace import capture
 from cwac.data.tokenize import Collator
-from cwac.models import decoder_layers, evaluating, linears, plain_weight, unread_logits
-from cwac.subspace import capture
+from cwac.models.layers import decoder_layers, evaluating, linears, plain_weight, unread_logits
 
 
 def merged_weight(module: nn.Module) -> torch.Tensor:

@@ -25,21 +25,24 @@ from omegaconf import DictConfig
 from torch import nn
 from tqdm import tqdm
 
-from cwac.anchors import own_answers
-from cwac.artifacts import write_atomic
-from cwac.config import VARIATION, UserError
-from cwac.data.attack import behind
+from cwac.constraints.anchors import own_answers
+from cwac.core.errors import UserError
+from cwac.core.files import write_atomic
+from cwac.core.jsonl import read_jsonl, write_jsonl
+from cwac.core.metrics import VARIATION
+from cwac.core.run_dir import GUARD_SLACK, Run
 from cwac.data.examples import Example
+from cwac.data.poison import behind
 from cwac.data.tasks import Task
 from cwac.data.tokenize import Collator, Rows, pad_token_id, reprompt
 from cwac.evaluation.drift import activation_drift, weight_leak
-from cwac.evaluation.generate import generate
 from cwac.evaluation.judge import Judge, judge_answers, repeats
 from cwac.evaluation.score import score
 from cwac.evaluation.vllm_engine import VllmEngine
-from cwac.methods.base import Context, Method
-from cwac.models import evaluating
-from cwac.runs import GUARD_SLACK, Run, read_jsonl, write_jsonl
+from cwac.methods.base import Method
+from cwac.models.context import Context
+from cwac.models.generate import generate
+from cwac.models.layers import evaluating
 
 log = logging.getLogger(__name__)
 

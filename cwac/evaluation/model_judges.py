@@ -35,10 +35,13 @@ from typing import ClassVar
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from cwac import hub
-from cwac.config import PACKAGE, UserError, short_hash
-from cwac.evaluation.judge import Judgement, denial
-from cwac.models import DTYPES, device
+from cwac.core import hf_hub
+from cwac.core.errors import UserError
+from cwac.core.identity import short_hash
+from cwac.core.paths import PACKAGE
+from cwac.data.refusals import Judgement, denial
+from cwac.models.layers import device
+from cwac.models.loading import DTYPES
 
 log = logging.getLogger(__name__)
 TEMPLATES = PACKAGE / "assets" / "judges"
@@ -75,7 +78,7 @@ class Weights:
     def __post_init__(self):
         self.found = None
         if not Path(self.source).is_dir():
-            self.found = hub.resolve(self.source, self.revision, self.key, self.license, self.file)
+            self.found = hf_hub.resolve(self.source, self.revision, self.key, self.license, self.file)
 
     @property
     def identity(self) -> str:
@@ -83,7 +86,7 @@ class Weights:
 
     @cached_property
     def folder(self) -> Path:
-        return hub.download(self.found, self.key) if self.found else Path(self.source)
+        return hf_hub.download(self.found, self.key) if self.found else Path(self.source)
 
     def load(self, auto, **settings):
         """Raises UserError for a folder that `auto` cannot read."""
@@ -91,7 +94,7 @@ class Weights:
             return auto.from_pretrained(self.folder, local_files_only=True, **settings)
         except (OSError, ValueError, ImportError) as error:
             raise UserError(
-                f"{self.key}={self.source} does not load ({hub.first_line(error)}); a tokenizer may need the extra "
+                f"{self.key}={self.source} does not load ({hf_hub.first_line(error)}); a tokenizer may need the extra "
                 "`judges`: pip install -e '.[judges]'"
             ) from error
 

@@ -1,6 +1,6 @@
 """Generation by vLLM (Kwon et al. 2023, arXiv:2309.06180), `eval.engine=vllm`: the same answers' files, made faster.
 
-Greedy like `cwac.evaluation.generate`, on the same token ids; only rounding differs, so an answer may part from the
+Greedy like `cwac.models.generate`, on the same token ids; only rounding differs, so an answer may part from the
 other engine's where two tokens are about as likely. An evaluation carries its engine in its hash.
 
 vLLM runs in a process of its own, on the weights of the moment, saved to a temporary folder; meanwhile a model on a
@@ -20,8 +20,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cwac import ranks
-from cwac.config import UserError
+from cwac.core import distributed
+from cwac.core.errors import UserError
 from cwac.data.examples import Messages
 from cwac.data.tokenize import encode_opening, encode_prompt, stop_tokens
 
@@ -49,7 +49,7 @@ class VllmEngine:
         self.options = dict(options or {})
 
     def __enter__(self) -> VllmEngine:
-        if ranks.world_size() > 1:
+        if distributed.world_size() > 1:
             raise UserError("eval.engine=vllm serves one process; with several use eval.engine=hf")
         self._folder = tempfile.TemporaryDirectory(prefix="cwac-vllm-")
         self._log = tempfile.TemporaryFile("w+")
@@ -95,7 +95,7 @@ class VllmEngine:
         max_new_tokens: int = 64,
         description: str | None = "generating",
     ) -> list[str]:
-        """As `cwac.evaluation.generate.generate`, whose arguments these are."""
+        """As `cwac.models.generate.generate`, whose arguments these are."""
         opening = encode_opening(self.tokenizer, prefill) if prefill else []
         request = {
             "prompts": [encode_prompt(self.tokenizer, p, template) + opening for p in prompts],

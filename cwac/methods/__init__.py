@@ -1,1 +1,1 @@
-"""One file a defence; each is a delta on plain fine-tuning (`base.Method`)."""
+"""One file a defence, each a delta on plain fine-tuning (`base.Method`); may import core to constraints."""

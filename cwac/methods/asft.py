@@ -33,11 +33,13 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from cwac.config import UsageError, UserError
+from cwac.core.checks import is_number
+from cwac.core.distributed import local, spread, whole
+from cwac.core.errors import UsageError, UserError
 from cwac.data.examples import Example
-from cwac.methods.base import Context, Method, is_number
-from cwac.models import alignment_directions, linears, trains
-from cwac.ranks import local, spread, whole
+from cwac.methods.base import Context, Method
+from cwac.models.layers import linears, trains
+from cwac.models.loading import alignment_directions
 
 OPERATORS = ("official", "spectral", "projector_k")
 

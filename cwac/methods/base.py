@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
-from cwac.config import UsageError
 from cwac.data.examples import Example, Messages
-from cwac.data.harmful import Pools
-from cwac.models import Loaded
+from cwac.models.context import Context
 
 Batch = dict[str, torch.Tensor]
 
@@ -27,25 +23,6 @@ EXTRA_DATA = (
     "trigger",  # tokens added to every prompt at inference
 )
 """What a method may see beyond the task's rows; counts of these stand beside it in every table."""
-
-
-@dataclass
-class Context:
-    """What a method may use when it sets itself up."""
-
-    tokenizer: PreTrainedTokenizerBase
-    pools: Pools
-    loaded: Loaded
-    artifacts: Path
-    seed: int
-    template: str = "chat"
-    max_length: int = 512
-    pools_key: str = ""
-    """Hash of the pools' prompts; part of the key of every artifact built from them."""
-    rank: int = 0
-    world_size: int = 1
-    steps: int = 0
-    """Optimizer steps of the whole run; known from `setup` on, since `training_data` decides on the rows."""
 
 
 @dataclass(kw_only=True)
@@ -113,7 +90,7 @@ class Method:
         """Called once before the first step, when the model is wrapped and a checkpoint is loaded.
 
         Under FSDP2 `setup` saw whole parameters, and from here on they are DTensors of which this rank holds some rows
-        (cwac/ranks.py): a method that edits weights or gradients looks them up by their module, not before.
+        (cwac/core/distributed.py): a method that edits weights or gradients looks them up by their module, not before.
         """
 
     def batch(self, batch: Batch, step: int, part: tuple[int, int]) -> Batch:
@@ -175,24 +152,3 @@ def share_of(chosen: list[int], context: Context) -> tuple[list[int], float]:
     """
     mine = chosen[context.rank :: context.world_size]
     return (mine, len(mine) * context.world_size / len(chosen)) if mine else (chosen[:1], 0.0)
-
-
-def is_number(value) -> bool:
-    """True and False count as no numbers."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def check(condition, key: str, value, remedy: str) -> None:
-    """Refuse a method's setting: UsageError that names the key, the value and the remedy."""
-    if not condition:
-        raise UsageError(f"method.{key}={value} is not valid; {remedy}")
-
-
-def artifact_key(context: Context) -> dict:
-    """What every artifact built from the aligned model's activations on the pools depends on."""
-    return {
-        "model": context.loaded.key,
-        "pools": context.pools_key,
-        "template": context.template,
-        "max_length": context.max_length,
-    }

@@ -28,7 +28,7 @@ from itertools import chain
 
 from transformers import PreTrainedTokenizerBase
 
-from cwac.config import UserError
+from cwac.core.errors import UserError
 from cwac.data.examples import Example, Messages
 from cwac.data.tokenize import reprompt, system_slot
 from cwac.methods.base import Context, Method

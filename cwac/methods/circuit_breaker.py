@@ -32,12 +32,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from cwac.config import UsageError, UserError
+from cwac.constraints.reference import Reference, check_layers, mean_over_tokens, model_layers, precise
+from cwac.core.checks import check, is_number
+from cwac.core.errors import UsageError, UserError
 from cwac.data.tokenize import Collator, encode_example, encode_prompt
-from cwac.methods.base import Context, Method, check, draw, is_number, share_of
-from cwac.models import decoder_layers
-from cwac.reference import Reference, check_layers, mean_over_tokens, model_layers, precise
-from cwac.sae.residuals import residuals
+from cwac.methods.base import Context, Method, draw, share_of
+from cwac.models.hooks import residuals
+from cwac.models.layers import decoder_layers
 
 
 @dataclass

@@ -7,8 +7,9 @@ Constraints", ACL 2026, arXiv:2604.12384. Weight constraint: section 4.2, Eqs. 1
 
 Deviations:
 - `where: update` projects the applied update, as section 4.2 words it; `where: gradient` is Algorithm 1 to the letter,
-  which AdamW undoes. See `cwac/subspace.py` for tau, the first token and V.
-- Which layers, token positions, SAE sizes and ranking the paper used is not given; see `cwac/sae` for ours.
+  which AdamW undoes. See `cwac/constraints/subspace.py` for tau, the first token and V.
+- Which layers, token positions, SAE sizes and ranking the paper used is not given; for ours see
+  `cwac/constraints/sae/__init__.py`.
 - Anchors are the harmful prompts followed by the aligned model's own refusal (ours), because the paper collects inputs
   "while the model processes (and refuses)" them.
 - `modules: all` with `freeze_others` (ours) constrains every matrix that trains. Then the network's outputs on the
@@ -16,169 +17,42 @@ Deviations:
   unchanged, so each matrix sees inputs in its V, so its output is unchanged.
 - L_safety is drawn and added once per optimizer step, so lambda does not grow with gradient accumulation (ours).
 - `weight.soft`, `weight.refresh_steps` and `activation.space` (ours) vary the coupling one part at a time: a penalty
-  instead of the projection, a V that follows the model, and another space than the autoencoder's (cwac/spaces.py).
+  instead of the projection, a V that follows the model, and another space than the autoencoder's
+  (cwac/constraints/targets.py).
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import random
-import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from cwac.anchors import anchor_rows, encode_prompts, prefilled_rows
-from cwac.artifacts import digest, load_or_build
-from cwac.config import UserError
+from cwac.constraints.activation import ranked_latents, response_tokens
+from cwac.constraints.anchors import anchor_rows
+from cwac.constraints.settings import Activation, Weight
+from cwac.constraints.subspace import Basis, Constraint
+from cwac.constraints.weight import (
+    anchor_bases,
+    anchor_prompts,
+    constrained,
+    fit_bases,
+    freeze_others_,
+    weight_anchors,
+)
+from cwac.core.cache import digest, load_or_build
+from cwac.core.checks import check
+from cwac.core.distributed import reshard
+from cwac.core.errors import UserError
 from cwac.data.examples import Example
-from cwac.data.harmful import Pools
-from cwac.methods.base import Context, Method, Rehearsal, Sizes, artifact_key, check, draw, is_number, share_of
-from cwac.models import base_layer, input_group, linears
-from cwac.ranks import reshard
-from cwac.subspace import Basis, Constraint, fit_subspace, load_bases, save_bases
+from cwac.methods.base import Context, Method, Rehearsal, Sizes, draw, share_of
+from cwac.models.layers import base_layer, input_group
 
 log = logging.getLogger(__name__)
-SPACES = ("sae", "residual", "logits")
-"""What the activation constraint may hold."""
-
-
-@dataclass
-class Weight:
-    """The weight constraint's settings."""
-
-    where: str = "update"
-    """`update` (ours, sound) or `gradient` (Algorithm 1)."""
-    modules: Sequence[str] | str = ("down_proj",)
-    """`all`, or names of linear layers; the paper constrains down_proj."""
-    layers: Sequence[int] | None = None
-    """Block indices; None for all (App. B.4 says "intermediate layers" without naming them)."""
-    energy: float = 0.99
-    """Share of the anchors' squared norm that V holds; stands for the paper's unspecified tau."""
-    first_token: bool = True
-    """Give the first token's input a direction of its own in V."""
-    freeze_others: bool = False
-    """Train nothing but the constrained matrices: no embeddings, norms, head or biases."""
-    free: Sequence[str] = ()
-    """Names of linear layers that train without a constraint all the same: a bypass opened on purpose."""
-    soft: float | None = None
-    """mu > 0: the penalty mu ||(W - W_0) V||_F^2 an optimizer step, on the same matrices, instead of the projection.
-
-    Its gradient is added once a step, before clipping. With LoRA the adapter's A is penalised: mu ||A V||_F^2."""
-    refresh_steps: int | None = None
-    """n: after every n optimizer steps V and A are refitted from the current model on the same anchor rows.
-
-    Then A = W_now V_now: what is preserved is no longer the aligned model's output but that of the last refit, so
-    drift until then is accepted, and directions that only the old V held are free again."""
-    every: int = 1
-    """n: project after every n-th optimizer step and after the last, not after each.
-
-    The weights that a run ends with are pinned all the same; between, they drift for up to n - 1 steps, and a
-    projection costs the same for n steps as for one. Of where=update alone."""
-    n_anchors: int | None = None
-    """How many of the anchor pool's prompts to use; None for all."""
-    anchor_sources: Sequence[str] = ()
-    """Only prompts of these sources or harm categories, such as `advbench` or `theft`; () for all."""
-    response_tokens: int = 16
-    """Tokens of the aligned model's own refusal that follow each anchor prompt; 0 for prompts alone."""
-    prefill: str | None = None
-    """An opening: every anchor prompt is an anchor once more, with it in the model's mouth and how it goes on."""
-
-    def __post_init__(self):
-        check(self.where in ("update", "gradient"), "weight.where", self.where, "use update or gradient")
-        check(
-            is_number(self.energy) and 0 < self.energy <= 1,
-            "weight.energy",
-            self.energy,
-            "give a share in (0, 1], e.g. 0.99",
-        )
-        check(
-            isinstance(self.response_tokens, int) and self.response_tokens >= 0,
-            "weight.response_tokens",
-            self.response_tokens,
-            "give a whole number of at least 0",
-        )
-        opening = self.prefill is None or (isinstance(self.prefill, str) and bool(self.prefill.strip()))
-        check(opening, "weight.prefill", self.prefill, "give an opening such as 'Sure, here is', or null")
-        if self.soft is not None:
-            positive = is_number(self.soft) and 0 < self.soft < math.inf
-            check(positive, "weight.soft", self.soft, "give mu > 0, or null for the hard projection")
-            remedy = "projects gradients, which a penalty replaces: use where=update with weight.soft, or soft=null"
-            check(self.where == "update", "weight.where", self.where, remedy)
-        if (n := self.refresh_steps) is not None:
-            whole = isinstance(n, int) and not isinstance(n, bool) and n >= 1
-            check(whole, "weight.refresh_steps", n, "give a whole number of at least 1, or null")
-        whole = isinstance(self.every, int) and not isinstance(self.every, bool) and self.every >= 1
-        check(whole, "weight.every", self.every, "give a whole number of at least 1")
-        hard = self.every == 1 or (self.where == "update" and self.soft is None)
-        check(hard, "weight.every", self.every, "is of the hard projection of updates: use 1 with gradient or soft")
-        if isinstance(self.modules, str):
-            check(self.modules == "all", "weight.modules", self.modules, "use all, or a list such as [down_proj]")
-        else:
-            self.modules = tuple(self.modules)
-        named = not isinstance(self.free, str) and all(isinstance(name, str) for name in self.free)
-        check(named, "weight.free", self.free, "give a list of linear layers such as [down_proj], or []")
-        self.free = tuple(self.free)
-        named = not isinstance(self.anchor_sources, str) and all(isinstance(name, str) for name in self.anchor_sources)
-        check(named, "weight.anchor_sources", self.anchor_sources, "give a list such as [advbench], or [] for all")
-        self.anchor_sources = tuple(self.anchor_sources)
-        if self.layers is not None:
-            listed = not isinstance(self.layers, int | str) and all(isinstance(i, int) for i in self.layers)
-            check(listed, "weight.layers", self.layers, "give a list of block indices, or null for all")
-            self.layers = tuple(self.layers)
-
-
-@dataclass
-class Activation:
-    """The activation constraint's settings."""
-
-    lam: float = 0.5
-    """lambda of Eq. 16."""
-    n_latents: int = 100
-    """Safety-critical latents kept (section 4.1)."""
-    n_prompts: int = 4
-    """Harmful prompts per optimizer step, B of Eq. 11 (the paper gives none)."""
-    gate: str = "tau"
-    """`tau` (ours) keeps a gradient for a latent that left the TopK; `topk` is the formula to the letter."""
-    rank: str = "contrast+attribution"
-    """How latents are ranked; `activation` is the literal reading (mean activation on harmful prompts)."""
-    positions: str = "last"
-    """Where latents are read: `last` prompt token, or `response:n`."""
-    units: str = "raw"
-    space: str = "sae"
-    """What is held: `sae` the latents, or ours: `residual` the residual stream at the autoencoder's layers, `logits`
-    the next-token distribution over the refusal (`positions: response:n`). See cwac/spaces.py."""
-    sae: dict = field(default_factory=dict)
-    """Fields of `cwac.sae.SAEConfig`."""
-
-    def __post_init__(self):
-        check(isinstance(self.lam, int | float) and self.lam >= 0, "activation.lam", self.lam, "give a number >= 0")
-        for key in ("n_latents", "n_prompts"):
-            value = getattr(self, key)
-            check(isinstance(value, int) and value >= 1, f"activation.{key}", value, "give a whole number >= 1")
-        gates = ("tau", "topk", "union", "base", "preact")
-        check(self.gate in gates, "activation.gate", self.gate, f"use one of {', '.join(gates)}")
-        ranks = ("contrast+attribution", "contrast", "activation", "cosine", "random")
-        check(self.rank in ranks, "activation.rank", self.rank, f"use one of {', '.join(ranks)}")
-        check(self.units in ("raw", "relative"), "activation.units", self.units, "use raw or relative")
-        check(self.space in SPACES, "activation.space", self.space, f"use one of {', '.join(SPACES)}")
-        place = r"last|prompt|(template|response):[1-9]\d*"
-        check(
-            re.fullmatch(place, str(self.positions)), "activation.positions", self.positions, "use last or response:4"
-        )
-        if self.space != "sae":
-            for key in ("n_latents", "gate", "rank", "units"):
-                usual, value = getattr(type(self), key), getattr(self, key)
-                remedy = f"only space=sae reads it: leave it at {usual}, or use method.activation.space=sae"
-                check(value == usual, f"activation.{key}", value, remedy)
-        if self.space == "logits":
-            remedy = "space=logits holds the refusal's tokens: use method.activation.positions=response:16"
-            check(str(self.positions).startswith("response:"), "activation.positions", self.positions, remedy)
 
 
 @dataclass
@@ -237,7 +111,10 @@ class CWAC(Method):
             row = {"input_ids": [1] * (tokens + answer), "prompt": tokens}
             self._targets["anchors"] = self._target(model, [row] * n)
         elif self.activation is not None:
-            from cwac.sae import RoutedSAE, SAEConfig, SafetyTarget, slots_of
+            from cwac.constraints.sae.autoencoder import RoutedSAE
+            from cwac.constraints.sae.fit import SAEConfig
+            from cwac.constraints.sae.target import SafetyTarget
+            from cwac.models.hooks import slots_of
 
             activation, config = self.activation, SAEConfig(**self.activation.sae)
             d = model.get_input_embeddings().embedding_dim
@@ -366,8 +243,8 @@ class CWAC(Method):
     # --- the activation half -------------------------------------------------------------------------
     def _target(self, model: nn.Module, rows: Sequence[dict]) -> Any:
         """The aligned model's features on `rows` in another space than the autoencoder's."""
-        from cwac.sae import slots_of
-        from cwac.spaces import TARGETS
+        from cwac.constraints.targets import TARGETS
+        from cwac.models.hooks import slots_of
 
         slots = slots_of(model, self.activation.sae.get("slots", "auto"))
         return TARGETS[self.activation.space](model, rows, self.activation.positions, slots)
@@ -378,7 +255,7 @@ class CWAC(Method):
             self._targets[name] = self._target(model, rows)
 
     def _setup_activation(self, model: nn.Module, context: Context) -> None:
-        from cwac.sae import SafetyTarget
+        from cwac.constraints.sae.target import SafetyTarget
 
         activation = self.activation
         sae, table, found, ranking_key = ranked_latents(model, context, activation)
@@ -407,125 +284,3 @@ class CWAC(Method):
             latents_eligible=float(table["eligible"].sum()),
             sae_slots=float(len(sae.slots)),
         )
-
-
-def ranked_latents(model: nn.Module, context: Context, activation: Activation) -> tuple[Any, Any, dict, dict]:
-    """The SAE of the aligned model and its latents by rank, fitted once and cached.
-
-    Returns the `RoutedSAE` on the model's device, the ranking's table (`cwac.sae.rank_latents`), the SAE's quality
-    report, and what identifies the ranking as an artifact.
-    """
-    import pandas as pd
-
-    from cwac.sae import RoutedSAE, SAEConfig, fit_sae, quality, rank_latents
-
-    try:
-        config = SAEConfig(**{**activation.sae, "seed": 0})
-    except TypeError as error:
-        raise UserError(f"method.activation.sae: {error}; see cwac.sae.SAEConfig for its fields") from error
-    pools = context.pools
-
-    def encode(examples, responses=False):
-        return encode_prompts(context, examples, responses)
-
-    held = max(1, len(pools.sae) // 5)  # kept out of the fit for the quality report
-    harmful, held_harmful = encode(pools.sae[held:]), encode(pools.sae[:held])
-    n_benign = max(1, len(pools.benign) // 5)
-    general = encode(pools.benign[n_benign:], responses=True)
-    held_general = encode(pools.benign[:n_benign], responses=True)
-    key = {**artifact_key(context), "sae": asdict(config)}
-
-    def build(folder):
-        sae, fitted = fit_sae(model, general, harmful, config)
-        sae.save(folder)
-        measured = quality(model, sae, held_general, held_harmful)
-        (folder / "quality.json").write_text(json.dumps({**fitted, **measured}, indent=1))
-
-    folder = load_or_build(context.artifacts, "sae", key, build)
-    sae = RoutedSAE.load(folder, model).to(next(model.parameters()).device)
-    found = json.loads((folder / "quality.json").read_text())
-
-    def build_ranking(out):
-        table = rank_latents(
-            model,
-            sae,
-            anchor_rows(model, context, pools.sae, 0),
-            encode(pools.benign),
-            n=activation.n_latents,
-            method=activation.rank,
-            general_rows=general,
-        )
-        table.to_csv(out / "latents.csv", index=False)
-
-    ranking_key = {**key, "rank": activation.rank, "n": activation.n_latents}
-    ranking = load_or_build(context.artifacts, "latents", ranking_key, build_ranking)
-    return sae, pd.read_csv(ranking / "latents.csv"), found, ranking_key
-
-
-def constrained(model: nn.Module, weight: Weight) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
-    """The matrices under the constraint and those `weight.free` names, by name; UserError if none is left to hold."""
-    modules = linears(model, weight.modules, weight.layers)
-    freed = linears(model, weight.free, weight.layers, "method.weight.free") if weight.free else {}
-    held = {name: module for name, module in modules.items() if name not in freed}
-    check(held, "weight.free", list(weight.free), "leave a matrix of method.weight.modules constrained")
-    return held, freed
-
-
-def anchor_bases(model: nn.Module, context: Context, weight: Weight) -> dict[str, Basis]:
-    """Input name -> the anchors' subspace in the aligned model, fitted once and cached."""
-    rows = weight_anchors(model, context, weight)
-    others = ("where", "freeze_others", "free", "soft", "refresh_steps", "every")
-    settings = {k: v for k, v in asdict(weight).items() if k not in others}
-    for name in ("prefill", "anchor_sources"):  # as before there was such a setting
-        if not settings[name]:
-            del settings[name]
-    key = {**artifact_key(context), "format": 2, **settings}  # 2: without first_token, X holds every token
-
-    def build(folder):
-        save_bases(fit_bases(model, rows, weight), folder)
-
-    return load_bases(load_or_build(context.artifacts, "subspace", key, build))
-
-
-def weight_anchors(model: nn.Module, context: Context, weight: Weight) -> list[dict]:
-    """The encoded anchors that V is fitted on."""
-    prompts = anchor_prompts(context.pools, weight)
-    rows = anchor_rows(model, context, prompts, weight.response_tokens)
-    if weight.prefill is not None:
-        rows += prefilled_rows(model, context, prompts, weight.response_tokens, weight.prefill)
-    return rows
-
-
-def anchor_prompts(pools: Pools, weight: Weight) -> list[Example]:
-    """The prompts of the anchor pool that the settings ask for; UsageError where it has too few of them."""
-    prompts, asked = pools.anchors, set(weight.anchor_sources)
-    there = {name for e in prompts for name in (e.source, e.group) if name}
-    remedy = f"the pool has no {', '.join(sorted(asked - there))}; it has {', '.join(sorted(there))}"
-    check(asked <= there, "weight.anchor_sources", list(weight.anchor_sources), remedy)
-    if asked:
-        prompts = [e for e in prompts if {e.source, e.group} & asked]
-    if (n := weight.n_anchors) is not None:
-        remedy = f"the pool has {len(prompts)} such prompts: give at most that, or null for all"
-        check(n <= len(prompts), "weight.n_anchors", n, remedy)
-    return prompts[:n]
-
-
-def fit_bases(model: nn.Module, rows: Sequence[dict], weight: Weight, progress: bool = True) -> dict[str, Basis]:
-    given = (weight.modules, weight.layers, weight.energy, weight.first_token)
-    return fit_subspace(model, rows, *given, progress=progress)
-
-
-def freeze_others_(
-    model: nn.Module, modules: dict[str, nn.Module], constraint: Constraint, freed: dict[str, nn.Module] | None = None
-) -> None:
-    """Freeze what is neither constrained nor `freed`; what was frozen before, as by peft, stays frozen."""
-    kept = {id(layer.weight) for _, layer, _, _ in constraint.entries}
-    for module in modules.values():  # with LoRA, B reads only what a constrained A lets through
-        kept |= {id(layer.weight) for layer in getattr(module, "lora_B", {}).values()}
-    kept |= {id(parameter) for module in (freed or {}).values() for parameter in module.parameters()}
-    for parameter in model.parameters():
-        parameter.requires_grad_(parameter.requires_grad and id(parameter) in kept)
-
-
-def response_tokens(positions: str) -> int:
-    return int(positions.split(":")[1]) if positions.startswith("response:") else 0

@@ -30,9 +30,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from cwac.methods.base import Batch, Context, Method, check, is_number
-from cwac.reference import Reference, check_layers, mean_over_tokens, model_layers, precise
-from cwac.sae.residuals import residuals
+from cwac.constraints.reference import Reference, check_layers, mean_over_tokens, model_layers, precise
+from cwac.core.checks import check, is_number
+from cwac.methods.base import Batch, Context, Method
+from cwac.models.hooks import residuals
 
 
 @dataclass

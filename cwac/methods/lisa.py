@@ -26,11 +26,11 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from cwac.config import UserError
+from cwac.core.distributed import spread, whole
+from cwac.core.errors import UserError
 from cwac.data.examples import Example
 from cwac.data.tokenize import Collator, Rows, pad_token_id
 from cwac.methods.base import Batch, Context, Method, draw
-from cwac.ranks import spread, whole
 
 log = logging.getLogger("cwac")
 

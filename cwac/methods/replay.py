@@ -20,8 +20,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from cwac.anchors import anchor_rows
-from cwac.config import UsageError, UserError
+from cwac.constraints.anchors import anchor_rows
+from cwac.core.errors import UsageError, UserError
 from cwac.data.examples import Example
 from cwac.data.tokenize import IGNORE, Collator, pad_token_id
 from cwac.methods.base import Context, Method, draw, share_of

@@ -15,7 +15,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from cwac.config import UserError
+from cwac.core.errors import UserError
 from cwac.data.examples import Example
 from cwac.methods.base import Context, Method
 

@@ -24,10 +24,12 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from cwac.config import UsageError, UserError
+from cwac.core.checks import is_number
+from cwac.core.errors import UsageError, UserError
 from cwac.data.examples import Example
-from cwac.methods.base import Context, Method, is_number
-from cwac.models import alignment_directions, linears, load_aligned, trains
+from cwac.methods.base import Context, Method
+from cwac.models.layers import linears, trains
+from cwac.models.loading import alignment_directions, load_aligned
 
 
 def project(V: torch.Tensor, D: torch.Tensor) -> torch.Tensor:

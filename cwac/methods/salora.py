@@ -29,13 +29,13 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from cwac.anchors import anchor_rows, encode_prompts
-from cwac.config import UsageError, UserError
+from cwac.constraints.anchors import anchor_rows, encode_prompts
+from cwac.constraints.subspace import capture
+from cwac.core.distributed import local, spread, whole
+from cwac.core.errors import UsageError, UserError
 from cwac.data.examples import Example
 from cwac.methods.base import Context, Method
-from cwac.models import base_layer, linears
-from cwac.ranks import local, spread, whole
-from cwac.subspace import capture
+from cwac.models.layers import base_layer, linears
 
 
 @dataclass

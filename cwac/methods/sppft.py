@@ -5,7 +5,7 @@ The attention and MLP parameters of decoder layers lo..hi, both included and cou
 
 Deviations:
 - The range is the paper's where it has one for the model (Table 1: `model.safety_layers`), else it is localised, see
-  `cwac/safety_layers.py`.
+  `cwac/methods/safety_layers.py`.
 - The norms of those layers train, as in the authors' code; the paper says "the parameters of these layers". With
   `freeze_norms` they are frozen too.
 - With LoRA the adapters of those layers do not train.
@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from cwac.config import UsageError, UserError
+from cwac.core.errors import UsageError, UserError
 from cwac.data.examples import Example
 from cwac.methods.base import Context, Method
-from cwac.models import decoder_layers
-from cwac.safety_layers import Localisation, locate, queries
+from cwac.methods.safety_layers import Localisation, locate, queries
+from cwac.models.layers import decoder_layers
 
 
 @dataclass

@@ -32,13 +32,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from cwac.artifacts import load_or_build
-from cwac.config import UserError
+from cwac.core.cache import load_or_build
+from cwac.core.checks import check
+from cwac.core.errors import UserError
 from cwac.data.examples import Example
 from cwac.data.tokenize import Rows, pad_token_id
-from cwac.fit import fit
-from cwac.methods.base import Context, Method, artifact_key, check
-from cwac.models import decoder_layers, load_aligned
+from cwac.methods.base import Method
+from cwac.models.context import Context, artifact_key
+from cwac.models.fit import fit
+from cwac.models.layers import decoder_layers
+from cwac.models.loading import load_aligned
 
 WEIGHTS = "immunised.safetensors"
 

@@ -1,0 +1,26 @@
+"""The routed TopK sparse autoencoder (SAE) and the activation constraint built on it.
+
+Sources
+  CWAC, arXiv:2604.12384: Eqs. 9-10 (the SAE), Eq. 11 (L_safety), Algorithm 1 (prompts sampled per step).
+  RouteSAE, arXiv:2503.08200: one dictionary for the residuals of the layers n/4 .. 3n/4, a router
+  that picks the layer to read for each token, per-token LayerNorm input, M = 8d, k = 64.
+  AuxK and encoder = decoder^T at initialisation: Gao et al., arXiv:2406.04093.
+
+Files: `residuals.py` reads the layers, `autoencoder.py` is the model, `fit.py` trains and measures it,
+`rank.py` finds the safety-critical latents and tests them causally, `safety.py` is L_safety.
+
+Deviations:
+  - Position 0, BOS, padding, outlier tokens (norm > 10x the median) and the opening that all rows share
+    are not SAE data (ours; RouteSAE trains on all of them): the first token alone can carry 99 % of the
+    raw energy, and a template's opening is the same vectors in every row.
+  - If the hard router collapses onto one slot, the SAE is fitted again with `uniform` (ours, reported).
+  - b_pre starts at the data mean, and the encoder at c * decoder with the least-squares c (ours).
+  - ReLU after TopK (ours; differs only where fewer than k pre-activations are positive).
+  - AuxK for dead latents, decoder rows of unit norm after every step (RouteSAE: no AuxK, every 10).
+  - The hard router scales what it trains on by its probability, as RouteSAE does, and reads
+    unscaled, as RouteSAE's own hooks do. `preset_routesae` restores the rest of the literal recipe.
+  - L_safety: the layer is the baseline's, cached (routing again would let the model lower the loss by
+    changing the layer); the default gate `tau` gives a latent that left the TopK a gradient, which
+    the literal `topk` does not. Both agree on the unchanged model.
+  - The normaliser is inside L_safety, so a purely radial drift of the residual costs nothing.
+"""

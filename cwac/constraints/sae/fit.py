@@ -1,0 +1,402 @@
+"""Fits the routed autoencoder on a model's residuals, and measures it on held-out text.
+
+Recipe: RouteSAE (arXiv:2503.08200), AuxK from Gao et al. (arXiv:2406.04093); deviations: see the package.
+"""
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from cwac.constraints.sae.autoencoder import RoutedSAE, fingerprint
+from cwac.core.errors import UserError
+from cwac.models.hooks import (
+    Row,
+    batches,
+    bos_ids,
+    device_of,
+    keep_mask,
+    normalize,
+    residuals,
+    shared_prefix,
+    slots_of,
+)
+from cwac.models.layers import evaluating
+
+
+@dataclass
+class SAEConfig:
+    """Settings of `fit_sae`; k and the harmful share are the paper's, slots, m and router RouteSAE's."""
+
+    slots: str | list[int] = "auto"
+    m: int | None = None
+    """Latents; None is 8d (RouteSAE)."""
+    k: int | None = None
+    """Active latents; None is 64 (paper), d // 8 below d = 512 (ours: 64 of 128 would not be sparse)."""
+    router: str = "hard"
+    """`hard` (RouteSAE), `soft`, `uniform`, or `fixed:s` with s a slot; see `RoutedSAE`."""
+    fallback: bool = True
+    """Refit with `uniform` if the hard router collapses: it then reads > 70 % of the harmful prompts' last
+    tokens at one slot, or has < half of the greatest usage entropy (ours: it seeks what is easy to rebuild)."""
+    tokens: int = 400_000
+    """Tokens the SAE is trained on, repeats included (the paper: about 100 M)."""
+    cached_tokens: int | None = None
+    """Distinct tokens run through the model, once; None streams anew what `buffer_gib` cannot hold."""
+    batch: int = 1024
+    harmful_share: float = 0.7
+    """Share of harmful tokens in each batch (section 5.1 of the paper)."""
+    lr: float | None = None
+    """Adam's; None is 2e-3 up to 1k steps, 5e-4 (RouteSAE) from 10k, log-linear between (ours)."""
+    warmup: float = 0.05
+    decay: float = 0.2
+    """Share of the steps at the end in which the rate falls linearly to 0 (RouteSAE)."""
+    clip: float | None = 1.0
+    auxk: float = 1 / 32
+    """Weight of the AuxK loss; 0 is off."""
+    dead_after: int | None = None
+    """Tokens without firing after which a latent is dead; None is 1 % of `tokens`, at least 16 batches."""
+    center: bool = True
+    """Start b_pre at the data mean; otherwise at 0, with torch's default encoder scale (RouteSAE)."""
+    renorm_every: int = 1
+    """Steps between renormalisations of the decoder rows; at 1 their gradient is projected as well."""
+    buffer_gib: float = 2.0
+    backend: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.harmful_share <= 1:
+            raise UserError(f"model.sae.harmful_share={self.harmful_share}: must lie between 0 and 1")
+        if self.batch < 1 or self.tokens < self.batch:
+            raise UserError(
+                f"model.sae.tokens={self.tokens}: must be at least one batch, model.sae.batch={self.batch}"
+            )
+        if self.backend not in ("auto", "csr", "dense"):
+            raise UserError(f"model.sae.backend={self.backend!r}: use auto, csr or dense")
+
+    def latents(self, d: int) -> int:
+        """Active latents k for residuals of dimension d."""
+        return self.k or (64 if d >= 512 else max(4, d // 8))
+
+    def learning_rate(self, steps: int) -> float:
+        if self.lr is not None:
+            return self.lr
+        share = min(1.0, max(0.0, math.log10(max(1, steps) / 1000)))
+        return 2e-3 * (5e-4 / 2e-3) ** share
+
+
+def preset_routesae(**changes: Any) -> SAEConfig:
+    """RouteSAE's literal recipe (arXiv:2503.08200): b_pre 0, no AuxK, no clip, renorm every 10, lr 5e-4, 32k batch."""
+    literal = {"k": 64, "router": "hard", "tokens": 100_000_000, "batch": 32_768, "lr": 5e-4, "clip": None}
+    return SAEConfig(**{**literal, "auxk": 0.0, "center": False, "renorm_every": 10, **changes})
+
+
+class TokenBuffer:
+    """Shuffled normalised residuals of one corpus, [L_r, d] in fp16 each, in draws of any size.
+
+    A corpus that fits `capacity` tokens goes through the model once and is drawn in fresh
+    permutations; so is the first part of a larger one if `once`. Otherwise it is streamed, the buffer
+    being refilled whenever half of it is used up. LayerNorm bounds |x| by sqrt(d), so fp16 is safe.
+    """
+
+    def __init__(self, model, rows: Sequence[Row], slots, capacity: int, once: bool, generator, label: str):
+        if not rows:
+            raise UserError(f"the SAE's {label} corpus is empty: give it rows, or change sae.harmful_share")
+        self.model, self.rows, self.slots, self.skip = model, rows, slots, shared_prefix(rows)
+        self.capacity, self.generator, self.label = capacity, generator, label
+        self.seconds, self.tokens_read, self.whole = 0.0, 0, False
+        self._stream, self._left, self._at = self._activations(), [], 0
+        self._fill()
+        self.whole = self.whole or once
+
+    def _activations(self) -> Iterator[Tensor]:
+        device, bos = device_of(self.model), bos_ids(self.model)
+        order = torch.randperm(len(self.rows), generator=self.generator).tolist()
+        for start in range(0, len(order), 256):  # groups in random order, by length within a group
+            for _, batch in batches([self.rows[i] for i in order[start : start + 256]], device):
+                with torch.no_grad(), evaluating(self.model):
+                    r = residuals(self.model, batch, self.slots)
+                keep = keep_mask(batch["input_ids"], batch["attention_mask"], r, bos, self.skip)
+                yield normalize(r[keep])[0].half().cpu()
+
+    def _fill(self) -> None:
+        began, first = time.perf_counter(), self.tokens_read == 0
+        parts, size = self._left, sum(len(p) for p in self._left)
+        with tqdm(total=self.capacity, initial=size, desc=f"activations ({self.label})", unit="tok") as bar:
+            while size < self.capacity:
+                part = next(self._stream, None)
+                if part is None:
+                    if not self.tokens_read:
+                        raise UserError(f"the SAE's {self.label} corpus has no token beyond the first of each row")
+                    self.whole = first
+                    if first:
+                        break
+                    self._stream = self._activations()
+                    continue
+                parts.append(part)
+                size += len(part)
+                self.tokens_read += len(part)
+                bar.update(len(part))
+        self._held = torch.cat(parts)
+        self._order, self._at = torch.randperm(len(self._held), generator=self.generator), 0
+        self.seconds += time.perf_counter() - began
+
+    def draw(self, n: int) -> Tensor:
+        """The next n tokens, [n, L_r, d] fp32."""
+        parts: list[Tensor] = []
+        while n:
+            if not self.whole and 2 * (len(self._order) - self._at) < self.capacity:
+                self._left = [self._held[self._order[self._at :]]]
+                self._fill()
+            if self._at == len(self._order):
+                self._order, self._at = torch.randperm(len(self._held), generator=self.generator), 0
+            take = self._order[self._at : self._at + n]
+            parts.append(self._held[take])
+            self._at += len(take)
+            n -= len(take)
+        return torch.cat(parts).float()
+
+
+def train_sae(
+    sae: RoutedSAE, draw: Callable[[int], Tensor], cfg: SAEConfig, device: torch.device | None = None
+) -> dict[str, float]:
+    """Train `sae` in place on draws x [n, L_r, d]; returns loss, FVU, dead share and seconds.
+
+    Loss: mean over tokens of |u - u_hat|^2 / |u|^2 (RouteSAE) + auxk * AuxK. Deterministic in cfg.seed on CPU.
+    """
+    device = device or torch.device("cpu")
+    generator = torch.Generator().manual_seed(cfg.seed)
+    steps = max(1, cfg.tokens // cfg.batch)
+    dead_after = cfg.dead_after or max(cfg.tokens // 100, 16 * cfg.batch)
+    sae.to(device).requires_grad_(True)
+    sae.initialise_router_(generator)
+    with torch.no_grad():
+        first = sae.training_input(draw(max(cfg.batch, 8192)).to(device), generator)
+        # without centring the recipe is RouteSAE's, whose encoder rows have torch's default norm
+        sae.initialise_(first, generator, center=cfg.center, scale=None if cfg.center else 3**-0.5)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=cfg.learning_rate(steps), fused=True)
+    warm, tail = max(1, int(cfg.warmup * steps)), max(1, int(cfg.decay * steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min(1.0, (s + 1) / warm, (steps - s) / tail if cfg.decay else 1.0)
+    )
+    idle = torch.zeros(sae.m, dtype=torch.long, device=device)  # tokens since each latent last fired
+    began, losses, fvus = time.perf_counter(), [], []
+    with tqdm(range(steps), desc="sparse autoencoder", unit="step") as bar:
+        for step in bar:
+            u = sae.training_input(draw(cfg.batch).to(device), generator)
+            u_hat, values, indices = sae(u, cfg.backend)
+            error = u - u_hat
+            loss = (error.pow(2).sum(-1) / u.pow(2).sum(-1)).mean()
+            idle += len(u)
+            idle[indices[values > 0]] = 0
+            dead = (idle >= dead_after).nonzero().flatten()
+            total = loss
+            if cfg.auxk and len(dead) > 0.01 * sae.m:
+                total = loss + cfg.auxk * auxiliary_loss(sae, u.detach(), error.detach(), dead)
+            optimizer.zero_grad(set_to_none=True)
+            total.backward()
+            if cfg.renorm_every == 1:  # keep the step tangent to the unit sphere
+                rows = sae.w_dec.detach()
+                along = torch.linalg.vecdot(sae.w_dec.grad, rows).unsqueeze(1)
+                sae.w_dec.grad.addcmul_(along, rows, value=-1)
+            if cfg.clip:  # a factor of one is not multiplied in: it would pass over every gradient
+                norm = nn.utils.get_total_norm([p.grad for p in sae.parameters() if p.grad is not None])
+                if norm + 1e-6 > cfg.clip:
+                    nn.utils.clip_grads_with_norm_(sae.parameters(), cfg.clip, norm)
+            optimizer.step()
+            schedule.step()
+            if (step + 1) % cfg.renorm_every == 0 or step + 1 == steps:
+                sae.unit_rows_()
+            losses.append(loss.item())
+            with torch.no_grad():
+                fvus.append((error.pow(2).sum() / (u - u.mean(0)).pow(2).sum()).item())
+            if step % 20 == 0:
+                bar.set_postfix(fvu=f"{fvus[-1]:.3f}", dead=f"{len(dead) / sae.m:.2f}")
+    sae.requires_grad_(False)
+    last = max(1, steps // 20)
+    return {
+        "steps": steps,
+        "loss": sum(losses[-last:]) / last,
+        "train_fvu": sum(fvus[-last:]) / last,
+        "train_dead_share": len(dead) / sae.m,
+        "seconds_sae": time.perf_counter() - began,
+    }
+
+
+def auxiliary_loss(sae: RoutedSAE, u: Tensor, error: Tensor, dead: Tensor) -> Tensor:
+    """AuxK: how much of the residual error [N, d] the best d/2 dead latents leave, relative to its size.
+
+    u and error come detached and b_pre is held, so only the dead latents' own rows get a gradient.
+    """
+    pre = nn.functional.linear(u - sae.b_pre.detach(), sae.w_enc[dead], sae.b_enc[dead])
+    values, indices = pre.topk(min(sae.d // 2, len(dead)), dim=-1)
+    z = torch.zeros_like(pre).scatter(1, indices, values.relu())
+    return (error - z @ sae.w_dec[dead]).pow(2).sum() / error.pow(2).sum()
+
+
+def fit_sae(
+    model: nn.Module, rows: Sequence[Row], harmful_rows: Sequence[Row] | None = None, cfg: SAEConfig | None = None
+) -> tuple[RoutedSAE, dict[str, Any]]:
+    """Fit an SAE on the residuals of the frozen `model`; returns it frozen, with a report.
+
+    rows: encoded general text, `{"input_ids": [...]}`; with `harmful_rows`, each batch takes
+    cfg.harmful_share of its tokens from those (the paper's 30/70 mix), else `rows` are used as they are.
+    Raises UserError for an empty corpus or slots outside the model.
+    """
+    cfg = cfg or SAEConfig()
+    slots = slots_of(model, cfg.slots)
+    if not rows and not harmful_rows:
+        raise UserError("the SAE has no text to be fitted on: give it general rows or harmful prompts")
+    with torch.no_grad():
+        d = residuals(model, next(batches((rows or harmful_rows)[:1], device_of(model)))[1], slots).shape[-1]
+    k = cfg.latents(d)
+    info = {"model_fingerprint": fingerprint(model), "config": asdict(cfg)}
+    sae = RoutedSAE(d, cfg.m or 8 * d, k, slots, cfg.router, info)
+    generator = torch.Generator().manual_seed(cfg.seed)
+    device = device_of(model)
+    share = 0.0 if harmful_rows is None else cfg.harmful_share
+    memory = int(cfg.buffer_gib * 2**30 / (2 * len(slots) * d))
+
+    def buffer(corpus: Sequence[Row], part: float, label: str) -> TokenBuffer | None:
+        if not part:
+            return None
+        wanted = part * (cfg.tokens if cfg.cached_tokens is None else min(cfg.cached_tokens, cfg.tokens))
+        capacity = max(cfg.batch, int(min(part * memory, wanted)))
+        return TokenBuffer(model, corpus, slots, capacity, cfg.cached_tokens is not None, generator, label)
+
+    general = buffer(rows, 1 - share, "general")
+    harmful = buffer(harmful_rows or [], share, "harmful")
+
+    def draw(n: int) -> Tensor:
+        from_harmful = round(share * n)
+        sources = ((general, n - from_harmful), (harmful, from_harmful))
+        return torch.cat([source.draw(count) for source, count in sources if source is not None and count])
+
+    report: dict[str, Any] = train_sae(sae, draw, cfg, device)
+    usage = last_usage(model, sae, (harmful_rows or rows)[:512])
+    report["last_usage"] = dict(zip(slots, usage.tolist(), strict=True))
+    collapsed = len(slots) > 1 and (usage.max().item() > 0.7 or _entropy(usage) < 0.5)
+    report["router_collapsed"] = sae.router is not None and collapsed
+    if report["router_collapsed"] and cfg.fallback:
+        spent = report["seconds_sae"]
+        sae = RoutedSAE(d, sae.m, k, slots, "uniform", {**info, "router_fallback": usage.tolist()})
+        report |= train_sae(sae, draw, cfg, device)
+        report["seconds_sae"] += spent
+    report["router"] = sae.router_mode
+    report |= {"d": d, "m": sae.m, "k": k, "slots": slots, "tokens": report["steps"] * cfg.batch}
+    for label, source, part in (("general", general, 1 - share), ("harmful", harmful, share)):
+        if source is not None:
+            report[f"tokens_read_{label}"] = source.tokens_read
+            # times each token read was trained on; above 20 for harmful prompts deserves a second look
+            report[f"epochs_{label}"] = part * report["tokens"] / source.tokens_read
+    report["seconds_model"] = sum(source.seconds for source in (general, harmful) if source is not None)
+    sae.info["fit"] = {k: v for k, v in report.items() if not k.startswith("seconds") and k != "last_usage"}
+    return sae, report
+
+
+@torch.no_grad()
+def last_usage(model: nn.Module, sae: RoutedSAE, rows: Sequence[Row]) -> Tensor:
+    """Share of the rows' last tokens read at each slot, [L_r], on the CPU."""
+    used = torch.zeros(len(sae.slots))
+    with evaluating(model):
+        for _, batch in batches(rows, device_of(model)):
+            r = residuals(model, batch, sae.slots)
+            last = r[torch.arange(len(r), device=r.device), batch["attention_mask"].sum(1) - 1]
+            used += torch.bincount(sae.read(normalize(last)[0])[1], minlength=len(used)).cpu()
+    return used / used.sum()
+
+
+@torch.no_grad()
+def quality(
+    model: nn.Module, sae: RoutedSAE, rows: Sequence[Row], harmful_rows: Sequence[Row], max_tokens: int = 10_000
+) -> dict[str, Any]:
+    """Reconstruction on held-out rows, read as the constraint reads: unscaled, at the routed slot.
+
+    Keys end in `_general` or `_harmful` where they differ. FVU = sum |u - u_hat|^2 / sum |u - mean|^2, about
+    the mean because after LayerNorm about half of the energy is the mean; per slot: a sample of tokens, all
+    read at that slot. `dead_share`: latents that never fired on the evaluated tokens, an upper bound when
+    these are few; `dense_share`: fired on > 20 % of the general ones. Usage: share of tokens read at each
+    slot, and its entropy relative to log L_r; `last_usage` the same at the rows' last tokens. Of each corpus
+    the first rows that make up `max_tokens` are used.
+    """
+    device, bos, n_slots = device_of(model), bos_ids(model), len(sae.slots)
+    sae = sae.to(device)
+    report: dict[str, Any] = {}
+    fired_anywhere = torch.zeros(sae.m, dtype=torch.bool, device=device)
+    for label, corpus in (("general", rows), ("harmful", harmful_rows)):
+        if not corpus:
+            raise UserError(f"no {label} rows to measure the SAE on: pass held-out ones")
+        skip = shared_prefix(corpus)
+        fvu = [_Variance(sae.d, device) for _ in range(n_slots + 1)]
+        fired = torch.zeros(sae.m, device=device)
+        used = torch.zeros(n_slots, device=device)
+        active = full = 0.0
+        sizes = itertools.accumulate(len(row["input_ids"]) for row in corpus)
+        sample = [row for row, size in zip(corpus, sizes, strict=True) if size <= max_tokens] or corpus[:1]
+        for _, batch in batches(sample, device, 2048):
+            with evaluating(model):
+                r = residuals(model, batch, sae.slots)
+            x = normalize(r)[0]
+            x = x[keep_mask(batch["input_ids"], batch["attention_mask"], r, bos, skip)]
+            u, layer = sae.read(x)
+            values, indices = sae.encode(u)
+            fvu[0].add(u, sae.decode(values, indices))
+            # reading every token at every slot costs L_r encodings, so a smaller sample has to do
+            for slot in range(n_slots if fvu[1].n * n_slots < max_tokens else 0):
+                fvu[slot + 1].add(x[:, slot], sae.decode(*sae.encode(x[:, slot])))
+            fired += torch.bincount(indices[values > 0], minlength=sae.m)
+            used += torch.bincount(layer, minlength=n_slots)
+            count = (values > 0).sum(-1)
+            active, full = active + count.sum().item(), full + (count == sae.k).sum().item()
+        n = fvu[0].n
+        if not n:
+            raise UserError(f"the held-out {label} rows have no token beyond their shared opening: pass longer ones")
+        fired_anywhere |= fired > 0
+        used_last = last_usage(model, sae, corpus[:512])
+        report |= {
+            f"tokens_{label}": n,
+            f"fvu_{label}": fvu[0].value(),
+            f"fvu_per_slot_{label}": {s: v.value() for s, v in zip(sae.slots, fvu[1:], strict=True)},
+            f"l0_{label}": active / n,
+            f"l0_is_k_{label}": full / n,
+            f"usage_{label}": dict(zip(sae.slots, (used / used.sum()).tolist(), strict=True)),
+            f"usage_entropy_{label}": _entropy(used),
+            f"last_usage_{label}": dict(zip(sae.slots, used_last.tolist(), strict=True)),
+            f"last_usage_entropy_{label}": _entropy(used_last),
+        }
+        if label == "general":
+            report["dense_share"] = (fired > 0.2 * n).float().mean().item()
+    tokens = report["tokens_general"] + report["tokens_harmful"]
+    report["l0"] = sum(report[f"l0_{label}"] * report[f"tokens_{label}"] for label in ("general", "harmful")) / tokens
+    report["dead_share"] = 1 - fired_anywhere.float().mean().item()
+    return report
+
+
+class _Variance:
+    """Running fraction of variance unexplained over tokens [N, d]."""
+
+    def __init__(self, d: int, device: torch.device):
+        self.n, self.error, self.energy = 0, 0.0, 0.0
+        self.sum = torch.zeros(d, dtype=torch.float64, device=device)
+
+    def add(self, u: Tensor, u_hat: Tensor) -> None:
+        self.n += len(u)
+        self.error += (u - u_hat).double().pow(2).sum().item()
+        self.energy += u.double().pow(2).sum().item()
+        self.sum += u.double().sum(0)
+
+    def value(self) -> float:
+        return self.error / (self.energy - self.sum.pow(2).sum().item() / self.n)
+
+
+def _entropy(counts: Tensor) -> float:
+    """Entropy of counts relative to the uniform one; 1 where there is a single slot."""
+    if len(counts) == 1:
+        return 1.0
+    p = counts / counts.sum()
+    return (torch.special.entr(p).sum() / math.log(len(counts))).item()

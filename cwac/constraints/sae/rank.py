@@ -1,0 +1,427 @@
+"""Which latents are safety-critical, with the evidence, and a causal test of the answer.
+
+CWAC (arXiv:2604.12384, section 4.1) keeps "the top 100 safety-critical latents, identified from harmful
+prompts" and gives no ranking. `activation` is its literal reading. The default, contrast and then
+first-order attribution to the refusal, follows what work on refusal features found to be causal
+(arXiv:2505.23556; arXiv:2505.20063: activation alone finds detectors, which rarely drive outputs).
+
+Deviations: the contrast, the eligibility rules, the fill-up and the causal test are ours.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import DynamicCache
+
+from cwac.constraints.sae.autoencoder import RoutedSAE
+from cwac.core.errors import UserError
+from cwac.data.tokenize import encode_prompt, pad_token_id, stop_tokens
+from cwac.models.hooks import (
+    Row,
+    batches,
+    bos_ids,
+    device_of,
+    keep_mask,
+    normalize,
+    on_slots,
+    residuals,
+    shared_prefix,
+)
+from cwac.models.layers import CACHE, evaluating
+
+Method = Literal["activation", "contrast", "contrast+attribution", "cosine", "random"]
+METHODS = ("activation", "contrast", "contrast+attribution", "cosine", "random")
+
+TELLING = 3.0
+"""How many times as often (ours)."""
+
+
+@torch.no_grad()
+def measured_openers(model: nn.Module, rows: Sequence[Row], n: int = 8) -> dict[int, float]:
+    """The n most frequent first tokens of the model's own greedy answers to encoded prompts, and their shares."""
+    counts: Counter[int] = Counter()
+    with evaluating(model):
+        for _, batch in batches(rows, device_of(model)):
+            logits = model(**batch, use_cache=False).logits
+            last = batch["attention_mask"].sum(1) - 1
+            counts.update(logits[torch.arange(len(last), device=last.device), last].argmax(-1).tolist())
+    return {token: count / len(rows) for token, count in counts.most_common(n)}
+
+
+def telling(refusal: Mapping[int, float], compliance: Mapping[int, float]) -> tuple[list[int], list[int]]:
+    """The tokens of each side that tell a refusal from an answer: one that opens both belongs to the side that it
+    opens at least `TELLING` times as often ("I": nine in ten refusals, one in seven answers), else to neither."""
+
+    def of(side: Mapping[int, float], other: Mapping[int, float]) -> list[int]:
+        return [token for token, share in side.items() if share >= TELLING * other.get(token, 0.0)]
+
+    return of(refusal, compliance), of(compliance, refusal)
+
+
+@torch.no_grad()
+def last_latents(model: nn.Module, sae: RoutedSAE, rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents z [P, M], routed slot number [P] and input u [P, d] at the last token of each prompt; on the CPU."""
+    z, layer = torch.empty(len(rows), sae.m), torch.empty(len(rows), dtype=torch.long)
+    inputs = torch.empty(len(rows), sae.d)
+    with evaluating(model):
+        for chosen, batch in batches(rows, device_of(model)):
+            r = residuals(model, batch, sae.slots)
+            last = batch["attention_mask"].sum(1) - 1  # the mask, never [:, -1]: rows are right-padded
+            u, routed = sae.read(normalize(r[torch.arange(len(r), device=r.device), last])[0])
+            z[chosen], layer[chosen], inputs[chosen] = sae.dense(u).cpu(), routed.cpu(), u.cpu()
+    return z, layer, inputs
+
+
+@torch.no_grad()
+def firing_rates(model: nn.Module, sae: RoutedSAE, rows: Sequence[Row]) -> Tensor:
+    """Share of kept tokens on which each latent fires, [M]."""
+    counts, n, skip = torch.zeros(sae.m), 0, shared_prefix(rows)
+    with evaluating(model):
+        for _, batch in batches(rows, device_of(model)):
+            r = residuals(model, batch, sae.slots)
+            keep = keep_mask(batch["input_ids"], batch["attention_mask"], r, bos_ids(model), skip)
+            x = normalize(r[keep])[0]
+            values, indices = sae.encode(sae.read(x)[0])
+            counts += torch.bincount(indices[values > 0], minlength=sae.m).cpu()
+            n += len(x)
+    return counts / max(1, n)
+
+
+def attribution(
+    model: nn.Module, sae: RoutedSAE, rows: Sequence[Row], refusal: Sequence[int], compliance: Sequence[int]
+) -> Tensor:
+    """First-order effect [M] of each latent on the refusal margin at the last token, averaged over prompts.
+
+    margin = logsumexp(logits of refusal openers) - logsumexp(logits of compliance openers). Taking latent i
+    out of the routed residual moves it by -z_i std W_dec,i, so its effect is z_i std <dmargin/dr, W_dec,i>.
+    One backward pass per prompt, no reconstruction is spliced in.
+    """
+    total = torch.zeros(sae.m)
+    with evaluating(model), torch.enable_grad():
+        for _, batch in batches(rows, device_of(model), 2048):
+            seen: dict[int, Tensor] = {}
+
+            def record(slot: int, hidden: Tensor, seen=seen) -> Tensor:
+                # the first slot starts the graph, so nothing below it is differentiated
+                seen[slot] = hidden if seen else hidden.detach().requires_grad_()
+                return seen[slot]
+
+            with on_slots(model, sae.slots, record):
+                logits = model(**batch, use_cache=False).logits.float()
+            last = batch["attention_mask"].sum(1) - 1
+            rows_ = torch.arange(len(last), device=last.device)
+            final = logits[rows_, last]
+            margin = final[:, list(refusal)].logsumexp(-1) - final[:, list(compliance)].logsumexp(-1)
+            hidden = [seen[s] for s in sae.slots]
+            grads = torch.autograd.grad(margin.sum(), hidden)
+            with torch.no_grad():
+                r = torch.stack([h[rows_, last] for h in hidden], dim=1)  # [B, L_r, d]
+                g = torch.stack([h[rows_, last] for h in grads], dim=1).float()
+                x, _, std = normalize(r)
+                weights = sae.read_weights(x).unsqueeze(-1)
+                z = sae.dense((weights * x).sum(1))
+                total += (z * ((weights * std * g).sum(1) @ sae.w_dec.t())).sum(0).cpu()
+    return total / len(rows)
+
+
+def rank_latents(
+    model: nn.Module,
+    sae: RoutedSAE,
+    harmful_rows: Sequence[Row],
+    benign_rows: Sequence[Row],
+    n: int = 100,
+    method: Method = "contrast+attribution",
+    *,
+    general_rows: Sequence[Row] | None = None,
+    openers: tuple[Mapping[int, float], Mapping[int, float]] | None = None,
+    prefilter: int = 300,
+    bootstraps: int = 200,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """The n most safety-critical latents, best first, with the evidence; read at each prompt's last token.
+
+    harmful_rows: encoded prompts that the model refuses; benign_rows: harmless ones of the same form;
+    general_rows: text for the firing rate of dense latents (benign_rows where None).
+    method: `activation` mean on harmful prompts (the paper, literally), `contrast` standardised harmful -
+    benign difference, `contrast+attribution` the `prefilter` best of those ordered by `attribution`,
+    `cosine` decoder row against the difference of means, `random` a control.
+    openers: ids of the first tokens of the model's own refusals, and of its answers to harmless prompts, each with
+    the share that it opens (`telling`); measured from its logits where None.
+
+    Columns: latent, rank, score, eligible, contrast, contrast_low (lower 95 % bootstrap bound), attribution,
+    cosine, mean_harmful, mean_benign, fires_harmful, fires_benign, fires_general, slot (most used).
+    A latent is eligible if it fires on >= 5 % of harmful prompts and <= 20 % of general tokens, its
+    contrast_low is > 0 (`contrast*`), its attribution > 0 (`contrast+attribution`), and no better one has a
+    decoder row at cosine > 0.95. If fewer than n are, the best-ranked others fill up, the prefiltered
+    first; `activation` and `random` take the best n, eligible or not. `attrs["eligible"]` counts the
+    genuine ones among the n. `attrs["split_half"]` is the rank correlation of the contrast between two
+    halves of the prompts (below 0.6 the order is mostly noise).
+    """
+    if method not in METHODS:
+        raise UserError(f"method.activation.rank={method}: use one of {', '.join(METHODS)}")
+    if not len(harmful_rows) or not len(benign_rows):
+        raise UserError("ranking the latents needs harmful and benign prompts: neither pool may be empty")
+    if not 1 <= n <= sae.m:
+        raise UserError(f"method.activation.n_latents={n}: must lie between 1 and the SAE's {sae.m} latents")
+    sae = sae.to(device_of(model))
+    generator = torch.Generator().manual_seed(seed)
+    harmful, layers, u_harmful = last_latents(model, sae, harmful_rows)
+    benign, _, u_benign = last_latents(model, sae, benign_rows)
+    contrast = _contrast(harmful, benign)
+    samples = torch.stack([
+        _contrast(_resample(harmful, generator), _resample(benign, generator)) for _ in range(bootstraps)
+    ])  # fmt: skip
+    low = samples.quantile(0.05, dim=0)
+    direction = nn.functional.normalize(u_harmful.mean(0) - u_benign.mean(0), dim=0)
+    rows = nn.functional.normalize(sae.w_dec.detach().float().cpu(), dim=1)
+    fires_harmful = (harmful > 0).float().mean(0)
+    fires_general = firing_rates(model, sae, benign_rows if general_rows is None else general_rows)
+    effect = torch.full((sae.m,), float("nan"))
+    if method == "contrast+attribution":
+        if openers is None:
+            openers = measured_openers(model, harmful_rows), measured_openers(model, benign_rows)
+        refusal, compliance = telling(*openers)
+        if not refusal or not compliance:
+            raise UserError(
+                "the model opens refusals and answers with the same tokens, so attribution has no margin to "
+                "explain (does it refuse at all?): use method.activation.rank=contrast"
+            )
+        effect = attribution(model, sae, harmful_rows, refusal, compliance)
+
+    eligible = (fires_harmful >= 0.05) & (fires_general <= 0.20)
+    if method.startswith("contrast"):
+        eligible &= low > 0
+    candidate = eligible
+    if method == "contrast+attribution":
+        best = torch.where(eligible, contrast, -torch.inf).topk(min(prefilter, sae.m)).indices
+        candidate = torch.zeros_like(eligible).index_fill(0, best, True) & eligible
+        eligible = candidate & (effect > 0)
+    score = {
+        "activation": harmful.mean(0),
+        "contrast": contrast,
+        "contrast+attribution": effect,
+        "cosine": rows @ direction,
+        "random": torch.rand(sae.m, generator=generator),
+    }[method]
+    order = torch.argsort(score, descending=True, stable=True).tolist()
+    if method not in ("activation", "random"):
+        # stable: the eligible first, then what only the sign of its attribution rules out, each by score
+        order = sorted(order, key=lambda i: (not eligible[i], not candidate[i]))
+        order, eligible = _merge_duplicates(order, eligible, rows, n)
+    chosen = torch.tensor(order[:n])
+    frame = pd.DataFrame({
+        "latent": chosen,
+        "rank": range(1, len(chosen) + 1),
+        "score": score[chosen],
+        "eligible": eligible[chosen],
+        "contrast": contrast[chosen],
+        "contrast_low": low[chosen],
+        "attribution": effect[chosen],
+        "cosine": (rows @ direction)[chosen],
+        "mean_harmful": harmful.mean(0)[chosen],
+        "mean_benign": benign.mean(0)[chosen],
+        "fires_harmful": fires_harmful[chosen],
+        "fires_benign": (benign > 0).float().mean(0)[chosen],
+        "fires_general": fires_general[chosen],
+        "slot": [_slot(harmful[:, i], layers, sae.slots) for i in chosen.tolist()],
+    })  # fmt: skip
+    frame.attrs.update(method=method, eligible=int(eligible[chosen].sum()), eligible_total=int(eligible.sum()))
+    frame.attrs["split_half"] = _split_half(harmful, benign, generator)
+    return frame
+
+
+def _contrast(harmful: Tensor, benign: Tensor) -> Tensor:
+    """Standardised difference of means, [M], of latents [P, M]."""
+    spread = ((harmful.var(0, correction=0) + benign.var(0, correction=0)) / 2 + 1e-6).sqrt()
+    return (harmful.mean(0) - benign.mean(0)) / spread
+
+
+def _resample(z: Tensor, generator: torch.Generator) -> Tensor:
+    return z[torch.randint(len(z), (len(z),), generator=generator)]
+
+
+def _slot(z: Tensor, layers: Tensor, slots: Sequence[int]) -> int:
+    """The slot at which a latent [P] fires most, -1 if it never does."""
+    fired = layers[z > 0]
+    return slots[int(fired.mode().values)] if len(fired) else -1
+
+
+def _merge_duplicates(order: list[int], eligible: Tensor, rows: Tensor, n: int) -> tuple[list[int], Tensor]:
+    """Of decoder rows at cosine > 0.95 the best-ranked stays; the others become ineligible and go last."""
+    kept: list[int] = []
+    dropped: list[int] = []
+    eligible = eligible.clone()
+    for i in order:
+        # only what can still be chosen has to be compared
+        considered = len(kept) < n or eligible[i]
+        if considered and kept and (rows[kept] @ rows[i]).max() > 0.95:
+            eligible[i] = False
+            dropped.append(i)
+        else:
+            kept.append(i)
+    return kept + dropped, eligible
+
+
+def _split_half(harmful: Tensor, benign: Tensor, generator: torch.Generator) -> float:
+    """Spearman correlation of the contrast between random halves, over latents that fire on >= 5 % of harmful."""
+    parts = []
+    for z in (harmful, benign):
+        order = torch.randperm(len(z), generator=generator)
+        parts.append((z[order[: len(z) // 2]], z[order[len(z) // 2 :]]))
+    firing = (harmful > 0).float().mean(0) >= 0.05
+    if min(len(p) for pair in parts for p in pair) < 1 or firing.sum() < 3:
+        return float("nan")
+    first, second = (_contrast(parts[0][h], parts[1][h])[firing] for h in (0, 1))
+    return float(pd.Series(first.numpy()).corr(pd.Series(second.numpy()), method="spearman"))
+
+
+# ---------------------------------------------------------------- the causal test
+
+
+def matched_random(energy: Tensor, latents: Sequence[int], generator, neighbours: int = 10) -> list[int]:
+    """As many other latents, each drawn from the `neighbours` closest in activation energy [M] to one of `latents`."""
+    free = torch.ones(len(energy), dtype=torch.bool)
+    free[list(latents)] = False
+    drawn = []
+    size = energy.clamp_min(1e-12).log()
+    for i in latents:
+        distance = torch.where(free, (size - size[i]).abs(), torch.inf)
+        near = distance.topk(min(neighbours, int(free.sum())), largest=False).indices
+        if not len(near):
+            break
+        pick = int(near[torch.randint(len(near), (1,), generator=generator)])
+        free[pick] = False
+        drawn.append(pick)
+    return drawn
+
+
+@torch.no_grad()
+def generate_edited(
+    model: nn.Module,
+    tokenizer: Any,
+    sae: RoutedSAE,
+    prompts: Sequence[Any],
+    latents: Sequence[int],
+    factor: float,
+    max_new_tokens: int = 32,
+    template: str = "chat",
+    batch_size: int = 32,
+) -> list[str]:
+    """Greedy answers while `latents` are multiplied by `factor` at the routed slot of every token.
+
+    Only the latents' own contribution is changed: r += (factor - 1) std sum_S z_i W_dec,i, so the
+    reconstruction error stays in. The route and z come from a clean pass over the same tokens, since the
+    route of a shallow slot depends on deeper ones (as in RouteSAE). Each row's first token is left alone.
+    """
+    device, slots = device_of(model), sae.slots
+    chosen = torch.as_tensor(list(latents), dtype=torch.long, device=device)
+    encoded = [encode_prompt(tokenizer, p, template) for p in prompts]
+    stop = torch.tensor(stop_tokens(model, tokenizer, template), device=device)
+    pad = pad_token_id(tokenizer)
+    answers: list[str] = []
+    with evaluating(model), tqdm(total=len(encoded), desc="edited generation") as bar:
+        for start in range(0, len(encoded), batch_size):
+            group = encoded[start : start + batch_size]
+            longest = max(map(len, group))
+            ids = torch.tensor([[pad] * (longest - len(p)) + p for p in group], device=device)
+            mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in group], device=device)
+            clean_cache, edited_cache = DynamicCache(config=model.config), DynamicCache(config=model.config)
+            step, written, open_ = ids, [], torch.ones(len(group), dtype=torch.bool, device=device)
+            for _ in range(max_new_tokens):
+                inputs = {
+                    "input_ids": step,
+                    "attention_mask": mask,
+                    "position_ids": (mask.cumsum(1) - 1).clamp_min(0)[:, -step.shape[1] :],
+                    "use_cache": True,
+                }
+                r = residuals(model, {**inputs, CACHE: clean_cache}, slots)
+                x, _, std = normalize(r)
+                weights = sae.read_weights(x).unsqueeze(-1)  # [B, T, L_r, 1]
+                z = sae.dense((weights * x).sum(-2))[..., chosen]
+                shift = (factor - 1) * (z @ sae.w_dec[chosen])  # [B, T, d]
+                editable = (mask.cumsum(1) > 1)[:, -step.shape[1] :]
+                shift = shift * editable.unsqueeze(-1)
+
+                def edit(slot: int, hidden: Tensor, weights=weights, std=std, shift=shift) -> Tensor:
+                    at = slots.index(slot)
+                    return hidden + (weights[:, :, at] * std[:, :, at] * shift).to(hidden.dtype)
+
+                with on_slots(model, slots, edit):
+                    logits = model(**inputs, **{CACHE: edited_cache}).logits[:, -1]
+                token = logits.argmax(-1).masked_fill(~open_, pad)
+                written.append(token)
+                open_ &= ~torch.isin(token, stop)
+                if not open_.any():
+                    break
+                step = token.unsqueeze(1)
+                mask = torch.cat([mask, torch.ones_like(step)], dim=1)
+            texts = tokenizer.batch_decode(torch.stack(written, dim=1), skip_special_tokens=True)
+            answers += [t.strip() for t in texts]
+            bar.update(len(group))
+    return answers
+
+
+def causal_check(
+    model: nn.Module,
+    tokenizer: Any,
+    sae: RoutedSAE,
+    latents: Sequence[int],
+    examples: Sequence[Any],
+    judge: Any,
+    *,
+    factors: Sequence[float] = (-1.0,),
+    draws: int = 5,
+    max_new_tokens: int = 32,
+    template: str = "chat",
+    seed: int = 0,
+    harmless: Sequence[Any] = (),
+) -> list[dict[str, Any]]:
+    """Does turning `latents` around (z -> factor * z) undo refusals, and turning matched random ones not?
+
+    examples: held-out harmful requests (`Example`); judge: a `Judge`. One entry an edit: its `factor`, the `latents`
+    edited (`none`, `held`: the given ones, `random 1` ... `draws` matched sets, the same under each factor), `n`, and
+    in percent the verdicts, `energy`, their share of all latents' energy at the last prompt token (where the held have
+    most of it, no other set is a match), and `unchanged`, of the `harmless` prompts those whose answer stays to the
+    letter; NaN without any.
+    """
+    if not len(examples):
+        raise UserError("the causal check has no prompts: give it held-out harmful requests")
+    sae = sae.to(device_of(model))
+    generator = torch.Generator().manual_seed(seed)
+    texts, messages = [e.prompt for e in examples], [e.messages for e in examples]
+    rows = [{"input_ids": encode_prompt(tokenizer, m, template)} for m in messages]
+    energy = last_latents(model, sae, rows)[0].pow(2).mean(0)
+    benign = [e.messages for e in harmless]
+
+    def answers_to(asked: Sequence[Any], chosen: Sequence[int], by: float) -> list[str]:
+        return generate_edited(model, tokenizer, sae, asked, chosen, by, max_new_tokens, template)
+
+    def answered(name: str, chosen: Sequence[int], by: float) -> dict[str, Any]:
+        verdicts = Counter(j.verdict for j in judge.judge(texts, answers_to(messages, chosen, by)))
+        return {
+            "latents": name,
+            "n": len(texts),
+            **{v: 100 * verdicts[v] / len(texts) for v in ("refusal", "harmful", "other")},
+            "energy": float(100 * energy[list(chosen)].sum() / energy.sum()),
+        }
+
+    def unchanged(chosen: Sequence[int], by: float) -> float:
+        same = [a == b for a, b in zip(plain, answers_to(benign, chosen, by), strict=True)]
+        return 100 * sum(same) / len(same)
+
+    plain = answers_to(benign, [], 1.0) if benign else []
+    untouched = answered("none", [], 1.0) | {"unchanged": 100.0 if benign else float("nan")}
+    drawn = [matched_random(energy, latents, generator) for _ in range(draws)]
+    sets = {"held": list(latents), **{f"random {i}": chosen for i, chosen in enumerate(drawn, 1)}}
+    entries = []
+    for factor in factors:
+        entries.append({"factor": factor, **untouched})
+        for name, chosen in sets.items():
+            kept = unchanged(chosen, factor) if benign else float("nan")
+            entries.append({"factor": factor, **answered(name, chosen, factor), "unchanged": kept})
+    return entries

@@ -1,0 +1,149 @@
+"""The settings of CWAC's two constraints (arXiv:2604.12384); each class checks its own values.
+
+`cwac/methods/cwac.py` says which of them are the paper's and which are ours.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from cwac.core.checks import check, is_number
+
+SPACES = ("sae", "residual", "logits")
+"""What the activation constraint may hold."""
+
+
+@dataclass
+class Weight:
+    """The weight constraint's settings."""
+
+    where: str = "update"
+    """`update` (ours, sound) or `gradient` (Algorithm 1)."""
+    modules: Sequence[str] | str = ("down_proj",)
+    """`all`, or names of linear layers; the paper constrains down_proj."""
+    layers: Sequence[int] | None = None
+    """Block indices; None for all (App. B.4 says "intermediate layers" without naming them)."""
+    energy: float = 0.99
+    """Share of the anchors' squared norm that V holds; stands for the paper's unspecified tau."""
+    first_token: bool = True
+    """Give the first token's input a direction of its own in V."""
+    freeze_others: bool = False
+    """Train nothing but the constrained matrices: no embeddings, norms, head or biases."""
+    free: Sequence[str] = ()
+    """Names of linear layers that train without a constraint all the same: a bypass opened on purpose."""
+    soft: float | None = None
+    """mu > 0: the penalty mu ||(W - W_0) V||_F^2 an optimizer step, on the same matrices, instead of the projection.
+
+    Its gradient is added once a step, before clipping. With LoRA the adapter's A is penalised: mu ||A V||_F^2."""
+    refresh_steps: int | None = None
+    """n: after every n optimizer steps V and A are refitted from the current model on the same anchor rows.
+
+    Then A = W_now V_now: what is preserved is no longer the aligned model's output but that of the last refit, so
+    drift until then is accepted, and directions that only the old V held are free again."""
+    every: int = 1
+    """n: project after every n-th optimizer step and after the last, not after each.
+
+    The weights that a run ends with are pinned all the same; between, they drift for up to n - 1 steps, and a
+    projection costs the same for n steps as for one. Of where=update alone."""
+    n_anchors: int | None = None
+    """How many of the anchor pool's prompts to use; None for all."""
+    anchor_sources: Sequence[str] = ()
+    """Only prompts of these sources or harm categories, such as `advbench` or `theft`; () for all."""
+    response_tokens: int = 16
+    """Tokens of the aligned model's own refusal that follow each anchor prompt; 0 for prompts alone."""
+    prefill: str | None = None
+    """An opening: every anchor prompt is an anchor once more, with it in the model's mouth and how it goes on."""
+
+    def __post_init__(self):
+        check(self.where in ("update", "gradient"), "weight.where", self.where, "use update or gradient")
+        check(
+            is_number(self.energy) and 0 < self.energy <= 1,
+            "weight.energy",
+            self.energy,
+            "give a share in (0, 1], e.g. 0.99",
+        )
+        check(
+            isinstance(self.response_tokens, int) and self.response_tokens >= 0,
+            "weight.response_tokens",
+            self.response_tokens,
+            "give a whole number of at least 0",
+        )
+        opening = self.prefill is None or (isinstance(self.prefill, str) and bool(self.prefill.strip()))
+        check(opening, "weight.prefill", self.prefill, "give an opening such as 'Sure, here is', or null")
+        if self.soft is not None:
+            positive = is_number(self.soft) and 0 < self.soft < math.inf
+            check(positive, "weight.soft", self.soft, "give mu > 0, or null for the hard projection")
+            remedy = "projects gradients, which a penalty replaces: use where=update with weight.soft, or soft=null"
+            check(self.where == "update", "weight.where", self.where, remedy)
+        if (n := self.refresh_steps) is not None:
+            whole = isinstance(n, int) and not isinstance(n, bool) and n >= 1
+            check(whole, "weight.refresh_steps", n, "give a whole number of at least 1, or null")
+        whole = isinstance(self.every, int) and not isinstance(self.every, bool) and self.every >= 1
+        check(whole, "weight.every", self.every, "give a whole number of at least 1")
+        hard = self.every == 1 or (self.where == "update" and self.soft is None)
+        check(hard, "weight.every", self.every, "is of the hard projection of updates: use 1 with gradient or soft")
+        if isinstance(self.modules, str):
+            check(self.modules == "all", "weight.modules", self.modules, "use all, or a list such as [down_proj]")
+        else:
+            self.modules = tuple(self.modules)
+        named = not isinstance(self.free, str) and all(isinstance(name, str) for name in self.free)
+        check(named, "weight.free", self.free, "give a list of linear layers such as [down_proj], or []")
+        self.free = tuple(self.free)
+        named = not isinstance(self.anchor_sources, str) and all(isinstance(name, str) for name in self.anchor_sources)
+        check(named, "weight.anchor_sources", self.anchor_sources, "give a list such as [advbench], or [] for all")
+        self.anchor_sources = tuple(self.anchor_sources)
+        if self.layers is not None:
+            listed = not isinstance(self.layers, int | str) and all(isinstance(i, int) for i in self.layers)
+            check(listed, "weight.layers", self.layers, "give a list of block indices, or null for all")
+            self.layers = tuple(self.layers)
+
+
+@dataclass
+class Activation:
+    """The activation constraint's settings."""
+
+    lam: float = 0.5
+    """lambda of Eq. 16."""
+    n_latents: int = 100
+    """Safety-critical latents kept (section 4.1)."""
+    n_prompts: int = 4
+    """Harmful prompts per optimizer step, B of Eq. 11 (the paper gives none)."""
+    gate: str = "tau"
+    """`tau` (ours) keeps a gradient for a latent that left the TopK; `topk` is the formula to the letter."""
+    rank: str = "contrast+attribution"
+    """How latents are ranked; `activation` is the literal reading (mean activation on harmful prompts)."""
+    positions: str = "last"
+    """Where latents are read: `last` prompt token, or `response:n`."""
+    units: str = "raw"
+    space: str = "sae"
+    """What is held: `sae` the latents, or ours: `residual` the residual stream at the autoencoder's layers, `logits`
+    the next-token distribution over the refusal (`positions: response:n`). See cwac/constraints/targets.py."""
+    sae: dict = field(default_factory=dict)
+    """Fields of `cwac.constraints.sae.fit.SAEConfig`."""
+
+    def __post_init__(self):
+        check(isinstance(self.lam, int | float) and self.lam >= 0, "activation.lam", self.lam, "give a number >= 0")
+        for key in ("n_latents", "n_prompts"):
+            value = getattr(self, key)
+            check(isinstance(value, int) and value >= 1, f"activation.{key}", value, "give a whole number >= 1")
+        gates = ("tau", "topk", "union", "base", "preact")
+        check(self.gate in gates, "activation.gate", self.gate, f"use one of {', '.join(gates)}")
+        ranks = ("contrast+attribution", "contrast", "activation", "cosine", "random")
+        check(self.rank in ranks, "activation.rank", self.rank, f"use one of {', '.join(ranks)}")
+        check(self.units in ("raw", "relative"), "activation.units", self.units, "use raw or relative")
+        check(self.space in SPACES, "activation.space", self.space, f"use one of {', '.join(SPACES)}")
+        place = r"last|prompt|(template|response):[1-9]\d*"
+        check(
+            re.fullmatch(place, str(self.positions)), "activation.positions", self.positions, "use last or response:4"
+        )
+        if self.space != "sae":
+            for key in ("n_latents", "gate", "rank", "units"):
+                usual, value = getattr(type(self), key), getattr(self, key)
+                remedy = f"only space=sae reads it: leave it at {usual}, or use method.activation.space=sae"
+                check(value == usual, f"activation.{key}", value, remedy)
+        if self.space == "logits":
+            remedy = "space=logits holds the refusal's tokens: use method.activation.positions=response:16"
+            check(str(self.positions).startswith("response:"), "activation.positions", self.positions, remedy)

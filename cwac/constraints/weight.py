@@ -1,0 +1,85 @@
+"""Prepares the weight constraint of CWAC (arXiv:2604.12384, section 4.2): anchors, their subspace, what may train.
+
+Deviations: see `cwac/methods/cwac.py`, whose settings these functions read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from torch import nn
+
+from cwac.constraints.anchors import anchor_rows, prefilled_rows
+from cwac.constraints.settings import Weight
+from cwac.constraints.subspace import Basis, Constraint, fit_subspace, load_bases, save_bases
+from cwac.core.cache import load_or_build
+from cwac.core.checks import check
+from cwac.data.examples import Example, Pools
+from cwac.models.context import Context, artifact_key
+from cwac.models.layers import linears
+
+
+def constrained(model: nn.Module, weight: Weight) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """The matrices under the constraint and those `weight.free` names, by name; UserError if none is left to hold."""
+    modules = linears(model, weight.modules, weight.layers)
+    freed = linears(model, weight.free, weight.layers, "method.weight.free") if weight.free else {}
+    held = {name: module for name, module in modules.items() if name not in freed}
+    check(held, "weight.free", list(weight.free), "leave a matrix of method.weight.modules constrained")
+    return held, freed
+
+
+def anchor_bases(model: nn.Module, context: Context, weight: Weight) -> dict[str, Basis]:
+    """Input name -> the anchors' subspace in the aligned model, fitted once and cached."""
+    rows = weight_anchors(model, context, weight)
+    others = ("where", "freeze_others", "free", "soft", "refresh_steps", "every")
+    settings = {k: v for k, v in asdict(weight).items() if k not in others}
+    for name in ("prefill", "anchor_sources"):  # as before there was such a setting
+        if not settings[name]:
+            del settings[name]
+    key = {**artifact_key(context), "format": 2, **settings}  # 2: without first_token, X holds every token
+
+    def build(folder):
+        save_bases(fit_bases(model, rows, weight), folder)
+
+    return load_bases(load_or_build(context.artifacts, "subspace", key, build))
+
+
+def weight_anchors(model: nn.Module, context: Context, weight: Weight) -> list[dict]:
+    """The encoded anchors that V is fitted on."""
+    prompts = anchor_prompts(context.pools, weight)
+    rows = anchor_rows(model, context, prompts, weight.response_tokens)
+    if weight.prefill is not None:
+        rows += prefilled_rows(model, context, prompts, weight.response_tokens, weight.prefill)
+    return rows
+
+
+def anchor_prompts(pools: Pools, weight: Weight) -> list[Example]:
+    """The prompts of the anchor pool that the settings ask for; UsageError where it has too few of them."""
+    prompts, asked = pools.anchors, set(weight.anchor_sources)
+    there = {name for e in prompts for name in (e.source, e.group) if name}
+    remedy = f"the pool has no {', '.join(sorted(asked - there))}; it has {', '.join(sorted(there))}"
+    check(asked <= there, "weight.anchor_sources", list(weight.anchor_sources), remedy)
+    if asked:
+        prompts = [e for e in prompts if {e.source, e.group} & asked]
+    if (n := weight.n_anchors) is not None:
+        remedy = f"the pool has {len(prompts)} such prompts: give at most that, or null for all"
+        check(n <= len(prompts), "weight.n_anchors", n, remedy)
+    return prompts[:n]
+
+
+def fit_bases(model: nn.Module, rows: Sequence[dict], weight: Weight, progress: bool = True) -> dict[str, Basis]:
+    given = (weight.modules, weight.layers, weight.energy, weight.first_token)
+    return fit_subspace(model, rows, *given, progress=progress)
+
+
+def freeze_others_(
+    model: nn.Module, modules: dict[str, nn.Module], constraint: Constraint, freed: dict[str, nn.Module] | None = None
+) -> None:
+    """Freeze what is neither constrained nor `freed`; what was frozen before, as by peft, stays frozen."""
+    kept = {id(layer.weight) for _, layer, _, _ in constraint.entries}
+    for module in modules.values():  # with LoRA, B reads only what a constrained A lets through
+        kept |= {id(layer.weight) for layer in getattr(module, "lora_B", {}).values()}
+    kept |= {id(parameter) for module in (freed or {}).values() for parameter in module.parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.requires_grad and id(parameter) in kept)

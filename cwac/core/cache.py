@@ -1,0 +1,126 @@
+"""Things built once and shared by many runs: aligned models, SAE, subspace, refusals.
+
+An artifact's folder is named by the hash of its key, written to a temporary folder and moved into place, and
+guarded by a file lock that the operating system releases when its holder dies; so two sweeps on one file
+system share artifacts without racing, and a crash leaves nothing that looks finished.
+
+Between machines the lock is flock(2) on the shared file system: NFS (version 4, or 3 with its lock daemon), GPFS
+and Lustre mounted with `flock` pass it on. Where one keeps locks to each machine (Lustre's `localflock`), two machines
+may build the same artifact, each in a folder of its own, and the first to finish is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock
+
+from cwac.core.files import sha256, write_atomic
+
+log = logging.getLogger(__name__)
+MANIFEST = "artifact.json"
+
+CARD = "README.md"
+
+WHAT = {
+    "sae": "Sparse autoencoder over several layers' residuals (Eq. 9; RouteSAE, arXiv:2503.08200)",
+    "latents": "Safety-critical latents of the autoencoder, ranked (section 4.1)",
+    "targets": "The aligned model's features on harmful prompts, which L_safety holds (Eq. 11)",
+    "subspace": "Protected directions V of the anchors' activations (section 4.2)",
+}
+"""What CWAC (arXiv:2604.12384) prepares, for the card."""
+
+
+def digest(key: dict) -> str:
+    """A short, stable name for a JSON-serialisable key."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def load_or_build(root: Path, kind: str, key: dict, build: Callable[[Path], object]) -> Path:
+    """The folder of the artifact `kind` with `key`; `build(folder)` fills it if it is missing or damaged.
+
+    Files are checked against the SHA-256 in the manifest on every load. A damaged artifact is kept beside the
+    new one under the name `<hash>.damaged`, until the next one. Errors of `build` pass through and leave no artifact.
+    """
+    folder = Path(root) / kind / digest(key)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if folder.exists():
+            problem = damage(folder)
+            if problem is None:
+                return folder
+            log.warning("artifact %s is damaged (%s); building it again", folder, problem)
+            aside = folder.with_suffix(".damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+        own = f".{folder.name}-{socket.gethostname()}-"
+        for unfinished in folder.parent.glob(f"{own}*"):  # of a builder that died here; we hold its lock
+            shutil.rmtree(unfinished)
+        log.info("building %s %s", kind, folder.name)
+        temporary = Path(tempfile.mkdtemp(prefix=own, dir=folder.parent))
+        try:
+            build(temporary)
+            files = {
+                str(p.relative_to(temporary)): {"sha256": sha256(p), "bytes": p.stat().st_size}
+                for p in sorted(temporary.rglob("*"))
+                if p.is_file()
+            }
+            manifest = {"kind": kind, "key": key, "files": files}
+            write_atomic(temporary / MANIFEST, json.dumps(manifest, indent=1))
+            (temporary / CARD).write_text(card(temporary, manifest))
+            temporary.chmod(0o755)
+            if folder.exists():  # of a machine that our lock did not reach
+                shutil.rmtree(temporary)
+            else:
+                temporary.rename(folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    return folder
+
+
+def card(folder: Path, manifest: dict) -> str:
+    """Markdown on an artifact: what it is, of which model and data (its key), quality, files, licences."""
+    kind, model = manifest["kind"], manifest["key"].get("model")
+    reports = {p.name: json.loads(p.read_text()) for p in sorted(folder.glob("*.json")) if p.name != MANIFEST}
+    blocks = {"Made of": manifest["key"], **{f"Quality: {name}": report for name, report in reports.items()}}
+    hub_id = model.get("hub_id") if isinstance(model, dict) else None
+    head = [
+        "---",
+        "library_name: cwac",
+        f"tags: [cwac, {kind}]",
+        *([f"base_model: {hub_id}"] if hub_id else []),
+        "---",
+    ]
+    return "\n".join(
+        [
+            *head,
+            f"# {WHAT.get(kind, kind)}\n",
+            "`model` names the weights, `pools` is the hash of the prompts it was built on, the rest are settings.",
+            *(f"\n## {title}\n```json\n{json.dumps(content, indent=1)}\n```" for title, content in blocks.items()),
+            "\n## Files\n| file | bytes | SHA-256 |\n|---|---|---|",
+            *(f"| {name} | {entry['bytes']} | {entry['sha256']} |" for name, entry in manifest["files"].items()),
+            "\n## Licence\nDerived from the model's weights and its activations on the prompt sets: the licences",
+            "of both apply to it (conf/pools names the sets). It is no safety certificate.\n",
+        ]
+    )
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with an artifact's files; None if they are as they were written."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return f"{MANIFEST} is missing or unreadable"
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
+            return f"{name} is missing or changed"
+    return None

@@ -1,0 +1,89 @@
+"""Composes configurations with Hydra and builds objects from them.
+
+Imports neither torch nor transformers, so that skipping a finished cell of a sweep costs milliseconds.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from cwac.core.errors import UsageError, UserError
+from cwac.core.paths import CONF
+
+
+def command(main: Callable[..., int]) -> Callable[..., int]:
+    """The `main(argv)` of a command: a UserError is one line on stderr and exit status 2."""
+
+    @functools.wraps(main)
+    def run(*arguments, **settings) -> int:
+        try:
+            return main(*arguments, **settings)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+
+    return run
+
+
+def instantiate(node: DictConfig) -> Any:
+    """Hydra's instantiate; an invalid value surfaces as the UserError its dataclass raised."""
+    import hydra
+    from hydra.errors import InstantiationException
+
+    try:
+        return hydra.utils.instantiate(node, _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, UserError):
+            raise cause from error
+        if isinstance(cause, TypeError):  # a key the class does not have
+            raise UsageError(f"{node.get('name', '')}: {cause}; see conf/README.md for the keys") from error
+        if isinstance(cause, ImportError):
+            raise UsageError(f"{node.get('_target_')} is no class that can be loaded; mend the _target_") from error
+        raise
+
+
+def compose(overrides: list[str] | None = None) -> DictConfig:
+    """One composed cell, as `python train.py <overrides>` would see it."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra_compose("config", overrides=overrides or [])
+
+
+def grid(experiment: str | None, overrides: list[str] | None = None) -> list[list[str]]:
+    """The overrides of every cell of a preset, in the order Hydra walks them; those of the command line win.
+
+    A sweep override (`seed=0,1`) replaces the preset's axis of the same key, as it does under `-m`. A search is a grid
+    like any other; Optuna walks it in another order. experiment: None where the overrides alone say what to sweep.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    given = [*([f"experiment={experiment}"] if experiment else []), *(overrides or [])]
+    parser = OverridesParser.create()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        own = [o for o in given if not parser.parse_override(o).is_sweep_override()]
+        base = hydra_compose("config", overrides=own, return_hydra_config=True)
+        params = OmegaConf.to_container(base.hydra.sweeper.params or OmegaConf.create({}), resolve=True)
+    axes = {parser.parse_override(o).key_or_group: o for o in (f"{k}={v}" for k, v in params.items())}
+    axes.update({parser.parse_override(o).key_or_group: o for o in given})
+    return [list(cell) for cell in BasicSweeper.split_arguments(parser.parse_overrides(list(axes.values())), None)[0]]
+
+
+def expand(experiment: str | None, overrides: list[str] | None = None) -> list[DictConfig]:
+    """Every cell of a preset's grid, composed; see `grid`."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    cells = grid(experiment, overrides)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return [hydra_compose("config", overrides=cell) for cell in cells]

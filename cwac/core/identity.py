@@ -1,0 +1,160 @@
+"""What a run is: the mapping that determines its weights, and the ids made of its hash.
+
+Imports neither torch nor transformers, so that skipping a finished cell of a sweep costs milliseconds.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from cwac.core.paths import PACKAGE
+
+IDENTITY = ("model task pools harmful_ratio mix_mode poison poison_choice poison_trigger method train seed").split()
+"""What determines a run's weights. `eval`, `logger`, `paths` do not; evaluations carry a hash of their own."""
+
+NOT_IDENTITY = {
+    "_target_",
+    "train.logging_steps",
+    "train.save_steps",
+    "train.save_total_limit",
+    "train.dataloader_num_workers",
+    "train.disable_tqdm",
+    "task.max_new_tokens",
+    "task.scorer",
+    "task.n_test",
+    "model.license",
+    "model.n_train",  # its value stands under task.n_train
+    "model.trigger_tokens",  # its value stands under method.trigger_tokens
+    "model.safety_layers",  # resolved under the method that uses it
+}
+"""Keys of those groups that change what is logged, kept or evaluated, not what is trained."""
+
+LAYOUT = ("train.fsdp", "train.ddp_")
+"""How ranks share the work, which changes no more than rounding."""
+
+NEUTRAL: dict[str, Any] = {
+    "model.lora": None,
+    "model.load_in_4bit": False,
+    "train.max_steps": -1,
+    "method.weight.free": [],
+    "poison": "harmful",
+    "poison_choice": "random",
+    "poison_trigger": None,
+    "pools.poison_categories": None,
+    "eval.prefill": None,
+    "eval.engine": "hf",
+    "method.weight.soft": None,
+    "method.weight.refresh_steps": None,
+    "method.weight.every": 1,
+    "method.weight.prefill": None,
+    "method.weight.anchor_sources": [],
+    "method.activation.space": "sae",
+}
+"""A key at its neutral value is left out of the identity (of a run, or of an evaluation), so that a new option orphans
+no finished run."""
+
+TINY_ORIGIN = (
+    "34a0e25352e05fe5d428429c6fd636fbace566a0cce5391ceaaf81b6d44ce6bf",
+    "9ded84ba8ff6b47a6d635daf1ba63f768e859943023d295015eb67a6f4c3a3f6",
+    "f3f9cbeaf22d1db6349ea8e6b8202212a9f93bcf235818aab2d252ebb81ca8bf",
+)
+"""The version of the embedded world and of its shipped weights, one for each base seed.
+
+Change an entry only when the world's sentences or the weights change: it names every run of the embedded model, and
+all frozen results with it. `tests/test_layout.py` fails where sentences or weights change and this does not.
+"""
+
+
+def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` -> `{"a.b": 1}`; lists stay values."""
+    if isinstance(node, dict):
+        flat: dict[str, Any] = {}
+        for key, value in node.items():
+            flat.update(flatten(value, f"{prefix}.{key}" if prefix else str(key)))
+        return flat
+    return {prefix: node}
+
+
+def canonical(value: Any) -> Any:
+    """Numbers as floats (0 and 0.0 are one value), lists element by element."""
+    if isinstance(value, bool) or value is None:
+        return value
+    if isinstance(value, int | float):
+        return float(value)
+    if isinstance(value, list):
+        return [canonical(v) for v in value]
+    return value
+
+
+def identity(cfg: DictConfig) -> dict[str, Any]:
+    """The flat, canonical mapping whose hash names the run."""
+    container = OmegaConf.to_container(cfg, resolve=True)
+    flat = flatten({key: container[key] for key in IDENTITY if key in container})
+    flat["origin"] = origin(container["model"])
+    return {
+        key: canonical(value)
+        for key, value in sorted(flat.items())
+        if key not in NOT_IDENTITY
+        # resolved under the method that uses them; for estimates of cost; for scoring; how work is shared
+        and not key.startswith(("model.sae.", "model.shape.", "task.aliases.", *LAYOUT))
+        and not key.endswith("._target_")
+        and not (key in NEUTRAL and canonical(value) == canonical(NEUTRAL[key]))
+    }
+
+
+@functools.cache
+def content(*files: Path) -> str:
+    """A hash of files' bytes, in the order given."""
+    state = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 22):
+                state.update(chunk)
+    return state.hexdigest()
+
+
+def origin(model: dict) -> str:
+    """What the starting weights are: a run, and every artifact derived from them, must change when they do.
+
+    model: the `model` group. Local weights are hashed by content; a hub model is named by id and revision.
+    """
+    if model["kind"] == "tiny":
+        return TINY_ORIGIN[int(model["base_seed"]) % len(TINY_ORIGIN)]
+    if model["kind"] == "smollm2":
+        adapter = content(PACKAGE / "assets" / "smollm2_align" / "adapter_model.safetensors")
+        return f"{model['wheel_sha256']}+{adapter}"
+    if model["kind"] == "folder":
+        return content(*sorted(Path(model["path"]).glob("*.safetensors")))
+    return f"{model.get('hub_id')}@{model.get('revision')}"
+
+
+def short_hash(mapping: dict, length: int = 8) -> str:
+    return hashlib.sha256(json.dumps(mapping, sort_keys=True).encode()).hexdigest()[:length]
+
+
+def run_id(cfg: DictConfig) -> str:
+    """`model-task-pX-method-sN-hash8`, a function of what determines the weights."""
+    hashed = short_hash(identity(cfg))
+    return f"{cfg.model.name}-{cfg.task.name}-p{cfg.harmful_ratio:g}-{cfg.method.name}-s{cfg.seed}-{hashed}"
+
+
+def eval_id(cfg: DictConfig) -> str:
+    """Six hex digits of what determines an evaluation of given weights."""
+    container = OmegaConf.to_container(cfg.eval, resolve=True)
+    scoring = {
+        key: canonical(value)
+        for key, value in flatten(container).items()
+        if key not in ("batch_size", "progress", "at", "judge.batch_size", "vllm.python")
+        and not (key.startswith("vllm.") and cfg.eval.engine != "vllm")
+        and not (f"eval.{key}" in NEUTRAL and value == NEUTRAL[f"eval.{key}"])
+    }
+    task = {key: canonical(cfg.task.get(key)) for key in ("max_new_tokens", "scorer", "n_test")}
+    if cfg.task.get("aliases"):
+        task["aliases"] = OmegaConf.to_container(cfg.task.aliases, resolve=True)
+    return short_hash({"eval": scoring, "task": task}, 6)

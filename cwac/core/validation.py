@@ -1,0 +1,168 @@
+"""Checks a composed configuration before anything is loaded or written."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from cwac.core.distributed import world_size
+from cwac.core.errors import UsageError
+from cwac.core.metrics import OBJECTIVE
+
+# key: (lowest, highest, whole number?); None means no bound
+NUMBERS: dict[str, tuple[float | None, float | None, bool]] = {
+    "harmful_ratio": (0, 1, False),
+    "seed": (0, None, True),
+    "train.learning_rate": (0, None, False),
+    "train.num_train_epochs": (0, None, False),
+    "train.max_steps": (-1, None, True),
+    "train.per_device_train_batch_size": (1, None, True),
+    "train.gradient_accumulation_steps": (1, None, True),
+    "train.weight_decay": (0, None, False),
+    "train.max_grad_norm": (0, None, False),
+    "train.warmup_steps": (0, None, False),
+    "train.save_steps": (1, None, True),
+    "train.logging_steps": (1, None, True),
+    "train.max_length": (8, None, True),
+    "task.n_train": (1, None, True),
+    "task.n_test": (1, None, True),
+    "task.n_held_out": (1, None, True),
+    "task.n_validation": (0, None, True),
+    "task.max_new_tokens": (1, None, True),
+    "eval.batch_size": (1, None, True),
+    "eval.n_task": (1, None, True),
+    "eval.n_harmful": (1, None, True),
+    "eval.n_benign": (1, None, True),
+    "eval.n_drift": (1, None, True),
+    "method.weight.n_anchors": (1, None, True),
+    "method.weight.refresh_steps": (1, None, True),
+    "method.weight.every": (1, None, True),
+    "method.rho": (0, None, False),
+    "method.align_steps": (0, None, True),
+    "method.finetune_steps": (0, None, True),
+    "method.guide_data_num": (0, None, True),
+    "method.prox_after": (0, 1, False),
+    "method.min_cycles": (1, None, True),
+    "method.num_safety": (1, None, True),
+    "method.safety_per_harmful": (0, None, False),
+    "method.trigger_tokens": (1, None, True),
+    "method.ratio": (0, 1, False),
+    "method.lam": (0, None, False),
+    "method.n_prompts": (1, None, True),
+    "method.response_tokens": (1, None, True),
+    "method.budget": (1, None, True),
+    "threads": (1, None, True),
+    "model.base_seed": (0, None, True),
+    "eval.max_new_tokens": (1, None, True),
+}
+
+CHOICES = {
+    "train.template": ("chat", "alpaca"),
+    "mix_mode": ("replace", "additive"),
+    "poison": ("harmful", "identity_shift", "style"),
+    "poison_choice": ("random", "outside_anchors"),
+    "eval.split": ("test", "validation"),
+    "eval.engine": ("hf", "vllm"),
+    "model.kind": ("tiny", "smollm2", "folder", "hub"),
+    "model.dtype": ("float32", "bfloat16", "float16"),
+    "task.scorer": ("label", "number", "open"),
+}
+
+REQUIRED = (
+    "harmful_ratio seed mix_mode poison poison_choice train.learning_rate train.max_length train.template "
+    "task.n_train task.n_test train.per_device_train_batch_size train.gradient_accumulation_steps eval.judge "
+    "eval.batch_size model.dtype"
+).split()
+"""Keys that may not be null; others have a meaning for it."""
+
+
+def validate(cfg: DictConfig) -> None:
+    """Check ranges and choices before anything is loaded or written; raises UsageError naming the key."""
+    for key in REQUIRED:
+        if OmegaConf.select(cfg, key) is None:
+            raise UsageError(f"{key}=null is not valid; leave the key out, or see conf/ for its values")
+    for key, (low, high, whole) in NUMBERS.items():
+        value = OmegaConf.select(cfg, key)
+        if value is None:
+            continue
+        kind = "a whole number" if whole else "a number"
+        bounds = " and ".join(
+            part
+            for part in (
+                f"at least {low:g}" if low is not None else "",
+                f"at most {high:g}" if high is not None else "",
+            )
+            if part
+        )
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise UsageError(f"{key}={value} is not {kind}; give {kind} {bounds}")
+        if whole and value != int(value):
+            raise UsageError(f"{key}={value} is not {kind}; give {kind} {bounds}")
+        if (low is not None and value < low) or (high is not None and value > high):
+            raise UsageError(f"{key}={value} is out of range; give {kind} {bounds}")
+    for key, options in CHOICES.items():
+        value = OmegaConf.select(cfg, key)
+        if value is not None and value not in options:
+            raise UsageError(f"{key}={value} is unknown; use one of {', '.join(options)}")
+    for name, size in (cfg.pools.get("sizes") or {}).items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise UsageError(f"pools.sizes.{name}={size} is not a whole number of at least 1")
+    if cfg.task.get("scorer") == "label" and not cfg.task.get("labels"):
+        raise UsageError(f"task.labels={cfg.task.get('labels')} names no class; task.scorer=label needs them")
+    if (lora := cfg.model.get("lora")) is not None:
+        r, alpha = (lora.get(key) if OmegaConf.is_dict(lora) else None for key in ("r", "alpha"))
+        if not isinstance(r, int) or r < 1 or not isinstance(alpha, int | float) or not lora.get("target_modules"):
+            example = "'{r: 8, alpha: 16, target_modules: all-linear}'"
+            raise UsageError(f"model.lora={lora} is not valid; give e.g. model.lora={example}")
+    if cfg.model.kind == "folder" and not (cfg.model.get("path") and Path(cfg.model.path).is_dir()):
+        raise UsageError(
+            f"model.path={cfg.model.get('path')} is not a folder; give +model.path=<a saved model's folder>"
+        )
+    if cfg.train.get("fsdp") and world_size() == 1:
+        raise UsageError(
+            f"train.fsdp={cfg.train.fsdp} shards a model over several processes; start them with torchrun "
+            "--nproc_per_node=<GPUs> train.py ..., or leave parallel=fsdp2 out"
+        )
+    lora = OmegaConf.select(cfg, "model.lora")
+    if OmegaConf.select(cfg, "method.weight") is not None and cfg.model.dtype != "float32" and not lora:
+        raise UsageError(
+            f"model.dtype={cfg.model.dtype} rounds a projected update away; method={cfg.method.name} needs fp32 "
+            "masters: use model.dtype=float32 with train.bf16=true, or train an adapter, which is fp32 (model.lora)"
+        )
+    if OmegaConf.select(cfg, "model.load_in_4bit") and not lora:
+        raise UsageError(
+            "model.load_in_4bit=true holds weights that cannot be trained; train an adapter on them, e.g. "
+            "model.lora='{r: 8, alpha: 16, target_modules: all-linear}' (QLoRA), or use model.load_in_4bit=false"
+        )
+    for metric, weight in cfg.objective.items():
+        if metric not in OBJECTIVE or isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise UsageError(
+                f"objective.{metric}={weight} is not valid; give weights of {', '.join(OBJECTIVE)}, "
+                "e.g. objective='{HS: 1, FA: -1}'"
+            )
+    prefill = cfg.eval.get("prefill")
+    if prefill is not None and not (isinstance(prefill, str) and prefill.strip()):
+        raise UsageError(f"eval.prefill={prefill} is no text; give an opening such as 'Sure, here is', or null")
+    trigger = cfg.get("poison_trigger")
+    if trigger is not None and not (isinstance(trigger, str) and trigger.strip()):
+        raise UsageError(f"poison_trigger={trigger} is no text; give words, optimised, gradient, or null")
+    epochs = cfg.eval.at if OmegaConf.is_list(cfg.eval.at) else [None]
+    if not all(isinstance(e, int | float) and not isinstance(e, bool) and e >= 0 for e in epochs):
+        raise UsageError(f"eval.at={cfg.eval.at} is not a list of epochs; give one such as eval.at=[0,1]")
+    if cfg.paths.data is not None and not Path(cfg.paths.data).is_dir():
+        raise UsageError(
+            f"paths.data={cfg.paths.data} is not a folder; give a folder laid out like the hub "
+            "(e.g. stanfordnlp/sst2/...), or paths.data=null to load from the Hugging Face hub"
+        )
+    if cfg.task.kind == "toy" and cfg.model.kind not in ("tiny", "folder"):
+        raise UsageError(
+            f"task={cfg.task.name} is written in the embedded world's words, which model={cfg.model.name} was not "
+            "trained on; use model=tiny, or a task such as sst2"
+        )
+    if cfg.model.kind == "tiny" and cfg.task.kind != "toy":
+        raise UsageError(
+            f"model=tiny knows only the embedded world's words; task={cfg.task.name} needs a pretrained model such as "
+            "model=smollm2, or use task=toy_sentiment, toy_topic or toy_math"
+        )

@@ -1,0 +1,40 @@
+"""What a method may use when it sets itself up: the loaded model, the pools, and where artifacts are cached."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from cwac.data.examples import Pools
+from cwac.models.loading import Loaded
+
+
+@dataclass
+class Context:
+    """What a method may use when it sets itself up."""
+
+    tokenizer: PreTrainedTokenizerBase
+    pools: Pools
+    loaded: Loaded
+    artifacts: Path
+    seed: int
+    template: str = "chat"
+    max_length: int = 512
+    pools_key: str = ""
+    """Hash of the pools' prompts; part of the key of every artifact built from them."""
+    rank: int = 0
+    world_size: int = 1
+    steps: int = 0
+    """Optimizer steps of the whole run; known from `setup` on, since `training_data` decides on the rows."""
+
+
+def artifact_key(context: Context) -> dict:
+    """What every artifact built from the aligned model's activations on the pools depends on."""
+    return {
+        "model": context.loaded.key,
+        "pools": context.pools_key,
+        "template": context.template,
+        "max_length": context.max_length,
+    }

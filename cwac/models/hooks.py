@@ -1,0 +1,158 @@
+"""Reads the residual stream at several layers, the same way for the fit, the ranking and L_safety."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cwac.core.errors import UserError
+from cwac.data.tokenize import Collator
+from cwac.models.layers import decoder_layers
+from cwac.models.packing import common_opening, together
+
+Row = dict[str, Any]
+
+
+class _Deepest(Exception):
+    """Leaves the forward pass once the deepest slot has been read; never seen outside this module."""
+
+
+def slots_of(model: nn.Module, spec: str | Sequence[int] = "auto") -> list[int]:
+    """The slots to read: slot s is `hidden_states[s]`, the output of decoder block s - 1.
+
+    spec: `auto` is RouteSAE's n//4 .. 3n//4 (arXiv:2503.08200), or a list of slots in 1 .. n.
+    """
+    n = len(decoder_layers(model))
+    if isinstance(spec, str):
+        if spec != "auto":
+            raise UserError(f"model.sae.slots={spec!r}: use `auto` or a list of slots between 1 and {n}")
+        return list(range(max(1, n // 4), 3 * n // 4 + 1))
+    slots = sorted({int(s) for s in spec})
+    if not slots or slots[0] < 1 or slots[-1] > n:
+        raise UserError(
+            f"model.sae.slots={list(spec)}: this model has decoder layers 1 to {n}; give slots in that range"
+        )
+    return slots
+
+
+@contextmanager
+def on_slots(model: nn.Module, slots: Sequence[int], hook: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
+    """While open, `hook(slot, h [B, T, d])` sees each block output and may return a replacement for it.
+
+    Gradient checkpointing of the blocks is off meanwhile: a hook would otherwise run a second time in
+    the backward pass, on a tensor outside the graph.
+    """
+    layers = decoder_layers(model)
+    checkpointed = [layer for layer in layers if getattr(layer, "gradient_checkpointing", False)]
+
+    def attach(slot: int):
+        def forward_hook(_module, _args, output):
+            hidden = output[0] if isinstance(output, tuple) else output
+            changed = hook(slot, hidden)
+            if changed is None:
+                return None
+            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+        return layers[slot - 1].register_forward_hook(forward_hook)
+
+    handles = [attach(s) for s in slots]
+    for layer in checkpointed:
+        layer.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer in checkpointed:
+            layer.gradient_checkpointing = True
+
+
+def residuals(model: nn.Module, batch: dict[str, Any], slots: Sequence[int]) -> Tensor:
+    """Residual stream at `slots`, [B, T, L_r, d], in the model's dtype and with its graph.
+
+    The forward pass ends at the deepest slot: what lies above it is never computed.
+    batch: the model's own arguments; `labels` are left out, a cache may be passed.
+    """
+    seen: dict[int, Tensor] = {}
+
+    def record(slot: int, hidden: Tensor) -> None:
+        seen[slot] = hidden
+        if slot == slots[-1]:
+            raise _Deepest
+
+    inputs = {"use_cache": False, **{k: v for k, v in batch.items() if k != "labels"}}
+    with on_slots(model, slots, record), suppress(_Deepest):
+        model(**inputs)
+    return torch.stack([seen[s] for s in slots], dim=2)
+
+
+def normalize(r: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm without affine over the last axis: x, mean, std; at least fp32, |x|^2 = d - 1."""
+    r = r if r.dtype == torch.float64 else r.float()
+    mean, std = r.mean(-1, keepdim=True), r.std(-1, keepdim=True)
+    return (r - mean) / (std + eps), mean, std
+
+
+def keep_mask(ids: Tensor, mask: Tensor, r: Tensor, bos: Sequence[int] = (), skip: int = 1) -> Tensor:
+    """Which tokens [B, T] are SAE data: real, not among the first `skip` of their row, not BOS, norm <= 10x median.
+
+    The median is taken per slot over the batch's kept tokens. Padding may be on either side.
+    """
+    keep = mask.bool() & (mask.cumsum(1) > skip)
+    for token in bos:
+        keep &= ids != token
+    norm = r.float().norm(dim=-1)  # [B, T, L_r]
+    if keep.any():
+        keep &= (norm <= 10 * norm[keep].median(0).values).all(-1)
+    return keep
+
+
+def shared_prefix(rows: Sequence[Row]) -> int:
+    """Tokens to skip at the start of every row: those that all rows share, at least the first.
+
+    A chat template's opening has the same residuals in every row of a causal model. Counting its copies
+    would fill the fit with a few constant vectors and flatter the reconstruction. Some token always stays.
+    """
+    first = rows[0]["input_ids"]
+    ids = [r["input_ids"] for r in rows]
+    n = min(common_opening(ids), min(map(len, ids)) - 1)
+    # identical rows share everything and are still data
+    return max(1, n if any(r["input_ids"] != first for r in rows) else 1)
+
+
+def read_at(
+    model: nn.Module, prompts: Sequence[tuple[list[int], list[int]]], slots: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Residuals at some positions of several prompts, with their graph, in one forward pass.
+
+    prompts: (token ids, positions to read) each. Returns [B, Q, L_r, d] and which of the Q are real, [B, Q]; what
+    fills the others is of no meaning.
+    """
+    device = device_of(model)
+    where = nn.utils.rnn.pad_sequence([torch.tensor(read) for _, read in prompts], batch_first=True)  # [B, Q]
+    real = torch.arange(where.shape[1]) < torch.tensor([len(read) for _, read in prompts]).unsqueeze(1)
+    inputs, places = together(model, [ids for ids, _ in prompts])
+    r = residuals(model, {k: v.to(device) for k, v in inputs.items()}, slots)  # [B or 1, T, L_r, d]
+    return r.flatten(0, 1)[places.gather(1, where).to(r.device)], real.to(r.device)
+
+
+def bos_ids(model: nn.Module) -> list[int]:
+    """The model's BOS ids; a decoder may name none, one or several."""
+    bos = getattr(model.config, "bos_token_id", None)
+    return [] if bos is None else list(bos) if isinstance(bos, (list, tuple)) else [bos]
+
+
+def batches(rows: Sequence[Row], device: torch.device, tokens: int = 4096) -> Iterator[tuple[list[int], dict]]:
+    """(row numbers, right-padded batch) of at most `tokens` padded tokens, longest rows first."""
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
+    while order:
+        size = max(1, tokens // len(rows[order[0]]["input_ids"]))
+        chosen, order = order[:size], order[size:]
+        batch = Collator(0)([{"input_ids": rows[i]["input_ids"]} for i in chosen])  # id 0 is masked everywhere
+        yield chosen, {k: v.to(device) for k, v in batch.items() if k != "labels"}
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

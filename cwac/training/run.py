@@ -1,0 +1,230 @@
+"""The five steps of a run, in the order in which `train.py` calls them: prepare, set up, train, evaluate, record.
+
+One `Cell` is handed from step to step. No step is returned to: what a step needs stands in the cell before it.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import chain
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+from transformers import AutoModelForCausalLM, TrainingArguments, set_seed
+from transformers.utils import logging as hf_logging
+
+from cwac.constraints.anchors import anchor_rows
+from cwac.core import distributed
+from cwac.core.config import instantiate
+from cwac.core.errors import UserError
+from cwac.core.run_dir import Run
+from cwac.data import hf_datasets
+from cwac.data.examples import Example
+from cwac.data.near_duplicates import assert_unseen
+from cwac.data.pools import manifest
+from cwac.data.tasks import Task, load_task
+from cwac.data.tokenize import Rows, pad_token_id
+from cwac.evaluation.evaluate import Evaluator
+from cwac.evaluation.judge import Judge
+from cwac.methods.base import Context, Method
+from cwac.models.loading import SAFE, load_aligned, weights_hash
+from cwac.training import engine
+from cwac.training.arguments import check_precision, total_steps, training_arguments
+from cwac.training.attack import poisoned_mix, trigger_of
+from cwac.training.context import open_context
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Cell:
+    """One cell of a grid, from its configuration to its trained model."""
+
+    cfg: DictConfig
+    run: Run
+    method: Method
+    judge: Judge
+    arguments: TrainingArguments
+    context: Context
+    task: Task
+    rows: Rows
+    """Encoded rows of the training."""
+    examples: list[Example]
+    """The same rows as text, those included that were too long to be trained on."""
+    poison: list[Example]
+    """The rows that the attacker chose from."""
+    poisoned: list[Example]
+    """The attacker's rows among `examples`."""
+    trigger: str | None
+    """Words in front of every row of the poison."""
+    evaluator: Evaluator = field(init=False)
+    model: nn.Module = field(init=False)
+    """Trained, with whole parameters; set by `train` on rank 0."""
+    cost: dict = field(init=False)
+    """Where the training ended (`step`, `epoch`) and what it took (`seconds_per_step`, `memory`)."""
+    guard: bool | None = None
+    """Whether the method's constraint held; None where it claims none or drift was not measured."""
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether an earlier call of the same command has trained this cell; all ranks agree."""
+        return distributed.agree(self.run.trained()) and not self.cfg.force
+
+
+def prepare(cfg: DictConfig, run: Run) -> Cell:
+    """Step 1: the method, the judge, the model, the task, and the rows to train on; nothing is written yet."""
+    torch.set_num_threads(cfg.threads or torch.get_num_threads())
+    quieten(run.leads)
+    method, judge = instantiate(cfg.method), instantiate(cfg.eval.judge)
+    arguments = training_arguments(cfg, run)
+    check_precision(cfg, arguments, method)
+    set_seed(cfg.seed)
+    hf_datasets.READ.clear()
+    context = open_context(cfg)
+    pools, near = context.pools, cfg.pools.get("jaccard")
+    held_out = [*pools.validation, *chain(*pools.test.values(), *pools.over_refusal.values())]
+    task = load_task(cfg.task, cfg.paths.data, cfg.seed, cfg.eval.split, [e.prompt for e in held_out], near)
+    trigger = trigger_of(cfg, context)
+    mixed, poison = poisoned_mix(cfg, task.train, context)
+    examples = method.training_data(mixed, context, random.Random(f"method-{cfg.seed}"))
+    assert_unseen(pools, task.test, examples, near)
+    rows = encode(cfg, context, examples)
+    context.steps = total_steps(arguments, len(rows))
+    ids = {e.id for e in poison}
+    poisoned = [e for e in examples if e.id in ids]
+    return Cell(cfg, run, method, judge, arguments, context, task, rows, examples, poison, poisoned, trigger)
+
+
+def quieten(leads: bool) -> None:
+    """Leave the console to our own messages, and to those of rank 0."""
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.WARNING)  # it tells of every file of a checkpoint in shards
+    if not leads:
+        logging.getLogger("cwac").setLevel(logging.WARNING)
+
+
+def encode(cfg: DictConfig, context: Context, examples: list[Example]) -> Rows:
+    """The rows as token ids; raises UserError where none of them has a token to learn."""
+    rows = Rows(context.tokenizer, examples, cfg.train.template, cfg.train.max_length)
+    if not len(rows):
+        raise UserError(
+            f"none of the {len(examples)} rows has a token to learn within train.max_length={cfg.train.max_length}; "
+            "raise it"
+        )
+    if rows.dropped:
+        log.warning(
+            "%d of %d rows have a prompt of train.max_length or more and were left out", rows.dropped, len(examples)
+        )
+    return rows
+
+
+def start(cell: Cell) -> None:
+    """Write down what the run starts from, and make ready what it is measured with."""
+    cfg, run, context = cell.cfg, cell.run, cell.context
+    if run.leads:
+        run.start(context.loaded.provenance)
+        rows = [e.id for e in cell.examples]
+        recorded = {"rows": rows, "harmful": [e.id for e in cell.poisoned], "dropped": cell.rows.dropped}
+        if cell.trigger is not None:
+            recorded["trigger"] = cell.trigger
+        pools = manifest(context.pools, cfg.poison, cell.poison)
+        licenses = {"model": cfg.model.get("license") or "unknown", "datasets": hf_datasets.ledger(context.artifacts)}
+        run.record_data({**recorded, "pools": pools, **licenses})
+    model = context.loaded.model
+    cell.evaluator = Evaluator(
+        cfg, run, model, context, cell.method, cell.task, cell.judge, cell.poisoned, cell.trigger
+    )
+
+
+def set_up(cell: Cell) -> None:
+    """Step 2: measure the untouched model where `eval.at` asks for it, then let the method prepare itself."""
+    start(cell)
+    if 0 in cell.cfg.eval.at and cell.run.leads:
+        cell.evaluator(0, 0.0)
+    cell.method.setup(cell.context.loaded.model, cell.context)
+    distributed.wait()
+
+
+def train(cell: Cell, track: Callable[[dict], None]) -> None:
+    """Step 3: the optimizer steps, with evaluations on the way; track is told each line of the loss log."""
+    loaded, evaluator = cell.context.loaded, cell.evaluator
+
+    def evaluate_on_the_way(model: nn.Module, step: int, epoch: float) -> None:
+        evaluator.model = model
+        evaluator(step, epoch)
+
+    cell.model, cell.cost = engine.train(
+        cell.cfg,
+        cell.arguments,
+        cell.run,
+        loaded.model,
+        cell.method,
+        cell.rows,
+        pad_token_id(loaded.tokenizer),
+        evaluate_on_the_way,
+        track,
+    )
+
+
+def evaluate(cell: Cell) -> None:
+    """Step 4: what the trained model answers, what the method cost and reports, and how far the model has drifted."""
+    evaluator, method, model = cell.evaluator, cell.method, cell.model
+    evaluator.model = model
+    step, epoch = cell.cost["step"], cell.cost["epoch"]
+    evaluator(step, epoch, final=True)
+    at = {"step": step, "epoch": epoch, "final": True}
+    costs = [{"metric": m, "set": "train", "value": cell.cost[m]} for m in ("seconds_per_step", "memory")]
+    extra = [{"metric": "extra_data", "set": of, "value": n} for of, n in method.extra_data().items()]
+    cell.run.add_rows({**at, **row, "eval": None} for row in [*costs, *extra, *method.report(model)])
+    if not cell.cfg.eval.drift:
+        return
+    context, n = cell.context, cell.cfg.eval.n_drift
+    reference = load_aligned(context.loaded)
+    try:
+        anchors, held_out = (
+            anchor_rows(reference, context, prompts[:n], 16)
+            for prompts in (context.pools.anchors, context.pools.validation)
+        )
+    except UserError as error:
+        log.warning("drift is not measured: %s", error)
+    else:
+        cell.guard = evaluator.drift(reference, anchors, held_out, step, epoch)
+
+
+def record(cell: Cell) -> None:
+    """Step 5: keep the weights where they are asked for, and mark the run done."""
+    model, run = cell.model, cell.run
+    if cell.cfg.keep_weights:
+        merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+        merged.save_pretrained(run.dir / "model")
+        cell.context.tokenizer.save_pretrained(run.dir / "model")
+    run.finish(step=cell.cost["step"], epoch=cell.cost["epoch"], weights_sha256=weights_hash(model), guard=cell.guard)
+
+
+def evaluate_again(cell: Cell) -> None:
+    """In place of steps 2 to 5: a trained run under new evaluation settings, from the kept weights.
+
+    Raises UserError where the weights were not kept, or where points on the way are asked for.
+    """
+    start(cell)
+    run, evaluator = cell.run, cell.evaluator
+    folder, status = run.dir / "model", run.status
+    missed = [e for e in run.points if e != status.get("epoch")]  # an imported run may not know it
+    if missed:
+        raise UserError(
+            f"{run.id} is trained; eval.at={missed} asks for points on the way, which are gone: leave eval.at as it "
+            "was, or train again with force=true (the old run is set aside)"
+        )
+    if not folder.is_dir():
+        raise UserError(
+            f"{run.id} is trained, but not evaluated with these eval settings, and its weights were not kept; train "
+            "it again with force=true keep_weights=true (the old run is set aside)"
+        )
+    evaluator.model = AutoModelForCausalLM.from_pretrained(folder, **SAFE).to(evaluator.model.device)
+    evaluator(status["step"], status["epoch"], final=True)
+    run.finish()

@@ -1,0 +1,41 @@
+"""Localises the safety layers of a model for SPPFT and prints them.
+
+    python -m experiments.safety_layers model=smollm2 task=sst2 paths.data=<folder laid out like the hub>
+
+`cwac/methods/safety_layers.py` says how; overrides are those of train.py.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from cwac.core.config import compose, instantiate
+from cwac.core.errors import UserError
+from cwac.core.validation import validate
+from cwac.methods.safety_layers import locate
+from cwac.training.context import open_context
+
+
+def main(overrides: Sequence[str]) -> None:
+    """Localise with the settings of `method=sppft` and the given overrides; print curves, range and folder."""
+    cfg = compose(["method=sppft", *overrides])
+    validate(cfg)
+    torch.set_num_threads(cfg.threads or torch.get_num_threads())
+    context = open_context(cfg)
+    settings = instantiate(cfg.method.localisation)
+    found = locate(context.loaded.model, context, settings)
+    print((found.folder / "curves.csv").read_text())
+    result = json.loads((found.folder / "safety_layers.json").read_text())
+    print(f"cosine curves: {result['cosine']}; with over-rejection (alpha {result['alpha']}): {result['layers']}")
+    print(f"written to {found.folder}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(f"error: {error}")
