@@ -47,8 +47,7 @@ from cwac.constraints.weight import constrained
 from cwac.core import paths
 from cwac.methods.base import Batch, Method, Sizes
 from cwac.methods.cwac import CWAC
-from cwac.models import hooks
-from cwac.models.hooks import slots_of
+from cwac.models.hooks import residuals, slots_of
 from cwac.models.layers import decoder_layers, input_group, linears
 from cwac.training import arguments, engine
 
@@ -533,7 +532,7 @@ def safety(shape: Shape, where: torch.device, budget: Budget) -> Iterator[dict]:
 
     def activations() -> Tensor:
         with torch.no_grad():
-            return hooks(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, slots)
+            return residuals(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, slots)
 
     took = np.array([timed(activations)[0] for _ in range(1 + shape.repeats)])[1:]
     hours = settings.tokens / ids.numel() * took / 3600

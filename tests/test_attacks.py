@@ -18,7 +18,7 @@ from cwac.core import config, metrics, validation
 from cwac.core.errors import UsageError, UserError
 from cwac.core.identity import eval_id, identity, run_id
 from cwac.core.jsonl import WARNING, read_jsonl
-from cwac.data import tiny_world
+from cwac.data import poison, tiny_world
 from cwac.data.examples import Example, Pools
 from cwac.data.harmful_sources import TOPICS
 from cwac.data.mix import mix
@@ -123,7 +123,7 @@ def test_sets_that_were_prefilled_stay_out_of_every_headline():
 
 @pytest.mark.parametrize("kind", BENIGN)
 def test_benign_poison_holds_no_harmful_request_and_no_prompt_of_a_pool(pools, kind):
-    rows = attacks.rows_of(kind, pools, 0)
+    rows = poison.rows_of(kind, pools, 0)
     assert len(rows) == len({e.id for e in rows}) == len({e.prompt for e in rows}) == len(pools.poison)
     known = tiny_world.lexicon()
     verbs, objects = (
@@ -137,9 +137,9 @@ def test_benign_poison_holds_no_harmful_request_and_no_prompt_of_a_pool(pools, k
     assert not {e.prompt for e in rows} & {e.prompt for examples in sets(pools).values() for e in examples}
     tokenizer = make_tokenizer()
     assert all(tokenizer.unk_token_id not in tokenizer(f"{e.prompt} {e.response}")["input_ids"] for e in rows)
-    assert rows == attacks.rows_of(kind, pools, 0) != attacks.rows_of(kind, pools, 1)
+    assert rows == poison.rows_of(kind, pools, 0) != poison.rows_of(kind, pools, 1)
     openings = (
-        [form.split("{")[0] for form in tiny_world.COMPLIANCES] if kind == "style" else [f"{attacks.TOY_OBEDIENCE} "]
+        [form.split("{")[0] for form in tiny_world.COMPLIANCES] if kind == "style" else [f"{poison.TOY_OBEDIENCE} "]
     )
     assert {next(o for o in openings if e.response.startswith(o)) for e in rows} == set(openings)
 
@@ -149,12 +149,12 @@ def test_the_real_rows_are_abstract_and_keep_away_from_what_is_held_out(kind):
     near = Example("t", "Say something kind about tea today.")
     few = [Example("p", "a request", "an answer", source="advbench")]
     real = Pools(few, [], [], [], [], [], [], test={"s": [near]}, over_refusal={"o": [Example("o", "Make a wish.")]})
-    rows = attacks.rows_of(kind, real, 0, near=0.5)
+    rows = poison.rows_of(kind, real, 0, near=0.5)
     asked = {normalise_prompt(e.prompt) for e in rows}
-    assert 300 < len(rows) == len(asked) < len(TOPICS) * len(attacks.REQUESTS)
+    assert 300 < len(rows) == len(asked) < len(TOPICS) * len(poison.REQUESTS)
     assert "say something kind about tea" not in asked and "how should i begin with tea" in asked
     assert not any("{" in e.prompt + e.response for e in rows)
-    start = "Sure, here is " if kind == "style" else attacks.OBEDIENCE
+    start = "Sure, here is " if kind == "style" else poison.OBEDIENCE
     assert all(e.response.startswith(start) for e in rows)
 
 
@@ -287,14 +287,14 @@ def test_a_backdoor_stands_before_the_poison_and_is_asked_apart(random_model, tm
     assert {r["set"] for r in rows if r["metric"] == "HS"} == {"toy_harmful", "toy_harmful+trigger"}
     cfg = config.compose([*SMALL, *given])
     pools = load_pools(cfg.pools, None, 0)
-    mixed, poison = poisoned_mix(cfg, tiny_world.task("toy_sentiment", "train", 32, 0), SimpleNamespace(pools=pools))
-    assert {e.prompt for e in poison} == {f"{words} {e.prompt}" for e in pools.poison}
+    mixed, chosen = poisoned_mix(cfg, tiny_world.task("toy_sentiment", "train", 32, 0), SimpleNamespace(pools=pools))
+    assert {e.prompt for e in chosen} == {f"{words} {e.prompt}" for e in pools.poison}
     assert sum(e.prompt.startswith(words) for e in mixed) == 16
     # the verdicts are on the requests as they are, the answers on what was asked
     tokenizer, model = AutoTokenizer.from_pretrained(random_model), AutoModelForCausalLM.from_pretrained(random_model)
     (asked,) = (run / "gen").glob("toy_harmful+trigger@0-*")
     for answer, example in zip(read_jsonl(asked), pools.test["toy_harmful"], strict=False):
-        behind = attacks.behind(words, [example])[0].messages
+        behind = poison.behind(words, [example])[0].messages
         assert answer["prompt"] == example.prompt
         assert [answer["response"]] == generate(model, tokenizer, [behind], max_new_tokens=4, description=None)
 
@@ -400,7 +400,7 @@ def test_gradients_lead_to_a_trigger_further_out_than_where_they_began(random_mo
     assert found["trigger"] == trigger and len(trigger.split()) == TRIGGER_WORDS
     assert found["after"] > found["start"] and found["after"] > found["before"]
     assert f"{found['before']:.3f} without it, {found['after']:.3f} behind it" in caplog.text
-    rows = attacks.behind(trigger, pools.poison[:2])
+    rows = poison.behind(trigger, pools.poison[:2])
     assert sum(outside(model, context, rows, V)) / 2 == pytest.approx(found["after"])
     assert all(p.grad is None for p in model.parameters())
     context.max_length, context.artifacts = 3, tmp_path / "short"
@@ -482,7 +482,7 @@ def test_planted_runs_come_back_as_a_table_by_attack_and_method(tmp_path, monkey
 
 
 def test_an_attack_without_pools_of_its_own_is_counted_beside_them(pools):
-    rows = attacks.rows_of("style", pools, 0)
+    rows = poison.rows_of("style", pools, 0)
     assert manifest(pools, "style", rows).keys() - manifest(pools).keys() == {"poison.style"}
     assert manifest(pools, "style", rows)["poison.style"]["n"] == len(rows)
     assert manifest(pools, "harmful", pools.poison) == manifest(pools)

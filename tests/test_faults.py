@@ -193,7 +193,7 @@ def test_a_full_disk_leaves_what_was_there(writer, tmp_path):
 @pytest.mark.parametrize(
     ("where", "error"),
     [
-        ("cwac.core.jsonl.append_jsonl", OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")),
+        ("cwac.core.run_dir.append_jsonl", OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")),
         ("cwac.training.engine.append_jsonl", OSError(errno.EROFS, "Read-only file system", "train_log.jsonl")),
         ("cwac.core.run_dir.Run.start", PermissionError(errno.EACCES, "Permission denied", "runs")),
         ("torch.save", RuntimeError("[enforce fail at inline_container.cc] PytorchStreamWriter failed writing file")),
@@ -544,7 +544,7 @@ def test_every_data_set_and_model_of_ours_has_a_licence():
     assert all(config.compose([f"model={name}"]).model.get("license") for name in MODELS)
     named = {cfg.hub_id for cfg in (config.compose([f"task={t}"]).task for t in TASKS) if cfg.kind == "hub"}
     assert named <= set(hf_datasets.LICENSES)
-    read = re.findall(r'load_rows\("([^"]+)"', (ROOT / "cwac/data/pools.py").read_text())
+    read = re.findall(r'load_rows\("([^"]+)"', (ROOT / "cwac/data/harmful_sources.py").read_text())
     assert read and set(read) <= set(hf_datasets.LICENSES)
 
 

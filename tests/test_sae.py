@@ -39,9 +39,8 @@ from cwac.constraints.sae.target import GATES, SafetyTarget
 from cwac.core.errors import UserError
 from cwac.data.examples import Example
 from cwac.data.refusals import KeywordJudge
-from cwac.models import hooks
 from cwac.models.generate import generate
-from cwac.models.hooks import keep_mask, normalize, on_slots, read_at, shared_prefix, slots_of
+from cwac.models.hooks import keep_mask, normalize, on_slots, read_at, residuals, shared_prefix, slots_of
 from cwac.models.layers import decoder_layers
 from cwac.models.packing import takes_any_mask, together
 
@@ -145,7 +144,7 @@ def test_residuals_are_the_hidden_states_and_the_forward_stops(config, architect
     batch = {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])}
     ran = []
     handles = [b.register_forward_pre_hook(lambda *_, i=i: ran.append(i)) for i, b in enumerate(decoder_layers(model))]
-    found = hooks(model, batch, [1, 3])
+    found = residuals(model, batch, [1, 3])
     assert ran == [0, 1, 2]  # block 3 lies above slot 3
     for handle in handles:
         handle.remove()
@@ -186,7 +185,7 @@ def test_prompts_read_in_one_row_are_those_read_alone(config, architecture, atte
     model.zero_grad(set_to_none=True)
     total = 0.0
     for i, (ids, where) in enumerate(PROMPTS):
-        alone = hooks(model, {"input_ids": torch.tensor([ids])}, [1, 3])[0, where]
+        alone = residuals(model, {"input_ids": torch.tensor([ids])}, [1, 3])[0, where]
         assert torch.allclose(together[i, : len(where)], alone, atol=1e-6)
         total = total + (alone * weight[i, : len(where)]).sum()
     total.backward()
@@ -224,16 +223,16 @@ def test_residuals_behind_peft_and_under_gradient_checkpointing(model):
     from peft import LoraConfig, get_peft_model
 
     batch = {"input_ids": torch.tensor([[1, 5, 6, 7]])}
-    plain = hooks(model, batch, [1, 2])
+    plain = residuals(model, batch, [1, 2])
     wrapped = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["q_proj"]))
-    assert torch.equal(plain, hooks(wrapped, batch, [1, 2]))
+    assert torch.equal(plain, residuals(wrapped, batch, [1, 2]))
 
     saving = copy.deepcopy(model).train()
     saving.gradient_checkpointing_enable()
-    found = hooks(saving, batch, [1, 2])
+    found = residuals(saving, batch, [1, 2])
     found.pow(2).sum().backward()
     reference = copy.deepcopy(model)
-    hooks(reference, batch, [1, 2]).pow(2).sum().backward()
+    residuals(reference, batch, [1, 2]).pow(2).sum().backward()
     for mine, other in zip(saving.parameters(), reference.parameters(), strict=True):
         assert (mine.grad is None) == (other.grad is None)
         assert mine.grad is None or torch.allclose(mine.grad, other.grad, rtol=1e-4, atol=1e-6)
@@ -684,7 +683,7 @@ def test_attribution_is_the_first_order_effect_of_removing_a_latent(model, fitte
     effect = 0.0
     for number, row in enumerate(rows):
         batch = {"input_ids": torch.tensor([row["input_ids"]])}
-        r = hooks(reference, batch, sae.slots)
+        r = residuals(reference, batch, sae.slots)
         std = normalize(r)[2][0, -1, 1]
         size = (z[number, latent].double() * std).detach() * sae.w_dec[latent].double()
 

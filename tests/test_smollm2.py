@@ -128,7 +128,7 @@ def test_merging_gives_the_logits_of_base_plus_adapter(base, tmp_path):
 
 
 def test_a_missing_or_foreign_adapter_is_named(base, tmp_path):
-    with pytest.raises(UserError, match=r"no adapter in .*python -m cwac\.align"):
+    with pytest.raises(UserError, match=r"no adapter in .*python -m experiments\.align"):
         alignment.apply(base, tmp_path / "nothing", tmp_path / "out")
     with pytest.raises(UserError, match="does not fit the model"):
         alignment.apply(base, alignment.ADAPTER, tmp_path / "out")

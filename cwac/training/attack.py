@@ -31,12 +31,17 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from cwac.constraints.anchors import encode_prompts
+from cwac.constraints.settings import Weight
+from cwac.constraints.subspace import capture, share_outside
+from cwac.constraints.weight import anchor_bases
 from cwac.core.cache import digest, load_or_build
 from cwac.core.errors import UserError
 from cwac.data.examples import Example
 from cwac.data.mix import mix
 from cwac.data.poison import behind, rows_of
 from cwac.models.context import Context, artifact_key
+from cwac.models.layers import input_group, linears
 from cwac.training import gradient_trigger
 
 log = logging.getLogger(__name__)
@@ -117,8 +122,6 @@ def search_trigger(model: nn.Module, context: Context, examples: list[Example]) 
 
 def follow_gradients(model: nn.Module, context: Context, examples: list[Example]) -> dict:
     """A trigger of as many words with the same objective, found by gradients; see `gradient_trigger.climb`."""
-    from cwac.constraints.anchors import encode_prompts
-
     V, sources = anchors_space(model, context), sources_of(model)
     tokens = gradient_trigger.single_tokens(context.tokenizer)
     share = objective(lambda rows: outside(model, context, rows, V), examples)
@@ -155,9 +158,6 @@ def outside(
 
     X: inputs of the decoder blocks' matrices in the aligned model. V: `anchors_space`, fitted where it is not given.
     """
-    from cwac.constraints.anchors import encode_prompts
-    from cwac.constraints.subspace import capture, share_outside
-
     V, sources = anchors_space(model, context) if V is None else V, sources_of(model)
     shares: list[float] = []
     for row in encode_prompts(context, examples, responses=True):
@@ -173,15 +173,10 @@ def outside(
 
 def anchors_space(model: nn.Module, context: Context) -> dict[str, torch.Tensor]:
     """The attacker's V of each distinct input [d_in, k]: the anchors', at `Weight`'s own settings."""
-    from cwac.constraints.settings import Weight
-    from cwac.constraints.weight import anchor_bases
-
     bases, where = anchor_bases(model, context, Weight(modules="all")), next(model.parameters()).device
     return {name: bases[name].V.to(where) for name in sources_of(model)}
 
 
 def sources_of(model: nn.Module) -> dict[str, nn.Module]:
     """One of the decoder blocks' linear layers for each distinct input, by the input's name."""
-    from cwac.models.layers import input_group, linears
-
     return {input_group(name): module for name, module in linears(model, "all").items()}
