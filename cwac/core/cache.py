@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 MANIFEST = "artifact.json"
 
 CARD = "README.md"
+LONGEST_REPORT = 1 << 16
+"""Bytes; a longer JSON file of an artifact is no report to be shown on its card but a vocabulary."""
+
 
 WHAT = {
     "sae": "Sparse autoencoder over several layers' residuals (Eq. 9; RouteSAE, arXiv:2503.08200)",
@@ -89,7 +92,8 @@ def load_or_build(root: Path, kind: str, key: dict, build: Callable[[Path], obje
 def card(folder: Path, manifest: dict) -> str:
     """Markdown on an artifact: what it is, of which model and data (its key), quality, files, licences."""
     kind, model = manifest["kind"], manifest["key"].get("model")
-    reports = {p.name: json.loads(p.read_text()) for p in sorted(folder.glob("*.json")) if p.name != MANIFEST}
+    found = [p for p in sorted(folder.glob("*.json")) if p.name != MANIFEST and p.stat().st_size <= LONGEST_REPORT]
+    reports = {p.name: json.loads(p.read_text()) for p in found}
     blocks = {"Made of": manifest["key"], **{f"Quality: {name}": report for name, report in reports.items()}}
     hub_id = model.get("hub_id") if isinstance(model, dict) else None
     head = [

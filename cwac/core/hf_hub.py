@@ -103,6 +103,23 @@ def download(model: Resolved, key: str) -> Path:
     return Path(folder)
 
 
+def download_file(model: Resolved, name: str, key: str) -> Path:
+    """One file of the commit, downloaded where the cache lacks it; raises UserError where that fails."""
+    import huggingface_hub as hub
+
+    try:
+        return Path(
+            hub.hf_hub_download(
+                model.hub_id, name, revision=model.commit, local_files_only=not model.reachable, token=hub.get_token()
+            )
+        )
+    except Exception as error:
+        raise UserError(
+            f"{key}={model.hub_id} at {model.commit[:10]}: {name} could not be downloaded ({first_line(error)}); the "
+            "same command again goes on where it stopped"
+        ) from error
+
+
 def first_line(error: Exception) -> str:
     """What an exception says, in one line without the user's token: some clients quote the header they sent."""
     import huggingface_hub as hub

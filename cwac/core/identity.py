@@ -129,6 +129,8 @@ def origin(model: dict) -> str:
     if model["kind"] == "smollm2":
         adapter = content(PACKAGE / "assets" / "smollm2_align" / "adapter_model.safetensors")
         return f"{model['wheel_sha256']}+{adapter}"
+    if model["kind"] == "gguf":  # from a hub or from wheels: the same bytes
+        return model["file_sha256"]
     if model["kind"] == "folder":
         return content(*sorted(Path(model["path"]).glob("*.safetensors")))
     return f"{model.get('hub_id')}@{model.get('revision')}"

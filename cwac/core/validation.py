@@ -65,7 +65,7 @@ CHOICES = {
     "poison_choice": ("random", "outside_anchors"),
     "eval.split": ("test", "validation"),
     "eval.engine": ("hf", "vllm"),
-    "model.kind": ("tiny", "smollm2", "folder", "hub"),
+    "model.kind": ("tiny", "smollm2", "gguf", "folder", "hub"),
     "model.dtype": ("float32", "bfloat16", "float16"),
     "task.scorer": ("label", "number", "open"),
 }

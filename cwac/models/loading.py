@@ -53,8 +53,8 @@ class Loaded:
 def load(cfg, artifacts: Path, seed: int = 0) -> Loaded:
     """Load `cfg.model`; builds or downloads what is missing, once.
 
-    cfg: the `model` group: `kind` (tiny | smollm2 | hub | folder), `dtype`, `lora`, `load_in_4bit` and the kind's own
-    keys.
+    cfg: the `model` group: `kind` (tiny | smollm2 | gguf | hub | folder), `dtype`, `lora`, `load_in_4bit` and the
+    kind's own keys.
     seed: of a LoRA adapter's initialisation. Raises UserError for a folder without a model and a hub out of reach.
     """
     if cfg.kind == "tiny":
@@ -73,6 +73,16 @@ def load(cfg, artifacts: Path, seed: int = 0) -> Loaded:
         key = {**key, "origin": origin(cfg)}
         folder = load_or_build(artifacts, "smollm2-aligned", key, lambda out: alignment.apply(base, None, out))
         loaded = _from_folder(folder, cfg, key, base=str(base))
+    elif cfg.kind == "gguf":
+        from cwac.models import packaged
+
+        key = {"kind": "gguf", "origin": origin(cfg)}
+        release = packaged.Release(
+            cfg.hub_id, cfg.revision, cfg.file, cfg.file_sha256, tuple(cfg.eos_token_ids), cfg.tied
+        )
+        downloads = Path(artifacts) / "downloads" / cfg.file_sha256[:12]
+        folder = load_or_build(artifacts, "gguf", key, lambda out: packaged.prepare(out, release, downloads))
+        loaded = _from_folder(folder, cfg, key)
     elif cfg.kind == "folder":
         loaded = _from_folder(Path(cfg.path), cfg, {"kind": "folder", "origin": origin(cfg)})
     else:
