@@ -138,7 +138,7 @@ def setting(preset: str, cfg: DictConfig) -> dict:
     `variant` and its `strength` (lam, mu or steps; empty where it has none) are of `closed_variants` alone.
     """
     weight, strengths = cfg.method.get("weight") or {}, OmegaConf.select(cfg, "variant.strengths")
-    freed, modules = list(weight.get("free", [])), weight.get("modules")
+    freed, modules = list(weight.get("unconstrained", [])), weight.get("modules")
     if not weight or modules != "all":
         arm, matrix = "constrained", "+".join(modules or []) or "none"
     else:

@@ -47,7 +47,7 @@ from cwac.constraints.weight import constrained
 from cwac.core import paths
 from cwac.methods.base import Batch, Method, Sizes
 from cwac.methods.cwac import CWAC
-from cwac.models.hooks import residuals, slots_of
+from cwac.models.hooks import layers_of, residuals
 from cwac.models.layers import decoder_layers, input_group, linears
 from cwac.training import arguments, engine
 
@@ -452,8 +452,8 @@ def sae(shape: Shape, where: torch.device, budget: Budget) -> Iterator[dict]:
     d, layers = shape.architecture["hidden_size"], shape.architecture["num_hidden_layers"]
     settings = SAEConfig(**shape.sae)
     m, k, n = settings.m or 8 * d, settings.latents(d), settings.batch
-    slots = list(range(max(1, layers // 4), 3 * layers // 4 + 1))  # as slots_of has them
-    held = torch.randn(n, len(slots), d, device=where, dtype=torch.float16)
+    readable = list(range(max(1, layers // 4) - 1, 3 * layers // 4))  # as layers_of has them
+    held = torch.randn(n, len(readable), d, device=where, dtype=torch.float16)
 
     def train(beside: Callable[[Tensor], object] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Seconds of each step but the first, ours and those of `beside`, which takes its turn at every draw."""
@@ -469,7 +469,7 @@ def sae(shape: Shape, where: torch.device, budget: Budget) -> Iterator[dict]:
             began.append(now())
             return held.float()
 
-        model = RoutedSAE(d, m, k, slots, settings.router)
+        model = RoutedSAE(d, m, k, readable, settings.router)
         train_sae(model, draw, SAEConfig(**{**shape.sae, "tokens": (shape.sae_steps + 1) * n}), where)
         ours.append(now() - began[-1])
         return np.array(ours[2:]), np.array(theirs[2:])  # after the draw that initialises and the first step
@@ -484,7 +484,7 @@ def sae(shape: Shape, where: torch.device, budget: Budget) -> Iterator[dict]:
     ours, theirs = train(step)
     del step  # with its moments
     spent = speed(n, ours)
-    name = f"step of SAE training, fp32, {len(slots)} slots, {size}"
+    name = f"step of SAE training, fp32, {len(readable)} slots, {size}"
     yield entry(name, "plain PyTorch, 1 slot", ours / theirs) | spent
     yield entry(f"{corpus}, fp32, {size}", "1 h", hours(spent["seconds"]), 1.0) | spent
     yield entry(f"{corpus}, fp32, {size}", f"{PAPER_SAE:g} h (paper)", hours(spent["seconds"]) / PAPER_SAE) | spent
@@ -499,7 +499,7 @@ def sae(shape: Shape, where: torch.device, budget: Budget) -> Iterator[dict]:
 
     from_host()
     spent = speed(part, np.array([timed(from_host)[0] for _ in range(2)]))
-    name = f"{settings.tokens:.3g} tokens drawn from the host's memory, {len(slots)} slots (extrapolated)"
+    name = f"{settings.tokens:.3g} tokens drawn from the host's memory, {len(readable)} slots (extrapolated)"
     yield entry(name, "1 h", hours(spent["seconds"] * n / part)) | spent
 
 
@@ -524,19 +524,19 @@ def safety(shape: Shape, where: torch.device, budget: Budget) -> Iterator[dict]:
         model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, logits_to_keep=1)
 
     measured = paired(lambda: target.loss(model, range(n)), whole, 2 * shape.repeats, warm_up=2)
-    layers, read = len(decoder_layers(model)), target.sae.slots[target.used[-1]]
+    layers, read = len(decoder_layers(model)), target.sae.layers[target.used[-1]] + 1
     name = f"L_safety of {n} harmful prompts of {length} tokens, read after block {read} of {layers}"
     yield entry(name, "forward pass of the same prompts", measured, (read + 1) / layers)
-    slots, settings = slots_of(model, "auto"), SAEConfig(**shape.sae)
+    readable, settings = layers_of(model, "auto"), SAEConfig(**shape.sae)
     ids = torch.randint(model.config.vocab_size, (2 * shape.rows, shape.tokens), device=where)
 
     def activations() -> Tensor:
         with torch.no_grad():
-            return residuals(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, slots)
+            return residuals(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, readable)
 
     took = np.array([timed(activations)[0] for _ in range(1 + shape.repeats)])[1:]
     hours = settings.tokens / ids.numel() * took / 3600
-    name = f"residuals of {settings.tokens:.3g} tokens, {len(slots)} slots, bf16 (extrapolated)"
+    name = f"residuals of {settings.tokens:.3g} tokens, {len(readable)} slots, bf16 (extrapolated)"
     yield entry(name, "1 h", hours) | speed(ids.numel(), took)
 
 

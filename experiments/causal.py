@@ -12,8 +12,8 @@ drawn at random (specific). Where the held ones have more than twice the energy 
 `specific` is left open. Harmless prompts are answered under the same edits: latents that carry refusals alone leave
 these answers as they were.
 
-Deviations: all of it is `ours`; the paper makes no such test. `method.activation.rank=activation` asks the same of its
-own ranking, `rank=random` is the control of the instrument.
+Deviations: all of it is `ours`; the paper makes no such test. `method.activation.ranking=activation` asks the same of
+its own ranking, `ranking=random` is the control of the instrument.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--harmless", type=int, default=20, help="harmless prompts of each source, at most (20)")
     parser.add_argument("--out", type=Path, default=Path("results/causal"), help="folder for the results")
     parser.add_argument(
-        "overrides", nargs="*", help="train.py's own, e.g. model=tiny method.activation.rank=activation"
+        "overrides", nargs="*", help="train.py's own, e.g. model=tiny method.activation.ranking=activation"
     )
     args = parser.parse_intermixed_args(argv)
     at_least_one(args, "draws", "prompts", "harmless")

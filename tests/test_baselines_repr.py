@@ -117,7 +117,7 @@ def test_the_adapter_switched_off_is_the_frozen_copy():
     batch = batch_of(random_rows(4))
     inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
     layers = model_layers(plain, None)
-    assert layers == [1, 2, 3]
+    assert layers == [0, 1, 2]
     off, frozen = Reference(model), Reference(plain)
     assert off.frozen is None
     trainable = [n for n, p in model.named_parameters() if p.requires_grad]
@@ -174,7 +174,7 @@ def test_ldifs_is_the_squared_distance_of_unit_vectors(llama):
     """Against the formula row by row, and its gradient against finite differences."""
     rows = random_rows(3, low=4, high=8)
     batch = batch_of(rows)
-    method = ldifs(llama, [], lam=2.0, layers=[1, 2])
+    method = ldifs(llama, [], lam=2.0, layers=[0, 1])
     initial = make_llama()
     weight = llama.model.layers[0].mlp.down_proj.weight
     with torch.no_grad():
@@ -186,8 +186,8 @@ def test_ldifs_is_the_squared_distance_of_unit_vectors(llama):
             now, then = (
                 m(torch.tensor([row["input_ids"]]), output_hidden_states=True).hidden_states for m in (llama, initial)
             )
-            for layer in (1, 2):
-                cosine = functional.cosine_similarity(now[layer], then[layer], dim=-1)
+            for layer in (0, 1):
+                cosine = functional.cosine_similarity(now[layer + 1], then[layer + 1], dim=-1)
                 total += (2 - 2 * cosine).mean().item() / 2
         return 2.0 * total / len(rows)
 
@@ -235,10 +235,10 @@ def test_the_coefficients_follow_algorithm_1():
 
 
 def test_rerouted_layers_scale_with_the_depth(llama):
-    """10 and 20 of 32 blocks, as in the paper; block counts of the models of this project beside it."""
+    """Blocks 9 and 19 of 32, the paper's 10 and 20; block counts of the models of this project beside it."""
     method = CircuitBreaker("circuit_breaker")
     found = {n: method._rerouted(make_llama(layers=n)) for n in (32, 4, 30)}
-    assert found == {32: [10, 20], 4: [1, 2], 30: [9, 19]}
+    assert found == {32: [9, 19], 4: [0, 1], 30: [8, 18]}
     method.alpha = 0.0
     assert method.extra_data() == {}  # nothing is drawn then
 
@@ -253,7 +253,7 @@ def rerouting(context, rank=0, world_size=1, **settings):
 
 def test_rerouting_is_the_mean_of_both_terms(context):
     model = context.loaded.model
-    method = rerouting(context, layers=[1], n_prompts=3, n_retain=5)
+    method = rerouting(context, layers=[0], n_prompts=3, n_retain=5)
     assert method.penalty(model, 0).item() == pytest.approx(10)  # cosine 1 everywhere, c_r 0
     with torch.no_grad():
         for parameter in model.parameters():
@@ -468,9 +468,9 @@ def test_values_are_checked_when_the_method_is_made(make, message):
 
 
 @pytest.mark.parametrize("kind", [LDIFS, CircuitBreaker])
-@pytest.mark.parametrize("layers", [[0], [3], []])
+@pytest.mark.parametrize("layers", [[-1], [2], []])
 def test_layers_outside_the_model_are_refused_before_training(kind, layers, context):
-    with pytest.raises(UsageError, match=r"method.layers=.*lies outside the model.*1\.\.2"):
+    with pytest.raises(UsageError, match=r"method.layers=.*lies outside the model.*0\.\.1"):
         kind("x", layers=layers).training_data([], context, None)
 
 

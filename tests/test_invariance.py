@@ -96,7 +96,7 @@ def cells(request, artifacts):
     }
     cells["ragged"] = config.compose(["method=sft", *overrides, "task.n_train=19"])  # steps of 8, 8 and 3 rows
     cells["lora"] = config.compose(["method=cwac", *overrides, *NEEDS["salora"]])
-    soft = ["method.weight.soft=1", "method.activation={space: residual, lam: 10}"]
+    soft = ["method.weight.penalty_weight=1", "method.activation={space: residual, lam: 10}"]
     cells["soft"] = config.compose(["method=cwac_closed", *overrides, *soft])
     refresh = ["method.weight.refresh_steps=1", "method.activation={space: logits, positions: 'response:4'}"]
     cells["refresh"] = config.compose(["method=cwac", *overrides, *refresh])

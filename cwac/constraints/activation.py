@@ -6,7 +6,6 @@ Deviations: see `cwac/constraints/sae/__init__.py` and `cwac/methods/cwac.py`.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from typing import Any
 
 from torch import nn
@@ -46,7 +45,7 @@ def ranked_latents(model: nn.Module, context: Context, activation: Activation) -
     n_benign = max(1, len(pools.benign) // 5)
     general = encode(pools.benign[n_benign:], responses=True)
     held_general = encode(pools.benign[:n_benign], responses=True)
-    key = {**artifact_key(context), "sae": asdict(config)}
+    key = {**artifact_key(context), "sae": config.key()}
 
     def build(folder):
         sae, fitted = fit_sae(model, general, harmful, config)
@@ -65,12 +64,12 @@ def ranked_latents(model: nn.Module, context: Context, activation: Activation) -
             anchor_rows(model, context, pools.sae, 0),
             encode(pools.benign),
             n=activation.n_latents,
-            method=activation.rank,
+            method=activation.ranking,
             general_rows=general,
         )
         table.to_csv(out / "latents.csv", index=False)
 
-    ranking_key = {**key, "rank": activation.rank, "n": activation.n_latents}
+    ranking_key = {**key, "rank": activation.ranking, "n": activation.n_latents}
     ranking = load_or_build(context.artifacts, "latents", ranking_key, build_ranking)
     return sae, pd.read_csv(ranking / "latents.csv"), found, ranking_key
 

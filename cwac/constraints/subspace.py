@@ -14,8 +14,8 @@ Deviations:
 - `where: update` (ours): after each optimizer step W <- W - (W V - W_0 V) V^T, which pins the cumulative drift
   whatever the optimizer does. Projecting the gradient (Algorithm 1) is undone by Adam's element-wise scaling and
   weight decay.
-- `soft` and `refresh_steps` (ours): the same distance as a penalty mu ||(W - W_0) V||_F^2, and V and A = W V refitted
-  from the model of the moment. Neither pins the cumulative drift.
+- `penalty_weight` and `refresh_steps` (ours): the same distance as a penalty mu ||(W - W_0) V||_F^2, and V and A = W V
+  refitted from the model of the moment. Neither pins the cumulative drift.
 """
 
 from __future__ import annotations
@@ -328,7 +328,7 @@ class Constraint:
                 grad.addmm_(grad @ V, V.T, alpha=-1)
 
     @torch.no_grad()
-    def add_soft_gradients_(self, mu: float) -> None:
+    def add_penalty_gradients_(self, mu: float) -> None:
         """grad <- grad + 2 mu (W V - A) V^T, the gradient of mu ||(W - W_0) V||_F^2 (ours).
 
         With LoRA W is the adapter's A [r, d_in], whose pinned value is 0: mu ||A V||_F^2.

@@ -35,16 +35,16 @@ class Target:
     """The aligned model's features on a set of prompts; built on the model before any update.
 
     rows: encoded prompts, with `prompt` the prompt's length where an answer follows. positions: as for
-    `cwac.constraints.sae.target.SafetyTarget`. slots: layers, slot s the output of decoder block s - 1.
+    `cwac.constraints.sae.target.SafetyTarget`. layers: decoder blocks, counted from 0.
     """
 
     metric: ClassVar[str]
     """The name of what `drift` measures."""
 
-    def __init__(self, model: nn.Module, rows: Sequence[Row], positions: str, slots: Sequence[int]):
+    def __init__(self, model: nn.Module, rows: Sequence[Row], positions: str, layers: Sequence[int]):
         if not len(rows):
             raise UserError("the activation constraint has no harmful prompts: give it a non-empty step pool")
-        self.slots = list(slots)
+        self.layers = list(layers)
         self.prompts = [locate(row, positions) for row in rows]  # (ids, positions) each
         self.reference: Reference | None = None
         self.baseline: list[Tensor] = []
@@ -126,22 +126,22 @@ class ResidualTarget(Target):
 
     metric = "residual_distance"
 
-    def __init__(self, model: nn.Module, rows: Sequence[Row], positions: str, slots: Sequence[int]):
-        super().__init__(model, rows, positions, slots)
-        norms, tokens = torch.zeros(len(slots)), 0
+    def __init__(self, model: nn.Module, rows: Sequence[Row], positions: str, layers: Sequence[int]):
+        super().__init__(model, rows, positions, layers)
+        norms, tokens = torch.zeros(len(layers)), 0
         for i in range(len(self)):
             base = self.remembered([i], device_of(model))[0].cpu()  # [Q, L, d]
             norms, tokens = norms + base.square().sum((0, 2)), tokens + len(base)
         self.scale = norms / tokens  # [L]
 
     def width(self, model: nn.Module) -> int:
-        return len(self.slots) * model.get_input_embeddings().embedding_dim
+        return len(self.layers) * model.get_input_embeddings().embedding_dim
 
     def outputs(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        return residuals(model, batch, self.slots)  # [B, T, L, d]
+        return residuals(model, batch, self.layers)  # [B, T, L, d]
 
     def aligned(self, batch: dict[str, Tensor]) -> Tensor:
-        return self.reference.hidden_states(batch, self.slots)
+        return self.reference.hidden_states(batch, self.layers)
 
     def distance(self, now: Tensor, base: Tensor) -> Tensor:
         return ((now - base).square().sum(-1) / self.scale.to(now.device)).mean(-1)

@@ -21,18 +21,24 @@ from cwac.models.layers import linears
 
 
 def constrained(model: nn.Module, weight: Weight) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
-    """The matrices under the constraint and those `weight.free` names, by name; UserError if none is left to hold."""
+    """By name, the constrained matrices and those in `weight.unconstrained`; UserError if no matrix is constrained."""
     modules = linears(model, weight.modules, weight.layers)
-    freed = linears(model, weight.free, weight.layers, "method.weight.free") if weight.free else {}
+    freed = (
+        linears(model, weight.unconstrained, weight.layers, "method.weight.unconstrained")
+        if weight.unconstrained
+        else {}
+    )
     held = {name: module for name, module in modules.items() if name not in freed}
-    check(held, "weight.free", list(weight.free), "leave a matrix of method.weight.modules constrained")
+    check(
+        held, "weight.unconstrained", list(weight.unconstrained), "leave a matrix of method.weight.modules constrained"
+    )
     return held, freed
 
 
 def anchor_bases(model: nn.Module, context: Context, weight: Weight) -> dict[str, Basis]:
     """Input name -> the anchors' subspace in the aligned model, fitted once and cached."""
     rows = weight_anchors(model, context, weight)
-    others = ("where", "freeze_others", "free", "soft", "refresh_steps", "every")
+    others = ("where", "freeze_others", "unconstrained", "penalty_weight", "refresh_steps", "project_every")
     settings = {k: v for k, v in asdict(weight).items() if k not in others}
     for name in ("prefill", "anchor_sources"):  # as before there was such a setting
         if not settings[name]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from cwac.core import renamed
 from cwac.core.errors import UsageError, UserError
 from cwac.core.paths import CONF
 
@@ -54,7 +55,7 @@ def compose(overrides: list[str] | None = None) -> DictConfig:
     from hydra import initialize_config_dir
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra_compose("config", overrides=overrides or [])
+        return renamed.update(hydra_compose("config", overrides=renamed.rewrite(overrides or [])))
 
 
 def grid(experiment: str | None, overrides: list[str] | None = None) -> list[list[str]]:
@@ -68,14 +69,15 @@ def grid(experiment: str | None, overrides: list[str] | None = None) -> list[lis
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    given = [*([f"experiment={experiment}"] if experiment else []), *(overrides or [])]
+    chosen = [*([f"experiment={experiment}"] if experiment else []), *renamed.rewrite(overrides or [])]
     parser = OverridesParser.create()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        own = [o for o in given if not parser.parse_override(o).is_sweep_override()]
+        own = [o for o in chosen if not parser.parse_override(o).is_sweep_override()]
         base = hydra_compose("config", overrides=own, return_hydra_config=True)
         params = OmegaConf.to_container(base.hydra.sweeper.params or OmegaConf.create({}), resolve=True)
-    axes = {parser.parse_override(o).key_or_group: o for o in (f"{k}={v}" for k, v in params.items())}
-    axes.update({parser.parse_override(o).key_or_group: o for o in given})
+    swept = renamed.rewrite([f"{k}={v}" for k, v in params.items()])
+    axes = {parser.parse_override(o).key_or_group: o for o in swept}
+    axes.update({parser.parse_override(o).key_or_group: o for o in chosen})
     return [list(cell) for cell in BasicSweeper.split_arguments(parser.parse_overrides(list(axes.values())), None)[0]]
 
 
@@ -86,4 +88,4 @@ def expand(experiment: str | None, overrides: list[str] | None = None) -> list[D
 
     cells = grid(experiment, overrides)
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return [hydra_compose("config", overrides=cell) for cell in cells]
+        return [renamed.update(hydra_compose("config", overrides=cell)) for cell in cells]

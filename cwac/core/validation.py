@@ -38,7 +38,7 @@ NUMBERS: dict[str, tuple[float | None, float | None, bool]] = {
     "eval.n_drift": (1, None, True),
     "method.weight.n_anchors": (1, None, True),
     "method.weight.refresh_steps": (1, None, True),
-    "method.weight.every": (1, None, True),
+    "method.weight.project_every": (1, None, True),
     "method.rho": (0, None, False),
     "method.align_steps": (0, None, True),
     "method.finetune_steps": (0, None, True),

@@ -16,8 +16,8 @@ Deviations:
   anchor tokens are preserved exactly when V spans their activations: by induction over blocks, each block's input is
   unchanged, so each matrix sees inputs in its V, so its output is unchanged.
 - L_safety is drawn and added once per optimizer step, so lambda does not grow with gradient accumulation (ours).
-- `weight.soft`, `weight.refresh_steps` and `activation.space` (ours) vary the coupling one part at a time: a penalty
-  instead of the projection, a V that follows the model, and another space than the autoencoder's
+- `weight.penalty_weight`, `weight.refresh_steps` and `activation.space` (ours) vary the coupling one part at a time: a
+  penalty instead of the projection, a V that follows the model, and another space than the autoencoder's
   (cwac/constraints/targets.py).
 """
 
@@ -114,13 +114,13 @@ class CWAC(Method):
             from cwac.constraints.sae.autoencoder import RoutedSAE
             from cwac.constraints.sae.fit import SAEConfig
             from cwac.constraints.sae.target import SafetyTarget
-            from cwac.models.hooks import slots_of
+            from cwac.models.hooks import layers_of
 
             activation, config = self.activation, SAEConfig(**self.activation.sae)
             d = model.get_input_embeddings().embedding_dim
-            slots = slots_of(model, config.slots)
+            layers = layers_of(model, config.layers)
             with model.device:
-                sae = RoutedSAE(d, config.m or 8 * d, config.latents(d), slots, config.router).requires_grad_(False)
+                sae = RoutedSAE(d, config.m or 8 * d, config.latents(d), layers, config.router).requires_grad_(False)
             for parameter in sae.parameters():  # written to, or the operating system gives no memory
                 parameter.fill_(1 / d)
             target = (activation.n_latents, activation.n_prompts, sizes.prompt_tokens, activation.gate)
@@ -129,7 +129,7 @@ class CWAC(Method):
             # weights, gradients, two moments; and the tokens it is fitted on
             fitted = 4 * sum(p.nbytes for p in sae.parameters())
             tokens = config.tokens if config.cached_tokens is None else min(config.cached_tokens, config.tokens)
-            found.before["fit of the SAE"] = fitted + min(config.buffer_gib * 2**30, 2 * len(slots) * d * tokens)
+            found.before["fit of the SAE"] = fitted + min(config.buffer_gib * 2**30, 2 * len(layers) * d * tokens)
         if self.weight is not None:
             modules, freed = constrained(model, self.weight)
             dims = {input_group(name): base_layer(module).in_features for name, module in modules.items()}
@@ -157,8 +157,8 @@ class CWAC(Method):
         return self.activation.lam * share * target.loss(model, mine)
 
     def after_backward(self, model: nn.Module) -> None:
-        if self._constraint is not None and self.weight.soft is not None:
-            self._constraint.add_soft_gradients_(self.weight.soft)
+        if self._constraint is not None and self.weight.penalty_weight is not None:
+            self._constraint.add_penalty_gradients_(self.weight.penalty_weight)
 
     def before_step(self, model: nn.Module) -> None:
         if self._constraint is not None and self.weight.where == "gradient":
@@ -170,8 +170,8 @@ class CWAC(Method):
         weight = self.weight
         self._steps += 1
         refit = weight.refresh_steps is not None and self._steps % weight.refresh_steps == 0
-        due = refit or self._steps % weight.every == 0 or self._steps == self._context.steps
-        if weight.where == "update" and weight.soft is None and due:
+        due = refit or self._steps % weight.project_every == 0 or self._steps == self._context.steps
+        if weight.where == "update" and weight.penalty_weight is None and due:
             self._constraint.project_weights_()
         if refit and self._anchors:
             bases = fit_bases(model, self._anchors, self.weight, progress=False)
@@ -179,7 +179,7 @@ class CWAC(Method):
             self._constraint.refit_(bases)
 
     def state_dict(self) -> dict:
-        if self.weight is None or (self.weight.refresh_steps is None and self.weight.every == 1):
+        if self.weight is None or (self.weight.refresh_steps is None and self.weight.project_every == 1):
             return {}
         moved = self._constraint.state_dict() if self.weight.refresh_steps is not None else {}
         return {"steps": self._steps, **moved}
@@ -193,7 +193,7 @@ class CWAC(Method):
     def protected(self) -> dict[str, torch.Tensor]:
         """None where the drift from the aligned model is not pinned: under a penalty, or once V was refitted."""
         weight = self.weight
-        if self._constraint is None or weight.soft is not None or weight.refresh_steps is not None:
+        if self._constraint is None or weight.penalty_weight is not None or weight.refresh_steps is not None:
             return {}
         return {name: V for name, _, V, _ in self._constraint.entries}
 
@@ -244,10 +244,10 @@ class CWAC(Method):
     def _target(self, model: nn.Module, rows: Sequence[dict]) -> Any:
         """The aligned model's features on `rows` in another space than the autoencoder's."""
         from cwac.constraints.targets import TARGETS
-        from cwac.models.hooks import slots_of
+        from cwac.models.hooks import layers_of
 
-        slots = slots_of(model, self.activation.sae.get("slots", "auto"))
-        return TARGETS[self.activation.space](model, rows, self.activation.positions, slots)
+        layers = layers_of(model, self.activation.sae.get("layers", "auto"))
+        return TARGETS[self.activation.space](model, rows, self.activation.positions, layers)
 
     def _setup_space(self, model: nn.Module, context: Context) -> None:
         for name, prompts in (("anchors", context.pools.step), ("heldout", context.pools.validation)):
@@ -282,5 +282,5 @@ class CWAC(Method):
             sae_l0=found["l0_harmful"],
             sae_dead=found["dead_share"],
             latents_eligible=float(table["eligible"].sum()),
-            sae_slots=float(len(sae.slots)),
+            sae_slots=float(len(sae.layers)),
         )

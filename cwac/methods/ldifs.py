@@ -43,7 +43,7 @@ class LDIFS(Method):
     lam: float = 10.0
     """lambda; 0 is plain fine-tuning."""
     layers: Sequence[int] | None = None
-    """Layer l is the output of block l - 1; None for all."""
+    """Blocks whose output is compared, counted from 0; None for all."""
 
     def __post_init__(self):
         check(is_number(self.lam) and self.lam >= 0, "lam", self.lam, "give a number >= 0")

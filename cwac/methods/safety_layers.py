@@ -168,11 +168,11 @@ def queries(context: Context, settings: Localisation) -> tuple[list[Example], li
 @torch.no_grad()
 def last_token_states(model: nn.Module, rows: Sequence[dict]) -> torch.Tensor:
     """Outputs [n, K, d] of the K decoder layers at each row's last token, fp32, on the CPU."""
-    slots = list(range(1, len(decoder_layers(model)) + 1))
+    layers = range(len(decoder_layers(model)))
     states: list = [None] * len(rows)
     with evaluating(model):
         for chosen, batch in batches(rows, device_of(model)):
-            hidden = residuals(model, batch, slots)  # [B, T, K, d]
+            hidden = residuals(model, batch, layers)  # [B, T, K, d]
             last = batch["attention_mask"].sum(1) - 1
             read = hidden[torch.arange(len(last), device=last.device), last]
             for i, state in zip(chosen, read.float().cpu(), strict=True):

@@ -13,7 +13,7 @@ Deviations:
   - Position 0, BOS, padding, outlier tokens (norm > 10x the median) and the opening that all rows share
     are not SAE data (ours; RouteSAE trains on all of them): the first token alone can carry 99 % of the
     raw energy, and a template's opening is the same vectors in every row.
-  - If the hard router collapses onto one slot, the SAE is fitted again with `uniform` (ours, reported).
+  - If the hard router collapses onto one layer, the SAE is fitted again with `uniform` (ours, reported).
   - b_pre starts at the data mean, and the encoder at c * decoder with the least-squares c (ours).
   - ReLU after TopK (ours; differs only where fewer than k pre-activations are positive).
   - AuxK for dead latents, decoder rows of unit norm after every step (RouteSAE: no AuxK, every 10).
