@@ -5,7 +5,7 @@ python -m benchmarks.large --shape tiny --cpu                                   
 
 For a machine that is lent for minutes: parts in the order of their value, each row written as soon as it is measured,
 a part that fails named in one line while the others go on, and none begun that the `--seconds` left cannot hold.
-Weights, rows and activations are random; CWAC is rehearsed with a random orthonormal V and an SAE of the real size
+Weights, rows and activations are random; CWAC is set up with a random orthonormal V and an SAE of the real size
 (zeros or an identity would multiply faster than what training meets).
 
 Memory of `step`, in 10^9 bytes: 5.30e9 parameters in bf16 with gradients and AdamW's moments 42.4; the 1.44e9 of
@@ -192,7 +192,7 @@ def in_turns(
     """
     defence = CWAC("cwac", None, Activation(sae=shape.sae))
     with torch.no_grad():
-        held = defence.rehearse(model, Sizes(prompt_tokens=shape.prompt_tokens)).held["SAE"]
+        held = defence.estimate_memory(model, Sizes(prompt_tokens=shape.prompt_tokens)).tensors["SAE"]
     defence.weight = weight
     length = 2 * (1 + shape.pairs)  # of a rank's steps; the first pair allocates and does not count
     plan = [(i % 4 in (1, 2)) for i in range(length)] * len(shape.shares)  # who begins takes turns
@@ -516,7 +516,7 @@ def safety(shape: Shape, where: torch.device, budget: Budget) -> Iterator[dict]:
     activation = Activation(sae=shape.sae)
     defence = CWAC("cwac", None, activation)
     with torch.no_grad():
-        defence.rehearse(model, Sizes(prompt_tokens=shape.prompt_tokens))
+        defence.estimate_memory(model, Sizes(prompt_tokens=shape.prompt_tokens))
     target, n, length = defence._targets["anchors"], activation.n_prompts, shape.prompt_tokens
     ids = torch.ones(n, length, dtype=torch.long, device=where)
 

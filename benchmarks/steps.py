@@ -2,8 +2,8 @@
 
 python -m benchmarks.steps [--steps 6 --tokens 512 --labels 128] [overrides]
 
-Weights are random at `model.shape`, rows are random tokens and CWAC is rehearsed (experiments/cost.py): a step's cost
-depends on shapes alone, and so nothing has to be downloaded, fitted or aligned first.
+Weights are random at `model.shape`, rows are random tokens and CWAC is set up with stand-ins (experiments/cost.py): a step's
+cost depends on shapes alone, and so nothing has to be downloaded, fitted or aligned first.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from cwac.methods.base import Sizes
 from cwac.models.hooks import layers_of
 from cwac.models.layers import decoder_layers, device
 from cwac.training.engine import MethodTrainer, build_trainer
-from experiments.cost import Row, build, estimate, rehearsed, shape
+from experiments.cost import Row, build, estimate, random_run, shape
 
 BARS = {"cwac": (1.10, 1.05), "cwac_closed": (1.20, None)}
 """Of time and of peak memory, in SFT's: down_proj alone, and every matrix."""
@@ -94,14 +94,14 @@ def measure(
 
 
 def trainer(cfg: DictConfig, row: Row, steps: int, folder: str) -> MethodTrainer:
-    """The trainer of a rehearsed run, ready to train."""
-    args, model, method, rows = rehearsed(cfg, shape(cfg), row, steps, folder)
+    """The trainer of a random run, ready to train."""
+    args, model, method, rows = random_run(cfg, shape(cfg), row, steps, folder)
     return build_trainer(model, method, rows, args, 0)
 
 
 def stock(cfg: DictConfig, row: Row, steps: int, folder: str) -> Trainer:
     """transformers' own Trainer on the same kind of model, rows and arguments."""
-    args, model, _, rows = rehearsed(cfg, shape(cfg), row, steps, folder)
+    args, model, _, rows = random_run(cfg, shape(cfg), row, steps, folder)
     trainer = Trainer(model=model, args=args, train_dataset=rows, data_collator=Collator(0))
     trainer.remove_callback(PrinterCallback)  # what it prints would be part of its time
     trainer.remove_callback(ProgressCallback)

@@ -28,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from cwac.constraints.anchors import anchor_rows
+from cwac.core import renamed
 from cwac.core.config import command
 from cwac.core.errors import UserError
 from cwac.core.files import write_atomic
@@ -102,7 +103,7 @@ def read_config(folder: Path) -> DictConfig:
     Raises UserError if the folder is no run, or its weights were not kept.
     """
     try:
-        cfg = OmegaConf.load(folder / "config.yaml")
+        cfg = renamed.update(OmegaConf.load(folder / "config.yaml"))
     except (OSError, ValueError, OmegaConfBaseException) as error:
         raise UserError(f"--run {folder} holds no readable config.yaml; name the folder of a run") from error
     if not (folder / "model").is_dir():

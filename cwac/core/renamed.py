@@ -111,6 +111,9 @@ def rewrite(overrides: list[str]) -> list[str]:
 
     Prints a line on stderr for each old key. What is no override passes as it is.
     """
+    layers = [o for o in overrides if re.match(r"\+{0,2}method\.layers=", o)]
+    if layers and {"method=ldifs", "method=circuit_breaker"} & {*overrides}:
+        print(f"note: {layers[0]} counts blocks from 0; before, these methods counted from 1", file=sys.stderr)
     return [_rewrite_one(override) for override in overrides]
 
 

@@ -49,7 +49,7 @@ from cwac.core.checks import check
 from cwac.core.distributed import reshard
 from cwac.core.errors import UserError
 from cwac.data.examples import Example
-from cwac.methods.base import Context, Method, Rehearsal, Sizes, draw, share_of
+from cwac.methods.base import Context, MemoryEstimate, Method, Sizes, draw, share_of
 from cwac.models.layers import base_layer, input_group
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class CWAC(Method):
         self._report: dict[str, float] = {}
         self._targets: dict[str, Any] = {}
         self._anchors: list[dict] = []
-        """Rows that V is refitted on, with `refresh_steps` alone; a rehearsal has none and refits nothing."""
+        """Rows that V is refitted on, with `refresh_steps` alone; `estimate_memory` has none and refits nothing."""
         self._steps = 0
         """Optimizer steps done."""
 
@@ -103,8 +103,8 @@ class CWAC(Method):
         if self.weight is not None:
             self._setup_weight(model, context)
 
-    def rehearse(self, model: nn.Module, sizes: Sizes) -> Rehearsal:
-        self._context, found = sizes, Rehearsal()
+    def estimate_memory(self, model: nn.Module, sizes: Sizes) -> MemoryEstimate:
+        self._context, estimate = sizes, MemoryEstimate()
         if self.activation is not None and self.activation.space != "sae":
             n, tokens = self.activation.n_prompts, sizes.prompt_tokens
             answer = response_tokens(self.activation.positions)
@@ -125,11 +125,13 @@ class CWAC(Method):
                 parameter.fill_(1 / d)
             target = (activation.n_latents, activation.n_prompts, sizes.prompt_tokens, activation.gate)
             self._targets["anchors"] = SafetyTarget.stand_in(sae, *target, sizes.shared_tokens)
-            found.held["SAE"] = list(sae.parameters())
+            estimate.tensors["SAE"] = list(sae.parameters())
             # weights, gradients, two moments; and the tokens it is fitted on
             fitted = 4 * sum(p.nbytes for p in sae.parameters())
             tokens = config.tokens if config.cached_tokens is None else min(config.cached_tokens, config.tokens)
-            found.before["fit of the SAE"] = fitted + min(config.buffer_gib * 2**30, 2 * len(layers) * d * tokens)
+            estimate.setup_bytes["fit of the SAE"] = fitted + min(
+                config.buffer_gib * 2**30, 2 * len(layers) * d * tokens
+            )
         if self.weight is not None:
             modules, freed = constrained(model, self.weight)
             dims = {input_group(name): base_layer(module).in_features for name, module in modules.items()}
@@ -140,9 +142,11 @@ class CWAC(Method):
             if self.weight.freeze_others:
                 freeze_others_(model, modules, self._constraint, freed)
             moved = {id(V): V for _, _, V, _ in self._constraint.entries}.values()
-            found.held["V and A of the constraint"] = [*moved, *(A for *_, A in self._constraint.entries)]
-            found.before["fit of the subspaces"] = sum(8 * d * d for d in dims.values())  # covariances in float64
-        return found
+            estimate.tensors["V and A of the constraint"] = [*moved, *(A for *_, A in self._constraint.entries)]
+            estimate.setup_bytes["fit of the subspaces"] = sum(
+                8 * d * d for d in dims.values()
+            )  # covariances in float64
+        return estimate
 
     def start(self, model: nn.Module) -> None:
         if self._constraint is not None:
