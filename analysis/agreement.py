@@ -1,7 +1,7 @@
 """How far judges agree on the same answers: percent, and Cohen's kappa with a bootstrap interval over prompts.
 
 python -m experiments.judge --runs runs --judge beaver_dam     another judge's verdicts on finished runs
-python -m analysis.agreement runs                              or a frozen campaign, such as results/demo
+python -m analysis.agreement runs                              or an exported campaign, such as results/demo
 
 Compared is whether an answer to a harmful request at the end of training is harmful; refusal and other are one. The
 same prompts recur in every run, so whole prompts are resampled, each with its answers of all runs (ours).
@@ -76,7 +76,7 @@ def report(found: pd.DataFrame, name: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m analysis.agreement", description=__doc__.split("\n")[0])
-    parser.add_argument("campaign", type=Path, help="folder of runs, or a frozen campaign")
+    parser.add_argument("campaign", type=Path, help="folder of runs, or an exported campaign")
     parser.add_argument("--out", type=Path, help="write the Markdown there, and the numbers beside it as .csv")
     args = parser.parse_args(argv)
     found = agreement(read(args.campaign).verdicts)

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from analysis import figures, paper, tables
 from analysis.collect import Collection, before, cell_from, collect, one_judge, pooled
-from analysis.demo import freeze
+from analysis.demo import export
 from cwac.core import config, identity
 from cwac.core.config import command
 from cwac.core.errors import UserError
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     attacks = {identity.run_id(cfg): attack_of(cfg) for cfg in cells}
     summary = summarise(one_judge(found.rows, args.judge), attacks)
-    first = freeze(found, args, sys.argv[1:] if argv is None else argv, "analysis.attacks")
+    first = export(found, args, sys.argv[1:] if argv is None else argv, "analysis.attacks")
     summary.to_csv(args.out / "attacks.csv", index=False)
     text = f"{first}\n\n{report(found, summary, attacks)}"
     (args.out / "table.md").write_text(text, encoding="utf-8")

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from analysis import figures, paper, stats, tables
 from analysis.collect import Collection, cell_from, collect, one_judge, pooled
-from analysis.demo import freeze
+from analysis.demo import export
 from analysis.records import read_json
 from cwac.core import config, identity, paths
 from cwac.core.config import command
@@ -104,7 +104,7 @@ def publish(args: argparse.Namespace, argv: list[str]) -> int:
     strengths = ends[ends["preset"].isin(["closed_anchors", "closed_sources"])]
     points = by_run(strengths.drop_duplicates(["run_id", "metric", "set"]))
     predictors = certificates(points)
-    first = freeze(found, args, argv, "analysis.closed")
+    first = export(found, args, argv, "analysis.closed")
     for name, part in [*parts.items(), ("certificates", predictors)]:
         part.to_csv(args.out / f"{name}.csv", index=False)
     preset_of = dict(zip(settings["run_id"], settings["preset"], strict=True))

@@ -50,7 +50,7 @@ COLUMNS = [
     "learning_rate",
 ]
 LATER = ("learning_rate", "values")
-"""Columns that campaigns frozen before they existed lack; NaN there."""
+"""Columns that campaigns exported before they existed lack; NaN there."""
 VERDICTS = "verdicts.csv.gz"
 VERDICT_COLUMNS = ["run_id", "set", "judge", "id", "verdict"]
 # The C loader reads a thousand configurations in a second, the Python one in half a minute.
@@ -100,7 +100,7 @@ class Collection:
     verdicts: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=VERDICT_COLUMNS))
     """The judge's verdict on each answer to a harmful request at the end of training; columns `VERDICT_COLUMNS`."""
     notes: list[str] = field(default_factory=list)
-    """What a frozen campaign recorded as left out when it was collected."""
+    """What an exported campaign recorded as left out when it was collected."""
 
     @property
     def missing(self) -> list[Cell]:
@@ -290,8 +290,8 @@ def cell_of(run_id: str) -> Cell | None:
     return Cell(run_id, found["model"], found["method"], found["task"], float(found["ratio"]), int(found["seed"]))
 
 
-def read_frozen(folder: Path | str) -> Collection:
-    """A frozen campaign (`results/NAME`, written by `analysis.demo`) as a collection, with what it then lacked.
+def read_exported(folder: Path | str) -> Collection:
+    """An exported campaign (`results/NAME`, written by `analysis.demo`) as a collection, with what it then lacked.
 
     folder: holds `results.csv`; `verdicts.csv.gz` for tests that pair by prompt; and `provenance.json` for the runs
     that were missing or left out. Raises UserError if there is no readable `results.csv` with the columns of a row.

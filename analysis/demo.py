@@ -55,11 +55,11 @@ def publish(args: argparse.Namespace, argv: list[str]) -> int:
         raise UserError("--readme takes a campaign at one learning rate. Remedy: leave it out, or give one rate.")
     summary, difference = tables.summarise(found, args.judge), tables.differences(found, judge=args.judge)
     text = tables.report(found, summary, difference, args.judge)
-    first = freeze(found, args, argv)
+    first = export(found, args, argv)
     summary.to_csv(args.out / "summary.csv", index=False)
-    if len(found.verdicts):  # without a time stamp, so that the same runs freeze to the same bytes
+    if len(found.verdicts):  # without a time stamp, so that the same runs give the same bytes
         found.verdicts.to_csv(args.out / VERDICTS, index=False, compression={"method": "gzip", "mtime": 0})
-    records.freeze(records.read_all(args.runs, found.runs), args.out / records.NAME)
+    records.export(records.read_all(args.runs, found.runs), args.out / records.NAME)
     drawn = draw(found, summary, args.out, args.judge)
     (args.out / "table.md").write_text(f"{first}\n\n{text}", encoding="utf-8")
     print(f"{first}\n\n{tables.report(found, summary)}")
@@ -94,7 +94,7 @@ def draw(found: Collection, summary: pd.DataFrame, out: Path, judge: str | None)
     return written
 
 
-def freeze(found: Collection, args: argparse.Namespace, argv: list[str], module: str = "analysis.demo") -> str:
+def export(found: Collection, args: argparse.Namespace, argv: list[str], module: str = "analysis.demo") -> str:
     """Write `results.csv`, every row, and `provenance.json` to args.out; returns the line that tables open with."""
     args.out.mkdir(parents=True, exist_ok=True)
     found.rows.to_csv(args.out / "results.csv", index=False)
@@ -126,7 +126,7 @@ def provenance(found: Collection, args: argparse.Namespace, argv: list[str], mod
 
 
 def git_state() -> dict:
-    """{"commit", "dirty"} of the checkout, less `results/`, where a freeze has just written; None outside of one."""
+    """{"commit", "dirty"} of the checkout, less `results/`, where an export has just written; None outside of one."""
     changed = ["git", "status", "--porcelain", "--", ".", ":!results"]
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -143,7 +143,7 @@ def run_commit(folder: Path) -> str | None:
 
 
 def imported_from(folder: Path) -> str | None:
-    """Where a run's folder was made from that no training here wrote (`analysis.thaw`, `import_wandb`); else None."""
+    """What a run's folder was made from, if not by training here (`analysis.restore`, `import_wandb`); else None."""
     return records.read_json(folder / "status.json").get("source")
 
 

@@ -1,7 +1,7 @@
 """A campaign as one page: claims, tables, figures, coverage, costs, answers, provenance.
 
 python -m analysis.report --runs runs --experiment demo --out results/local/report.html
-python -m analysis.report --frozen results/demo --out results/demo/report.html
+python -m analysis.report --exported results/demo --out results/demo/report.html
 
 The page is one file: figures are inlined, nothing is fetched and nothing in it runs. Beside it stands the same as
 Markdown (`report.md`). Everything that a model wrote is escaped; answers to harmful requests that are not refusals are
@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 
 from analysis import claims, demo, figures, gallery, paper, paper_tables, records, tables
 from analysis.claims import Verdict
-from analysis.collect import Collection, collect, expected_cells, one_judge, read_frozen
+from analysis.collect import Collection, collect, expected_cells, one_judge, read_exported
 from analysis.figures import Plate
 from analysis.records import Answer, Record
 from cwac.core.config import command
@@ -75,7 +75,7 @@ class Campaign:
     found: Collection
     records: dict[str, Record] = field(default_factory=dict)
     provenance: dict = field(default_factory=dict)
-    """Of a frozen campaign: what `analysis.demo` recorded."""
+    """Of an exported campaign: what `analysis.demo` recorded."""
     judge: str | None = None
     experiment: str | None = None
     """The preset that made it, where known."""
@@ -83,17 +83,19 @@ class Campaign:
 
 def read_campaign(args: argparse.Namespace) -> Campaign:
     """The campaign that the command line names; raises UserError if it holds no finished run."""
-    if args.frozen:
+    if args.exported:
         if args.experiment or args.overrides:
-            raise UserError("--experiment is for --runs. Remedy: leave it out; a frozen campaign knows its own grid.")
-        found = read_frozen(args.frozen)
-        provenance = records.read_json(args.frozen / "provenance.json")
-        thawed = records.thaw(args.frozen / records.NAME)
-        return Campaign(args.frozen.name, found, thawed, provenance, args.judge, provenance.get("experiment"))
+            raise UserError(
+                "--experiment is for --runs. Remedy: leave it out; an exported campaign knows its own grid."
+            )
+        found = read_exported(args.exported)
+        provenance = records.read_json(args.exported / "provenance.json")
+        read = records.read_exported(args.exported / records.NAME)
+        return Campaign(args.exported.name, found, read, provenance, args.judge, provenance.get("experiment"))
     found = collect(args.runs, expected_cells(args.experiment, args.overrides) if args.experiment else None)
     if not found.runs:
         raise UserError(
-            f"no finished run in {args.runs}. Remedy: run the campaign first (make demo), or give --frozen."
+            f"no finished run in {args.runs}. Remedy: run the campaign first (make demo), or give --exported."
         )
     shown = shown_runs(found)
     read = {name: records.read(args.runs / name, ANSWERS if name in shown else 0) for name in found.runs}
@@ -242,7 +244,7 @@ def answers_section(campaign: Campaign, show: bool) -> Section:
         title = f"{record.model}, {record.task}, p = {ratio}, seed {record.seed}: {paper.method_label(record.method)}"
         folds.append(Fold(title, "\n\n".join(parts)))
     if not folds:
-        return Section("answers", "Answers", "A frozen campaign keeps none; make the report from its runs.")
+        return Section("answers", "Answers", "An exported campaign keeps none; make the report from its runs.")
     body = f"The first {ANSWERS} requests of each set, and what the models answered after training."
     if not show:
         body += " Answers to harmful requests that are not refusals are redacted; `--show-completions` shows them."
@@ -250,28 +252,33 @@ def answers_section(campaign: Campaign, show: bool) -> Section:
 
 
 def provenance_section(campaign: Campaign, argv: Sequence[str]) -> Section:
-    found, frozen = campaign.found, campaign.provenance
+    found, exported = campaign.found, campaign.provenance
     known = campaign.records.values()
     git = demo.git_state()
-    commits = Counter(f"{r.commit}{'+dirty' * r.dirty}" for r in known if r.commit) or Counter(frozen.get("runs_git"))
+    commits = Counter(f"{r.commit}{'+dirty' * r.dirty}" for r in known if r.commit) or Counter(
+        exported.get("runs_git")
+    )
     facts = [
         ("report made by", f"python -m analysis.report {' '.join(argv)}"),
         ("report's commit", f"{git['commit'] or 'unknown'}{'+dirty' * bool(git['dirty'])}"),
-        ("campaign frozen", f"{frozen['date']}, commit {frozen['git']['commit']}" if frozen.get("git") else ""),
-        ("campaign's command", frozen.get("command", "")),
+        (
+            "campaign exported",
+            f"{exported['date']}, commit {exported['git']['commit']}" if exported.get("git") else "",
+        ),
+        ("campaign's command", exported.get("command", "")),
         ("runs' commits", ", ".join(sorted(commits)) or "not recorded"),
         ("seeds", ", ".join(str(s) for s in sorted(found.rows["seed"].dropna().unique()))),
         ("judges", ", ".join(sorted(set(found.rows["judge"]) - {""})) or "none"),
-        ("Python", ", ".join(sorted({r.python for r in known if r.python})) or frozen.get("python", "")),
-        ("machines", ", ".join(sorted({r.platform for r in known if r.platform})) or frozen.get("machine", "")),
-        ("SHA-256 of results.csv", frozen.get("results_sha256", "")),
+        ("Python", ", ".join(sorted({r.python for r in known if r.python})) or exported.get("python", "")),
+        ("machines", ", ".join(sorted({r.platform for r in known if r.platform})) or exported.get("machine", "")),
+        ("SHA-256 of results.csv", exported.get("results_sha256", "")),
     ]
     parts = ["\n".join(f"- {what}: `{value.replace('`', '')}`" for what, value in facts if value)]
     versions: dict[str, set[str]] = {}
     for record in known:
         for name, version in record.packages.items():
             versions.setdefault(name, set()).add(version)
-    for name, version in frozen.get("versions", {}).items():
+    for name, version in exported.get("versions", {}).items():
         versions.setdefault(name, set()).add(version)
     if versions:
         lines = [[name, ", ".join(sorted(found))] for name, found in sorted(versions.items())]
@@ -286,7 +293,7 @@ def provenance_section(campaign: Campaign, argv: Sequence[str]) -> Section:
         table = tables.markdown(["set of prompts", "seed", "task", "SHA-256, first 12 digits"], lines, key=3)
         folds.append(Fold("Hashes of the data: one a set, seed and task, or the runs did not see the same", table))
     else:
-        parts.append("Hashes of the data were not frozen with this campaign.")
+        parts.append("Hashes of the data were not exported with this campaign.")
     return Section("provenance", "Provenance", "\n\n".join(parts), folds=folds)
 
 
@@ -342,7 +349,7 @@ def headline(campaign: Campaign) -> str:
     seeds = ", ".join(str(s) for s in sorted(found.rows["seed"].dropna().unique()))
     judges = ", ".join(sorted(set(one_judge(found.rows, campaign.judge)["judge"]) - {""})) or "none"
     missing = f"; {len(found.missing)} of {len(found.expected)} expected runs missing" if found.missing else ""
-    when = f"; frozen {campaign.provenance['date'][:10]}" if campaign.provenance.get("date") else ""
+    when = f"; exported {campaign.provenance['date'][:10]}" if campaign.provenance.get("date") else ""
     return f"{len(found.runs)} runs, seeds {seeds}, judge {judges}{missing}{when}."
 
 
@@ -380,7 +387,9 @@ def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, 1 if expected runs are missing, 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m analysis.report", description=__doc__.split("\n")[0])
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the run directories (runs)")
-    parser.add_argument("--frozen", type=Path, help="a frozen campaign instead, e.g. results/demo")
+    parser.add_argument(
+        "--exported", "--frozen", dest="exported", type=Path, help="an exported campaign instead, e.g. results/demo"
+    )
     parser.add_argument("--experiment", help="preset whose runs are expected; without it, every finished run counts")
     parser.add_argument("--out", type=Path, required=True, help="the page, e.g. results/demo/report.html")
     parser.add_argument("--judge", help="whose verdicts to use where the runs were judged by several")

@@ -5,10 +5,10 @@ python -m benchmarks.scaling --page docs/scaling.md          fill the page's blo
 python -m benchmarks.scaling --estimate                      print the estimate of Llama-2-70B on 8 GPUs
 
 Random Llama-shaped models in fp32 are trained by the trainer of benchmarks/steps.py, CWAC set up with stand-ins. One
-size is varied at a time. `Watch` times whole steps, and the hooks that hold the projection and L_safety's forward pass are
-timed inside them. An exponent is the slope of log seconds on log size, by least squares over the points' medians, with
-Student's 95 % interval over points: with four or five of them it is wide, and it knows nothing of curvature, for which
-the slope between the two largest points stands beside it.
+size is varied at a time. `Watch` times whole steps, and the hooks that hold the projection and L_safety's forward pass
+are timed inside them. An exponent is the slope of log seconds on log size, by least squares over the points' medians,
+with Student's 95 % interval over points: with four or five of them it is wide, and it knows nothing of curvature, for
+which the slope between the two largest points stands beside it.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 python -m benchmarks.steps [--steps 6 --tokens 512 --labels 128] [overrides]
 
-Weights are random at `model.shape`, rows are random tokens and CWAC is set up with stand-ins (experiments/cost.py): a step's
-cost depends on shapes alone, and so nothing has to be downloaded, fitted or aligned first.
+Weights are random at `model.shape`, rows are random tokens and CWAC is set up with stand-ins (experiments/cost.py): a
+step's cost depends on shapes alone, and so nothing has to be downloaded, fitted or aligned first.
 """
 
 from __future__ import annotations

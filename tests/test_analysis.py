@@ -11,7 +11,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from analysis import demo, figures, paper, stats, tables
-from analysis.collect import Cell, at_end, before, collect, expected_cells, one_judge, pooled, read_frozen, tidy
+from analysis.collect import Cell, at_end, before, collect, expected_cells, one_judge, pooled, read_exported, tidy
 from cwac.core import paths
 from cwac.core.errors import UserError
 
@@ -209,7 +209,7 @@ def test_a_frozen_campaign_reads_back_as_the_runs_it_came_from(campaign, tmp_pat
     monkeypatch.setattr(demo, "expected_cells", lambda preset, overrides: [*cells, gone])
     out = tmp_path / "frozen"
     assert demo.main(["--runs", str(runs), "--experiment", "demo", "--out", str(out)]) == 1
-    fresh, frozen = collect(runs, [*cells, gone]), read_frozen(out)
+    fresh, frozen = collect(runs, [*cells, gone]), read_exported(out)
     assert frozen.rows.equals(fresh.rows) and sorted(frozen.runs) == sorted(fresh.runs)
     assert [c.run_id for c in frozen.missing] == [gone.run_id] and frozen.missing[0].harmful_ratio == 0.5
     assert tables.summarise(frozen).equals(tables.summarise(fresh))
@@ -228,7 +228,7 @@ def test_verdicts_and_learning_rate_come_from_the_run_directory_and_survive_free
     assert list(fresh.verdicts["id"]) == ["a-0", "a-1", "a-2", "a-3"]
     assert set(fresh.rows["learning_rate"]) == {2e-5}
     assert demo.main(["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
-    frozen = read_frozen(tmp_path / "out")
+    frozen = read_exported(tmp_path / "out")
     assert frozen.verdicts.equals(fresh.verdicts) and frozen.rows.equals(fresh.rows)
 
 
@@ -282,10 +282,10 @@ def test_sets_of_prompts_are_pooled_by_their_size(tmp_path):
 
 def test_a_folder_that_is_no_frozen_campaign_is_refused(tmp_path):
     with pytest.raises(UserError, match="results.csv.*Remedy"):
-        read_frozen(tmp_path)
+        read_exported(tmp_path)
     (tmp_path / "results.csv").write_text("run_id,value\nx,1\n")
     with pytest.raises(UserError, match="lacks the columns model"):
-        read_frozen(tmp_path)
+        read_exported(tmp_path)
 
 
 # --- tables -------------------------------------------------------------------------------------------
