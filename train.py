@@ -188,7 +188,7 @@ def main() -> int:
     if len(failed) > 1:
         print(f"error: {len(failed)} cells failed; the same command again runs only these:", file=sys.stderr)
     for failure in failed:
-        if distributed.rank() and failure["code"] == 2:  # what is wrong with the command, rank 0 says
+        if distributed.process_rank() and failure["code"] == 2:  # what is wrong with the command, rank 0 says
             continue
         where = f"[{failure['cell']}] " if len(failed) > 1 else ""
         print(f"error: {where}{failure['message']}", file=sys.stderr)

@@ -32,7 +32,7 @@ from cwac.core import renamed
 from cwac.core.config import command
 from cwac.core.errors import UserError
 from cwac.core.files import write_atomic
-from cwac.data.pools import fingerprint, load_pools
+from cwac.data.pools import load_pools, pools_digest
 from cwac.data.tokenize import Collator
 from cwac.evaluation.drift import merged_weight
 from cwac.models.context import Context
@@ -133,7 +133,7 @@ def measure(folder: Path, artifacts: Path | None = None) -> dict:
         seed=cfg.seed,
         template=cfg.train.template,
         max_length=cfg.train.max_length,
-        pools_key=fingerprint(pools),
+        pools_key=pools_digest(pools),
     )
     reference = load_aligned(loaded).to(device())
     rows = anchor_rows(reference, context, pools.validation[: cfg.eval.n_drift], 16)

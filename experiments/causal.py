@@ -5,9 +5,9 @@ python -m experiments.causal model=smollm2 paths.data=<folder laid out like the 
 
 CWAC (arXiv:2604.12384, section 4.1) holds the 100 sparse latents "identified from harmful prompts" in place and takes
 it that safety lies in them. On held-out harmful requests that the aligned model refuses, the features of these latents
-are multiplied by a factor while it answers (`generate_edited` in cwac/constraints/sae/rank.py): -1 turns them around,
-0 takes them out. Two things would show that they carry the refusals, with our bars: the refusal rate falls by at
-least 30 points (causal), and by at most 10 under the same edit of other latents with the same activation energy,
+are multiplied by a factor while it answers (`generate_edited` in cwac/constraints/sae/ranking.py): -1 turns them
+around, 0 takes them out. Two things would show that they carry the refusals, with our bars: the refusal rate falls by
+at least 30 points (causal), and by at most 10 under the same edit of other latents with the same activation energy,
 drawn at random (specific). Where the held ones have more than twice the energy of those drawn, none match and
 `specific` is left open. Harmless prompts are answered under the same edits: latents that carry refusals alone leave
 these answers as they were.
@@ -48,7 +48,7 @@ def measure(cfg: DictConfig, draws: int, prompts: int, harmless: int) -> list[di
     """
     from cwac.constraints.activation import ranked_latents
     from cwac.constraints.anchors import own_answers
-    from cwac.constraints.sae.rank import causal_check
+    from cwac.constraints.sae.ranking import causal_check
     from cwac.data.refusals import KeywordJudge
     from cwac.training.context import open_context
 

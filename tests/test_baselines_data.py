@@ -374,7 +374,7 @@ def test_the_replay_loss_is_the_mean_cross_entropy_of_the_prompts_drawn():
     assert method.penalty(model, 0).item() == pytest.approx(2 * sum(alone).item() / 3, rel=1e-5)
     shares = []
     for rank in range(2):
-        method._context = context(rank=rank, world_size=2)
+        method._context = context(process_rank=rank, world_size=2)
         shares.append(method.penalty(model, 0).item())
     assert sum(shares) / 2 == pytest.approx(2 * sum(alone).item() / 3, rel=1e-5)
 

@@ -244,7 +244,7 @@ def test_rerouted_layers_scale_with_the_depth(llama):
 
 
 def rerouting(context, rank=0, world_size=1, **settings):
-    context.rank, context.world_size = rank, world_size
+    context.process_rank, context.world_size = rank, world_size
     method = CircuitBreaker("circuit_breaker", **settings)
     method.training_data([], context, None)
     method.setup(context.loaded.model, context)
@@ -284,7 +284,7 @@ def test_rank_shares_average_to_the_whole(context):
     for ranks in (2, 4):
         shares = []
         for rank in range(ranks):
-            context.rank, context.world_size = rank, ranks
+            context.process_rank, context.world_size = rank, ranks
             shares.append(whole.penalty(model, 5).item())
         assert sum(shares) / ranks == pytest.approx(value, rel=1e-5)
 
@@ -382,7 +382,7 @@ def final_weights(folder, name, per_device, accumulation, rank=0, world_size=1):
         method.setup(model, SimpleNamespace())
     else:
         method = CircuitBreaker(name, alpha=3.0, n_prompts=3, n_retain=5)
-        method._context = SimpleNamespace(seed=0, steps=3, rank=rank, world_size=world_size)
+        method._context = SimpleNamespace(seed=0, steps=3, process_rank=rank, world_size=world_size)
         method._reference = Reference(model)
         method._harmful = [r["input_ids"] for r in random_rows(6, seed=5)]
         method._retained = [r["input_ids"] for r in random_rows(6, seed=6)]

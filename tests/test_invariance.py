@@ -121,7 +121,7 @@ def resumed(cfg, folder):
     for _ in range(2):
         keys = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", **FSDP2}
         found.append(trained_by(cfg, folder, 8, 1, **keys))
-        if distributed.rank() == 0:
+        if distributed.process_rank() == 0:
             shutil.rmtree(folder / "checkpoint-3")
         distributed.wait()
     return found

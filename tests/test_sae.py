@@ -27,7 +27,7 @@ from cwac.constraints.sae.fit import (
     quality,
     train_sae,
 )
-from cwac.constraints.sae.rank import (
+from cwac.constraints.sae.ranking import (
     attribution,
     causal_check,
     generate_edited,

@@ -27,7 +27,7 @@ def ranked_latents(model: nn.Module, context: Context, activation: Activation) -
 
     from cwac.constraints.sae.autoencoder import RoutedSAE
     from cwac.constraints.sae.fit import SAEConfig, fit_sae, quality
-    from cwac.constraints.sae.rank import rank_latents
+    from cwac.constraints.sae.ranking import rank_latents
 
     try:
         config = SAEConfig(**{**activation.sae, "seed": 0})

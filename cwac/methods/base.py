@@ -36,7 +36,7 @@ class Sizes:
     rank_share: float = 0.5
     """Rank of V over the dimension of its input; measured at energy 0.99: SmolLM2 0.52, the embedded model 0.25."""
     seed: int = 0
-    rank: int = 0
+    process_rank: int = 0
     world_size: int = 1
     steps: int = 0
 
@@ -151,5 +151,5 @@ def share_of(chosen: list[int], context: Context) -> tuple[list[int], float]:
 
     A rank that is left without any takes one at weight 0, because all ranks must make the same forward passes.
     """
-    mine = chosen[context.rank :: context.world_size]
+    mine = chosen[context.process_rank :: context.world_size]
     return (mine, len(mine) * context.world_size / len(chosen)) if mine else (chosen[:1], 0.0)

@@ -87,7 +87,7 @@ class Lisa(Method):
 
     def setup(self, model: nn.Module, context: Context) -> None:
         self._seed, self._steps = context.seed, context.steps
-        self._later_ranks = context.world_size - 1 - context.rank
+        self._later_ranks = context.world_size - 1 - context.process_rank
         self._collate = Collator(pad_token_id(context.tokenizer), label_logits=True)
         align = self.align_steps if self._guide else 0
         self._cycle = fit_cycle(align, self.finetune_steps, self._steps, self.min_cycles)

@@ -24,7 +24,7 @@ class Context:
     max_length: int = 512
     pools_key: str = ""
     """Hash of the pools' prompts; part of the key of every artifact built from them."""
-    rank: int = 0
+    process_rank: int = 0
     world_size: int = 1
     steps: int = 0
     """Optimizer steps of the whole run; known from `setup` on, since `training_data` decides on the rows."""

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from cwac.core.distributed import leader_first, rank, world_size
+from cwac.core.distributed import leader_first, process_rank, world_size
 from cwac.core.errors import UserError
-from cwac.data.pools import fingerprint, load_pools
+from cwac.data.pools import load_pools, pools_digest
 from cwac.data.tokenize import encode_opening
 from cwac.models.context import Context
 from cwac.models.layers import device
@@ -40,7 +40,7 @@ def open_context(cfg: DictConfig) -> Context:
         seed=cfg.seed,
         template=cfg.train.template,
         max_length=cfg.train.max_length,
-        pools_key=fingerprint(pools),
-        rank=rank(),
+        pools_key=pools_digest(pools),
+        process_rank=process_rank(),
         world_size=world_size(),
     )

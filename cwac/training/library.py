@@ -17,7 +17,7 @@ from cwac.core.config import compose, instantiate
 from cwac.core.errors import UsageError, UserError
 from cwac.core.validation import validate
 from cwac.data.examples import Example, Messages, Pools
-from cwac.data.pools import fingerprint, load_pools
+from cwac.data.pools import load_pools, pools_digest
 from cwac.data.tokenize import IGNORE, encode_example
 from cwac.methods.base import Method
 from cwac.models.context import Context
@@ -119,8 +119,8 @@ def defend(
         seed=args.seed,
         template=template,
         max_length=max_length or getattr(args, "max_length", None) or 512,
-        pools_key=fingerprint(pools),
-        rank=args.process_index,
+        pools_key=pools_digest(pools),
+        process_rank=args.process_index,
         world_size=args.world_size,
     )
     given = trainer.train_dataset

@@ -6,8 +6,8 @@ Sources
   that picks the layer to read for each token, per-token LayerNorm input, M = 8d, k = 64.
   AuxK and encoder = decoder^T at initialisation: Gao et al., arXiv:2406.04093.
 
-Files: `autoencoder.py` is the model, `fit.py` trains and measures it, `rank.py` finds the safety-critical latents and
-tests them causally, `target.py` is L_safety; `cwac/models/hooks.py` reads the layers.
+Files: `autoencoder.py` is the model, `fit.py` trains and measures it, `ranking.py` finds the safety-critical latents
+and tests them causally, `target.py` is L_safety; `cwac/models/hooks.py` reads the layers.
 
 Deviations:
   - Position 0, BOS, padding, outlier tokens (norm > 10x the median) and the opening that all rows share

@@ -218,14 +218,14 @@ class RoutedSAE(nn.Module):
         if not (folder / "sae.json").is_file():
             raise UserError(f"no SAE in {folder}: delete the folder and run again to fit one")
         config = json.loads((folder / "sae.json").read_text())
-        if model is not None and config["info"].get("model_fingerprint") != fingerprint(model):
+        if model is not None and config["info"].get("model_fingerprint") != middle_block_hash(model):
             raise UserError(f"the SAE in {folder} was fitted on another model: delete the folder to fit a new one")
         sae = cls(**renamed.current_group("model.sae", config))
         sae.load_state_dict(load_file(folder / "sae.safetensors"))
         return sae.requires_grad_(False)
 
 
-def fingerprint(model: nn.Module) -> str:
+def middle_block_hash(model: nn.Module) -> str:
     """Tells models apart that share a name: a hash of pieces of the middle block's own weights."""
     layers = decoder_layers(model)
     digest = hashlib.sha256(f"{len(layers)}".encode())

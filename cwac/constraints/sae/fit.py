@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cwac.constraints.sae.autoencoder import RoutedSAE, fingerprint
+from cwac.constraints.sae.autoencoder import RoutedSAE, middle_block_hash
 from cwac.core import renamed
 from cwac.core.errors import UserError
 from cwac.models.hooks import (
@@ -261,7 +261,7 @@ def fit_sae(
     with torch.no_grad():
         d = residuals(model, next(batches((rows or harmful_rows)[:1], device_of(model)))[1], layers).shape[-1]
     k = cfg.latents(d)
-    info = {"model_fingerprint": fingerprint(model), "config": cfg.key()}
+    info = {"model_fingerprint": middle_block_hash(model), "config": cfg.key()}
     sae = RoutedSAE(d, cfg.m or 8 * d, k, layers, cfg.router, info)
     generator = torch.Generator().manual_seed(cfg.seed)
     device = device_of(model)
