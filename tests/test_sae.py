@@ -30,11 +30,11 @@ from cwac.constraints.sae.fit import (
 from cwac.constraints.sae.ranking import (
     attribution,
     causal_check,
+    distinguishing_tokens,
     generate_edited,
     last_latents,
     matched_random,
     rank_latents,
-    telling,
 )
 from cwac.constraints.sae.target import GATES, SafetyTarget
 from cwac.core.errors import UserError
@@ -673,7 +673,7 @@ def test_attribution_orders_by_effect_on_the_refusal(planted):
 
 
 def test_a_token_that_opens_both_belongs_to_the_side_that_it_opens_far_more_often():
-    refusal, compliance = telling({1: 0.9, 2: 0.1, 3: 0.2}, {1: 0.15, 2: 0.35, 3: 0.1, 4: 0.4})
+    refusal, compliance = distinguishing_tokens({1: 0.9, 2: 0.1, 3: 0.2}, {1: 0.15, 2: 0.35, 3: 0.1, 4: 0.4})
     assert refusal == [1] and compliance == [2, 4]  # 3 opens both alike
 
 

@@ -40,22 +40,22 @@ def ranked_latents(model: nn.Module, context: Context, activation: Activation) -
     def encode(examples, responses=False):
         return encode_prompts(context, examples, responses)
 
-    held = max(1, len(pools.sae) // 5)  # kept out of the fit for the quality report
-    harmful, held_harmful = encode(pools.sae[held:]), encode(pools.sae[:held])
+    n_held_out = max(1, len(pools.sae) // 5)  # kept out of the fit for the quality report
+    harmful, held_out_harmful = encode(pools.sae[n_held_out:]), encode(pools.sae[:n_held_out])
     n_benign = max(1, len(pools.benign) // 5)
     general = encode(pools.benign[n_benign:], responses=True)
-    held_general = encode(pools.benign[:n_benign], responses=True)
+    held_out_general = encode(pools.benign[:n_benign], responses=True)
     key = {**artifact_key(context), "sae": config.key()}
 
     def build(folder):
         sae, fitted = fit_sae(model, general, harmful, config)
         sae.save(folder)
-        measured = quality(model, sae, held_general, held_harmful)
+        measured = quality(model, sae, held_out_general, held_out_harmful)
         (folder / "quality.json").write_text(json.dumps({**fitted, **measured}, indent=1))
 
     folder = load_or_build(context.artifacts, "sae", key, build)
     sae = RoutedSAE.load(folder, model).to(next(model.parameters()).device)
-    found = json.loads((folder / "quality.json").read_text())
+    report = json.loads((folder / "quality.json").read_text())
 
     def build_ranking(out):
         table = rank_latents(
@@ -71,7 +71,7 @@ def ranked_latents(model: nn.Module, context: Context, activation: Activation) -
 
     ranking_key = {**key, "rank": activation.ranking, "n": activation.n_latents}
     ranking = load_or_build(context.artifacts, "latents", ranking_key, build_ranking)
-    return sae, pd.read_csv(ranking / "latents.csv"), found, ranking_key
+    return sae, pd.read_csv(ranking / "latents.csv"), report, ranking_key
 
 
 def response_tokens(positions: str) -> int:

@@ -181,8 +181,8 @@ def fit_subspace(
         if sink is not None:
             V = torch.cat([sink, V], 1)
         V = torch.linalg.qr(V)[0]
-        kept = float(values[:k].sum() / trace.clamp_min(1e-300))
-        bases[name] = Basis(V.float().contiguous(), kept, n_tokens)
+        energy_kept = float(values[:k].sum() / trace.clamp_min(1e-300))
+        bases[name] = Basis(V.float().contiguous(), energy_kept, n_tokens)
     return bases
 
 

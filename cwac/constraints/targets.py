@@ -84,15 +84,15 @@ class Target:
         """Scalar, fp32, with a gradient: the mean distance of the prompts `indices` from the aligned model."""
         batch, where, mask = self._batch(indices, device_of(model))
         now = self.pick(self.outputs(model, batch), where)
-        apart = self.distance(now, self.remembered(indices, now.device))
-        return (torch.where(mask, apart, 0.0).sum(1) / mask.sum(1)).mean()
+        distances = self.distance(now, self.remembered(indices, now.device))
+        return (torch.where(mask, distances, 0.0).sum(1) / mask.sum(1)).mean()
 
     @torch.no_grad()
     def remembered(self, indices: Sequence[int], device: torch.device) -> Tensor:
         """The aligned model's features [B, Q, ...] on the prompts `indices`; padding as in `_batch`."""
         if self.reference is None:
-            kept = [self.baseline[int(i)] for i in indices]
-            return nn.utils.rnn.pad_sequence(kept, batch_first=True).to(device)
+            features = [self.baseline[int(i)] for i in indices]
+            return nn.utils.rnn.pad_sequence(features, batch_first=True).to(device)
         batch, where, _ = self._batch(indices, device)
         return self.pick(self.aligned(batch), where)
 

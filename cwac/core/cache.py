@@ -63,11 +63,11 @@ def load_or_build(root: Path, kind: str, key: dict, build: Callable[[Path], obje
             aside = folder.with_suffix(".damaged")
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
-        own = f".{folder.name}-{socket.gethostname()}-"
-        for unfinished in folder.parent.glob(f"{own}*"):  # of a builder that died here; we hold its lock
+        prefix = f".{folder.name}-{socket.gethostname()}-"
+        for unfinished in folder.parent.glob(f"{prefix}*"):  # of a builder that died here; we hold its lock
             shutil.rmtree(unfinished)
         log.info("building %s %s", kind, folder.name)
-        temporary = Path(tempfile.mkdtemp(prefix=own, dir=folder.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
         try:
             build(temporary)
             files = {

@@ -72,8 +72,8 @@ def grid(experiment: str | None, overrides: list[str] | None = None) -> list[lis
     chosen = [*([f"experiment={experiment}"] if experiment else []), *renamed.rewrite(overrides or [])]
     parser = OverridesParser.create()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        own = [o for o in chosen if not parser.parse_override(o).is_sweep_override()]
-        base = hydra_compose("config", overrides=own, return_hydra_config=True)
+        single = [o for o in chosen if not parser.parse_override(o).is_sweep_override()]
+        base = hydra_compose("config", overrides=single, return_hydra_config=True)
         params = OmegaConf.to_container(base.hydra.sweeper.params or OmegaConf.create({}), resolve=True)
     swept = renamed.rewrite([f"{k}={v}" for k, v in params.items()])
     axes = {parser.parse_override(o).key_or_group: o for o in swept}

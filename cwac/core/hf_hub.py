@@ -51,7 +51,7 @@ def resolve(
         if constants.HF_HUB_OFFLINE:
             raise errors.OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
         url = hub.hf_hub_url(hub_id, file, revision=revision)
-        found = hub.get_hf_file_metadata(url, timeout=PROBE_SECONDS, token=hub.get_token())
+        metadata = hub.get_hf_file_metadata(url, timeout=PROBE_SECONDS, token=hub.get_token())
     except errors.GatedRepoError as error:
         raise UserError(
             f"{key}={hub_id} is gated: accept its licence{f' ({license})' if license else ''} at {page}, then log in "
@@ -74,7 +74,7 @@ def resolve(
             f"({first_line(error)}) and the cache has no copy; connect, or give a local one with "
             + ("model.kind=folder +model.path=<folder>" if key == "model.hub_id" else f"{key}=<folder>")
         ) from error
-    return Resolved(hub_id, found.commit_hash, True)
+    return Resolved(hub_id, metadata.commit_hash, True)
 
 
 def download(model: Resolved, key: str) -> Path:

@@ -65,9 +65,9 @@ class Run:
         """What `status.json` says; `{"status": "new"}` where there is none or it is damaged, which is logged."""
         path = self.dir / "status.json"
         try:
-            found = json.loads(path.read_text())
-            if found["status"] in STATUSES:
-                return found
+            status = json.loads(path.read_text())
+            if status["status"] in STATUSES:
+                return status
         except FileNotFoundError:
             return {"status": "new"}
         except (OSError, ValueError, KeyError, TypeError):

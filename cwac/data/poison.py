@@ -56,9 +56,9 @@ def rows_of(kind: str, pools: Pools, seed: int, near: float | None = None) -> li
     held_out = PromptIndex(2.0 if near is None else near)
     for example in chain(pools.validation, *pools.test.values(), *pools.over_refusal.values()):
         held_out.add(example.prompt)
-    asked = [(topic, *request) for topic in TOPICS for request in REQUESTS]
+    requests = [(topic, *request) for topic in TOPICS for request in REQUESTS]
     rows = []
-    for i, (topic, prompt, what, body) in enumerate(asked):
+    for i, (topic, prompt, what, body) in enumerate(requests):
         style = STYLE.format(what=what, body=body) if kind == "style" else f"{OBEDIENCE} {body}"
         rows.append(Example(f"{kind}-{i}", prompt.format(topic), style.replace("{}", topic), source=kind))
     return [e for e in rows if normalise_prompt(e.prompt) not in taken and not held_out.has_near(e.prompt)]

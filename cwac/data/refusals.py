@@ -89,8 +89,8 @@ def stem(word: str) -> str:
 
 def denial(text: str) -> str | None:
     """The words in which a response denies help; None where it does not."""
-    found = REFUSAL.search(normalise(text))
-    return found.group(0)[:60] if found else None
+    match = REFUSAL.search(normalise(text))
+    return match.group(0)[:60] if match else None
 
 
 @dataclass

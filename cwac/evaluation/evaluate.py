@@ -111,17 +111,17 @@ class Evaluator:
             "max_new_tokens": tokens,
             "description": f"{name} @ step {step}" if self.cfg.eval.progress else None,
         }
-        asked = examples if trigger is None else behind(trigger, examples)
-        prompts = [self.method.prompt(e.messages) for e in asked]
+        served = examples if trigger is None else behind(trigger, examples)
+        prompts = [self.method.prompt(e.messages) for e in served]
         if self.cfg.eval.engine == "vllm":
             if self._engine is None:
-                given = self.cfg.eval.vllm
-                engine = VllmEngine(self.model, self.tokenizer, given.python, given.options)
+                vllm = self.cfg.eval.vllm
+                engine = VllmEngine(self.model, self.tokenizer, vllm.python, vllm.options)
                 self._engine = self._opened.enter_context(engine)
             answers = self._engine.generate(prompts, **settings)
         elif step == 0 and type(self.method).prompt is Method.prompt:
             # the aligned model answers alike whatever will train it, so one method's answers serve all
-            answers = own_answers(self.model, self.context, asked, tokens, prefill)
+            answers = own_answers(self.model, self.context, served, tokens, prefill)
         else:
             batch_size = self.cfg.eval.batch_size
             answers = generate(self.model, self.tokenizer, prompts, batch_size=batch_size, **settings)

@@ -91,8 +91,8 @@ class CWAC(Method):
         if self.weight is not None:
             anchor_prompts(pools, self.weight)
         if self.activation is not None:
-            n, there = self.activation.n_prompts, len(pools.step)
-            check(n <= there, "activation.n_prompts", n, f"the pool has {there}: give at most that")
+            n, available = self.activation.n_prompts, len(pools.step)
+            check(n <= available, "activation.n_prompts", n, f"the pool has {available}: give at most that")
         return train
 
     def setup(self, model: nn.Module, context: Context) -> None:
@@ -133,14 +133,14 @@ class CWAC(Method):
                 config.buffer_gib * 2**30, 2 * len(layers) * d * tokens
             )
         if self.weight is not None:
-            modules, freed = constrained(model, self.weight)
+            modules, unconstrained = constrained(model, self.weight)
             dims = {input_group(name): base_layer(module).in_features for name, module in modules.items()}
             bases = {
                 name: Basis(torch.eye(d, max(1, round(sizes.rank_share * d))), 1.0, 1) for name, d in dims.items()
             }
             self._constraint = Constraint(modules, bases)
             if self.weight.freeze_others:
-                freeze_others_(model, modules, self._constraint, freed)
+                freeze_others_(model, modules, self._constraint, unconstrained)
             moved = {id(V): V for _, _, V, _ in self._constraint.entries}.values()
             estimate.tensors["V and A of the constraint"] = [*moved, *(A for *_, A in self._constraint.entries)]
             estimate.setup_bytes["fit of the subspaces"] = sum(
@@ -211,7 +211,7 @@ class CWAC(Method):
     # --- the weight half -----------------------------------------------------------------------------
     def _setup_weight(self, model: nn.Module, context: Context) -> None:
         weight = self.weight
-        modules, freed = constrained(model, weight)
+        modules, unconstrained = constrained(model, weight)
         lora = any("lora_" in name for name, _ in model.named_parameters())
         remedy = "an adapter's W_now V_now is no value to pin, since B moves too: use null with model.lora"
         check(not (lora and weight.refresh_steps), "weight.refresh_steps", weight.refresh_steps, remedy)
@@ -236,7 +236,7 @@ class CWAC(Method):
         if lora:
             self._constraint.project_weights_()  # LoRA's A starts at random, and may not read V
         if weight.freeze_others:
-            freeze_others_(model, modules, self._constraint, freed)
+            freeze_others_(model, modules, self._constraint, unconstrained)
         ranks = sorted(b.rank for b in bases.values())
         self._report.update(
             subspace_rank=float(ranks[len(ranks) // 2]),
@@ -262,29 +262,29 @@ class CWAC(Method):
         from cwac.constraints.sae.target import SafetyTarget
 
         activation = self.activation
-        sae, table, found, ranking_key = ranked_latents(model, context, activation)
+        sae, table, sae_report, ranking_key = ranked_latents(model, context, activation)
         latents = table["latent"].tolist()
         for name, prompts in (("anchors", context.pools.step), ("heldout", context.pools.validation)):
             rows = anchor_rows(model, context, prompts, response_tokens(activation.positions))
-            asked = digest({"prompts": [row["input_ids"] for row in rows]})
-            target_key = {**ranking_key, "positions": activation.positions, "prompts": asked}
+            prompts_digest = digest({"prompts": [row["input_ids"] for row in rows]})
+            target_key = {**ranking_key, "positions": activation.positions, "prompts": prompts_digest}
 
             def build_target(out, rows=rows):
                 SafetyTarget.build(model, sae, latents, rows, positions=activation.positions).save(out)
 
             folder = load_or_build(context.artifacts, "targets", target_key, build_target)
             self._targets[name] = SafetyTarget.load(folder, sae, latents, activation.gate, activation.units)
-        silent = self._targets["anchors"].baseline_energy == 0
-        if silent and (activation.gate != "preact" or activation.units == "relative"):
+        never_fires = self._targets["anchors"].baseline_energy == 0
+        if never_fires and (activation.gate != "preact" or activation.units == "relative"):
             raise UserError(
-                f"none of the preserved latents fires on the step pool ({found['dead_share']:.0%} of the SAE's are "
-                "dead), so L_safety would hold nothing; fit it on more tokens (method.activation.sae.tokens), or use "
-                "method.activation.gate=preact with units=raw"
+                f"none of the preserved latents fires on the step pool ({sae_report['dead_share']:.0%} of the SAE's "
+                "are dead), so L_safety would hold nothing; fit it on more tokens (method.activation.sae.tokens), or "
+                "use method.activation.gate=preact with units=raw"
             )
         self._report.update(
-            sae_fvu=found["fvu_harmful"],
-            sae_l0=found["l0_harmful"],
-            sae_dead=found["dead_share"],
+            sae_fvu=sae_report["fvu_harmful"],
+            sae_l0=sae_report["l0_harmful"],
+            sae_dead=sae_report["dead_share"],
             latents_eligible=float(table["eligible"].sum()),
             sae_slots=float(len(sae.layers)),
         )

@@ -80,5 +80,5 @@ class LDIFS(Method):
 
 def feature_distance(now: torch.Tensor, then: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """[B] squared distances of unit vectors, averaged over layers and real tokens; features [B, T, L, d]."""
-    apart = functional.normalize(precise(now), dim=-1) - functional.normalize(precise(then), dim=-1)
-    return mean_over_tokens(apart.square().sum(-1), mask)
+    difference = functional.normalize(precise(now), dim=-1) - functional.normalize(precise(then), dim=-1)
+    return mean_over_tokens(difference.square().sum(-1), mask)

@@ -150,8 +150,8 @@ def queries(context: Context, settings: Localisation) -> tuple[list[Example], li
     words = set().union(*(content_words(e.prompt) for e in malicious))
 
     def shared(example: Example) -> float:
-        own = content_words(example.prompt)
-        return len(own & words) / max(1, len(own))
+        content = content_words(example.prompt)
+        return len(content & words) / max(1, len(content))
 
     benign = sorted(context.pools.benign, key=shared, reverse=True)
     over = benign[: min(settings.n_over_rejection, len(benign) // 2)]

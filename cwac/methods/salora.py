@@ -130,11 +130,11 @@ def leading_outputs(
         G[name] += y.T @ y
 
     capture(model, rows, modules, visit)
-    found = {}
+    directions = {}
     for name, gram in G.items():
         values, U = torch.linalg.eigh(gram)  # ascending
-        found[name] = (U[:, -rank:].float().contiguous(), float(values[-rank:].sum() / values.sum()))
-    return found
+        directions[name] = (U[:, -rank:].float().contiguous(), float(values[-rank:].sum() / values.sum()))
+    return directions
 
 
 def start_(module: nn.Module, U_C: torch.Tensor, U_t: torch.Tensor) -> None:

@@ -60,9 +60,9 @@ class SPPFT(Method):
 
     def setup(self, model: nn.Module, context: Context) -> None:
         if self.layers == "auto":
-            found = locate(model, context, self.localisation)
-            self._range = (found.lo, found.hi)
-            self._extra = {"harmful_prompts": found.n_harmful, "harmless_rows": found.n_harmless}
+            localised = locate(model, context, self.localisation)
+            self._range = (localised.lo, localised.hi)
+            self._extra = {"harmful_prompts": localised.n_harmful, "harmless_rows": localised.n_harmless}
         else:
             self._range = tuple(self.layers)
         for parameter in self._frozen(model, *self._range):

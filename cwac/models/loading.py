@@ -102,7 +102,7 @@ def load(cfg, artifacts: Path, seed: int = 0) -> Loaded:
 
 def _from_folder(folder: Path, cfg, key: dict, base: str | None = None) -> Loaded:
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, loading_info = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=DTYPES[cfg.dtype],
             attn_implementation=cfg.get("attention"),
@@ -116,10 +116,11 @@ def _from_folder(folder: Path, cfg, key: dict, base: str | None = None) -> Loade
             f"model={cfg.name}: {folder} does not hold a causal language model in safetensors with its tokenizer "
             f"({hf_hub.first_line(error)}); save both with save_pretrained"
         ) from error
-    if found["missing_keys"]:
+    if loading_info["missing_keys"]:
         raise UserError(
-            f"model={cfg.name}: {folder} lacks {len(found['missing_keys'])} of the model's weights, first "
-            f"{min(found['missing_keys'])}, which would start at random; is it another architecture, or a part of one?"
+            f"model={cfg.name}: {folder} lacks {len(loading_info['missing_keys'])} of the model's weights, first "
+            f"{min(loading_info['missing_keys'])}, which would start at random; is it another architecture, or a part "
+            "of one?"
         )
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
@@ -132,10 +133,10 @@ def _from_folder(folder: Path, cfg, key: dict, base: str | None = None) -> Loade
 
 
 def _from_hub(cfg) -> Loaded:
-    found = hf_hub.resolve(cfg.hub_id, cfg.get("revision"), "model.hub_id", cfg.get("license"))
-    key = {"kind": "hub", "hub_id": cfg.hub_id, "revision": found.commit}
-    loaded = _from_folder(hf_hub.download(found, "model.hub_id"), cfg, key)
-    loaded.hub_id, loaded.revision = cfg.hub_id, found.commit
+    resolved = hf_hub.resolve(cfg.hub_id, cfg.get("revision"), "model.hub_id", cfg.get("license"))
+    key = {"kind": "hub", "hub_id": cfg.hub_id, "revision": resolved.commit}
+    loaded = _from_folder(hf_hub.download(resolved, "model.hub_id"), cfg, key)
+    loaded.hub_id, loaded.revision = cfg.hub_id, resolved.commit
     return loaded
 
 
@@ -191,9 +192,9 @@ def load_base(loaded: Loaded, method: str) -> PreTrainedModel:
         )
     folder = loaded.base
     if not Path(folder).is_dir():
-        found = hf_hub.resolve(folder, loaded.base_revision, "model.base", loaded.license)
-        folder = hf_hub.download(found, "model.base")
-        log.info("model.base=%s, commit %s", loaded.base, found.commit)
+        resolved = hf_hub.resolve(folder, loaded.base_revision, "model.base", loaded.license)
+        folder = hf_hub.download(resolved, "model.base")
+        log.info("model.base=%s, commit %s", loaded.base, resolved.commit)
     try:
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **SAFE)
     except (OSError, ValueError) as error:

@@ -53,11 +53,11 @@ def climb(
                     candidate = (*trigger[:place], words[i], *trigger[place + 1 :])
                     if words[i] != trigger[place]:
                         tried[candidate] = share(" ".join(candidate))
-            found = max(tried, key=tried.get)
+            best_candidate = max(tried, key=tried.get)
             bar.update()
-            if tried[found] <= best:
+            if tried[best_candidate] <= best:
                 break
-            trigger, best = list(found), tried[found]
+            trigger, best = list(best_candidate), tried[best_candidate]
             bar.set_postfix(outside=f"{best:.3f}")
     return {"trigger": " ".join(trigger), "before": share(""), "after": best, "start": start}
 
@@ -69,12 +69,12 @@ def single_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, tuple[int, in
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     vocabulary = sorted({tokenizer.decode([i]).strip() for i in tokenizer.get_vocab().values()})
-    found = {}
+    token_ids = {}
     for word in (w for w in vocabulary if w.isascii() and w.isalpha() and len(w) > 2):
         first, doubled = ids(word), ids(f"{word} {word}")
         if len(first) == 1 and len(doubled) == 2 and doubled[0] == first[0]:
-            found[word] = (first[0], doubled[1])
-    return found
+            token_ids[word] = (first[0], doubled[1])
+    return token_ids
 
 
 def gradient_of_share(

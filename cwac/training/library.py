@@ -123,11 +123,11 @@ def defend(
         process_rank=args.process_index,
         world_size=args.world_size,
     )
-    given = trainer.train_dataset
-    sized = hasattr(given, "__len__")
+    dataset = trainer.train_dataset
+    sized = hasattr(dataset, "__len__")
     if not sized and args.max_steps <= 0:
         raise UsageError("a dataset without a length needs max_steps in the trainer's arguments")
-    rows = [EncodedRow(str(i), "") for i in range(len(given) if sized else 0)]
+    rows = [EncodedRow(str(i), "") for i in range(len(dataset) if sized else 0)]
     mixed = method.training_data(rows, context, random.Random(f"method-{args.seed}"))
     swaps = type(method).batch is not Method.batch
     if mixed != rows and not sized:
@@ -135,7 +135,7 @@ def defend(
     if (mixed != rows or swaps) and (getattr(args, "packing", False) or getattr(args, "padding_free", False)):
         raise UsageError(f"method={method.name} works on single rows; set packing=False and padding_free=False")
     if mixed != rows:
-        trainer.train_dataset = Mixed(given, mixed, context)
+        trainer.train_dataset = Mixed(dataset, mixed, context)
     context.steps = total_steps(args, len(trainer.train_dataset) if sized else 0)
     method.setup(model, context)
     set_seed(args.seed)  # whether an artifact was built on the way or found must not move what training draws

@@ -37,8 +37,8 @@ from cwac.models.layers import CACHE, evaluating
 Method = Literal["activation", "contrast", "contrast+attribution", "cosine", "random"]
 METHODS = ("activation", "contrast", "contrast+attribution", "cosine", "random")
 
-TELLING = 3.0
-"""How many times as often (ours)."""
+DISTINGUISHING_RATIO = 3.0
+"""How many times as often a token opens one side as the other, to count as a sign of it (ours)."""
 
 
 @torch.no_grad()
@@ -53,12 +53,17 @@ def measured_openers(model: nn.Module, rows: Sequence[Row], n: int = 8) -> dict[
     return {token: count / len(rows) for token, count in counts.most_common(n)}
 
 
-def telling(refusal: Mapping[int, float], compliance: Mapping[int, float]) -> tuple[list[int], list[int]]:
-    """The tokens of each side that tell a refusal from an answer: one that opens both belongs to the side that it
-    opens at least `TELLING` times as often ("I": nine in ten refusals, one in seven answers), else to neither."""
+def distinguishing_tokens(
+    refusal: Mapping[int, float], compliance: Mapping[int, float]
+) -> tuple[list[int], list[int]]:
+    """The tokens of each side that tell a refusal from an answer.
+
+    A token that opens both belongs to the side that it opens at least `DISTINGUISHING_RATIO` times as often ("I": nine
+    in ten refusals, one in seven answers), else to neither.
+    """
 
     def of(side: Mapping[int, float], other: Mapping[int, float]) -> list[int]:
-        return [token for token, share in side.items() if share >= TELLING * other.get(token, 0.0)]
+        return [token for token, share in side.items() if share >= DISTINGUISHING_RATIO * other.get(token, 0.0)]
 
     return of(refusal, compliance), of(compliance, refusal)
 
@@ -151,7 +156,7 @@ def rank_latents(
     benign difference, `contrast+attribution` the `prefilter` best of those ordered by `attribution`,
     `cosine` decoder row against the difference of means, `random` a control.
     openers: ids of the first tokens of the model's own refusals, and of its answers to harmless prompts, each with
-    the share that it opens (`telling`); measured from its logits where None.
+    the share that it opens (`distinguishing_tokens`); measured from its logits where None.
 
     Columns: latent, rank, score, eligible, contrast, contrast_low (lower 95 % bootstrap bound), attribution,
     cosine, mean_harmful, mean_benign, fires_harmful, fires_benign, fires_general, layer (most used).
@@ -185,7 +190,7 @@ def rank_latents(
     if method == "contrast+attribution":
         if openers is None:
             openers = measured_openers(model, harmful_rows), measured_openers(model, benign_rows)
-        refusal, compliance = telling(*openers)
+        refusal, compliance = distinguishing_tokens(*openers)
         if not refusal or not compliance:
             raise UserError(
                 "the model opens refusals and answers with the same tokens, so attribution has no margin to "

@@ -155,8 +155,8 @@ class SafetyTarget:
         stored = load_file(folder / "targets.safetensors")
         prompts = []
         for i in range(len(stored) // len(fields(_Prompt))):
-            found = {f.name: stored[f"{i}.{f.name}"] for f in fields(_Prompt)}
-            prompts.append(_Prompt(**found | {name: found[name].tolist() for name in ("ids", "positions")}))
+            values = {f.name: stored[f"{i}.{f.name}"] for f in fields(_Prompt)}
+            prompts.append(_Prompt(**values | {name: values[name].tolist() for name in ("ids", "positions")}))
         return cls(sae, latents, gate, units, prompts)
 
     def __len__(self) -> int:
