@@ -79,13 +79,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("campaign", type=Path, help="folder of runs, or an exported campaign")
     parser.add_argument("--out", type=Path, help="write the Markdown there, and the numbers beside it as .csv")
     args = parser.parse_args(argv)
-    found = agreement(read(args.campaign).verdicts)
-    text = report(found, str(args.campaign))
+    agreements = agreement(read(args.campaign).verdicts)
+    text = report(agreements, str(args.campaign))
     print(text)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(args.out, text)
-        found.to_csv(args.out.with_suffix(".csv"), index=False)
+        agreements.to_csv(args.out.with_suffix(".csv"), index=False)
     return 0
 
 

@@ -28,10 +28,10 @@ COLUMNS = [*KEYS, "first", "second", "n_first", "n_second", "difference", "low",
 
 def read(folder: Path) -> Collection:
     """A folder of runs or an exported campaign; raises UserError if it is neither or holds no finished run."""
-    found = read_exported(folder) if (folder / "results.csv").is_file() else collect(folder)
-    if not found.runs:
+    collection = read_exported(folder) if (folder / "results.csv").is_file() else collect(folder)
+    if not collection.runs:
         raise UserError(f"{folder} holds no finished run. Remedy: a folder of runs, or an exported campaign.")
-    return found
+    return collection
 
 
 def welch(first: list[float], second: list[float]) -> tuple[float, float, float]:

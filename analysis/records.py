@@ -104,14 +104,14 @@ def read_answers(folder: Path, count: int) -> list[Answer]:
         if step.isdigit():
             newest = (int(step), path.stat().st_mtime, path)
             last[name] = max(last.get(name, newest), newest)
-    found = []
+    answers = []
     for name, (_, _, path) in sorted(last.items()):
         verdicts = {row.get("id"): row.get("verdict", "") for row in head(path, count)}
         for row in head(folder / "gen" / path.name, count):
             if row.get("id") in verdicts:
                 texts = [str(row.get(k, "")) for k in ("id", "prompt", "response")]
-                found.append(Answer(name, *texts, verdicts[row["id"]]))
-    return found
+                answers.append(Answer(name, *texts, verdicts[row["id"]]))
+    return answers
 
 
 def head(path: Path, count: int) -> list[dict]:
@@ -164,7 +164,7 @@ def read_exported(path: Path) -> dict[str, Record]:
     if not path.is_file():
         return {}
     known = {f.name for f in fields(Record)}
-    found = {}
+    records_by_run = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             record = Record(**{k: v for k, v in json.loads(line).items() if k in known})
@@ -173,5 +173,5 @@ def read_exported(path: Path) -> dict[str, Record]:
                 f"{path}, line {number}, is no record of a run. Remedy: export the campaign again with "
                 "python -m analysis.demo, or delete the file to do without drift and provenance."
             ) from error
-        found[record.run_id] = record
-    return found
+        records_by_run[record.run_id] = record
+    return records_by_run

@@ -72,7 +72,7 @@ class Campaign:
     """What a report is about."""
 
     name: str
-    found: Collection
+    collection: Collection
     records: dict[str, Record] = field(default_factory=dict)
     provenance: dict = field(default_factory=dict)
     """Of an exported campaign: what `analysis.demo` recorded."""
@@ -113,7 +113,7 @@ def shown_runs(found: Collection) -> set[str]:
 
 
 def claims_section(campaign: Campaign) -> Section:
-    verdicts = claims.verdicts(campaign.found, judge=campaign.judge)
+    verdicts = claims.verdicts(campaign.collection, judge=campaign.judge)
     body = (
         "Claims of the paper, tested on the rows below. *Fails*: the opposite is significant in some cell. *Holds*: "
         "the claim is, in every cell. Else *undecided*: too few seeds or prompts, a tie, a method that was not run. "
@@ -124,7 +124,7 @@ def claims_section(campaign: Campaign) -> Section:
 
 def tables_section(campaign: Campaign) -> Section:
     parts, folds = [], []
-    for rate, found in tables.by_rate(campaign.found):
+    for rate, found in tables.by_rate(campaign.collection):
         summary, difference = tables.summarise(found, campaign.judge), tables.differences(found, judge=campaign.judge)
         grids = {*zip(summary["model"], summary["task"], strict=True)}
         grids |= {(cell.model, cell.task) for cell in found.expected}
@@ -145,7 +145,7 @@ def tables_section(campaign: Campaign) -> Section:
 
 def beside_paper(campaign: Campaign) -> list[str]:
     """The paper's table as ours | paper | gap, where the campaign is that of its preset; as Markdown parts."""
-    name, found = campaign.experiment, campaign.found
+    name, found = campaign.experiment, campaign.collection
     if name not in paper_tables.LAYOUT or not found.expected:
         return []
     made = paper_tables.lay_out(name, paper_tables.build(name, found, judge=campaign.judge))
@@ -155,7 +155,7 @@ def beside_paper(campaign: Campaign) -> list[str]:
 
 
 def figures_section(campaign: Campaign) -> Section:
-    plates = gallery.draw(campaign.found, campaign.records.values(), campaign.judge)
+    plates = gallery.draw(campaign.collection, campaign.records.values(), campaign.judge)
     absent = [
         text
         for text, there in (
@@ -174,26 +174,26 @@ def figures_section(campaign: Campaign) -> Section:
 
 
 def coverage_section(campaign: Campaign) -> Section:
-    found = campaign.found
+    found = campaign.collection
     done = found.rows.drop_duplicates("run_id")
     cells = [*zip(done["model"], done["task"], done["method"], done["harmful_ratio"], done["run_id"], strict=True)]
     have = Counter(cell[:4] for cell in cells)
-    asked = Counter((c.model, c.task, c.method, c.harmful_ratio) for c in found.expected)
-    ratios = sorted({key[3] for key in (*have, *asked)})
-    grid = sorted({key[:3] for key in (*have, *asked)}, key=lambda k: (k[0], k[1], paper.method_order(k[2])))
+    wanted = Counter((c.model, c.task, c.method, c.harmful_ratio) for c in found.expected)
+    ratios = sorted({key[3] for key in (*have, *wanted)})
+    grid = sorted({key[:3] for key in (*have, *wanted)}, key=lambda k: (k[0], k[1], paper.method_order(k[2])))
     rows = []
     for model, task, method in grid:
         counts = []
         for ratio in ratios:
             key = (model, task, method, ratio)
-            counts.append(f"{have[key]}/{asked[key]}" if asked else str(have[key]))
+            counts.append(f"{have[key]}/{wanted[key]}" if wanted else str(have[key]))
         rows.append([paper.method_label(method), f"{model}, {task}", *counts])
     header = ["method", "model, task", *(f"p = {ratio:g}" for ratio in ratios)]
     if found.expected:
         text = f"{len(found.expected) - len(found.missing)} of {len(found.expected)} expected runs are done."
     else:
         text = f"{len(found.runs)} finished runs; no preset was named, so none is known to be missing."
-    parts = [text, "Runs done / expected:" if asked else "Runs done:", tables.markdown(header, rows, key=2)]
+    parts = [text, "Runs done / expected:" if wanted else "Runs done:", tables.markdown(header, rows, key=2)]
     if found.missing:
         parts += ["**Missing:**", "\n".join(f"- {cell} (`{cell.run_id}`)" for cell in found.missing)]
     if account := found.account():
@@ -203,7 +203,7 @@ def coverage_section(campaign: Campaign) -> Section:
 
 def costs_section(campaign: Campaign) -> Section:
     parts = ["Means over seeds and harmful ratios; seconds a step with all hooks, peak memory in MiB."]
-    for rate, found in tables.by_rate(campaign.found):
+    for rate, found in tables.by_rate(campaign.collection):
         summary = tables.summarise(found, campaign.judge)
         for model, task in sorted({*zip(summary["model"], summary["task"], strict=True)}):
             if cost := tables.means_table(summary, model, task, tables.COST):
@@ -229,7 +229,7 @@ def fenced(text: str) -> str:
 
 
 def answers_section(campaign: Campaign, show: bool) -> Section:
-    rows = campaign.found.rows
+    rows = campaign.collection.rows
     harmful = set(rows.loc[rows["metric"] == "HS", "set"])
     folds = []
     for record in sorted(
@@ -252,7 +252,7 @@ def answers_section(campaign: Campaign, show: bool) -> Section:
 
 
 def provenance_section(campaign: Campaign, argv: Sequence[str]) -> Section:
-    found, exported = campaign.found, campaign.provenance
+    found, exported = campaign.collection, campaign.provenance
     known = campaign.records.values()
     git = demo.git_state()
     commits = Counter(f"{r.commit}{'+dirty' * r.dirty}" for r in known if r.commit) or Counter(
@@ -345,7 +345,7 @@ def to_markdown(campaign: Campaign, sections: Sequence[Section], headline: str, 
 
 def headline(campaign: Campaign) -> str:
     """One line that says what the report rests on."""
-    found = campaign.found
+    found = campaign.collection
     seeds = ", ".join(str(s) for s in sorted(found.rows["seed"].dropna().unique()))
     judges = ", ".join(sorted(set(one_judge(found.rows, campaign.judge)["judge"]) - {""})) or "none"
     missing = f"; {len(found.missing)} of {len(found.expected)} expected runs missing" if found.missing else ""
@@ -376,10 +376,10 @@ def publish(args: argparse.Namespace, argv: Sequence[str]) -> int:
         folder = Path(os.path.relpath(args.figures, args.out.parent)).as_posix()
     write_atomic(args.out.with_suffix(".md"), to_markdown(campaign, sections, line, folder))
     print(line)
-    for cell in campaign.found.missing:
+    for cell in campaign.collection.missing:
         print(f"missing: {cell}  ({cell.run_id})")
     print(f"report: {args.out}")
-    return 1 if campaign.found.missing else 0
+    return 1 if campaign.collection.missing else 0
 
 
 @command

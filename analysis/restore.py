@@ -58,20 +58,20 @@ def restore(folder: Path, runs: Path) -> tuple[list[str], list[str], list[str]]:
     folder: as `analysis.demo` writes it. A run with a status already, whatever it is, is left alone. Raises UserError
     where the campaign cannot be read, or names a run by what is no name of a folder.
     """
-    found, known = read_exported(folder), records.read_exported(folder / records.NAME)
-    written, there = [], []
-    for name, rows in found.rows.groupby("run_id", sort=False):
+    collection, records_by_run = read_exported(folder), records.read_exported(folder / records.NAME)
+    written, already_there = [], []
+    for name, rows in collection.rows.groupby("run_id", sort=False):
         target = runs / name
         if target.parent != runs or name.startswith("."):
             raise UserError(f"{folder}/results.csv has the run_id {name!r}, which is no name of a run's folder.")
         if (target / "status.json").exists():
-            there.append(name)
+            already_there.append(name)
             continue
         target.mkdir(parents=True, exist_ok=True)
         write_atomic(target / "config.yaml", yaml.safe_dump(config_of(rows.iloc[0])))
-        if record := known.get(name):
+        if record := records_by_run.get(name):
             write_record(record, target)
-        verdicts = found.verdicts[found.verdicts["run_id"] == name]
+        verdicts = collection.verdicts[collection.verdicts["run_id"] == name]
         for (of, judge), some in verdicts.groupby(["set", "judge"], sort=False):
             (end, *_) = rows[rows["final"] & (rows["set"] == of) & (rows["judge"] == judge)].itertuples()
             path = target / "judge" / judge / f"{of}@{end.step:g}-{end.eval}.jsonl"
@@ -80,7 +80,7 @@ def restore(folder: Path, runs: Path) -> tuple[list[str], list[str], list[str]]:
         write_jsonl(target / "metrics.jsonl", plain)
         write_atomic(target / "status.json", json.dumps(status_of(rows, str(folder)), indent=1))
         written.append(name)
-    return written, there, found.account()
+    return written, already_there, collection.account()
 
 
 def write_record(record: records.Record, target: Path) -> None:
@@ -104,9 +104,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("campaign", type=Path, help="an exported campaign, such as results/demo")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where to write the run folders (runs)")
     args = parser.parse_args(argv)
-    written, there, lacked = restore(args.campaign, args.runs)
-    print(f"{len(written)} runs of {args.campaign} written to {args.runs}; {len(there)} were there already")
-    for line in lacked:
+    written, already_there, left_out = restore(args.campaign, args.runs)
+    print(f"{len(written)} runs of {args.campaign} written to {args.runs}; {len(already_there)} were there already")
+    for line in left_out:
         print(f"left out when it was exported: {line}")
     return 0
 

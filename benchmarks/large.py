@@ -589,21 +589,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated, in this order (%(default)s)")
     parser.add_argument("--seconds", type=float, default=150.0, help="of the whole run (%(default)s)")
     parser.add_argument("--out", type=Path, default=OUT, help="(%(default)s)")
-    given = parser.parse_args(argv)
-    parts = given.parts.split(",")
+    args = parser.parse_args(argv)
+    parts = args.parts.split(",")
     if unknown := sorted(set(parts) - set(PARTS)):
         parser.error(f"no part is called {unknown[0]}; use some of {', '.join(PARTS)}")
-    if given.cpu and given.shape != "tiny":
+    if args.cpu and args.shape != "tiny":
         parser.error("--cpu goes with --shape tiny alone")
-    if not given.cpu and not torch.cuda.is_available():
+    if not args.cpu and not torch.cuda.is_available():
         print("error: no CUDA device here; --shape tiny --cpu runs the miniature", file=sys.stderr)
         return 2
-    shape = SHAPES[given.shape]
-    if given.cpu:
-        return runner.quietly(lambda: run(shape, torch.device("cpu"), parts, given.out, given.seconds))
+    shape = SHAPES[args.shape]
+    if args.cpu:
+        return runner.quietly(lambda: run(shape, torch.device("cpu"), parts, args.out, args.seconds))
     logging.disable(logging.WARNING)
     torch.set_float32_matmul_precision("highest")  # torch's default, which the environment may override
-    return run(shape, torch.device("cuda", torch.cuda.current_device()), parts, given.out, given.seconds)
+    return run(shape, torch.device("cuda", torch.cuda.current_device()), parts, args.out, args.seconds)
 
 
 if __name__ == "__main__":

@@ -594,15 +594,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=OUT, help="written; read by the other two (%(default)s)")
     parser.add_argument("--page", type=Path, help="fill this page's blocks instead of measuring")
     parser.add_argument("--estimate", action="store_true", help="print the estimate of 70B instead of measuring")
-    given = parser.parse_args(argv)
-    if not (given.page or given.estimate):
-        return runner.quietly(lambda: run(PLANS[given.shape], given.seconds, given.out))
-    rows, h100 = (json.loads(p.read_text()) if p.exists() else [] for p in (given.out, H100))
+    args = parser.parse_args(argv)
+    if not (args.page or args.estimate):
+        return runner.quietly(lambda: run(PLANS[args.shape], args.seconds, args.out))
+    rows, h100 = (json.loads(p.read_text()) if p.exists() else [] for p in (args.out, H100))
     estimate = runner.quietly(lambda: estimate_block(rows, h100, LLAMA70))
-    if given.estimate:
+    if args.estimate:
         print(estimate)
-    if given.page:
-        fill(given.page, {"measured": measured_block(rows), "h100": h100_block(h100), "llama70": estimate})
+    if args.page:
+        fill(args.page, {"measured": measured_block(rows), "h100": h100_block(h100), "llama70": estimate})
     return 0
 
 

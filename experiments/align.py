@@ -308,13 +308,13 @@ def gate(aligned: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, splits: S
     judge = KeywordJudge()
     checks = []
 
-    said: dict[str, str] = {}
+    answer_of: dict[str, str] = {}
 
     def share(name: str, examples: Sequence[Example], verdicts: tuple[str, ...], **limit: float) -> None:
-        new = [e for e in examples if e.id not in said]
+        new = [e for e in examples if e.id not in answer_of]
         answers = generate(aligned, tokenizer, [e.messages for e in new], max_new_tokens=40, description=name)
-        said.update(zip([e.id for e in new], answers, strict=True))
-        texts = [said[e.id] for e in examples]
+        answer_of.update(zip([e.id for e in new], answers, strict=True))
+        texts = [answer_of[e.id] for e in examples]
         found = [j.verdict for j in judge.judge([e.prompt for e in examples], texts)]
         checks.append(_check(name, 100 * sum(v in verdicts for v in found) / len(found), len(found), **limit))
 

@@ -59,12 +59,12 @@ def measure(cfg: DictConfig, draws: int, prompts: int, harmless: int) -> list[di
     model, judge = context.loaded.model.eval(), KeywordJudge()
     sae, table, *_ = ranked_latents(model, context, activation)
     tokens = cfg.eval.max_new_tokens
-    asked = context.pools.validation[:prompts]
-    answers = own_answers(model, context, asked, tokens)
-    judged = judge.judge([e.prompt for e in asked], answers)
-    refused = [e for e, j in zip(asked, judged, strict=True) if j.verdict == "refusal"]
+    requests = context.pools.validation[:prompts]
+    answers = own_answers(model, context, requests, tokens)
+    judged = judge.judge([e.prompt for e in requests], answers)
+    refused = [e for e, j in zip(requests, judged, strict=True) if j.verdict == "refusal"]
     if not refused:
-        raise UserError(f"model={cfg.model.name} refuses none of {len(asked)} held-out requests; nothing can fall")
+        raise UserError(f"model={cfg.model.name} refuses none of {len(requests)} held-out requests; nothing can fall")
     benign = [e for examples in context.pools.validation_benign.values() for e in examples[:harmless]]
     entries = causal_check(
         model,

@@ -154,8 +154,8 @@ def shape(cfg: DictConfig) -> PretrainedConfig:
         return AutoConfig.for_model(**OmegaConf.to_container(cfg.model.shape))
     from cwac.core import hf_hub
 
-    found = hf_hub.resolve(cfg.model.hub_id, cfg.model.get("revision"), "model.hub_id", cfg.model.get("license"))
-    return AutoConfig.from_pretrained(cfg.model.hub_id, revision=found.commit)
+    resolved = hf_hub.resolve(cfg.model.hub_id, cfg.model.get("revision"), "model.hub_id", cfg.model.get("license"))
+    return AutoConfig.from_pretrained(cfg.model.hub_id, revision=resolved.commit)
 
 
 def build(cfg: DictConfig, architecture: PretrainedConfig, where: torch.device | str = "cpu") -> nn.Module:
@@ -363,16 +363,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--prompt-tokens", type=int, default=Sizes.prompt_tokens)
     parser.add_argument("--rank-share", type=float, default=Sizes.rank_share)
     parser.add_argument("--measure", type=int, metavar="STEPS", help="train so many steps, and compare")
-    given = parser.parse_intermixed_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
     hf_logging.set_verbosity_error()
     try:
-        for cfg in config.expand(None, given.overrides):
-            tokens = given.tokens or cfg.train.max_length
-            sizes = Sizes(prompt_tokens=min(given.prompt_tokens, tokens), rank_share=given.rank_share)
-            row, architecture = Row(tokens, given.label_tokens or tokens, sizes), shape(cfg)
-            found = estimate(cfg, architecture, row)
-            took = measure(cfg, architecture, row, given.measure) if given.measure else None
-            print(table(cfg, row, found, took), flush=True)
+        for cfg in config.expand(None, args.overrides):
+            tokens = args.tokens or cfg.train.max_length
+            sizes = Sizes(prompt_tokens=min(args.prompt_tokens, tokens), rank_share=args.rank_share)
+            row, architecture = Row(tokens, args.label_tokens or tokens, sizes), shape(cfg)
+            cost_estimate = estimate(cfg, architecture, row)
+            took = measure(cfg, architecture, row, args.measure) if args.measure else None
+            print(table(cfg, row, cost_estimate, took), flush=True)
             if not complete(config.instantiate(cfg.method)):
                 print(f"  not counted: what method={cfg.method.name} keeps and computes beside the training itself")
     except UserError as error:
