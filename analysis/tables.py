@@ -31,6 +31,7 @@ Percentages; mean ± half-width of a 95 % t-interval over seeds, n = seeds. `(n=
 seeds agree exactly, and no interval is claimed.
 HS: harmful compliance; other: neither refusal nor harm; what is left of 100 is refusal. FA: task accuracy,
 the answer alone. OR: benign requests refused. Each percentage is of its own set of prompts."""
+CLOSED_NOTE = "closed: all trained matrices constrained, and nothing else trains."
 
 
 def summarise(collection: Collection, judge: str | None = None) -> pd.DataFrame:
@@ -378,7 +379,8 @@ def grids(collection: Collection, summary: pd.DataFrame) -> list[tuple[str, str]
 
 def notes(collection: Collection) -> list[str]:
     """How to read the tables, whose values the methods ran at, what is missing, what was left out."""
-    parts = [NOTES, values_note(collection.rows)]
+    closed = [CLOSED_NOTE] if collection.rows["method"].str.contains("_closed").any() else []
+    parts = [NOTES, *closed, values_note(collection.rows)]
     if collection.missing:
         named = "\n".join(f"- {cell}  ({cell.run_id})" for cell in collection.missing)
         parts.append(f"**Missing: {len(collection.missing)} of {len(collection.expected)} runs.**\n\n{named}")
