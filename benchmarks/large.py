@@ -453,7 +453,7 @@ def sae(shape: Shape, where: torch.device, budget: Budget) -> Iterator[dict]:
     settings = SAEConfig(**shape.sae)
     m, k, n = settings.m or 8 * d, settings.latents(d), settings.batch
     readable = list(range(max(1, layers // 4) - 1, 3 * layers // 4))  # as layers_of has them
-    held = torch.randn(n, len(readable), d, device=where, dtype=torch.float16)
+    activations = torch.randn(n, len(readable), d, device=where, dtype=torch.float16)
 
     def train(beside: Callable[[Tensor], object] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Seconds of each step but the first, ours and those of `beside`, which takes its turn at every draw."""
@@ -463,11 +463,11 @@ def sae(shape: Shape, where: torch.device, budget: Budget) -> Iterator[dict]:
             if began:
                 ours.append(now() - began[-1])
             if beside is not None:
-                x = held[:, 0].float()
+                x = activations[:, 0].float()
                 with where, torch.enable_grad():  # the draw that initialises comes without gradients
                     theirs.append(timed(lambda: beside(x))[0])
             began.append(now())
-            return held.float()
+            return activations.float()
 
         model = RoutedSAE(d, m, k, readable, settings.router)
         train_sae(model, draw, SAEConfig(**{**shape.sae, "tokens": (shape.sae_steps + 1) * n}), where)
@@ -480,7 +480,7 @@ def sae(shape: Shape, where: torch.device, budget: Budget) -> Iterator[dict]:
     size = f"d {d}, M {m}, k {k}, batches of {n}"
     corpus = f"SAE training, {settings.tokens:.3g} tokens (extrapolated)"
     with where:
-        step, _ = plain(d, m, k, held[:, 0].float())
+        step, _ = plain(d, m, k, activations[:, 0].float())
     ours, theirs = train(step)
     del step  # with its moments
     spent = speed(n, ours)
@@ -492,7 +492,7 @@ def sae(shape: Shape, where: torch.device, budget: Budget) -> Iterator[dict]:
         spent = speed(n, train()[0])
     yield entry(f"{corpus}, TF32, {size}", "1 h", hours(spent["seconds"])) | spent
     part = max(1, n // 4)
-    host = held[:part].cpu()
+    host = activations[:part].cpu()
 
     def from_host() -> Tensor:  # as TokenBuffer draws, and train_sae moves
         return torch.cat([host[torch.randperm(part)]]).float().to(where)

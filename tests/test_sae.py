@@ -413,9 +413,9 @@ def test_streaming_reads_everything_and_caching_stops_early(model):
     rows = some_rows(60)
     kept = sum(len(r["input_ids"]) - 1 for r in rows)
     whole = TokenBuffer(model, rows, [0], 10_000, False, torch.Generator().manual_seed(0), "test")
-    assert whole.whole and len(whole._held) == pytest.approx(kept, abs=20)  # BOS drawn by chance is dropped
-    seen = whole.draw(len(whole._held))
-    assert len(torch.unique(seen.flatten(1), dim=0)) == len(torch.unique(whole._held.flatten(1), dim=0))
+    assert whole.whole and len(whole._tokens) == pytest.approx(kept, abs=20)  # BOS drawn by chance is dropped
+    seen = whole.draw(len(whole._tokens))
+    assert len(torch.unique(seen.flatten(1), dim=0)) == len(torch.unique(whole._tokens.flatten(1), dim=0))
     many = some_rows(600)  # more than one batch of 4,096 tokens
     once = TokenBuffer(model, many, [0], 100, True, torch.Generator().manual_seed(0), "test")
     read = once.tokens_read

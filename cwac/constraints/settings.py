@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from cwac.core.checks import check, is_number
 
 SPACES = ("sae", "residual", "logits")
-"""What the activation constraint may hold."""
+"""What the activation constraint may preserve."""
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Weight:
     layers: Sequence[int] | None = None
     """Block indices; None for all (App. B.4 says "intermediate layers" without naming them)."""
     energy: float = 0.99
-    """Share of the anchors' squared norm that V holds; stands for the paper's unspecified tau."""
+    """Share of the anchors' squared norm that V keeps; stands for the paper's unspecified tau."""
     first_token: bool = True
     """Give the first token's input a direction of its own in V."""
     freeze_others: bool = False
@@ -42,7 +42,7 @@ class Weight:
     """n: after every n optimizer steps V and A are refitted from the current model on the same anchor rows.
 
     Then A = W_now V_now: what is preserved is no longer the aligned model's output but that of the last refit, so
-    drift until then is accepted, and directions that only the old V held are free again."""
+    drift until then is accepted, and directions that only the old V protected are free again."""
     project_every: int = 1
     """n: project after every n-th optimizer step and after the last, not after each.
 
@@ -135,8 +135,8 @@ class Activation:
     """Where latents are read: `last` prompt token, or `response:n`."""
     units: str = "raw"
     space: str = "sae"
-    """What is held: `sae` the latents, or ours: `residual` the residual stream at the autoencoder's layers, `logits`
-    the next-token distribution over the refusal (`positions: response:n`). See cwac/constraints/targets.py."""
+    """What is preserved: `sae` the latents, or ours: `residual` the residual stream at the autoencoder's layers,
+    `logits` the next-token distribution over the refusal (`positions: response:n`); cwac/constraints/targets.py."""
     sae: dict = field(default_factory=dict)
     """Fields of `cwac.constraints.sae.fit.SAEConfig`."""
 
@@ -161,5 +161,5 @@ class Activation:
                 remedy = f"only space=sae reads it: leave it at {usual}, or use method.activation.space=sae"
                 check(value == usual, f"activation.{key}", value, remedy)
         if self.space == "logits":
-            remedy = "space=logits holds the refusal's tokens: use method.activation.positions=response:16"
+            remedy = "space=logits preserves the refusal's tokens: use method.activation.positions=response:16"
             check(str(self.positions).startswith("response:"), "activation.positions", self.positions, remedy)

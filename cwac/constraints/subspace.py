@@ -7,7 +7,7 @@ were. The paper eigen-decomposes C = X X^T and keeps the directions U^ of small 
 Deviations:
 - V, the eigenvectors of the *large* eigenvalues, is kept instead of U^: Pi = I - V V^T is never formed (ours; the
   same map).
-- tau is not given in the paper. Ours: the smallest number of eigenvectors that holds `energy` of the trace.
+- tau is not given in the paper. Ours: the smallest number of eigenvectors that keeps `energy` of the trace.
 - The first token is left out of C and gets its own direction in V (ours): as an attention sink it carries up to
   99.98 % of the trace (SmolLM2), so it would otherwise either decide tau alone or
   go unprotected.
@@ -193,7 +193,7 @@ def add_gram(C: torch.Tensor, x: torch.Tensor, block: int = 256) -> None:
 
 
 def rank_for(values: torch.Tensor, energy: float) -> int:
-    """How many of the descending eigenvalues hold `energy` of their sum; those at rounding level never count."""
+    """How many of the descending eigenvalues make up `energy` of their sum; those at rounding level never count."""
     real = int((values > values[0] * len(values) * torch.finfo(values.dtype).eps).sum())
     if energy >= 1:
         return real
@@ -273,7 +273,7 @@ class Constraint:
                 weight = layer.weight
                 if weight.dtype not in (torch.float32, torch.float64):
                     raise UserError(
-                        f"{name} is held in {str(weight.dtype).removeprefix('torch.')}, where a projected update of "
+                        f"{name} is stored in {str(weight.dtype).removeprefix('torch.')}, where a projected update of "
                         "usual size rounds away; load the model in float32 and compute in bf16 by autocast (bf16=True)"
                     )
                 if group not in moved:
@@ -292,7 +292,7 @@ class Constraint:
     def refit_(self, bases: dict[str, Basis]) -> None:
         """Full-parameter training only: V of `bases` from here on, and A = W V of the weights as they are now.
 
-        What had changed along V stays, and what the old V held and the new one lacks may change from now on.
+        What had changed along V stays, and what the old V protected and the new one does not may change from now on.
         Under FSDP2 each rank computes its own rows of A.
         """
         moved = {group: basis.V.to(self.entries[0][2].device) for group, basis in bases.items()}
@@ -351,5 +351,5 @@ def gathered(A: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     from torch.distributed.tensor import DTensor
 
     shape = torch.Size((weight.shape[0], A.shape[1]))
-    held = DTensor.from_local(A, weight.device_mesh, weight.placements, shape=shape, stride=(A.shape[1], 1))
-    return whole(held)
+    shard = DTensor.from_local(A, weight.device_mesh, weight.placements, shape=shape, stride=(A.shape[1], 1))
+    return whole(shard)

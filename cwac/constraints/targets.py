@@ -1,16 +1,16 @@
 """Other spaces than the autoencoder's for CWAC's activation constraint (ours): what it takes to couple both halves.
 
-CWAC (arXiv:2604.12384, section 4.1, Eq. 11) holds latents of a sparse autoencoder. `residual` holds the residual
-stream itself at the layers that the autoencoder reads; `logits` holds what the aligned model would say next. Prompts,
-draws per step and positions are those of Eq. 11 (cwac/constraints/sae/target.py), and so is the interface:
-`len`, `loss`, `drift`.
+CWAC (arXiv:2604.12384, section 4.1, Eq. 11) preserves latents of a sparse autoencoder. `residual` preserves the
+residual stream itself at the layers that the autoencoder reads; `logits` preserves what the aligned model would say
+next. Prompts, draws per step and positions are those of Eq. 11 (cwac/constraints/sae/target.py), and so is the
+interface: `len`, `loss`, `drift`.
 
 Deviations:
 - The paper has neither. A distance is averaged over the positions of a prompt, then over prompts, as L_safety is.
 - `residual` divides each layer's squared distance by that layer's mean squared norm in the aligned model, so that
   deep layers, whose stream is longer, count as much as the others: 1 is a distance as long as the stream itself.
 - `logits` is KL(aligned || current) in nats a token. At `response:n` it is read at the prompt's last token and at the
-  first n tokens of the model's own refusal, so the first n + 1 tokens of the answer are held.
+  first n tokens of the model's own refusal, so the first n + 1 tokens of the answer are preserved.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ LONGEST_REPORT = 1 << 16
 WHAT = {
     "sae": "Sparse autoencoder over several layers' residuals (Eq. 9; RouteSAE, arXiv:2503.08200)",
     "latents": "Safety-critical latents of the autoencoder, ranked (section 4.1)",
-    "targets": "The aligned model's features on harmful prompts, which L_safety holds (Eq. 11)",
+    "targets": "The aligned model's features on harmful prompts, which L_safety preserves (Eq. 11)",
     "subspace": "Protected directions V of the anchors' activations (section 4.2)",
 }
 """What CWAC (arXiv:2604.12384) prepares, for the card."""

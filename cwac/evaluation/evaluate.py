@@ -200,7 +200,7 @@ class Evaluator:
         return total / max(1, tokens)
 
     def drift(
-        self, reference: nn.Module, anchors: list[dict], held: list[dict], step: int, epoch: float
+        self, reference: nn.Module, anchors: list[dict], held_out: list[dict], step: int, epoch: float
     ) -> bool | None:
         """Certificates and raw drift at the end, on anchors and on held-out prompts; details go to drift.json.
 
@@ -215,7 +215,7 @@ class Evaluator:
         guard = True if protected else None
         at = {"step": step, "epoch": epoch, "final": True}
         rows, detail = [], {}
-        for name, prompts in (("anchors", anchors), ("heldout", held)):
+        for name, prompts in (("anchors", anchors), ("heldout", held_out)):
             leaks = weight_leak(self.model, reference, prompts, protected)
             # read where the first token of the answer is chosen; the refusal that follows is for the weights' inputs
             cut = [{"input_ids": row["input_ids"][: row["prompt"]]} for row in prompts]

@@ -278,8 +278,8 @@ class CWAC(Method):
         if never_fires and (activation.gate != "preact" or activation.units == "relative"):
             raise UserError(
                 f"none of the preserved latents fires on the step pool ({sae_report['dead_share']:.0%} of the SAE's "
-                "are dead), so L_safety would hold nothing; fit it on more tokens (method.activation.sae.tokens), or "
-                "use method.activation.gate=preact with units=raw"
+                "are dead), so L_safety would preserve nothing; fit it on more tokens (method.activation.sae.tokens), "
+                "or use method.activation.gate=preact with units=raw"
             )
         self._report.update(
             sae_fvu=sae_report["fvu_harmful"],

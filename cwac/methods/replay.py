@@ -3,8 +3,8 @@
 A plain rehearsal of the aligned model's own refusals: L = L_task + lam L_replay, where L_replay is the cross-entropy
 of the refusals, mean over tokens, then over n_prompts prompts drawn in each optimizer step. Prompts, and prompts per
 step, are those of CWAC (arXiv:2604.12384, Eqs. 11 and 16, whose L_safety it replaces), so that a difference between
-the two lies in what is held, not in what is seen. The loss stands beside the task's, instead of rows among the task's
-as in SafeInstr, so that the user's steps stay as they are.
+the two lies in what is preserved, not in what is seen. The loss stands beside the task's, instead of rows among the
+task's as in SafeInstr, so that the user's steps stay as they are.
 
 Deviations:
 - Not a published defence. Only prompts that the model itself refuses are replayed, as they anchor CWAC.

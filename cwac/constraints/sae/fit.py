@@ -148,8 +148,8 @@ class TokenBuffer:
                 size += len(part)
                 self.tokens_read += len(part)
                 bar.update(len(part))
-        self._held = torch.cat(parts)
-        self._order, self._at = torch.randperm(len(self._held), generator=self.generator), 0
+        self._tokens = torch.cat(parts)
+        self._order, self._at = torch.randperm(len(self._tokens), generator=self.generator), 0
         self.seconds += time.perf_counter() - began
 
     def draw(self, n: int) -> Tensor:
@@ -157,12 +157,12 @@ class TokenBuffer:
         parts: list[Tensor] = []
         while n:
             if not self.whole and 2 * (len(self._order) - self._at) < self.capacity:
-                self._left = [self._held[self._order[self._at :]]]
+                self._left = [self._tokens[self._order[self._at :]]]
                 self._fill()
             if self._at == len(self._order):
-                self._order, self._at = torch.randperm(len(self._held), generator=self.generator), 0
+                self._order, self._at = torch.randperm(len(self._tokens), generator=self.generator), 0
             take = self._order[self._at : self._at + n]
-            parts.append(self._held[take])
+            parts.append(self._tokens[take])
             self._at += len(take)
             n -= len(take)
         return torch.cat(parts).float()
@@ -237,7 +237,7 @@ def train_sae(
 def auxiliary_loss(sae: RoutedSAE, u: Tensor, error: Tensor, dead: Tensor) -> Tensor:
     """AuxK: how much of the residual error [N, d] the best d/2 dead latents leave, relative to its size.
 
-    u and error come detached and b_pre is held, so only the dead latents' own rows get a gradient.
+    u and error come detached and b_pre stays fixed, so only the dead latents' own rows get a gradient.
     """
     pre = nn.functional.linear(u - sae.b_pre.detach(), sae.w_enc[dead], sae.b_enc[dead])
     values, indices = pre.topk(min(sae.d // 2, len(dead)), dim=-1)
