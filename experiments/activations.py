@@ -103,7 +103,7 @@ def read_config(folder: Path) -> DictConfig:
     Raises UserError if the folder is no run, or its weights were not kept.
     """
     try:
-        cfg = renamed.update(OmegaConf.load(folder / "config.yaml"))
+        cfg = renamed.update(OmegaConf.load(folder / "config.yaml"), say=False)
     except (OSError, ValueError, OmegaConfBaseException) as error:
         raise UserError(f"--run {folder} holds no readable config.yaml; name the folder of a run") from error
     if not (folder / "model").is_dir():

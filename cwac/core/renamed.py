@@ -82,23 +82,29 @@ def current_group(group: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 # --- configurations -------------------------------------------------------------------------------------
-def update(cfg: DictConfig) -> DictConfig:
-    """Move what stands under old keys to the new ones, in place; an old key wins over a default of the new one."""
+def update(cfg: DictConfig, say: bool = True) -> DictConfig:
+    """Move what stands under old keys to the new ones, in place; an old key wins over a default of the new one.
+
+    say: print a line for each, as for what a user wrote; not for what an earlier version recorded.
+    """
     for old, new in RENAMED.items():
         group, _, name = old.rpartition(".")
         node = OmegaConf.select(cfg, group)
         if not OmegaConf.is_dict(node) or name not in node:
             continue
-        value = OmegaConf.to_container(node, resolve=False)[name]  # an interpolation stays one
+        counted = name == "slots"  # which needs its numbers; any other value that is an interpolation stays one
+        value = OmegaConf.to_container(node, resolve=counted)[name]
         with open_dict(node):
-            node[new.rpartition(".")[2]] = shifted(value, -1) if name == "slots" else value
+            node[new.rpartition(".")[2]] = shifted(value, -1) if counted else value
             del node[name]
-        announce(old, new)
+        if say:
+            announce(old, new)
     for key in ROUTERS:
         value = OmegaConf.select(cfg, key)
         if (current := new_router(value)) != value:
             OmegaConf.update(cfg, key, current)
-            announce(f"{key}={value}", f"{key}={current}")
+            if say:
+                announce(f"{key}={value}", f"{key}={current}")
     return cfg
 
 
