@@ -301,17 +301,17 @@ def withheld(response: str) -> str:
 def answered(collection: Collection, runs: Path, run: str) -> dict[tuple[str, str], tuple[str, str, str]]:
     """(set, id) -> (request, answer, verdict) at the end of a run."""
     ends = at_end(collection.rows[collection.rows["run_id"] == run])
-    found = {}
+    by_request = {}
     for row in ends[ends["metric"] == "HS"].itertuples():
         path = runs / run / "gen" / f"{row.set}@{row.step:g}-{row.eval}.jsonl"
-        said = {a["id"]: a for a in read_jsonl(path)}
+        answers = {a["id"]: a for a in read_jsonl(path)}
         verdicts = collection.verdicts[
             (collection.verdicts["run_id"] == run) & (collection.verdicts["set"] == row.set)
         ]
         for name, verdict in zip(verdicts["id"], verdicts["verdict"], strict=True):
-            if name in said:
-                found[row.set, name] = (said[name]["prompt"], said[name]["response"], verdict)
-    return found
+            if name in answers:
+                by_request[row.set, name] = (answers[name]["prompt"], answers[name]["response"], verdict)
+    return by_request
 
 
 def markdown(table: Table) -> str:

@@ -88,19 +88,23 @@ def read_campaign(args: argparse.Namespace) -> Campaign:
             raise UserError(
                 "--experiment is for --runs. Remedy: leave it out; an exported campaign knows its own grid."
             )
-        found = read_exported(args.exported)
+        collection = read_exported(args.exported)
         provenance = records.read_json(args.exported / "provenance.json")
-        read = records.read_exported(args.exported / records.NAME)
-        return Campaign(args.exported.name, found, read, provenance, args.judge, provenance.get("experiment"))
-    found = collect(args.runs, expected_cells(args.experiment, args.overrides) if args.experiment else None)
-    if not found.runs:
+        records_by_run = records.read_exported(args.exported / records.NAME)
+        return Campaign(
+            args.exported.name, collection, records_by_run, provenance, args.judge, provenance.get("experiment")
+        )
+    collection = collect(args.runs, expected_cells(args.experiment, args.overrides) if args.experiment else None)
+    if not collection.runs:
         raise UserError(
             f"no finished run in {args.runs}. Remedy: run the campaign first (make demo), or give --exported."
         )
-    shown = shown_runs(found)
-    read = {name: records.read(args.runs / name, ANSWERS if name in shown else 0) for name in found.runs}
+    shown = shown_runs(collection)
+    records_by_run = {
+        name: records.read(args.runs / name, ANSWERS if name in shown else 0) for name in collection.runs
+    }
     name = args.experiment or args.runs.name
-    return Campaign(name, found, read, judge=args.judge, experiment=args.experiment)
+    return Campaign(name, collection, records_by_run, judge=args.judge, experiment=args.experiment)
 
 
 def shown_runs(found: Collection) -> set[str]:

@@ -164,10 +164,10 @@ def extra_data(rows: pd.DataFrame, method: str) -> str:
     rows: metric rows of that cell's runs; `extra_data` rows hold a count by kind (cwac.methods.base.EXTRA_DATA). A
     range where seeds differ. SFT sees none by definition; of others without such rows, only that is said.
     """
-    seen = rows[(rows["metric"] == "extra_data") & (rows["method"] == method)]
-    if seen.empty:
+    counts = rows[(rows["metric"] == "extra_data") & (rows["method"] == method)]
+    if counts.empty:
         return "none" if method == "sft" else "none recorded"
-    low, high = (seen.groupby("set")["value"].agg(how).to_dict() for how in ("min", "max"))
+    low, high = (counts.groupby("set")["value"].agg(how).to_dict() for how in ("min", "max"))
     if low == high:
         return paper.extra_label(low)
     return f"{paper.extra_label(low)} to {paper.extra_label(high)}"
@@ -179,7 +179,7 @@ def result_table(
     """method x harmful ratio for one model and task: one row a cell, expected cells without a run named `missing`."""
     part = summary[(summary["model"] == model) & (summary["task"] == task)]
     pairs = column_pairs(part[part["method"] != paper.ALIGNED], metrics)
-    found = {(r["method"], r["harmful_ratio"], r["metric"], r["set"]): r for _, r in part.iterrows()}
+    by_cell = {(r["method"], r["harmful_ratio"], r["metric"], r["set"]): r for _, r in part.iterrows()}
     wanted = [c for c in collection.expected if (c.model, c.task) == (model, task)]
     trained = part[part["method"] != paper.ALIGNED]
     grid = {*zip(trained["harmful_ratio"], trained["method"], strict=True)}
@@ -195,7 +195,7 @@ def result_table(
         rows.append([paper.method_label(paper.ALIGNED), "-", seeds, *(show(start.get(pair)) for pair in pairs)])
     for ratio, method in sorted(grid, key=lambda g: (g[0], paper.method_order(g[1]))):
         cells = [c for c in wanted if (c.harmful_ratio, c.method) == (ratio, method)]
-        values = [found.get((method, ratio, *pair)) for pair in pairs]
+        values = [by_cell.get((method, ratio, *pair)) for pair in pairs]
         if not any(v is not None for v in values):
             values_shown = ["missing"] * len(pairs)
         else:
@@ -218,21 +218,21 @@ def overview_table(collection: Collection, summary: pd.DataFrame, model: str, ta
     wanted = [c for c in collection.expected if (c.model, c.task) == (model, task)]
     ratios = sorted({*trained["harmful_ratio"], *(c.harmful_ratio for c in wanted)})
     methods = sorted({*trained["method"], *(c.method for c in wanted)}, key=paper.method_order)
-    found = {(r["method"], r["harmful_ratio"], r["metric"], r["set"]): r for _, r in trained.iterrows()}
+    by_cell = {(r["method"], r["harmful_ratio"], r["metric"], r["set"]): r for _, r in trained.iterrows()}
     runs = collection.rows[(collection.rows["model"] == model) & (collection.rows["task"] == task)]
     pairs, rows = column_pairs(trained, ("HS", "FA", "OR")), []
     for method in methods:
         cells = []
         for metric, of in pairs:
-            values = [found.get((method, ratio, metric, of)) for ratio in ratios]
+            values = [by_cell.get((method, ratio, metric, of)) for ratio in ratios]
             if metric == "HS":
                 cells += ["missing" if v is None else show(v) for v in values]
             else:
                 measured = [v for v in values if v is not None]
                 worst = (min if metric == "FA" else max)(measured, key=lambda v: v["mean"], default=None)
                 cells.append("missing" if worst is None else show(worst))
-        seen = extra_data(runs, method) if (runs["method"] == method).any() else "missing"
-        rows.append([paper.method_label(method), *cells, seen])
+        extra = extra_data(runs, method) if (runs["method"] == method).any() else "missing"
+        rows.append([paper.method_label(method), *cells, extra])
     header = ["method"]
     for metric, of in pairs:
         name = heading((metric, of), pairs)
@@ -248,11 +248,11 @@ def difference_table(
     pairs = column_pairs(part, metrics)
     if not pairs:
         return ""
-    found = {(r["method"], r["harmful_ratio"], r["metric"], r["set"]): r for _, r in part.iterrows()}
-    grid = sorted({(r, m) for m, r, _, _ in found}, key=lambda g: (g[0], paper.method_order(g[1])))
+    by_cell = {(r["method"], r["harmful_ratio"], r["metric"], r["set"]): r for _, r in part.iterrows()}
+    grid = sorted({(r, m) for m, r, _, _ in by_cell}, key=lambda g: (g[0], paper.method_order(g[1])))
     rows = []
     for ratio, method in grid:
-        values = [found.get((method, ratio, *pair)) for pair in pairs]
+        values = [by_cell.get((method, ratio, *pair)) for pair in pairs]
         have = max(int(v["n"]) for v in values if v is not None)
         rows.append([paper.method_label(method), f"{ratio:g}", str(have), *map(show_signed, values)])
     return markdown(["method - SFT", "p", "n", *(heading(pair, pairs) for pair in pairs)], rows, key=3)
