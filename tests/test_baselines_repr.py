@@ -269,7 +269,7 @@ def test_rerouting_is_the_mean_of_both_terms(context):
             values.append(measure(residuals(model, inputs, layers), then).mean())
         return torch.stack(values).mean().item()
 
-    by_hand = 8 * mean(method._harmful, 3, [1], similarity) + 2 * mean(method._retained, 5, [1, 2], displacement)
+    by_hand = 8 * mean(method._harmful, 3, [0], similarity) + 2 * mean(method._retained, 5, [0, 1], displacement)
     assert method.penalty(model, 4).item() == pytest.approx(by_hand, rel=1e-5)
 
 

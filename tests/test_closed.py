@@ -64,7 +64,7 @@ def test_every_type_of_matrix_is_freed_once_and_constrained_once():
     assert {s["matrix"] for s in found if s["arm"] == "freed"} == {*types, "none", closed.REST}
     assert {s["matrix"] for s in found if s["arm"] == "constrained"} == types
     for cfg, s in zip(cells, found, strict=True):
-        assert cfg.method.weight.unconstrainedze_others == (s["arm"] == "freed" and s["matrix"] != closed.REST)
+        assert cfg.method.weight.freeze_others == (s["arm"] == "freed" and s["matrix"] != closed.REST)
 
 
 def test_the_curves_reach_ten_times_the_papers_epochs_with_every_method_at_its_tuned_values():
