@@ -209,7 +209,7 @@ def test_a_baseline_too_large_to_keep_is_computed_again(llama, kind, monkeypatch
         (lambda: Weight(penalty_weight=1.0, where="gradient"), "method.weight.where=gradient .*where=update"),
         (lambda: Weight(refresh_steps=0), "method.weight.refresh_steps=0 .*at least 1"),
         (lambda: Weight(project_every=0), "method.weight.project_every=0 .*at least 1"),
-        (lambda: Weight(project_every=2, where="gradient"), "method.weight.project_every=2 .*use 1 with where=gradient"),
+        (lambda: Weight(project_every=2, where="gradient"), "method.weight.project_every=2 .*where=gradient"),
         (lambda: Activation(space="attention"), "method.activation.space=attention .*residual"),
         (lambda: Activation(space="logits"), "method.activation.positions=last .*response:16"),
         (lambda: Activation(space="residual", gate="topk"), "method.activation.gate=topk .*leave it at tau"),
