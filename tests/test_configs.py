@@ -195,7 +195,6 @@ def test_paper_defaults():
         ("eval.n_harmful=0", "out of range"),
         ("eval.at=2", "not a list of epochs"),
         ("objective.HS=much", "give weights of FA, HS"),
-        ("method.weight.n_anchors=-5", "out of range"),
     ],
 )
 def test_validate_names_the_key_and_the_remedy(override, message):

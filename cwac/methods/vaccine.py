@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cwac.core.cache import load_or_build
-from cwac.core.checks import check
+from cwac.core.checks import check_number, check_whole
 from cwac.core.errors import UserError
 from cwac.data.examples import Example
 from cwac.data.tokenize import Rows, pad_token_id
@@ -62,17 +62,12 @@ class Vaccine(Method):
     needs_base_weights: ClassVar[bool] = True
 
     def __post_init__(self):
-        for key, low, kinds in (
-            ("rho", 0, int | float),
-            ("steps", 0, int),
-            ("batch_size", 1, int),
-            ("learning_rate", 0, int | float),
-            ("weight_decay", 0, int | float),
-            ("harmless_per_refusal", 1, int),
-        ):
-            value = getattr(self, key)
-            number = isinstance(value, kinds) and not isinstance(value, bool)
-            check(number and value >= low, key, value, f"give a {'whole ' if kinds is int else ''}number >= {low}")
+        check_number("rho", self.rho, 0)
+        check_whole("steps", self.steps, 0)
+        check_whole("batch_size", self.batch_size, 1)
+        check_number("learning_rate", self.learning_rate, 0)
+        check_number("weight_decay", self.weight_decay, 0)
+        check_whole("harmless_per_refusal", self.harmless_per_refusal, 1)
         self._seen: dict[str, int] = {}
 
     def extra_data(self) -> dict[str, int]:
