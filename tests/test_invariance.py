@@ -13,7 +13,7 @@ from cwac.core import config, distributed
 from cwac.models.loading import load
 from tests.conftest import FINE_TUNE, NEEDS, fine_tune, make_llama, random_rows, sgd
 from tests.forked import FORKS
-from tests.test_configs import METHODS
+from tests.helpers.options import METHODS
 
 
 def penalised(model):

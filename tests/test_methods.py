@@ -13,7 +13,7 @@ from cwac.core.jsonl import read_jsonl
 from cwac.core.run_dir import Run
 from cwac.training import engine
 from tests.conftest import NEEDS, SMALL
-from tests.test_configs import METHODS
+from tests.helpers.options import METHODS
 from train import run_cell
 
 TINY = [
