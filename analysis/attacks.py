@@ -140,9 +140,7 @@ def report(found: Collection, summary: pd.DataFrame, attacks: dict[str, str]) ->
         ]
         blocks += ["### By category", note, tables.markdown(["method", *(f"HS {of}" for of in parts)], rows)]
     blocks.append(tables.NOTES)
-    if found.missing:
-        names = "\n".join(f"- {attacks[cell.run_id]}: {cell}  ({cell.run_id})" for cell in found.missing)
-        blocks.append(f"Missing: {len(found.missing)} of {len(found.expected)} runs\n\n{names}")
+    blocks += tables.missing_runs(found, attacks)
     if account := found.account():
         blocks.append("\n".join(f"- {line}" for line in account))
     return "\n\n".join(blocks) + "\n"

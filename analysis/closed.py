@@ -278,9 +278,7 @@ def report(
         losses = [*METRICS, "poison_loss", "task_loss"]
         blocks += ["### Which coupling closes it", note, plain_table(variants, VARIANT, losses)]
     blocks.append(tables.NOTES)
-    if found.missing:
-        lines = "\n".join(f"- {preset_of[cell.run_id]}: {cell}  ({cell.run_id})" for cell in found.missing)
-        blocks.append(f"Missing: {len(found.missing)} of {len(found.expected)} runs\n\n{lines}")
+    blocks += tables.missing_runs(found, preset_of)
     if account := found.account():
         blocks.append("\n".join(f"- {line}" for line in account))
     return "\n\n".join(blocks) + "\n"

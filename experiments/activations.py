@@ -31,12 +31,11 @@ from cwac.constraints.anchors import anchor_rows
 from cwac.core.config import command
 from cwac.core.errors import UserError
 from cwac.core.files import write_atomic
-from cwac.data.pools import fingerprint, load_pools
 from cwac.data.tokenize import Collator
 from cwac.evaluation.drift import merged_weight
-from cwac.models.context import Context
 from cwac.models.layers import device, linears
-from cwac.models.loading import SAFE, load, load_aligned
+from cwac.models.loading import SAFE, load_aligned
+from cwac.training.context import open_context
 
 NAME = "decomposition.json"
 TERMS = ("W0_dh", "dW_h0", "dW_dh", "dy")
@@ -121,21 +120,11 @@ def measure(folder: Path, artifacts: Path | None = None) -> dict:
     from transformers import AutoModelForCausalLM
 
     cfg = read_config(folder)
-    artifacts = Path(artifacts or cfg.paths.artifacts)
-    pools = load_pools(cfg.pools, cfg.paths.data, cfg.seed)
-    loaded = load(cfg.model, artifacts, cfg.seed)
-    context = Context(
-        tokenizer=loaded.tokenizer,
-        pools=pools,
-        loaded=loaded,
-        artifacts=artifacts,
-        seed=cfg.seed,
-        template=cfg.train.template,
-        max_length=cfg.train.max_length,
-        pools_key=fingerprint(pools),
-    )
-    reference = load_aligned(loaded).to(device())
-    rows = anchor_rows(reference, context, pools.validation[: cfg.eval.n_drift], 16)
+    if artifacts is not None:
+        cfg.paths.artifacts = str(artifacts)
+    context = open_context(cfg)
+    reference = load_aligned(context.loaded).to(device())
+    rows = anchor_rows(reference, context, context.pools.validation[: cfg.eval.n_drift], 16)
     prompts = [{"input_ids": row["input_ids"][: row["prompt"]]} for row in rows]
     try:
         tuned = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, **SAFE)

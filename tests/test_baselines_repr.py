@@ -451,15 +451,15 @@ def test_only_the_micro_batches_of_the_step_count(llama):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: LDIFS("x", lam=-1), "method.lam=-1 .*>= 0"),
+        (lambda: LDIFS("x", lam=-1), "method.lam=-1 .*at least 0"),
         (lambda: LDIFS("x", lam=float("nan")), "method.lam=nan"),
         (lambda: LDIFS("x", layers="all"), "method.layers=all .*list"),
-        (lambda: CircuitBreaker("x", alpha=-0.1), "method.alpha=-0.1 .*>= 0"),
-        (lambda: CircuitBreaker("x", n_prompts=0), "method.n_prompts=0 .*>= 1"),
+        (lambda: CircuitBreaker("x", alpha=-0.1), "method.alpha=-0.1 .*at least 0"),
+        (lambda: CircuitBreaker("x", n_prompts=0), "method.n_prompts=0 .*at least 1"),
         (lambda: CircuitBreaker("x", n_retain=1.5), "method.n_retain=1.5 .*whole number"),
-        (lambda: Vaccine("x", rho=-2), "method.rho=-2 .*>= 0"),
-        (lambda: Vaccine("x", steps=-1), "method.steps=-1 .*whole number >= 0"),
-        (lambda: Vaccine("x", batch_size=True), "method.batch_size=True .*whole number >= 1"),
+        (lambda: Vaccine("x", rho=-2), "method.rho=-2 .*at least 0"),
+        (lambda: Vaccine("x", steps=-1), "method.steps=-1 .*whole number at least 0"),
+        (lambda: Vaccine("x", batch_size=True), "method.batch_size=True .*whole number at least 1"),
     ],
 )
 def test_values_are_checked_when_the_method_is_made(make, message):

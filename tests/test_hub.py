@@ -15,9 +15,10 @@ from cwac.core.config import compose
 from cwac.core.errors import UserError
 from cwac.data.examples import Example, Pools
 from cwac.data.hf_datasets import load_rows
-from cwac.data.near_duplicates import PromptIndex, assert_disjoint, jaccard, normalise_prompt
+from cwac.data.near_duplicates import PromptIndex, assert_disjoint, normalise_prompt
 from cwac.data.pools import SPLITS, manifest, real_pools, real_splits
 from experiments.align import alignment_splits
+from tests.helpers.words import jaccard
 
 CONFIG = yaml.safe_load((Path(__file__).parent.parent / "conf/pools/real.yaml").read_text())
 PRESETS = ("paper_b2", "paper_51")

@@ -90,12 +90,6 @@ class SAEConfig:
         return 2e-3 * (5e-4 / 2e-3) ** share
 
 
-def preset_routesae(**changes: Any) -> SAEConfig:
-    """RouteSAE's literal recipe (arXiv:2503.08200): b_pre 0, no AuxK, no clip, renorm every 10, lr 5e-4, 32k batch."""
-    literal = {"k": 64, "router": "hard", "tokens": 100_000_000, "batch": 32_768, "lr": 5e-4, "clip": None}
-    return SAEConfig(**{**literal, "auxk": 0.0, "center": False, "renorm_every": 10, **changes})
-
-
 class TokenBuffer:
     """Shuffled normalised residuals of one corpus, [L_r, d] in fp16 each, in draws of any size.
 
