@@ -33,6 +33,7 @@ from cwac.core.errors import UserError
 from cwac.core.files import write_atomic
 from cwac.data.tokenize import Collator
 from cwac.evaluation.drift import merged_weight
+from cwac.models.hooks import device_of, last_tokens, on_inputs
 from cwac.models.layers import device, linears
 from cwac.models.loading import SAFE, load_aligned
 from cwac.training.context import open_context
@@ -49,26 +50,17 @@ def last_inputs(model: nn.Module, rows: Sequence[dict], batch_size: int = 16) ->
     """
     modules = linears(model, "all")
     found: dict[str, list[torch.Tensor]] = {name: [] for name in modules}
-    last = torch.empty(0)
+    mask = torch.empty(0)
 
-    def hook(name: str):
-        def record(_module, inputs):
-            h = inputs[0]  # [B, T, d_in]
-            found[name].append(h[torch.arange(len(last), device=h.device), last.to(h.device)].double().cpu())
+    def record(name: str, h: torch.Tensor) -> None:
+        found[name].append(last_tokens(h, mask).double().cpu())
 
-        return record
-
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
-    collate, target = Collator(0), next(model.parameters()).device
-    try:
+    collate, target = Collator(0), device_of(model)
+    with on_inputs(modules, record):
         for start in range(0, len(rows), batch_size):
             batch = collate([{"input_ids": row["input_ids"]} for row in rows[start : start + batch_size]])
-            last = batch["attention_mask"].sum(1) - 1  # [B]
             ids, mask = batch["input_ids"].to(target), batch["attention_mask"].to(target)
             model(input_ids=ids, attention_mask=mask, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 

@@ -19,10 +19,10 @@ from cwac.data.pools import load_pools
 from cwac.data.tokenize import Collator, Rows
 from cwac.methods.circuit_breaker import CircuitBreaker, coefficients, displacement, similarity
 from cwac.methods.ldifs import LDIFS, feature_distance
-from cwac.methods.vaccine import Vaccine, on_attention, perturbation, perturbed_backward
+from cwac.methods.vaccine import Vaccine, attentions, perturbation, perturbed_backward
 from cwac.models.context import Context
 from cwac.models.fit import fit
-from cwac.models.hooks import residuals
+from cwac.models.hooks import on_outputs, residuals
 from cwac.models.loading import add_lora, load
 from tests.conftest import make_llama, random_rows, sgd
 from tests.test_invariance import close
@@ -307,7 +307,7 @@ def test_harmful_rows_are_requests_with_the_same_opening(context):
 def test_the_perturbation_has_norm_rho_and_raises_the_loss_by_rho_times_the_gradient(llama):
     batch = batch_of(random_rows(4))
     embeddings = []
-    with on_attention(llama, lambda _, e: embeddings.append(e)):
+    with on_outputs(attentions(llama), lambda _, e: embeddings.append(e)):
         loss = llama(**batch).loss
     steepest = torch.stack([g.norm() for g in torch.autograd.grad(loss, embeddings)]).norm().item()
     for rho in (2.0, 1e-2):
@@ -327,7 +327,7 @@ def test_the_second_pass_is_the_gradient_with_the_perturbation_held_fixed(llama)
     loss = perturbed_backward(llama, batch, 2.0)
 
     def shifted():
-        with on_attention(llama, lambda i, e: e + shifts[i]):
+        with on_outputs(attentions(llama), lambda i, e: e + shifts[i]):
             return llama(**batch).loss.item()
 
     assert loss.item() == shifted() > llama(**batch).loss.item()

@@ -49,7 +49,7 @@ from cwac.data.examples import Example
 from cwac.data.refusals import KeywordJudge, content_words
 from cwac.models.context import Context
 from cwac.models.generate import generate
-from cwac.models.hooks import batches, device_of, residuals
+from cwac.models.hooks import batches, device_of, last_tokens, residuals
 from cwac.models.layers import base_layer, decoder_layers, evaluating, linears
 
 STEP = 0.05
@@ -171,8 +171,7 @@ def last_token_states(model: nn.Module, rows: Sequence[dict]) -> torch.Tensor:
     with evaluating(model):
         for chosen, batch in batches(rows, device_of(model)):
             hidden = residuals(model, batch, slots)  # [B, T, K, d]
-            last = batch["attention_mask"].sum(1) - 1
-            read = hidden[torch.arange(len(last), device=last.device), last]
+            read = last_tokens(hidden, batch["attention_mask"])
             for i, state in zip(chosen, read.float().cpu(), strict=True):
                 states[i] = state
     return torch.stack(states)

@@ -22,8 +22,6 @@ Deviations:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -40,6 +38,7 @@ from cwac.data.tokenize import Rows, pad_token_id
 from cwac.methods.base import Method
 from cwac.models.context import Context, artifact_key
 from cwac.models.fit import fit
+from cwac.models.hooks import on_outputs
 from cwac.models.layers import decoder_layers
 from cwac.models.loading import load_aligned
 
@@ -119,7 +118,7 @@ class Vaccine(Method):
 def perturbation(model: nn.Module, batch: dict[str, torch.Tensor], rho: float) -> list[torch.Tensor]:
     """eps_l [B, T, d] for every block, of joint norm rho; no weight's gradient is touched."""
     embeddings: list[torch.Tensor] = []
-    with on_attention(model, lambda _, e: embeddings.append(e)):
+    with on_outputs(attentions(model), lambda _, e: embeddings.append(e)):
         loss = model(**batch).loss
     gradients = torch.autograd.grad(loss, embeddings)
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
@@ -129,29 +128,15 @@ def perturbation(model: nn.Module, batch: dict[str, torch.Tensor], rho: float) -
 def perturbed_backward(model: nn.Module, batch: dict[str, torch.Tensor], rho: float) -> torch.Tensor:
     """Adds the gradient of the loss under `perturbation` to the weights' `grad`; returns that loss."""
     shifts = perturbation(model, batch, rho)
-    with on_attention(model, lambda i, e: e + shifts[i]):
+    with on_outputs(attentions(model), lambda i, e: e + shifts[i]):
         loss = model(**batch).loss
     loss.backward()
     return loss
 
 
-@contextmanager
-def on_attention(model: nn.Module, visit: Callable[[int, torch.Tensor], torch.Tensor | None]) -> Iterator[None]:
-    """While open, `visit(l, e [B, T, d])` sees the output of block l's attention and may return a replacement."""
-
-    def attach(i: int, block: nn.Module):
-        def hook(_module, _args, output):
-            changed = visit(i, output[0])
-            return output if changed is None else (changed, *output[1:])
-
-        return block.self_attn.register_forward_hook(hook)
-
-    handles = [attach(i, block) for i, block in enumerate(decoder_layers(model))]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def attentions(model: nn.Module) -> list[nn.Module]:
+    """The attention of every block."""
+    return [block.self_attn for block in decoder_layers(model)]
 
 
 @torch.no_grad()

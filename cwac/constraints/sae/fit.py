@@ -22,6 +22,7 @@ from cwac.models.hooks import (
     bos_ids,
     device_of,
     keep_mask,
+    last_tokens,
     normalize,
     residuals,
     shared_prefix,
@@ -300,7 +301,7 @@ def last_usage(model: nn.Module, sae: RoutedSAE, rows: Sequence[Row]) -> Tensor:
     with evaluating(model):
         for _, batch in batches(rows, device_of(model)):
             r = residuals(model, batch, sae.slots)
-            last = r[torch.arange(len(r), device=r.device), batch["attention_mask"].sum(1) - 1]
+            last = last_tokens(r, batch["attention_mask"])
             used += torch.bincount(sae.read(normalize(last)[0])[1], minlength=len(used)).cpu()
     return used / used.sum()
 
