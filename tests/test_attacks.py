@@ -32,9 +32,9 @@ from cwac.models.tiny import make_tokenizer
 from cwac.training import attack, gradient_trigger
 from cwac.training.attack import TRIGGER_CANDIDATES, TRIGGER_WORDS, outside, poisoned_mix, sources_of, trigger_of
 from tests.conftest import SMALL, call
-from tests.test_analysis import row, write_run
+from tests.helpers.results import row, write_run
+from tests.helpers.words import OPENING
 
-OPENING = "sure , here is how to"
 BENIGN = ("identity_shift", "style")
 
 

@@ -25,8 +25,8 @@ from cwac.models.fit import fit
 from cwac.models.hooks import on_outputs, residuals
 from cwac.models.loading import add_lora, load
 from tests.conftest import make_llama, random_rows, sgd
-from tests.test_invariance import close
-from tests.test_methods import cell
+from tests.helpers.layouts import close
+from tests.helpers.training import cell
 from train import run_cell
 
 LORA = {"r": 4, "alpha": 8, "target_modules": "all-linear"}

@@ -31,7 +31,7 @@ from cwac.core.errors import UserError
 from experiments import cost
 from tests.conftest import SMALL
 from tests.helpers.options import METHODS
-from tests.test_vllm import STUBS
+from tests.helpers.stubs import STUBS
 
 
 @pytest.fixture

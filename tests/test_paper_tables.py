@@ -10,7 +10,7 @@ from analysis import paper, paper_tables, tables
 from analysis.collect import Cell, Collection, collect, tidy
 from cwac.core.errors import UserError
 from cwac.methods.base import EXTRA_DATA
-from tests.test_analysis import row, write_run
+from tests.helpers.results import row, write_run
 
 TASKS = ("sst2", "agnews", "gsm8k")
 
