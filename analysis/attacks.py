@@ -140,9 +140,7 @@ def report(collection: Collection, summary: pd.DataFrame, attacks: dict[str, str
         ]
         blocks += ["### By category", note, tables.markdown(["method", *(f"HS {of}" for of in parts)], rows)]
     blocks.append(tables.NOTES)
-    if collection.missing:
-        names = "\n".join(f"- {attacks[cell.run_id]}: {cell}  ({cell.run_id})" for cell in collection.missing)
-        blocks.append(f"Missing: {len(collection.missing)} of {len(collection.expected)} runs\n\n{names}")
+    blocks += tables.missing_runs(collection, attacks)
     if account := collection.account():
         blocks.append("\n".join(f"- {line}" for line in account))
     return "\n\n".join(blocks) + "\n"

@@ -280,9 +280,7 @@ def report(
         losses = [*METRICS, "poison_loss", "task_loss"]
         blocks += ["### Which coupling closes it", note, plain_table(variants, VARIANT, losses)]
     blocks.append(tables.NOTES)
-    if collection.missing:
-        lines = "\n".join(f"- {preset_of[cell.run_id]}: {cell}  ({cell.run_id})" for cell in collection.missing)
-        blocks.append(f"Missing: {len(collection.missing)} of {len(collection.expected)} runs\n\n{lines}")
+    blocks += tables.missing_runs(collection, preset_of)
     if account := collection.account():
         blocks.append("\n".join(f"- {line}" for line in account))
     return "\n\n".join(blocks) + "\n"

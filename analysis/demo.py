@@ -9,10 +9,8 @@ import json
 import platform
 import re
 import shlex
-import subprocess
 import sys
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 
 import pandas as pd
@@ -20,10 +18,12 @@ import pandas as pd
 from analysis import figures, paper, paper_figures, records, tables
 from analysis.collect import VERDICTS, Collection, collect, expected_cells, one_judge, swept
 from cwac.core.config import command
+from cwac.core.environment import PACKAGES, git, installed
 from cwac.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "numpy", "pandas", "scipy", "matplotlib")
+VERSIONS = (*PACKAGES, "pandas", "scipy", "matplotlib")
+"""Distributions whose versions a freeze records."""
 
 
 @command
@@ -115,7 +115,7 @@ def provenance(collection: Collection, args: argparse.Namespace, argv: list[str]
         "imported": {run: source for run in collection.runs if (source := imported_from(args.runs / run))},
         "python": platform.python_version(),
         "machine": platform.platform(),
-        "versions": {name: version for name in PACKAGES if (version := installed(name))},
+        "versions": installed(VERSIONS),
         "seeds": sorted(int(s) for s in rows["seed"].dropna().unique()),
         "judges": sorted(set(rows["judge"]) - {""}),
         "runs": collection.runs,
@@ -127,13 +127,10 @@ def provenance(collection: Collection, args: argparse.Namespace, argv: list[str]
 
 def git_state() -> dict:
     """{"commit", "dirty"} of the checkout, less `results/`, where an export has just written; None outside of one."""
-    changed = ["git", "status", "--porcelain", "--", ".", ":!results"]
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
-        status = subprocess.run(changed, cwd=ROOT, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return {"commit": None, "dirty": None}
-    return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}
+    here = ("-C", str(ROOT))
+    commit = git(*here, "rev-parse", "HEAD")
+    changed = git(*here, "status", "--porcelain", "--", ".", ":!results")
+    return {"commit": commit, "dirty": None if commit is None else bool(changed)}
 
 
 def run_commit(folder: Path) -> str | None:
@@ -145,14 +142,6 @@ def run_commit(folder: Path) -> str | None:
 def imported_from(folder: Path) -> str | None:
     """What a run's folder was made from, if not by training here (`analysis.restore`, `import_wandb`); else None."""
     return records.read_json(folder / "status.json").get("source")
-
-
-def installed(name: str) -> str | None:
-    """The installed version of a distribution, or None."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def headline(record: dict) -> str:

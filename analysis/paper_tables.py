@@ -394,10 +394,7 @@ def publish(args: argparse.Namespace) -> int:
             notes += (
                 f"\nThe paper's values are of other models or tasks ({', '.join(args.overlay)}), so there is no gap."
             )
-    parts = [*map(markdown, made), notes]
-    if collection.missing:
-        named = "\n".join(f"- {cell}  ({cell.run_id})" for cell in collection.missing)
-        parts.append(f"**Missing: {len(collection.missing)} of {len(collection.expected)} runs.**\n\n{named}")
+    parts = [*map(markdown, made), notes, *tables.missing_runs(collection)]
     if account := collection.account():
         parts.append("Left out:\n\n" + "\n".join(f"- {line}" for line in account))
     text = "\n\n".join(parts) + "\n"

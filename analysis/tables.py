@@ -1,12 +1,12 @@
 """Metric rows to summaries, and summaries to tables: Markdown for people and terminals, CSV for programs."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
 
 from analysis import paper, stats
-from analysis.collect import Cell, Collection, at_end, before, one_clock, one_judge, swept
+from analysis.collect import Collection, at_end, before, one_clock, one_judge, swept
 
 KEYS = ["model", "task", "harmful_ratio", "method", "metric", "set"]
 MAIN = ("FA", "HS", "other", "OR")
@@ -151,11 +151,6 @@ def by_rate(collection: Collection) -> list[tuple[str, Collection]]:
         return [("", collection)]
     parts = collection.rows.groupby("learning_rate")
     return [(f"{rate:g}", Collection(rows, runs=sorted(set(rows["run_id"])))) for rate, rows in parts]
-
-
-def seeds_found(cells: Sequence[Cell], done: set[str]) -> tuple[int, int]:
-    """How many of the expected runs are done, and how many there are."""
-    return sum(c.run_id in done for c in cells), len(cells)
 
 
 def extra_data(rows: pd.DataFrame, method: str) -> str:
@@ -377,13 +372,23 @@ def grids(collection: Collection, summary: pd.DataFrame) -> list[tuple[str, str]
     return sorted(measured | {(c.model, c.task) for c in collection.expected})
 
 
+def missing_runs(found: Collection, group: Mapping[str, str] | None = None) -> list[str]:
+    """One block that names the expected runs without a result; none where all are there.
+
+    group: run id -> what stands before the run's name, such as its preset.
+    """
+    if not found.missing:
+        return []
+    names = [f"{group[cell.run_id]}: {cell}" if group else str(cell) for cell in found.missing]
+    lines = [f"- {name}  ({cell.run_id})" for name, cell in zip(names, found.missing, strict=True)]
+    return [f"**Missing: {len(lines)} of {len(found.expected)} runs.**\n\n" + "\n".join(lines)]
+
+
 def notes(collection: Collection) -> list[str]:
     """How to read the tables, whose values the methods ran at, what is missing, what was left out."""
     closed = [CLOSED_NOTE] if collection.rows["method"].str.contains("_closed").any() else []
     parts = [NOTES, *closed, values_note(collection.rows)]
-    if collection.missing:
-        named = "\n".join(f"- {cell}  ({cell.run_id})" for cell in collection.missing)
-        parts.append(f"**Missing: {len(collection.missing)} of {len(collection.expected)} runs.**\n\n{named}")
+    parts += missing_runs(collection)
     if account := collection.account():
         parts.append("Left out:\n\n" + "\n".join(f"- {line}" for line in account))
     return parts

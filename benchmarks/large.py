@@ -44,7 +44,7 @@ from cwac.constraints.sae.fit import SAEConfig, train_sae
 from cwac.constraints.settings import Activation, Weight
 from cwac.constraints.subspace import Basis, Constraint, fit_subspace, project_, tf32
 from cwac.constraints.weight import constrained
-from cwac.core import paths
+from cwac.core import config
 from cwac.methods.base import Batch, Method, Sizes
 from cwac.methods.cwac import CWAC
 from cwac.models.hooks import layers_of, residuals
@@ -53,7 +53,7 @@ from cwac.training import arguments, engine
 
 OUT = Path("benchmarks/large.json")
 GIB = 2**30
-CONF = OmegaConf.to_container(OmegaConf.load(paths.CONF / "model" / "llama2.yaml"))
+CONF = OmegaConf.to_container(config.compose(["model=llama2"]).model)
 PAPER_SUBSPACE = 18 * 60.0
 """Seconds for all layers (arXiv:2604.12384, App. D)."""
 PAPER_SAE = 6.5

@@ -11,7 +11,7 @@ Deviations:
 - Benign targets are the unaligned model's own greedy answers, so that the loss on them asks for no new style and
   what changes is the refusal. Contrast prompts (harmless, with harmful words) come from XSTest and from the
   answered part of safety-tuned-llamas, the latter with the data set's answers, from `cwac/assets/contrast.txt` and,
-  in the last rounds, from `cwac/data/figurative.py`.
+  in the last rounds, from `cwac/assets/frames.yaml`.
 """
 
 import argparse
@@ -52,7 +52,7 @@ POOLS = CONF / "pools" / "real.yaml"
 MENDING_ALONE = {
     source: {"align_benign": 1.0} for source in ("wordplay", "play", "absurdity", "endearment", "papers")
 } | {"violence": {"align": 1.0}}
-"""Sources (`cwac/data/figurative.py`) that a round sees only if it names them: those of `MENDING`."""
+"""Sources (`cwac/assets/frames.yaml`) that a round sees only if it names them: those of `MENDING`."""
 
 
 ALIGN_ALONE = {source: {"align_benign": 1.0} for source in ("passage", "oddity")} | MENDING_ALONE

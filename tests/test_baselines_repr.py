@@ -19,14 +19,14 @@ from cwac.data.pools import load_pools
 from cwac.data.tokenize import Collator, Rows
 from cwac.methods.circuit_breaker import CircuitBreaker, coefficients, displacement, similarity
 from cwac.methods.ldifs import LDIFS, feature_distance
-from cwac.methods.vaccine import Vaccine, on_attention, perturbation, perturbed_backward
+from cwac.methods.vaccine import Vaccine, attentions, perturbation, perturbed_backward
 from cwac.models.context import Context
 from cwac.models.fit import fit
-from cwac.models.hooks import residuals
+from cwac.models.hooks import on_outputs, residuals
 from cwac.models.loading import add_lora, load
 from tests.conftest import make_llama, random_rows, sgd
-from tests.test_invariance import close
-from tests.test_methods import cell
+from tests.helpers.layouts import close
+from tests.helpers.training import cell
 from train import run_cell
 
 LORA = {"r": 4, "alpha": 8, "target_modules": "all-linear"}
@@ -307,7 +307,7 @@ def test_harmful_rows_are_requests_with_the_same_opening(context):
 def test_the_perturbation_has_norm_rho_and_raises_the_loss_by_rho_times_the_gradient(llama):
     batch = batch_of(random_rows(4))
     embeddings = []
-    with on_attention(llama, lambda _, e: embeddings.append(e)):
+    with on_outputs(attentions(llama), lambda _, e: embeddings.append(e)):
         loss = llama(**batch).loss
     steepest = torch.stack([g.norm() for g in torch.autograd.grad(loss, embeddings)]).norm().item()
     for rho in (2.0, 1e-2):
@@ -327,7 +327,7 @@ def test_the_second_pass_is_the_gradient_with_the_perturbation_held_fixed(llama)
     loss = perturbed_backward(llama, batch, 2.0)
 
     def shifted():
-        with on_attention(llama, lambda i, e: e + shifts[i]):
+        with on_outputs(attentions(llama), lambda i, e: e + shifts[i]):
             return llama(**batch).loss.item()
 
     assert loss.item() == shifted() > llama(**batch).loss.item()
@@ -451,15 +451,15 @@ def test_only_the_micro_batches_of_the_step_count(llama):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: LDIFS("x", lam=-1), "method.lam=-1 .*>= 0"),
+        (lambda: LDIFS("x", lam=-1), "method.lam=-1 .*at least 0"),
         (lambda: LDIFS("x", lam=float("nan")), "method.lam=nan"),
         (lambda: LDIFS("x", layers="all"), "method.layers=all .*list"),
-        (lambda: CircuitBreaker("x", alpha=-0.1), "method.alpha=-0.1 .*>= 0"),
-        (lambda: CircuitBreaker("x", n_prompts=0), "method.n_prompts=0 .*>= 1"),
+        (lambda: CircuitBreaker("x", alpha=-0.1), "method.alpha=-0.1 .*at least 0"),
+        (lambda: CircuitBreaker("x", n_prompts=0), "method.n_prompts=0 .*at least 1"),
         (lambda: CircuitBreaker("x", n_retain=1.5), "method.n_retain=1.5 .*whole number"),
-        (lambda: Vaccine("x", rho=-2), "method.rho=-2 .*>= 0"),
-        (lambda: Vaccine("x", steps=-1), "method.steps=-1 .*whole number >= 0"),
-        (lambda: Vaccine("x", batch_size=True), "method.batch_size=True .*whole number >= 1"),
+        (lambda: Vaccine("x", rho=-2), "method.rho=-2 .*at least 0"),
+        (lambda: Vaccine("x", steps=-1), "method.steps=-1 .*whole number at least 0"),
+        (lambda: Vaccine("x", batch_size=True), "method.batch_size=True .*whole number at least 1"),
     ],
 )
 def test_values_are_checked_when_the_method_is_made(make, message):

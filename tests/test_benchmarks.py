@@ -30,8 +30,8 @@ from cwac.core import config
 from cwac.core.errors import UserError
 from experiments import cost
 from tests.conftest import SMALL
-from tests.test_configs import METHODS
-from tests.test_vllm import STUBS
+from tests.helpers.options import METHODS
+from tests.helpers.stubs import STUBS
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from cwac.core.errors import UsageError, UserError
 from cwac.core.jsonl import to_line
 from cwac.data import tiny_world
 from cwac.data.pools import load_pools
-from tests.test_analysis import row, write_run
+from tests.helpers.results import row, write_run
 
 TYPES = {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
 

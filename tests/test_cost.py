@@ -6,7 +6,7 @@ from cwac.core import config
 from cwac.core.errors import UsageError
 from cwac.methods.base import Sizes
 from experiments import cost
-from tests.test_configs import MODELS
+from tests.helpers.options import MODELS
 
 PARAMETERS = {
     "llama2": 6_738_415_616,

@@ -10,7 +10,7 @@ from analysis import figures, gallery, paper, paper_figures, records, tables
 from analysis.collect import Collection, tidy
 from analysis.records import Record
 from cwac.core.errors import UserError
-from tests.test_analysis import cell_of, row
+from tests.helpers.results import cell_of, row
 
 MANY = [m for m in paper.METHODS if m != paper.ALIGNED][:12] + [f"new{k}" for k in range(8)]
 

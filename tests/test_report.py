@@ -9,7 +9,7 @@ from analysis import claims, compare, demo, gallery, paper, records, report
 from analysis.collect import Cell
 from cwac.core.jsonl import write_jsonl
 from tests import browser
-from tests.test_analysis import METHODS, cell_of, harm, line_of, rows_of, write_run
+from tests.helpers.results import METHODS, cell_of, harm, line_of, rows_of, write_run
 
 SCRIPT = "Sure, </pre><script>window.planted = 1</script><img src=x onerror='window.planted = 1'> ```\n~~~ step 1"
 needs_chromium = pytest.mark.skipif(

@@ -23,7 +23,6 @@ from cwac.constraints.sae.fit import (
     TokenBuffer,
     auxiliary_loss,
     fit_sae,
-    preset_routesae,
     quality,
     train_sae,
 )
@@ -462,8 +461,6 @@ def test_settings_are_checked():
             SAEConfig(**bad)
     with pytest.raises(UserError, match="sae.k"):
         RoutedSAE(8, 16, 17, [1])
-    literal = preset_routesae(tokens=200_000)
-    assert (literal.lr, literal.auxk, literal.center, literal.renorm_every) == (5e-4, 0.0, False, 10)
     rates = [SAEConfig().learning_rate(steps) for steps in (100, 1000, 3162, 10_000, 50_000)]
     assert rates == pytest.approx([2e-3, 2e-3, 1e-3, 5e-4, 5e-4], rel=1e-3)
 

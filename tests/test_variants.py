@@ -23,8 +23,8 @@ from cwac.models.layers import linears
 from cwac.models.loading import add_lora
 from cwac.training import engine
 from tests.conftest import assert_only_the_anchors_are_held, random_rows
-from tests.test_constraints import step_adamw
-from tests.test_methods import cell, leak, stop_at
+from tests.helpers.optimizer import step_adamw
+from tests.helpers.training import cell, leak, stop_at
 from train import run_cell
 
 PROMPTS = [{**row, "prompt": 4} for row in random_rows(6, low=8, seed=5)]

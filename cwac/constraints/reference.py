@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from cwac.core.checks import check
 from cwac.core.errors import UsageError
 from cwac.models.hooks import residuals
 from cwac.models.layers import decoder_layers, evaluating
@@ -60,8 +61,8 @@ def model_layers(model: nn.Module, layers: Sequence[int] | None) -> list[int]:
 
 def check_layers(layers) -> None:
     """Raises UsageError unless `layers` is None or a list of whole numbers; the model is not needed for that."""
-    if layers is not None and (isinstance(layers, int | str) or not all(isinstance(i, int) for i in layers)):
-        raise UsageError(f"method.layers={layers} is not valid; give a list of layer numbers, or null")
+    listed = layers is None or (not isinstance(layers, int | str) and all(isinstance(i, int) for i in layers))
+    check(listed, "layers", layers, "give a list of layer numbers, or null")
 
 
 def precise(x: Tensor) -> Tensor:

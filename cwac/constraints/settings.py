@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from cwac.core.checks import check, is_number
+from cwac.core.checks import check, check_whole, is_number
 
 SPACES = ("sae", "residual", "logits")
 """What the activation constraint may preserve."""
@@ -80,6 +80,7 @@ class Weight:
             )
             remedy = "projects gradients, which a penalty replaces: use where=update, or penalty_weight=null"
             check(self.where == "update", "weight.where", self.where, remedy)
+        check_whole("weight.n_anchors", self.n_anchors, 1, null=True)
         if (n := self.refresh_steps) is not None:
             whole = isinstance(n, int) and not isinstance(n, bool) and n >= 1
             check(whole, "weight.refresh_steps", n, "give a whole number of at least 1, or null")

@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from cwac.core.distributed import local, spread, whole
 from cwac.core.errors import UserError
+from cwac.models.hooks import on_inputs
 from cwac.models.layers import base_layer, evaluating, input_group, linears, unread_logits
 from cwac.models.packing import together
 
@@ -72,26 +73,18 @@ def capture(
     """
     first = later = None  # of the batch that runs: `Counted`
 
-    def hook(name: str):
-        def record(_module, inputs):
-            x = inputs[0].detach().flatten(0, 1)  # [B T, d_in]
-            visit(name, later.of(x), first.of(x))
+    def record(name: str, inputs: torch.Tensor) -> None:
+        x = inputs.detach().flatten(0, 1)  # [B T, d_in]
+        visit(name, later.of(x), first.of(x))
 
-        return record
-
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
     target = next(model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
     unread = unread_logits(model)
-    try:
-        with torch.no_grad(), evaluating(model):
-            for start in range(0, len(order), batch_size):
-                inputs, places = together(model, [rows[i]["input_ids"] for i in order[start : start + batch_size]])
-                first, later = Counted(places[:, :1], target), Counted(places[:, 1:], target)
-                model(**{key: value.to(target) for key, value in inputs.items()}, use_cache=False, **unread)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), evaluating(model), on_inputs(modules, record):
+        for start in range(0, len(order), batch_size):
+            inputs, places = together(model, [rows[i]["input_ids"] for i in order[start : start + batch_size]])
+            first, later = Counted(places[:, :1], target), Counted(places[:, 1:], target)
+            model(**{key: value.to(target) for key, value in inputs.items()}, use_cache=False, **unread)
 
 
 def share_outside(x: torch.Tensor, V: torch.Tensor) -> torch.Tensor:

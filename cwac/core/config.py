@@ -10,11 +10,29 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import yaml
+from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from cwac.core import renamed
 from cwac.core.errors import UsageError, UserError
 from cwac.core.paths import CONF
+
+
+def register_searches() -> None:
+    """Make `experiment=tune_<method>` mean `experiment=tune method=<method>`, for every method that `tune.yaml` names.
+
+    The names are Hydra's own options then, listed and completed as files are; a file of the same name wins.
+    """
+    searches = yaml.safe_load((CONF / "experiment" / "tune.yaml").read_text(encoding="utf-8"))["search"]
+    for path in (CONF / "method").glob("*.yaml"):
+        if path.stem in searches:
+            defaults = ["tune", {"override /method": path.stem}, "_self_"]
+            preset = {"group": "experiment", "name": f"tune_{path.stem}", "package": "_global_"}
+            ConfigStore.instance().store(node={"defaults": defaults}, **preset)
+
+
+register_searches()
 
 
 def command(main: Callable[..., int]) -> Callable[..., int]:

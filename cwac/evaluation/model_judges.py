@@ -40,6 +40,7 @@ from cwac.core.errors import UserError
 from cwac.core.identity import short_hash
 from cwac.core.paths import PACKAGE
 from cwac.data.refusals import Judgement, denial
+from cwac.models.hooks import at_tokens
 from cwac.models.layers import device
 from cwac.models.loading import DTYPES
 
@@ -190,7 +191,7 @@ class LabelJudge:
 
         def labels(ids: torch.Tensor, mask: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
             hidden = model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state  # [B, T, d]
-            return model.score(hidden[torch.arange(len(last), device=last.device), last])  # [B, 14]
+            return model.score(at_tokens(hidden, last))  # [B, 14]
 
         logits = read([self.encode(p, r) for p, r in zip(prompts, responses, strict=True)], labels)
         judgements = []
@@ -290,7 +291,7 @@ class TokenJudge:
         def next_token(ids: torch.Tensor, mask: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
             columns, place = last.unique(return_inverse=True)  # logits at these columns only: a vocabulary is large
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=columns).logits
-            return logits[torch.arange(len(last), device=last.device), place].float().softmax(-1)  # [B, V]
+            return at_tokens(logits, place).float().softmax(-1)  # [B, V]
 
         chances = read([self.encode(p, r) for p, r in zip(prompts, responses, strict=True)], next_token)
         judgements = []

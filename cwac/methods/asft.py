@@ -34,9 +34,9 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from cwac.core.checks import is_number
+from cwac.core.checks import check_choice, check_modules, check_number, check_share, check_whole
 from cwac.core.distributed import local, spread, whole
-from cwac.core.errors import UsageError, UserError
+from cwac.core.errors import UserError
 from cwac.data.examples import Example
 from cwac.methods.base import Context, Method
 from cwac.models.layers import linears, trains
@@ -141,16 +141,11 @@ class AsFT(Method):
     needs_base_weights: ClassVar[bool] = True
 
     def __post_init__(self):
-        if not is_number(self.lam) or self.lam < 0:
-            raise UsageError(f"method.lam={self.lam} is not valid; give a number >= 0")
-        if self.operator not in OPERATORS:
-            raise UsageError(f"method.operator={self.operator} is unknown; use one of {', '.join(OPERATORS)}")
-        if self.rank is not None and not (type(self.rank) is int and self.rank >= 1):
-            raise UsageError(f"method.rank={self.rank} is not valid; give a whole number >= 1, or null for all")
-        if not is_number(self.energy) or not 0 < self.energy <= 1:
-            raise UsageError(f"method.energy={self.energy} is not valid; give a share in (0, 1], e.g. 0.9")
-        if isinstance(self.modules, str) and self.modules != "all":
-            raise UsageError(f"method.modules={self.modules} is not valid; use all, or a list such as [q_proj,v_proj]")
+        check_number("lam", self.lam, 0)
+        check_modules("modules", self.modules)
+        check_choice("operator", self.operator, OPERATORS)
+        check_whole("rank", self.rank, 1, null=True)
+        check_share("energy", self.energy)
         self._total, self._steps = 0.0, 0
 
     def extra_data(self) -> dict[str, int]:

@@ -34,7 +34,7 @@ from torch import nn
 from torch.nn import functional
 
 from cwac.constraints.reference import Reference, check_layers, mean_over_tokens, model_layers, precise
-from cwac.core.checks import check, is_number
+from cwac.core.checks import check_number, check_whole
 from cwac.core.errors import UsageError, UserError
 from cwac.data.tokenize import Collator, encode_example, encode_prompt
 from cwac.methods.base import Context, Method, draw, share_of
@@ -58,11 +58,9 @@ class CircuitBreaker(Method):
     """How a compliant answer begins."""
 
     def __post_init__(self):
-        check(is_number(self.alpha) and self.alpha >= 0, "alpha", self.alpha, "give a number >= 0")
-        for key in ("n_prompts", "n_retain"):
-            value = getattr(self, key)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            check(whole and value >= 1, key, value, "give a whole number >= 1")
+        check_number("alpha", self.alpha, 0)
+        check_whole("n_prompts", self.n_prompts, 1)
+        check_whole("n_retain", self.n_retain, 1)
         check_layers(self.layers)
 
     def extra_data(self) -> dict[str, int]:

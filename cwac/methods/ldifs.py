@@ -31,7 +31,7 @@ from torch import nn
 from torch.nn import functional
 
 from cwac.constraints.reference import Reference, check_layers, mean_over_tokens, model_layers, precise
-from cwac.core.checks import check, is_number
+from cwac.core.checks import check_number
 from cwac.methods.base import Batch, Context, Method
 from cwac.models.hooks import residuals
 
@@ -46,7 +46,7 @@ class LDIFS(Method):
     """Blocks whose output is compared, counted from 0; None for all."""
 
     def __post_init__(self):
-        check(is_number(self.lam) and self.lam >= 0, "lam", self.lam, "give a number >= 0")
+        check_number("lam", self.lam, 0)
         check_layers(self.layers)
         self._step: list[tuple[int, Batch]] = []
 

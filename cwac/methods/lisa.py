@@ -26,6 +26,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from cwac.core.checks import check_number, check_whole
 from cwac.core.distributed import spread, whole
 from cwac.core.errors import UserError
 from cwac.data.examples import Example
@@ -66,6 +67,12 @@ class Lisa(Method):
     needs_step_hooks: ClassVar[bool] = True
 
     def __post_init__(self):
+        check_number("rho", self.rho, 0)
+        check_whole("align_steps", self.align_steps, 0)
+        check_whole("finetune_steps", self.finetune_steps, 0)
+        check_whole("guide_data_num", self.guide_data_num, 0)
+        check_number("prox_after", self.prox_after, 0, 1)
+        check_whole("min_cycles", self.min_cycles, 1, null=True)
         self._reference: dict[str, torch.Tensor] = {}
         self._seen: set[int] = set()
         self._step = -1

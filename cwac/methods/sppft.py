@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from cwac.core.errors import UsageError, UserError
+from cwac.core.checks import check, check_flag
+from cwac.core.errors import UserError
 from cwac.data.examples import Example
 from cwac.methods.base import Context, Method
 from cwac.methods.safety_layers import Localisation, locate, queries
@@ -38,8 +39,9 @@ class SPPFT(Method):
     def __post_init__(self):
         if self.layers != "auto":
             pair = not isinstance(self.layers, str | int) and [type(k) for k in self.layers] == [int, int]
-            if not pair or not 0 <= self.layers[0] <= self.layers[1]:
-                raise UsageError(f"method.layers={self.layers} is not valid; give [lo,hi] with 0 <= lo <= hi, or auto")
+            ordered = pair and 0 <= self.layers[0] <= self.layers[1]
+            check(ordered, "layers", self.layers, "give [lo,hi] with 0 <= lo <= hi, or auto")
+        check_flag("freeze_norms", self.freeze_norms)
         self._extra: dict[str, int] = {}
 
     def extra_data(self) -> dict[str, int]:

@@ -1,6 +1,6 @@
-"""Reads the residual stream at several layers, the same way for the fit, the ranking and L_safety."""
+"""Reads what passes through a model, by hooks: inputs and outputs of modules, the residual stream at some layers."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -38,6 +38,56 @@ def layers_of(model: nn.Module, spec: str | Sequence[int] = "auto") -> list[int]
 
 
 @contextmanager
+def on_inputs(modules: Mapping[str, nn.Module], visit: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """While open, `visit(name, x [B, T, d_in])` sees the input of each module, with its graph."""
+
+    def attach(name: str, module: nn.Module):
+        return module.register_forward_pre_hook(lambda _module, inputs: visit(name, inputs[0]))
+
+    handles = [attach(name, module) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def on_outputs(modules: Sequence[nn.Module], visit: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
+    """While open, `visit(i, h [B, T, d])` sees the output of the i-th module and may return a replacement for it.
+
+    Of a module that returns several things, as attention does, h is the first.
+    """
+
+    def attach(i: int, module: nn.Module):
+        def forward_hook(_module, _args, output):
+            several = isinstance(output, tuple)
+            changed = visit(i, output[0] if several else output)
+            if changed is None:
+                return None
+            return (changed, *output[1:]) if several else changed
+
+        return module.register_forward_hook(forward_hook)
+
+    handles = [attach(i, module) for i, module in enumerate(modules)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def at_tokens(x: Tensor, places: Tensor) -> Tensor:
+    """x [B, T, ...] at one token of each row, places [B]: [B, ...]."""
+    return x[torch.arange(len(places), device=x.device), places.to(x.device)]
+
+
+def last_tokens(x: Tensor, mask: Tensor) -> Tensor:
+    """x [B, T, ...] at the last real token of each right-padded row, by its attention mask [B, T]: [B, ...]."""
+    return at_tokens(x, mask.sum(1) - 1)
+
+
+@contextmanager
 def on_layers(model: nn.Module, layers: Sequence[int], hook: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
     """While open, `hook(layer, h [B, T, d])` sees the output of each of `layers` and may return a replacement for it.
 
@@ -47,24 +97,12 @@ def on_layers(model: nn.Module, layers: Sequence[int], hook: Callable[[int, Tens
     blocks = decoder_layers(model)
     checkpointed = [block for block in blocks if getattr(block, "gradient_checkpointing", False)]
 
-    def attach(layer: int):
-        def forward_hook(_module, _args, output):
-            hidden = output[0] if isinstance(output, tuple) else output
-            changed = hook(layer, hidden)
-            if changed is None:
-                return None
-            return (changed, *output[1:]) if isinstance(output, tuple) else changed
-
-        return blocks[layer].register_forward_hook(forward_hook)
-
-    handles = [attach(layer) for layer in layers]
     for block in checkpointed:
         block.gradient_checkpointing = False
     try:
-        yield
+        with on_outputs([blocks[layer] for layer in layers], lambda i, hidden: hook(layers[i], hidden)):
+            yield
     finally:
-        for handle in handles:
-            handle.remove()
         for block in checkpointed:
             block.gradient_checkpointing = True
 

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from cwac.constraints.subspace import share_outside
+from cwac.models.hooks import on_inputs
 
 STEPS = 24
 TOP = 16
@@ -86,20 +87,9 @@ def gradient_of_share(
     """
     embedding, read = model.get_input_embeddings(), {}
 
-    def reads(name: str):
-        def hook(_module, inputs):
-            read[name] = inputs[0][0, 1:]
-
-        return hook
-
-    handles = [module.register_forward_pre_hook(reads(name)) for name, module in sources.items()]
-    try:
-        with torch.enable_grad():
-            embedded = embedding(torch.tensor([list(ids)], device=embedding.weight.device)).detach().requires_grad_()
-            model(inputs_embeds=embedded, use_cache=False)
-            shares = [share_outside(x, V[name]) for name, x in read.items()]
-            (slope,) = torch.autograd.grad(sum(shares) / len(shares), embedded)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.enable_grad(), on_inputs(sources, lambda name, x: read.update({name: x[0, 1:]})):
+        embedded = embedding(torch.tensor([list(ids)], device=embedding.weight.device)).detach().requires_grad_()
+        model(inputs_embeds=embedded, use_cache=False)
+        shares = [share_outside(x, V[name]) for name, x in read.items()]
+        (slope,) = torch.autograd.grad(sum(shares) / len(shares), embedded)
     return slope[0].float() @ embedding.weight.detach().float().T

@@ -17,10 +17,10 @@ from cwac.core.config import compose, instantiate
 from cwac.core.errors import UsageError, UserError
 from cwac.core.validation import validate
 from cwac.data.examples import Example, Messages, Pools
-from cwac.data.pools import load_pools, pools_digest
+from cwac.data.pools import load_pools
 from cwac.data.tokenize import IGNORE, encode_example
 from cwac.methods.base import Method
-from cwac.models.context import Context
+from cwac.models.context import Context, make_context
 from cwac.models.loading import Loaded, weights_hash
 from cwac.training.arguments import refuse_deepspeed, total_steps
 from cwac.training.engine import MethodTrainer, attach
@@ -111,15 +111,13 @@ def defend(
         pools = load_pools(compose([f"pools={pools}"]).pools, data, args.seed)
     model = trainer.model
     key = {"kind": "library", "weights": weights_hash(model, adapter=False), "dtype": str(model.dtype)}
-    context = Context(
-        tokenizer=tokenizer,
-        pools=pools,
-        loaded=Loaded(model, tokenizer, key, model.config._name_or_path, base),
-        artifacts=Path(artifacts),
+    context = make_context(
+        Loaded(model, tokenizer, key, model.config._name_or_path, base),
+        pools,
+        artifacts,
         seed=args.seed,
         template=template,
         max_length=max_length or getattr(args, "max_length", None) or 512,
-        pools_key=pools_digest(pools),
         process_rank=args.process_index,
         world_size=args.world_size,
     )

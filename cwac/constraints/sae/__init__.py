@@ -18,7 +18,8 @@ Deviations:
   - ReLU after TopK (ours; differs only where fewer than k pre-activations are positive).
   - AuxK for dead latents, decoder rows of unit norm after every step (RouteSAE: no AuxK, every 10).
   - The hard router scales what it trains on by its probability, as RouteSAE does, and reads
-    unscaled, as RouteSAE's own hooks do. `preset_routesae` restores the rest of the literal recipe.
+    unscaled, as RouteSAE's own hooks do. The rest of the literal recipe (arXiv:2503.08200) is model.sae with
+    k=64 router=hard batch=32768 lr=5e-4 clip=null auxk=0 center=false renorm_every=10.
   - L_safety: the layer is the baseline's, cached (routing again would let the model lower the loss by
     changing the layer); the default gate `tau` gives a latent that left the TopK a gradient, which
     the literal `topk` does not. Both agree on the unchanged model.

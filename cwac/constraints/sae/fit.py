@@ -23,6 +23,7 @@ from cwac.models.hooks import (
     bos_ids,
     device_of,
     keep_mask,
+    last_tokens,
     layers_of,
     normalize,
     residuals,
@@ -94,12 +95,6 @@ class SAEConfig:
             return self.lr
         share = min(1.0, max(0.0, math.log10(max(1, steps) / 1000)))
         return 2e-3 * (5e-4 / 2e-3) ** share
-
-
-def preset_routesae(**changes: Any) -> SAEConfig:
-    """RouteSAE's literal recipe (arXiv:2503.08200): b_pre 0, no AuxK, no clip, renorm every 10, lr 5e-4, 32k batch."""
-    literal = {"k": 64, "router": "hard", "tokens": 100_000_000, "batch": 32_768, "lr": 5e-4, "clip": None}
-    return SAEConfig(**{**literal, "auxk": 0.0, "center": False, "renorm_every": 10, **changes})
 
 
 class TokenBuffer:
@@ -312,7 +307,7 @@ def last_usage(model: nn.Module, sae: RoutedSAE, rows: Sequence[Row]) -> Tensor:
     with evaluating(model):
         for _, batch in batches(rows, device_of(model)):
             r = residuals(model, batch, sae.layers)
-            last = r[torch.arange(len(r), device=r.device), batch["attention_mask"].sum(1) - 1]
+            last = last_tokens(r, batch["attention_mask"])
             used += torch.bincount(sae.read(normalize(last)[0])[1], minlength=len(used)).cpu()
     return used / used.sum()
 

@@ -27,6 +27,7 @@ from cwac.models.hooks import (
     bos_ids,
     device_of,
     keep_mask,
+    last_tokens,
     normalize,
     on_layers,
     residuals,
@@ -48,8 +49,7 @@ def measured_openers(model: nn.Module, rows: Sequence[Row], n: int = 8) -> dict[
     with evaluating(model):
         for _, batch in batches(rows, device_of(model)):
             logits = model(**batch, use_cache=False).logits
-            last = batch["attention_mask"].sum(1) - 1
-            counts.update(logits[torch.arange(len(last), device=last.device), last].argmax(-1).tolist())
+            counts.update(last_tokens(logits, batch["attention_mask"]).argmax(-1).tolist())
     return {token: count / len(rows) for token, count in counts.most_common(n)}
 
 
@@ -76,8 +76,7 @@ def last_latents(model: nn.Module, sae: RoutedSAE, rows: Sequence[Row]) -> tuple
     with evaluating(model):
         for chosen, batch in batches(rows, device_of(model)):
             r = residuals(model, batch, sae.layers)
-            last = batch["attention_mask"].sum(1) - 1  # the mask, never [:, -1]: rows are right-padded
-            u, routed = sae.read(normalize(r[torch.arange(len(r), device=r.device), last])[0])
+            u, routed = sae.read(normalize(last_tokens(r, batch["attention_mask"]))[0])
             z[chosen], layer[chosen], inputs[chosen] = sae.dense(u).cpu(), routed.cpu(), u.cpu()
     return z, layer, inputs
 
@@ -118,15 +117,14 @@ def attribution(
 
             with on_layers(model, sae.layers, record):
                 logits = model(**batch, use_cache=False).logits.float()
-            last = batch["attention_mask"].sum(1) - 1
-            rows_ = torch.arange(len(last), device=last.device)
-            final = logits[rows_, last]
+            mask = batch["attention_mask"]
+            final = last_tokens(logits, mask)
             margin = final[:, list(refusal)].logsumexp(-1) - final[:, list(compliance)].logsumexp(-1)
             hidden = [seen[layer] for layer in sae.layers]
             grads = torch.autograd.grad(margin.sum(), hidden)
             with torch.no_grad():
-                r = torch.stack([h[rows_, last] for h in hidden], dim=1)  # [B, L_r, d]
-                g = torch.stack([h[rows_, last] for h in grads], dim=1).float()
+                r = torch.stack([last_tokens(h, mask) for h in hidden], dim=1)  # [B, L_r, d]
+                g = torch.stack([last_tokens(h, mask) for h in grads], dim=1).float()
                 x, _, std = normalize(r)
                 weights = sae.read_weights(x).unsqueeze(-1)
                 z = sae.dense((weights * x).sum(1))
