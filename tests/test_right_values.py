@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 from analysis import compare
 from cwac.constraints.sae import fit as sae_fit
-from cwac.constraints.sae import rank
+from cwac.constraints.sae import ranking as rank
 from cwac.constraints.sae.autoencoder import RoutedSAE
 from cwac.constraints.sae.fit import SAEConfig, train_sae
 from cwac.core import config
@@ -322,11 +322,11 @@ def test_a_trigger_takes_no_token_of_a_held_out_prompt():
     context = SimpleNamespace(
         tokenizer=Letters(), pools=pools, seed=0, loaded=loaded, template="alpaca", max_length=64
     )
-    method = BEA("bea", trigger_tokens=5, num_safety=0)
+    method = BEA("bea", trigger_tokens=5, num_safety=1)
     method.training_data([], context, random.Random(0))
     assert sorted(method._trigger.split()) == list("vwxyz")
     with pytest.raises(UserError, match="only 5 tokens"):
-        BEA("bea", trigger_tokens=6, num_safety=0).training_data([], context, random.Random(0))
+        BEA("bea", trigger_tokens=6, num_safety=1).training_data([], context, random.Random(0))
 
 
 @pytest.mark.parametrize("seed", range(20))
