@@ -211,6 +211,7 @@ def estimate(cfg: DictConfig, architecture: PretrainedConfig, row: Row) -> Estim
             model.gradient_checkpointing_enable({"use_reentrant": False})
         with torch.no_grad():
             rehearsal = method.rehearse(model, row.sizes)
+            model = rehearsal.model or model
         enter(ledger, cfg, args, model, rehearsal.held)
         with ledger:
             step(ledger, args, model, method if complete(method) else Method(method.name), row)
@@ -308,7 +309,7 @@ def rehearsed(
         raise UserError(f"method={method.name} has no rehearsal, so it cannot be measured without data; train it")
     model = build(cfg, architecture, device()).train()
     with torch.no_grad():
-        method.rehearse(model, row.sizes)
+        model = method.rehearse(model, row.sizes).model or model
     ids = torch.randint(architecture.vocab_size, (steps * args.train_batch_size, row.tokens)).tolist()
     first = max(0, row.tokens - row.labels)
     return args, model, method, [{"input_ids": x, "labels": [-100] * first + x[first:]} for x in ids]
