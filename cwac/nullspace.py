@@ -71,7 +71,9 @@ def clean(N: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def second_moments(model: nn.Module, rows: Sequence[dict], modules: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
+def second_moments(
+    model: nn.Module, rows: Sequence[dict], modules: Mapping[str, nn.Module]
+) -> dict[str, torch.Tensor]:
     """X^T X [d_in, d_in] of each module's inputs on `rows`, first tokens left out, summed in float64."""
     where = next(model.parameters()).device
     dims = {name: base_layer(m).in_features for name, m in modules.items()}

@@ -169,6 +169,12 @@ def close(a, b):
     return max((a[n] - b[n]).abs().max().item() for n in a)
 
 
+def moved(after, before):
+    """As `close`; of an adapter that the method brings, B, which starts at zero."""
+    brought = [n for n in after if n not in before and "lora_B" in n]
+    return max(after[n].abs().max().item() for n in brought) if brought else close(after, before)
+
+
 def test_accumulation_changes_nothing(tmp_path):
     whole = final_weights(tmp_path / "a", 8, 1)
     split = final_weights(tmp_path / "b", 1, 8)
@@ -187,7 +193,7 @@ def test_no_method_depends_on_the_layout(method, tmp_path, cells, on_two_ranks):
     cfg = cells[method]
     whole = trained_by(cfg, tmp_path, 8, 1)
     start = dict(load(cfg.model, Path(cfg.paths.artifacts)).model.named_parameters())
-    assert close(whole, start) > 1e-3  # it trained
+    assert moved(whole, start) > 1e-3  # it trained
     assert close(whole, trained_by(cfg, tmp_path, 1, 8)) < 1e-5
     assert close(whole, on_two_ranks[method]) < 1e-5
     assert close(whole, on_two_ranks[method, "fsdp2"]) < 1e-5

@@ -19,14 +19,14 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import nn
 
 from cwac.adapter import add_fixed_adapter
-from cwac.anchors import anchor_rows, encode_prompts
+from cwac.anchors import anchor_rows
 from cwac.artifacts import digest, load_or_build
 from cwac.config import UsageError, UserError
 from cwac.data.examples import Example
@@ -68,7 +68,7 @@ class NullSpace(Method):
 
     def __post_init__(self):
         whole = isinstance(self.k, int) and not isinstance(self.k, bool) and self.k >= 1
-        check(self.k is None or whole, "k", self.k, "give a whole number of at least 1, or null for the whole null space")
+        check(self.k is None or whole, "k", self.k, "give a whole number >= 1, or null for the whole null space")
         check(self.basis in BASES, "basis", self.basis, f"use one of {', '.join(BASES)}")
         whole = isinstance(self.n_rows, int) and not isinstance(self.n_rows, bool) and self.n_rows >= 1
         check(whole, "n_rows", self.n_rows, "give a whole number of at least 1")
@@ -126,7 +126,8 @@ class NullSpace(Method):
                 moments = gradient_moments(model, rows, modules)
             elif self.basis != "complement":
                 moments = second_moments(model, rows, readers)
-            save_free(fit_free(bases, moments, self.k), certificate(model, context, self._weight, bases, readers), folder)
+            held = certificate(model, context, self._weight, bases, readers)
+            save_free(fit_free(bases, moments, self.k), held, folder)
 
         free, held = load_free(load_or_build(context.artifacts, "nullspace", key, build))
         if lost := sorted({input_group(name) for name in modules} - free.keys()):
@@ -152,8 +153,8 @@ class NullSpace(Method):
         for name, share in unseen.items():
             if share < own - LESS:
                 log.warning(
-                    "unseen requests of %s are held by %.1f %%, the anchors by %.1f %%: what is trained may reach them; "
-                    "add anchors like them (pools.anchors), or raise method.energy",
+                    "unseen requests of %s are held by %.1f %%, the anchors by %.1f %%: what is trained may reach "
+                    "them; add anchors like them (pools.anchors), or raise method.energy",
                     *(name, 100 * share, 100 * own),
                 )
 
@@ -166,7 +167,7 @@ class NullSpace(Method):
             "W = W_0 + B A with A frozen: its rows are orthonormal and orthogonal to the directions that the aligned "
             "model's activations take on anchors, harmful requests that it refuses. So no value of B changes what a "
             "layer does on those directions.\n\n"
-            f"- anchors: {self._n_anchors} prompts ({', '.join(sources)}), pools {context.pools_key or 'of the user'}, "
+            f"- anchors: {self._n_anchors} prompts ({', '.join(sources)}; pools {context.pools_key or 'of the user'}), each "
             f"with {self.response_tokens} tokens of the model's own refusal\n"
             f"- energy: {self.energy}\n- k: {'all' if self.k is None else self.k}\n- basis: {self.basis}\n"
             f"- base model: {context.loaded.hub_id or 'local'} {context.loaded.revision or ''}\n\n"
