@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,19 +10,24 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-import cwac.engine
-from cwac import adapter, config
-from cwac.adapter import ADAPTER, FixedInput, add_fixed_adapter
-from cwac.config import UsageError, UserError
+from cwac.constraints.nullspace import BASES, energy_held, fit_free, gradient_moments, leading_free, second_moments
+from cwac.constraints.settings import Weight
+from cwac.constraints.subspace import Basis, fit_subspace
+from cwac.core import config
+from cwac.core.errors import UsageError, UserError
+from cwac.core.jsonl import read_jsonl
+from cwac.core.run_dir import Run
 from cwac.data.tokenize import Collator
 from cwac.evaluation.drift import merged_weight
-from cwac.library import defend
-from cwac.methods.cwac import Weight
+from cwac.methods import nullspace
+from cwac.methods.base import Sizes
 from cwac.methods.nullspace import ANCHORS, NullSpace
-from cwac.models import base_layer, input_group, linears
-from cwac.nullspace import BASES, energy_held, fit_free, gradient_moments, leading_free, second_moments
-from cwac.runs import Run, read_jsonl
-from cwac.subspace import fit_subspace
+from cwac.models import adapter
+from cwac.models.adapter import ADAPTER, FixedInput, add_fixed_adapter
+from cwac.models.layers import base_layer, input_group, linears
+from cwac.models.loading import load
+from cwac.training import engine
+from cwac.training.library import defend
 from tests.conftest import FINE_TUNE, fine_tune, make_llama, random_rows
 from tests.test_library import own_trainer, weights
 from tests.test_methods import cell, leak, stop_at
@@ -320,7 +326,7 @@ def test_a_run_resumes_keeps_its_adapter_and_leaks_no_more_than_v_allows(tmp_pat
     given = ["train.learning_rate=0.01", "method.energy=1", "method.n_anchors=4", "eval.n_drift=4"]
     cfg = cell("nullspace", tmp_path / "a", artifacts, *given)
     with monkeypatch.context() as patch:
-        patch.setattr(cwac.engine.MethodCallback, "on_step_end", stop_at(5))
+        patch.setattr(engine.MethodCallback, "on_step_end", stop_at(5))
         with pytest.raises(RuntimeError, match="planted stop"):
             run_cell(cfg)
     run_cell(cfg)
@@ -338,10 +344,6 @@ def test_a_run_resumes_keeps_its_adapter_and_leaks_no_more_than_v_allows(tmp_pat
 
 
 def aligned(cfg) -> str:
-    from pathlib import Path
-
-    from cwac.models import load
-
     return load(cfg.model, Path(cfg.paths.artifacts)).source
 
 
@@ -365,7 +367,7 @@ def test_in_a_script_of_ones_own_the_weights_are_those_of_train_py(basis, tmp_pa
     given = ["method=nullspace", f"paths.artifacts={artifacts}", *FINE_TUNE, f"method.basis={basis}"]
     cfg = config.compose(given)
     theirs, _, context = fine_tune(cfg, tmp_path)
-    collate = cwac.engine.Collator(context.tokenizer.pad_token_id, label_logits=True)
+    collate = engine.Collator(context.tokenizer.pad_token_id, label_logits=True)
     trainer = own_trainer(cfg, tmp_path, artifacts, collate)
     method = NullSpace("nullspace", basis=basis)
     trainer = defend(trainer, method, context.pools, artifacts=artifacts, max_length=64)
@@ -403,9 +405,6 @@ def test_a_users_own_adapter_beside_it_is_refused(tmp_path, artifacts):
 
 
 def test_an_energy_that_leaves_nothing_is_refused(tmp_path, artifacts, monkeypatch):
-    from cwac.methods import nullspace
-    from cwac.subspace import Basis
-
     full = {"0.qkv": Basis(torch.eye(4), 1.0, 9)}
     monkeypatch.setattr(nullspace, "anchor_bases", lambda *a: full)
     with pytest.raises(UserError, match="method.energy=0.97 protects every direction"):
@@ -445,8 +444,6 @@ def test_coupled_with_the_activation_constraint_it_adds_the_penalty(tmp_path, ar
 
 
 def test_the_rehearsal_trains_what_the_method_would():
-    from cwac.methods.base import Sizes
-
     found = NullSpace("nullspace", k=4).rehearse(make_llama(), Sizes(rank_share=0.5))
     assert {layer.r[ADAPTER] for layer in fixed_layers(found.model)} == {4}
     assert all(isinstance(base_layer(m), nn.Linear) for m in linears(found.model, "all").values())

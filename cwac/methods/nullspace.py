@@ -3,15 +3,16 @@
 Ours, after CWAC's weight constraint (arXiv:2604.12384, section 4.2): W = W_0 + C N^T on every linear layer of the
 blocks, C trained from zero, W_0 and N frozen, N orthonormal with N^T V = 0 for the anchors' directions V. Then
 (W - W_0) V = C (N^T V) = 0 for every C: nothing is projected, whatever the optimizer, weight decay, precision of W_0,
-accumulation or resume. It is a LoRA adapter with a frozen A (cwac/adapter.py). Two configurations: `nullspace`, and
-`nullspace_cwac` with CWAC's activation constraint beside it.
+accumulation or resume. It is a LoRA adapter with a frozen A (cwac/models/adapter.py). Two configurations: `nullspace`,
+and `nullspace_cwac` with CWAC's activation constraint beside it.
 
 Prior art: InfLoRA (arXiv:2404.00228) freezes A in the null space of earlier tasks' inputs, chosen on the new task's;
 with anchors for the earlier tasks that is `basis: rows`. SaLoRA (arXiv:2501.01765) projects an adapter's output.
 GPM (arXiv:2103.09762) and Adam-NSCL (arXiv:2106.03027) project gradients and updates of whole weights, AlphaEdit
 (arXiv:2410.02355) an edit of them. LoRA-FA (arXiv:2308.03303) freezes a random A for memory's sake.
 
-Deviations: the method is `ours`; what it takes from CWAC (V, anchors, the first token) is as cwac/subspace.py says.
+Deviations: the method is `ours`; what it takes from CWAC (V, anchors, the first token) is as in
+cwac/constraints/subspace.py.
 """
 
 from __future__ import annotations
@@ -25,16 +26,28 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from cwac.adapter import add_fixed_adapter
-from cwac.anchors import anchor_rows
-from cwac.artifacts import digest, load_or_build
-from cwac.config import UsageError, UserError
+from cwac.constraints.anchors import anchor_rows
+from cwac.constraints.nullspace import (
+    BASES,
+    energy_held,
+    fit_free,
+    gradient_moments,
+    load_free,
+    save_free,
+    second_moments,
+)
+from cwac.constraints.settings import Activation, Weight
+from cwac.constraints.weight import anchor_bases, anchor_prompts
+from cwac.core.cache import digest, load_or_build
+from cwac.core.checks import check
+from cwac.core.errors import UsageError, UserError
 from cwac.data.examples import Example
 from cwac.data.tokenize import encode_example
-from cwac.methods.base import Context, Method, Rehearsal, Sizes, artifact_key, check
-from cwac.methods.cwac import CWAC, Activation, Weight, anchor_bases, anchor_prompts
-from cwac.models import base_layer, input_group, linears
-from cwac.nullspace import BASES, energy_held, fit_free, gradient_moments, load_free, save_free, second_moments
+from cwac.methods.base import Context, Method, Rehearsal, Sizes
+from cwac.methods.cwac import CWAC
+from cwac.models.adapter import add_fixed_adapter
+from cwac.models.context import artifact_key
+from cwac.models.layers import base_layer, input_group, linears
 
 log = logging.getLogger(__name__)
 LESS = 0.05
@@ -50,7 +63,7 @@ class NullSpace(Method):
     k: int | None = 64
     """Directions an input, at most those that V leaves; None for all of them."""
     basis: str = "rows"
-    """Which directions: `rows`, `benign`, `gradient` or `complement` (cwac/nullspace.py)."""
+    """Which directions: `rows`, `benign`, `gradient` or `complement` (cwac/constraints/nullspace.py)."""
     n_rows: int = 64
     """Training rows, or harmless ones, that `rows`, `gradient` and `benign` look at."""
     modules: Sequence[str] | str = "all"

@@ -1,7 +1,7 @@
 """Directions that no anchor uses: orthonormal bases of the null space of the anchors' activations.
 
-With V [d_in, r] the directions of one input on the anchors (cwac/subspace.py) and N [d_in, k] orthonormal with
-N^T V = 0, every update dW = C N^T leaves W V as it was, whatever C [d_out, k] is. Which k directions of the null
+With V [d_in, r] the directions of one input on the anchors (cwac/constraints/subspace.py) and N [d_in, k] orthonormal
+with N^T V = 0, every update dW = C N^T leaves W V as it was, whatever C [d_out, k] is. Which k directions of the null
 space:
 
 - `rows`: those that carry most of the inputs' squared norm on rows that will be trained on. InfLoRA (Liang, Li,
@@ -28,9 +28,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
+from cwac.constraints.subspace import Basis, add_gram, capture
 from cwac.data.tokenize import Collator
-from cwac.models import base_layer, evaluating, input_group
-from cwac.subspace import Basis, add_gram, capture
+from cwac.models.layers import base_layer, evaluating, input_group
 
 BASES = ("rows", "complement", "benign", "gradient")
 TENSORS, REPORT = "nullspace.safetensors", "nullspace.json"

@@ -21,7 +21,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn import functional as F
 
-from cwac.models import input_group
+from cwac.models.layers import input_group
 
 ADAPTER = "default"
 """peft's own name for a model's first adapter."""
@@ -110,8 +110,8 @@ def add_fixed_adapter(
 ) -> PeftModel:
     """Wrap a causal language model in place; the adapter alone trains, from C = 0.
 
-    modules: linear layers by their name in the blocks (`cwac.models.linears`). free: input name -> N [d_in, k]; a
-    module whose input it lacks, or leaves no direction, gets no adapter. about: what the saved card says, in Markdown.
+    modules: linear layers by their name in the blocks (`cwac.models.layers.linears`). free: input name -> N [d_in, k];
+    a module whose input it lacks, or leaves no direction, gets no adapter. about: what the saved card says, Markdown.
     """
     paths = {id(module): path for path, module in model.named_modules()}
     chosen = {paths[id(m)]: (m, input_group(n)) for n, m in modules.items() if input_group(n) in free}
