@@ -33,6 +33,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 
@@ -209,9 +210,10 @@ def estimate(cfg: DictConfig, architecture: PretrainedConfig, row: Row) -> Estim
         model = fake_(build(cfg, architecture, "meta")).train()
         if args.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        with torch.no_grad():
+        # an adapter is made where the model is; torch cannot convert a module of fake tensors
+        with torch.no_grad(), mock.patch.object(nn.Module, "to", lambda module, *given, **more: module):
             rehearsal = method.rehearse(model, row.sizes)
-            model = rehearsal.model or model
+        model = rehearsal.model or model
         enter(ledger, cfg, args, model, rehearsal.held)
         with ledger:
             step(ledger, args, model, method if complete(method) else Method(method.name), row)

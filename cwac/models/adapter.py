@@ -129,8 +129,8 @@ def add_fixed_adapter(
         init_lora_weights=False,
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(devices=[]):  # what peft draws and we overwrite must not move what training draws
-        wrapped = FixedInputModel(model, config, autocast_adapter_dtype=True)
+    # on no device: peft draws nothing, and A and C are put in below
+    wrapped = FixedInputModel(model, config, low_cpu_mem_usage=True)
     wrapped.about = about
     groups: dict[str, list[LoraLayer]] = {}
     for path in ranks:
@@ -140,11 +140,11 @@ def add_fixed_adapter(
         for layer in layers:
             layer.__class__ = fixed(type(layer))
             layer.shared_input = shared
+            device = layer.get_base_layer().weight.device
             if A is None:
-                own = layer.lora_A[ADAPTER].weight
-                A = nn.Parameter(free[group].T.contiguous().to(own.device, torch.float32), requires_grad=False)
+                A = nn.Parameter(free[group].T.to(device, torch.float32).contiguous(), requires_grad=False)
             layer.lora_A[ADAPTER].weight = A
-            layer.lora_B[ADAPTER].weight.data = torch.zeros_like(layer.lora_B[ADAPTER].weight, dtype=torch.float32)
+            layer.lora_B[ADAPTER].weight = nn.Parameter(torch.zeros(layer.out_features, len(A), device=device))
     return wrapped
 
 
