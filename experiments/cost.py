@@ -82,6 +82,9 @@ NANO = {
 """Large enough that the libraries set up the scratch space of their threads."""
 
 
+flop_registry[torch.ops.aten.addmm_] = flop_registry[torch.ops.aten.addmm]  # torch counts it out of place alone
+
+
 @dataclass
 class Row:
     """What every row of the batch is taken to look like, and what a method cannot know beforehand."""

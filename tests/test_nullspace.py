@@ -447,3 +447,46 @@ def test_the_rehearsal_trains_what_the_method_would():
     found = NullSpace("nullspace", k=4).rehearse(make_llama(), Sizes(rank_share=0.5))
     assert {layer.r[ADAPTER] for layer in fixed_layers(found.model)} == {4}
     assert all(isinstance(base_layer(m), nn.Linear) for m in linears(found.model, "all").values())
+
+
+# --- W_0 + C N^T held beside it -----------------------------------------------------------------------
+def test_folded_it_computes_the_same_and_follows_the_optimizer():
+    found = []
+    for wanted in (False, True):
+        wrapped, _ = adapted(make_llama(), k=None)
+        adapter.fold(wrapped, wanted)
+        wrapped.train()
+        optimizer = torch.optim.AdamW((p for p in wrapped.parameters() if p.requires_grad), lr=0.01, fused=True)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = wrapped(**batch()).loss
+            loss.backward()
+            optimizer.step()
+        gradients = {n: p.grad for n, p in wrapped.named_parameters() if p.requires_grad}
+        with torch.no_grad():
+            found.append((loss, gradients, wrapped(**batch()).logits))
+    (loss, gradients, logits), (folded_loss, folded_gradients, folded_logits) = found
+    assert torch.allclose(loss, folded_loss, atol=1e-5) and torch.allclose(logits, folded_logits, atol=1e-4)
+    for name, gradient in gradients.items():
+        assert (gradient - folded_gradients[name]).norm() <= 1e-3 * gradient.norm(), name
+
+
+def test_it_is_folded_where_k_is_large_and_the_weights_can_be():
+    few, _ = adapted(make_llama(), k=5)
+    most, _ = adapted(make_llama(), k=None)
+    half, _ = adapted(make_llama().bfloat16(), k=None)
+    for model, wanted, expected in ((few, None, False), (few, True, True), (most, None, True), (half, True, False)):
+        adapter.fold(model, wanted)
+        assert {layer.folded is not None for layer in fixed_layers(model) if layer.r[ADAPTER] > 8 or model is few} == {
+            expected
+        }
+    adapter.fold(most, False)
+    assert all(layer.folded is None for layer in fixed_layers(most))
+
+
+def test_folding_names_no_other_run():
+    from cwac.core.identity import run_id
+
+    assert run_id(config.compose(["method=nullspace", "method.fold=true"])) == run_id(
+        config.compose(["method=nullspace"])
+    )

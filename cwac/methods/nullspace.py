@@ -45,7 +45,7 @@ from cwac.data.examples import Example
 from cwac.data.tokenize import encode_example
 from cwac.methods.base import Context, Method, Rehearsal, Sizes
 from cwac.methods.cwac import CWAC
-from cwac.models.adapter import add_fixed_adapter
+from cwac.models.adapter import add_fixed_adapter, fold
 from cwac.models.context import artifact_key
 from cwac.models.layers import base_layer, input_group, linears
 
@@ -66,6 +66,8 @@ class NullSpace(Method):
     """Which directions: `rows`, `benign`, `gradient` or `complement` (cwac/constraints/nullspace.py)."""
     n_rows: int = 64
     """Training rows, or harmless ones, that `rows`, `gradient` and `benign` look at."""
+    fold: bool | None = None
+    """Hold W_0 + C N^T too, for speed; None where k is more than a fourth of d_in. It moves no more than rounding."""
     modules: Sequence[str] | str = "all"
     layers: Sequence[int] | None = None
     energy: float = 0.99
@@ -85,6 +87,7 @@ class NullSpace(Method):
         check(self.basis in BASES, "basis", self.basis, f"use one of {', '.join(BASES)}")
         whole = isinstance(self.n_rows, int) and not isinstance(self.n_rows, bool) and self.n_rows >= 1
         check(whole, "n_rows", self.n_rows, "give a whole number of at least 1")
+        check(self.fold is None or isinstance(self.fold, bool), "fold", self.fold, "give true, false or null")
         try:
             self._weight = Weight(**{key: getattr(self, key) for key in ANCHORS})
         except UsageError as error:  # the same keys, one level higher
@@ -198,10 +201,12 @@ class NullSpace(Method):
             left = d - max(1, round(sizes.rank_share * d))
             free[name] = torch.eye(d, left if self.k is None else min(self.k, left))
         found.model = add_fixed_adapter(model, modules, free)
+        fold(found.model, self.fold)
         found.before["fit of the subspaces"] = sum(8 * d * d for d in dims.values())  # second moments in float64
         return found
 
     def start(self, model: nn.Module) -> None:
+        fold(model, self.fold)
         if self._coupled is not None:
             self._coupled.start(model)
 

@@ -4,7 +4,9 @@ It is an ordinary peft adapter with scaling 1 (LoRA: Hu et al., ICLR 2022, arXiv
 Zhang et al. 2023, arXiv:2308.03303): saved, loaded, merged and served as any other. What differs while it trains:
 
 - x N is computed once for the matrices that read the same x (q, k, v; gate, up), which share A's memory too;
-- C (x N) is added to W_0 x in place.
+- C (x N) is added to W_0 x in place;
+- where it is asked for, W_0 + C N^T is held too and made anew after each backward pass: then a step needs nothing beside
+  it but x N and C's gradient, which for large k is faster.
 
 Deviations: `ours` from LoRA-FA, whose A is random and of each matrix's own. Rounding apart, outputs and gradients are
 those of peft's own layers (tests/test_nullspace.py).
@@ -60,10 +62,54 @@ class SharedInput:
         return found
 
 
+class Folded:
+    """W_0 + C A of one matrix, made anew when C may have changed: a fused optimizer's step leaves no other trace than
+    the backward pass before it."""
+
+    def __init__(self):
+        self._W = self._of = None
+        self._version = -1
+
+    def forget(self) -> None:
+        self._of = None
+
+    def __deepcopy__(self, memo: dict) -> Folded:
+        return Folded()
+
+    @torch.no_grad()
+    def weight(self, W_0: torch.Tensor, C: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+        """[d_out, d_in], of W_0 [d_out, d_in], C [d_out, k], A [k, d_in]; without a gradient."""
+        if self._of is not C or self._version != C._version:
+            there = self._W is not None and self._W.device == W_0.device
+            self._W = torch.addmm(W_0, C, A, out=self._W) if there else torch.addmm(W_0, C, A)
+            self._of, self._version = C, C._version
+        return self._W
+
+
+class Through(torch.autograd.Function):
+    """x W^T with W = W_0 + C A, whose gradient goes to x and, by x N, to C: no product with d_out x d_in for C."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, folded: Folded, W: torch.Tensor, bias, C: torch.Tensor, xN: torch.Tensor):
+        ctx.folded = folded
+        ctx.save_for_backward(W, xN)
+        return F.linear(x, W, bias)
+
+    @staticmethod
+    def backward(ctx, dy: torch.Tensor):
+        W, xN = ctx.saved_tensors
+        ctx.folded.forget()
+        dx = dy @ W if ctx.needs_input_grad[0] else None
+        dC = dy.flatten(0, -2).T @ xN.flatten(0, -2) if ctx.needs_input_grad[4] else None
+        return dx, None, None, None, dC, None
+
+
 class FixedInput:
     """Mixed into peft's LoRA layer: A stays frozen, and x A^T comes from the input's `SharedInput`."""
 
     shared_input: SharedInput
+    folded: Folded | None = None
+    """None where W_0 x and C (x N) are computed side by side."""
 
     def set_adapter(self, *args, **kwargs) -> None:
         """As peft's, which makes A trainable: at every load of a checkpoint, for one."""
@@ -73,9 +119,16 @@ class FixedInput:
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         if self.disable_adapters or self.merged or args or kwargs or self.active_adapters != [ADAPTER]:
             return super().forward(x, *args, **kwargs)
+        A, C = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
+        if self.folded is not None and not torch.is_autocast_enabled(x.device.type):
+            W, bias = self.folded.weight(self.base_layer.weight, C, A), self.base_layer.bias
+            if not torch.is_grad_enabled():
+                return F.linear(x, W, bias)
+            with torch.no_grad():
+                xN = self.shared_input.project(x, A)
+            return Through.apply(x, self.folded, W, bias, C, xN)
         y = self.base_layer(x)  # [..., d_out]
-        C = self.lora_B[ADAPTER].weight
-        xN = self.shared_input.project(x, self.lora_A[ADAPTER].weight)
+        xN = self.shared_input.project(x, A)
         if xN.dtype == y.dtype and type(self.base_layer) is nn.Linear:
             y.view(-1, y.shape[-1]).addmm_(xN.view(-1, xN.shape[-1]), C.to(y.dtype).T)
             return y
@@ -103,6 +156,20 @@ class FixedInputModel(PeftModelForCausalLM):
         if self.about and self.about not in card.text:
             card.text = f"{self.about}\n\n{card.text}"
             card.save(path)
+
+
+def fold(model: nn.Module, wanted: bool | None) -> None:
+    """Hold W_0 + C A too from here on, 4 bytes a weight: in every fixed layer, in none, or where k > d_in / 4 (None).
+
+    Only where W_0 is in fp32 and whole on this rank: rounded to bf16 it would lose the update, and FSDP2 gathers C
+    anew for each pass.
+    """
+    for layer in model.modules():
+        if isinstance(layer, FixedInput):
+            k, d_in = layer.lora_A[ADAPTER].weight.shape
+            W_0 = layer.base_layer.weight
+            can = type(layer.base_layer) is nn.Linear and W_0.dtype == torch.float32 and not hasattr(W_0, "placements")
+            layer.folded = Folded() if can and (4 * k > d_in if wanted is None else wanted) else None
 
 
 def add_fixed_adapter(
