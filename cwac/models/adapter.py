@@ -5,8 +5,8 @@ Zhang et al. 2023, arXiv:2308.03303): saved, loaded, merged and served as any ot
 
 - x N is computed once for the matrices that read the same x (q, k, v; gate, up), which share A's memory too;
 - C (x N) is added to W_0 x in place;
-- where it is asked for, W_0 + C N^T is held too and made anew after each backward pass: then a step needs nothing beside
-  it but x N and C's gradient, which for large k is faster.
+- where it is asked for, W_0 + C N^T is held too and made anew after each backward pass: then a step needs nothing
+  beside it but x N and C's gradient, which for large k is faster.
 
 Deviations: `ours` from LoRA-FA, whose A is random and of each matrix's own. Rounding apart, outputs and gradients are
 those of peft's own layers (tests/test_nullspace.py).
