@@ -34,7 +34,7 @@ from cwac.constraints.subspace import capture
 from cwac.core.distributed import local, spread, whole
 from cwac.core.errors import UsageError, UserError
 from cwac.data.examples import Example
-from cwac.methods.base import Context, Method
+from cwac.methods.base import Context, Method, Rehearsal, Sizes
 from cwac.models.layers import base_layer, linears
 
 
@@ -101,6 +101,15 @@ class SaLoRA(Method):
             with torch.no_grad():
                 for name, module in adapted.items():
                     start_(module, safe[name][0], task[name][0])
+
+    def rehearse(self, model: nn.Module, sizes: Sizes) -> Rehearsal:
+        self._entries = []
+        for module in adapted_layers(model).values():
+            for layer in module.lora_B.values():
+                self._entries.append(
+                    (layer, torch.eye(len(layer.weight), self.safety_rank, device=layer.weight.device))
+                )
+        return Rehearsal(held={"U_C of the projectors": [U for _, U in self._entries]})
 
     def after_backward(self, model: nn.Module) -> None:
         for layer, U in self._entries:
