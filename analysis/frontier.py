@@ -4,8 +4,9 @@ python -m analysis.frontier --runs runs/nullspace_task --out results/nullspace_t
 
 A setting is a method with those of `KEYS`, its learning rate among them, in which the runs below --runs differ. Points
 are means over seeds with 95 % t-intervals; HS and OR are means over their sets. Runs on validation prompts
-(`eval.split`) are a plate of their own: there each method's setting with the least HS - FA + OR is marked, the objective
-of the searches (conf/tuning/equal.yaml), and it is the one to be trained at the seeds that are reported on test prompts.
+(`eval.split`) are a plate of their own: there each method's setting with the least HS - FA + OR is marked, the
+objective of the searches (conf/tuning/equal.yaml), and it is the one to be trained at the seeds that are reported on
+test prompts.
 """
 
 import argparse
