@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cwac.constraints.nullspace import BASES, energy_held, fit_free, gradient_moments, leading_free, second_moments
 from cwac.constraints.settings import Weight
@@ -17,6 +18,7 @@ from cwac.core import config
 from cwac.core.errors import UsageError, UserError
 from cwac.core.jsonl import read_jsonl
 from cwac.core.run_dir import Run
+from cwac.data.pools import load_pools
 from cwac.data.tokenize import Collator
 from cwac.evaluation.drift import merged_weight
 from cwac.methods import nullspace
@@ -29,7 +31,7 @@ from cwac.models.loading import load
 from cwac.training import engine
 from cwac.training.library import defend
 from tests.conftest import FINE_TUNE, fine_tune, make_llama, random_rows
-from tests.test_library import own_trainer, weights
+from tests.test_library import own_rows, own_trainer, weights
 from tests.test_methods import cell, leak, stop_at
 from train import run_cell
 
@@ -490,3 +492,49 @@ def test_folding_names_no_other_run():
     assert run_id(config.compose(["method=nullspace", "method.fold=true"])) == run_id(
         config.compose(["method=nullspace"])
     )
+
+
+def test_trls_trainer_trains_it(tmp_path, artifacts):
+    trl = pytest.importorskip("trl")
+    cfg = config.compose(["method=nullspace", *FINE_TUNE, f"paths.artifacts={artifacts}"])
+    source = load(cfg.model, artifacts).source
+    rows = [
+        {"prompt": e.messages, "completion": [{"role": "assistant", "content": e.response}]} for e in own_rows(cfg)
+    ]
+    args = trl.SFTConfig(
+        output_dir=str(tmp_path),
+        max_steps=3,
+        learning_rate=0.01,
+        max_length=64,
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        save_strategy="no",
+    )
+    trainer = trl.SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(source),
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(source),
+    )
+    method = NullSpace("nullspace")
+    defend(trainer, method, load_pools(cfg.pools, None, 0), artifacts=artifacts)
+    trainer.train()
+    assert change_along_anchors(trainer.model, method, AutoModelForCausalLM.from_pretrained(source)) <= 1e-6
+
+
+def test_vllm_serves_it_as_a_lora_module(tmp_path, artifacts):
+    vllm = pytest.importorskip("vllm")
+    from vllm.lora.request import LoRARequest
+
+    model, _, _ = trained(tmp_path, artifacts, "method.k=16")
+    model.save_pretrained(tmp_path / "adapter")
+    cfg = config.compose(["method=nullspace"])
+    server = vllm.LLM(load(cfg.model, artifacts).source, enable_lora=True, max_lora_rank=16, dtype="float32")
+    ids = [1, 5, 6, 7]
+    asked = vllm.SamplingParams(temperature=0, max_tokens=4)
+    served = server.generate(
+        {"prompt_token_ids": ids}, asked, lora_request=LoRARequest("n", 1, str(tmp_path / "adapter"))
+    )
+    ours = model.generate(torch.tensor([ids]), max_new_tokens=4, do_sample=False)
+    assert list(served[0].outputs[0].token_ids) == ours[0, len(ids) :].tolist()
