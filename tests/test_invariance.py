@@ -69,7 +69,7 @@ def final_weights(folder, per_device, accumulation, rank=0, world_size=1):
 QUICK = ("sft", "cwac", "cwac_closed", "lisa", "bea", "vaccine", "lora", "ragged", "soft", "refresh")
 """One method for each way to act on a step: on the weights after it, the activations in it, the rows, the embeddings.
 The others are in the slow tier: they act in the same ways, and a start of FSDP2 costs each a second and a half."""
-TESTED = [*METHODS, "ragged", "lora", "soft", "refresh"]
+TESTED = [*METHODS, "ragged", "lora", "soft", "refresh", "folded"]
 LAYOUTS = [pytest.param(m, marks=() if m in QUICK else pytest.mark.slow) for m in TESTED]
 
 
@@ -100,6 +100,7 @@ def cells(request, artifacts):
     cells["soft"] = config.compose(["method=cwac_closed", *overrides, *soft])
     refresh = ["method.weight.refresh_steps=1", "method.activation={space: logits, positions: 'response:4'}"]
     cells["refresh"] = config.compose(["method=cwac", *overrides, *refresh])
+    cells["folded"] = config.compose(["method=nullspace", *overrides, "method.k=null"])
     for cell in cells.values():
         OmegaConf.set_struct(cell, False)  # a layout adds keys
     return cells
