@@ -81,7 +81,7 @@ test: $(ENV) ## the default tests: CPU, offline, minutes
 test-slow: $(ENV) ## the slow tests too
 	$(SINGLE) $(PY) -m pytest -m "not gpu" $(PARALLEL) $(ARGS)
 
-bench: $(ENV) ## what things cost beside their rivals (15 minutes; ARGS="constraint sae": some of it)
+bench: $(ENV) ## what things cost beside their rivals (half an hour; ARGS="constraint sae": some of it)
 	$(SINGLE) $(PY) -m benchmarks $(ARGS)
 
 lint: $(ENV) ## ruff: rules and format

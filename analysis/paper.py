@@ -37,7 +37,9 @@ METHODS = {
     "vaccine": "Vaccine (added)",
     "booster": "Booster (added)",
     "replay": "replay (added)",
-    "weight_only_closed_prefill": "closed, prefilled anchors (ours)",  # last: a method's look is its place
+    "weight_only_closed_prefill": "closed, prefilled anchors (ours)",
+    "nullspace": "null-space adapter (ours)",
+    "nullspace_cwac": "null-space adapter, coupled (ours)",  # last: a method's look is its place
 }
 # As the paper's tables name them.
 PRINTED = {

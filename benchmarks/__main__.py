@@ -20,10 +20,11 @@ PARTS = {
     "prepared": {},
     "steps": {},
     "evaluation": {},
+    "nullspace": {"steps": 4},
     "engines": {},
     "methods": {"steps": 60},
 }
-"""Modules, and what they are given so that all of them end within 15 minutes on two cores."""
+"""Modules, and what they are given so that all of them end within half an hour on two cores."""
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -114,7 +114,7 @@ def trainers(cfg: DictConfig) -> list[MethodTrainer]:
     rows = Rows(loaded.tokenizer, examples, cfg.train.template, cfg.train.max_length)
     context.steps = total_steps(arguments, len(rows))
     models = [loaded.model, rival.model.to(device())]
-    method.setup(models[0], context)
+    models[0] = method.setup(models[0], context) or models[0]
     made = []
     for model, each in zip(models, [method, SameBatches("sft", recorded(method))], strict=True):
         trainer = build_trainer(model, each, rows, arguments, pad_token_id(loaded.tokenizer))

@@ -33,6 +33,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 
@@ -79,6 +80,9 @@ NANO = {
     "num_attention_heads": 2,
 }
 """Large enough that the libraries set up the scratch space of their threads."""
+
+
+flop_registry[torch.ops.aten.addmm_] = flop_registry[torch.ops.aten.addmm]  # torch counts it out of place alone
 
 
 @dataclass
@@ -209,8 +213,10 @@ def estimate(cfg: DictConfig, architecture: PretrainedConfig, row: Row) -> Estim
         model = fake_(build(cfg, architecture, "meta")).train()
         if args.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        with torch.no_grad():
+        # an adapter is made where the model is; torch cannot convert a module of fake tensors
+        with torch.no_grad(), mock.patch.object(nn.Module, "to", lambda module, *given, **more: module):
             own = method.estimate_memory(model, row.sizes)
+        model = own.model or model
         enter(ledger, cfg, args, model, own.tensors)
         with ledger:
             step(ledger, args, model, method if complete(method) else Method(method.name), row)
@@ -308,7 +314,7 @@ def random_run(
         raise UserError(f"method={method.name} has no estimate_memory, so only a training measures it")
     model = build(cfg, architecture, device()).train()
     with torch.no_grad():
-        method.estimate_memory(model, row.sizes)
+        model = method.estimate_memory(model, row.sizes).model or model
     ids = torch.randint(architecture.vocab_size, (steps * args.train_batch_size, row.tokens)).tolist()
     first = max(0, row.tokens - row.labels)
     return args, model, method, [{"input_ids": x, "labels": [-100] * first + x[first:]} for x in ids]

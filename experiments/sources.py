@@ -26,15 +26,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
-from torch import nn
 from tqdm import tqdm
 
 from analysis.stats import half_width
 from analysis.tables import markdown
-from cwac.constraints.subspace import Basis, capture
+from cwac.constraints.nullspace import energy_held as held
 from cwac.core import config
 from cwac.core.config import command
 from cwac.core.errors import UserError
@@ -42,25 +40,6 @@ from cwac.data.examples import Example
 from experiments.seeds import at_least_one, cells, write_provenance
 
 MIXED, ALL, HARMLESS = "mixed", "all", "harmless"
-
-
-@torch.no_grad()
-def held(model: nn.Module, rows: Sequence[dict], bases: dict[str, Basis], modules: dict[str, nn.Module]) -> float:
-    """Share of the squared norm of `rows`' inputs that V holds, first tokens left out; the least over the inputs.
-
-    rows: encoded prompts. modules: input name, as in `bases`, -> a matrix that reads it.
-    """
-    inside = dict.fromkeys(bases, 0.0)
-    total = dict(inside)
-    where = next(model.parameters()).device
-    V = {name: basis.V.to(where) for name, basis in bases.items()}
-
-    def visit(name: str, x: torch.Tensor, _first: torch.Tensor) -> None:
-        inside[name] += float((x.float() @ V[name]).double().square().sum())
-        total[name] += float(x.double().square().sum())
-
-    capture(model, rows, {name: modules[name] for name in bases}, visit)
-    return min(inside[name] / total[name] for name in bases)
 
 
 def kind_of(examples: Sequence[Example]) -> Callable[[Example], str]:

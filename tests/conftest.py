@@ -142,9 +142,9 @@ def fine_tune(cfg, folder: Path):
     examples = method.training_data(mixed, context, random.Random(f"method-{cfg.seed}"))
     rows = Rows(loaded.tokenizer, examples, cfg.train.template, cfg.train.max_length)
     context.steps = arguments.total_steps(args, len(rows))
-    method.setup(loaded.model, context)
+    model = method.setup(loaded.model, context) or loaded.model
     pad = pad_token_id(loaded.tokenizer)
-    model, _ = engine.train(cfg, args, run, loaded.model, method, rows, pad, lambda *point: None)
+    model, _ = engine.train(cfg, args, run, model, method, rows, pad, lambda *point: None)
     return model, method, context
 
 

@@ -26,6 +26,7 @@ from cwac.models.layers import decoder_layers, linears
 from cwac.models.loading import Loaded, add_lora, alignment_directions
 from tests import test_invariance
 from tests.conftest import make_llama, random_rows
+from tests.helpers import layouts
 from tests.helpers.layouts import close, final_weights
 from tests.helpers.training import aligned_folder, cell, stop_at, trained_weights
 from train import run_cell
@@ -203,14 +204,14 @@ def asft_of(lam):
 
 
 def two_ranks(rank, folder, port):
-    test_invariance.penalised = asft_of(0.5)
+    layouts.penalised = asft_of(0.5)
     test_invariance.two_ranks(rank, folder, {}, port)
 
 
 def test_asft_with_lambda_0_is_sft_bit_for_bit(tmp_path, monkeypatch):
     ends = []
     for i, build in enumerate((lambda model: Method("sft"), asft_of(0), asft_of(0.5))):
-        monkeypatch.setattr(test_invariance, "penalised", build)
+        monkeypatch.setattr(layouts, "penalised", build)
         ends.append(final_weights(tmp_path / str(i), 8, 1))
     sft, zero, asft = ends
     assert all(torch.equal(sft[n], zero[n]) for n in sft)
@@ -221,7 +222,7 @@ def test_asft_with_lambda_0_is_sft_bit_for_bit(tmp_path, monkeypatch):
 @pytest.mark.slow  # test_invariance.py has it among the others, and slow too
 def test_asft_does_not_depend_on_the_layout(tmp_path, monkeypatch):
     """1 x 8 == 8 x 1 == 2 ranks x 4: the term is added once per optimizer step, before clipping."""
-    monkeypatch.setattr(test_invariance, "penalised", asft_of(0.5))
+    monkeypatch.setattr(layouts, "penalised", asft_of(0.5))
     whole, split = final_weights(tmp_path / "a", 8, 1), final_weights(tmp_path / "b", 1, 8)
     assert close(whole, split) < 1e-5
     with socket.socket() as probe:
@@ -566,7 +567,7 @@ def test_safe_lora_cannot_project_more_matrices_than_there_are(pair):
     ("build", "message"),
     [
         (lambda: AsFT("asft", lam=-1), "method.lam=-1"),
-        (lambda: AsFT("asft", operator="c"), "method.operator=c is unknown; use one of official"),
+        (lambda: AsFT("asft", operator="c"), "method.operator=c is not valid; use one of official"),
         (lambda: AsFT("asft", rank=0), "method.rank=0"),
         (lambda: AsFT("asft", energy=0), "method.energy=0"),
         (lambda: AsFT("asft", modules="q_proj"), "method.modules=q_proj"),

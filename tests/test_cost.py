@@ -18,6 +18,7 @@ PARAMETERS = {
     "qwen": 7_615_616_512,
     "qwen_05b": 494_032_768,
     "smollm2": 134_515_008,
+    "qwen_coder_05b": 494_032_768,
 }
 """As the safetensors of each model's repository on the hub count them."""
 SMALL = "model.shape={model_type: llama, vocab_size: 4096, hidden_size: 512, intermediate_size: 1536}"

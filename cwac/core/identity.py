@@ -21,6 +21,7 @@ IDENTITY = ("model task pools harmful_ratio mix_mode poison poison_choice poison
 
 NOT_IDENTITY = {
     "_target_",
+    "method.fold",
     "train.logging_steps",
     "train.save_steps",
     "train.save_total_limit",

@@ -114,11 +114,6 @@ def validate_model(cfg: DictConfig) -> None:
             f"model.dtype={cfg.model.dtype} rounds a projected update away; method={cfg.method.name} needs fp32 "
             "masters: use model.dtype=float32 with train.bf16=true, or train an adapter, which is fp32 (model.lora)"
         )
-    if OmegaConf.select(cfg, "model.load_in_4bit") and not lora:
-        raise UsageError(
-            "model.load_in_4bit=true holds weights that cannot be trained; train an adapter on them, e.g. "
-            "model.lora='{r: 8, alpha: 16, target_modules: all-linear}' (QLoRA), or use model.load_in_4bit=false"
-        )
 
 
 def validate_evaluation(cfg: DictConfig) -> None:

@@ -47,6 +47,8 @@ class MemoryEstimate:
 
     tensors: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     """Tensors that stay in memory through the training, by what they are."""
+    model: nn.Module | None = None
+    """What trains, where that is not the model itself; as `setup` returns it."""
     setup_bytes: dict[str, float] = field(default_factory=dict)
     """Bytes that `setup` needs for a time, beside the model; its parts are not needed at once."""
 
@@ -65,6 +67,9 @@ class Method:
     needs_base_weights: ClassVar[bool] = False
     """True where W itself is read or edited, not only what passes through it; such a method refuses a 4-bit base."""
 
+    brings_adapter: ClassVar[bool] = False
+    """True where `setup` puts an adapter around the model: then the base may be held in 4 bits without model.lora."""
+
     def extra_data(self) -> dict[str, int]:
         """How much it saw of what SFT does not see, by the names of EXTRA_DATA; asked after `setup`."""
         return {}
@@ -76,8 +81,11 @@ class Method:
         """
         return train
 
-    def setup(self, model: nn.Module, context: Context) -> None:
-        """Called once on the unwrapped aligned model, before the optimizer exists: freeze, load or build artifacts."""
+    def setup(self, model: nn.Module, context: Context) -> nn.Module | None:
+        """Called once on the unwrapped aligned model, before the optimizer exists: freeze, load or build artifacts.
+
+        Returns what trains from here on, such as the model behind an adapter; None for the model itself.
+        """
 
     def estimate_memory(self, model: nn.Module, sizes: Sizes) -> MemoryEstimate:
         """What the method keeps in memory; sets it up with stand-ins of the right shapes, without data.

@@ -35,7 +35,7 @@ from cwac.core.checks import check_whole
 from cwac.core.distributed import local, spread, whole
 from cwac.core.errors import UsageError, UserError
 from cwac.data.examples import Example
-from cwac.methods.base import Context, Method
+from cwac.methods.base import Context, MemoryEstimate, Method, Sizes
 from cwac.models.layers import base_layer, linears
 
 
@@ -95,6 +95,15 @@ class SaLoRA(Method):
             with torch.no_grad():
                 for name, module in adapted.items():
                     start_(module, safe[name][0], task[name][0])
+
+    def estimate_memory(self, model: nn.Module, sizes: Sizes) -> MemoryEstimate:
+        self._entries = []
+        for module in adapted_layers(model).values():
+            for layer in module.lora_B.values():
+                self._entries.append(
+                    (layer, torch.eye(len(layer.weight), self.safety_rank, device=layer.weight.device))
+                )
+        return MemoryEstimate(tensors={"U_C of the projectors": [U for _, U in self._entries]})
 
     def after_backward(self, model: nn.Module) -> None:
         for layer, U in self._entries:

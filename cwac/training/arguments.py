@@ -90,6 +90,11 @@ def check_precision(cfg: DictConfig, args: TrainingArguments, method: Method) ->
             f"model.load_in_4bit=true: method={method.name} reads or edits the base's weights, which 4 bits do not "
             "hold; use model.load_in_4bit=false"
         )
+    if quantised and not (cfg.model.get("lora") or method.brings_adapter):
+        raise UsageError(
+            "model.load_in_4bit=true holds weights that cannot be trained; train an adapter on them, e.g. "
+            "model.lora='{r: 8, alpha: 16, target_modules: all-linear}' (QLoRA), or use model.load_in_4bit=false"
+        )
     key = "model.load_in_4bit=true" if quantised else f"train.optim={args.optim.value}"
     needed = quantised or re.search("^paged|bnb|^adamw_8bit|^lion|^ademamix", args.optim.value)
     if needed and importlib.util.find_spec("bitsandbytes") is None:

@@ -8,7 +8,9 @@ trainer.train()
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, Trainer, set_seed
@@ -26,8 +28,17 @@ from cwac.training.arguments import refuse_deepspeed, total_steps
 from cwac.training.engine import MethodTrainer, attach
 
 
+@dataclass(frozen=True)
 class EncodedRow(Example):
     """The place of one of the user's rows, which is token ids already, among a method's training rows."""
+
+    given: Any = field(default=None, compare=False, repr=False)
+    """The dataset it stands in."""
+
+    @property
+    def encoded(self) -> dict:
+        """The row itself, `input_ids` and perhaps `labels`, for a method that reads tokens."""
+        return self.given[int(self.id)]
 
     @property
     def messages(self) -> Messages:
@@ -125,7 +136,7 @@ def defend(
     sized = hasattr(dataset, "__len__")
     if not sized and args.max_steps <= 0:
         raise UsageError("a dataset without a length needs max_steps in the trainer's arguments")
-    rows = [EncodedRow(str(i), "") for i in range(len(dataset) if sized else 0)]
+    rows = [EncodedRow(str(i), "", given=dataset) for i in range(len(dataset) if sized else 0)]
     mixed = method.training_data(rows, context, random.Random(f"method-{args.seed}"))
     swaps = type(method).batch is not Method.batch
     if mixed != rows and not sized:
@@ -135,6 +146,6 @@ def defend(
     if mixed != rows:
         trainer.train_dataset = Mixed(dataset, mixed, context)
     context.steps = total_steps(args, len(trainer.train_dataset) if sized else 0)
-    method.setup(model, context)
+    trainer.model = trainer.model_wrapped = method.setup(model, context) or model
     set_seed(args.seed)  # whether an artifact was built on the way or found must not move what training draws
     return attach(trainer, method)

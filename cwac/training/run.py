@@ -63,7 +63,7 @@ class Cell:
     """Words in front of every row of the poison."""
     evaluator: Evaluator = field(init=False)
     model: nn.Module = field(init=False)
-    """Trained, with whole parameters; set by `train` on rank 0."""
+    """What trains, once the method is set up; after `train` with whole parameters, on rank 0 alone."""
     cost: dict = field(init=False)
     """Where the training ended (`step`, `epoch`) and what it took (`seconds_per_step`, `memory`)."""
     guard: bool | None = None
@@ -146,7 +146,8 @@ def set_up(cell: Cell) -> None:
     start(cell)
     if 0 in cell.cfg.eval.at and cell.run.leads:
         cell.evaluator(0, 0.0)
-    cell.method.setup(cell.context.loaded.model, cell.context)
+    model = cell.context.loaded.model
+    cell.model = cell.evaluator.model = cell.method.setup(model, cell.context) or model
     distributed.wait()
 
 
@@ -162,7 +163,7 @@ def train(cell: Cell, track: Callable[[dict], None]) -> None:
         cell.cfg,
         cell.arguments,
         cell.run,
-        loaded.model,
+        cell.model,
         cell.method,
         cell.rows,
         pad_token_id(loaded.tokenizer),
@@ -200,6 +201,8 @@ def record(cell: Cell) -> None:
     """Step 5: keep the weights where they are asked for, and mark the run done."""
     model, run = cell.model, cell.run
     if cell.cfg.keep_weights:
+        if hasattr(model, "peft_config"):
+            model.save_pretrained(run.dir / "adapter")
         merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
         merged.save_pretrained(run.dir / "model")
         cell.context.tokenizer.save_pretrained(run.dir / "model")

@@ -1,0 +1,59 @@
+"""FA against HS by setting, from planted runs."""
+
+import pytest
+from omegaconf import OmegaConf
+
+from analysis import frontier
+from analysis.collect import cell_from, collect
+from cwac.core import config
+from tests.test_analysis import row, write_run
+
+
+def plant(runs, method, values, *more, split="validation", first=3):
+    """One run a seed with its FA and HS."""
+    for seed, (fa, hs) in enumerate(values, first):
+        cfg = config.compose([f"method={method}", f"seed={seed}", f"eval.split={split}", *more])
+        cell = cell_from(cfg)
+        rows = [row(cell, "FA", fa, eval=cell.eval), row(cell, "OR", 0.0, eval=cell.eval, judge="keyword")]
+        for name, value in (("a", hs), ("b", hs + 10), ("a+prefill", 99.0)):
+            rows.append(row(cell, "HS", value, set=name, eval=cell.eval, judge="keyword"))
+        OmegaConf.save(cfg, write_run(runs, cell, rows) / "config.yaml")
+
+
+@pytest.fixture
+def planted(tmp_path):
+    runs = tmp_path / "runs"
+    plant(runs, "nullspace", [(80, 0), (90, 0)], "train.learning_rate=1e-4")
+    plant(runs, "nullspace", [(90, 0), (92, 2)], "train.learning_rate=2e-4")
+    plant(runs, "nullspace", [(95, 30), (95, 30)], "train.learning_rate=4e-4")
+    plant(runs, "sft", [(95, 80), (95, 80)], "train.learning_rate=1e-4")
+    plant(runs, "nullspace", [(88, 1)], "train.learning_rate=2e-4", split="test", first=0)
+    return runs
+
+
+def test_a_setting_is_its_varied_keys_and_validation_chooses_one_a_method(planted):
+    table = frontier.points(collect(planted), planted)
+    assert len(table) == 5
+    chosen = table[table["chosen"]].set_index("method")
+    assert (
+        list(chosen["setting"]) == ["rate 0.0002", "rate 0.0001"]
+        and not table[table["split"] == "test"]["chosen"].any()
+    )
+    point = chosen.loc["nullspace"]
+    assert (point["n"], point["FA"], point["HS"]) == (2, 91, 6)  # HS over sets, prefilled ones left out
+    assert point["objective"] == -85 and point["FA_half"] > 0
+
+
+def test_the_command_writes_table_figure_and_provenance(planted, tmp_path, capsys):
+    out = tmp_path / "results"
+    assert frontier.main(["--runs", str(planted), "--out", str(out)]) == 0
+    text = (out / "table.md").read_text()
+    assert "validation prompts" in text and "test prompts" in text and "rate 0.0002 (chosen)" in text
+    assert {p.name for p in out.iterdir()} >= {"frontier.csv", "frontier.png", "results.csv", "provenance.json"}
+    assert str(out / "frontier.png") in capsys.readouterr().out
+
+
+def test_a_folder_without_runs_is_one_line(tmp_path, capsys):
+    assert frontier.main(["--runs", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "no finished run" in error
