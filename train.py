@@ -29,7 +29,7 @@ from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
 from cwac.core import distributed, failures, hf_hub, renamed  # noqa: E402
-from cwac.core.config import expand  # noqa: E402
+from cwac.core.config import expand, settle  # noqa: E402
 from cwac.core.environment import redact  # noqa: E402
 from cwac.core.errors import UsageError, UserError  # noqa: E402
 from cwac.core.identity import run_id  # noqa: E402
@@ -111,7 +111,7 @@ def cell(cfg: DictConfig) -> float | None:
                 "official values are used, and its rows say so",
                 *(cfg.model.name, cfg.method.name) * 2,
             )
-        value = run_cell(renamed.update(cfg))
+        value = run_cell(settle(renamed.update(cfg)))
         return math.inf if value is None else value
     except Exception as error:
         error = storage_error(error) or error

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from analysis.paper import PROPORTIONS
 from analysis.paper import VERDICTS as VERDICT_METRICS
-from cwac.core.config import expand
+from cwac.core.config import DIGITS, expand
 from cwac.core.errors import UserError
 from cwac.core.identity import eval_id, run_id
 from cwac.core.jsonl import from_line
@@ -299,7 +299,7 @@ def read_exported(folder: Path | str) -> Collection:
     folder = Path(folder)
     remedy = "Remedy: a folder written by python -m analysis.demo, such as results/demo."
     try:
-        frame = pd.read_csv(folder / "results.csv", low_memory=False)
+        frame = read_csv(folder / "results.csv")
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} holds no readable results.csv. {remedy}") from error
     if absent := [c for c in COLUMNS if c not in (*frame.columns, *LATER)]:
@@ -319,11 +319,26 @@ def read_exported(folder: Path | str) -> Collection:
     return collection
 
 
+NUMBERS = ("harmful_ratio", "epoch", "step", "value", "n", "stderr", "time", "learning_rate")
+"""Columns of numbers; all others but `seed` and `final` are text, whatever they look like: an evaluation's id may be
+all digits, or digits around one `e`."""
+
+
+def read_csv(path: Path) -> pd.DataFrame:
+    """A table of metric rows as `to_csv` wrote it: numbers in the columns `NUMBERS`, text everywhere else."""
+    frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+    for column in frame.columns.intersection([*NUMBERS, "seed"]):
+        frame[column] = pd.to_numeric(frame[column], errors="coerce")
+    return frame.mask(frame == "")
+
+
 def tidy(records: list[dict]) -> tuple[pd.DataFrame, int]:
     """Rows as a frame with `COLUMNS` and their types, without duplicates; and how many duplicates there were."""
     frame = pd.DataFrame.from_records(records).reindex(columns=COLUMNS)
-    for column in ("harmful_ratio", "epoch", "step", "value", "n", "stderr", "learning_rate"):
+    for column in NUMBERS:
         frame[column] = pd.to_numeric(frame[column], errors="coerce")
+    # a sum of steps is not exact: 0.30000000000000004 is the cell 0.3
+    frame["harmful_ratio"] = frame["harmful_ratio"].round(DIGITS)
     frame["seed"] = pd.to_numeric(frame["seed"], errors="coerce").astype("Int64")
     frame["final"] = frame["final"].map(lambda flag: str(flag).lower() == "true").astype(bool)
     for column in ("set", "judge", "eval", "model", "method", "task", "metric"):

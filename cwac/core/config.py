@@ -67,13 +67,39 @@ def instantiate(node: DictConfig) -> Any:
         raise
 
 
+DIGITS = 12
+"""Significant digits of a number in a configuration: `range(0.1,0.41,0.1)` gives 0.30000000000000004, which is 0.3."""
+
+
+def settle(cfg: DictConfig) -> DictConfig:
+    """A composed configuration, in place, with what every entrance to the project has to make of it.
+
+    Numbers that differ by the rounding of a sum are one number, so that no two runs stand for one cell.
+    """
+
+    def rounded(node: Any) -> Any:
+        if OmegaConf.is_config(node):
+            for key in list(node) if OmegaConf.is_dict(node) else range(len(node)):
+                if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
+                    continue
+                value = node[key]
+                if isinstance(value, float) and (found := rounded(value)) != value:
+                    node[key] = found
+                elif OmegaConf.is_config(value):
+                    rounded(value)
+            return node
+        return float(f"{node:.{DIGITS}g}")
+
+    return rounded(cfg)
+
+
 def compose(overrides: list[str] | None = None) -> DictConfig:
     """One composed cell, as `python train.py <overrides>` would see it."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return renamed.update(hydra_compose("config", overrides=renamed.rewrite(overrides or [])))
+        return settle(renamed.update(hydra_compose("config", overrides=renamed.rewrite(overrides or []))))
 
 
 def grid(experiment: str | None, overrides: list[str] | None = None) -> list[list[str]]:
@@ -106,4 +132,4 @@ def expand(experiment: str | None, overrides: list[str] | None = None) -> list[D
 
     cells = grid(experiment, overrides)
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return [renamed.update(hydra_compose("config", overrides=cell)) for cell in cells]
+        return [settle(renamed.update(hydra_compose("config", overrides=cell))) for cell in cells]

@@ -31,7 +31,7 @@ from cwac.core.distributed import process_rank
 from cwac.core.environment import Redacting, environment, redact
 from cwac.core.errors import UserError
 from cwac.core.files import write_atomic
-from cwac.core.identity import eval_id, run_id
+from cwac.core.identity import eval_id, flatten, run_id
 from cwac.core.jsonl import append_jsonl, iter_jsonl, read_jsonl, repair
 
 log = logging.getLogger(__name__)
@@ -150,7 +150,10 @@ class Run:
         logging.getLogger().addHandler(self._handler)
         if not self.trained():
             write_atomic(self.dir / "config.yaml", redact(OmegaConf.to_yaml(self.cfg, resolve=True)))
-            write_atomic(self.dir / "env.json", redact(json.dumps({**environment(), "model": model}, indent=1)))
+            settings = flatten(OmegaConf.to_container(self.cfg, resolve=True))
+            targets = [value for key, value in settings.items() if key.endswith("._target_")]
+            made = {**environment(targets), "model": model}
+            write_atomic(self.dir / "env.json", redact(json.dumps(made, indent=1)))
             self.write_status("running", started=time.time(), pid=os.getpid())
         repair(self.dir / "metrics.jsonl")
         repair(self.dir / "train_log.jsonl")
