@@ -237,7 +237,47 @@ def collect(runs: Path | str, expected: Iterable[Cell] | None = None) -> Collect
             collection.unfinished[folder.name] = "done, but without a readable metric row"
     collection.rows, collection.duplicates = tidy(records)
     collection.verdicts = read_verdicts(runs, collection.rows)
+    collection.notes += mixed_data({name: data_sets(runs / name) for name in collection.runs})
     return collection
+
+
+def data_sets(folder: Path) -> dict[str, str]:
+    """The data sets a run read -> a hash of their rows, as `data.json` has them; {} where it has none."""
+    try:
+        read = json.loads((folder / "data.json").read_text(encoding="utf-8"))["datasets"]
+        return {name: entry["sha256"] for name, entry in read.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def mixed_data(read: dict[str, dict[str, str]]) -> list[str]:
+    """What a reader must know where runs read different rows under one data set's name, one line each.
+
+    read: run id -> data set -> hash of its rows. Raises UserError where seeds of one cell did: their mean would be of
+    no experiment.
+    """
+    lines = []
+    for name in sorted({name for sets in read.values() for name in sets}):
+        versions: dict[str, list[str]] = {}
+        for run, sets in read.items():
+            if name in sets:
+                versions.setdefault(sets[name], []).append(run)
+        if len(versions) < 2:
+            continue
+        cells: dict[str, dict[str, str]] = {}
+        for version, ids in versions.items():
+            for run in ids:
+                cells.setdefault(re.sub(r"-s\d+-[^-]+$", "", run), {}).setdefault(version, run)
+        for several in (runs for runs in cells.values() if len(runs) > 1):
+            raise UserError(
+                f"{name} had other rows when these were trained: {', '.join(several.values())}. They are no seeds of "
+                "one experiment. Remedy: train the older ones again with force=true, or keep them in folders of their "
+                "own (paths.runs)."
+            )
+        lines.append(
+            f"{name}: {len(versions)} versions of its rows, first in {' and '.join(v[0] for v in versions.values())}"
+        )
+    return lines
 
 
 def learning_rate(folder: Path) -> float:

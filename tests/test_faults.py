@@ -573,7 +573,7 @@ def test_no_secret_reaches_a_run_or_the_output(random_model, tmp_path, capfd, mo
 
     monkeypatch.setattr("cwac.methods.base.Method.setup", leaky)
     other = "hf_" + "Another1" * 4
-    assert call(*command(random_model, tmp_path, f"+model.note={other}")) == 0
+    assert call(*command(random_model, tmp_path, f"model.license={other}")) == 0
     for path in tmp_path.rglob("*"):
         if path.is_file():
             content = path.read_bytes()

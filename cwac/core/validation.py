@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from cwac.core.checks import require_number
 from cwac.core.distributed import world_size
 from cwac.core.errors import UsageError
+from cwac.core.keys import check_keys, did_you_mean, near
 from cwac.core.metrics import OBJECTIVE
 
 # key: (lowest, highest, whole number?); None means no bound
@@ -65,7 +66,8 @@ REQUIRED = (
 
 
 def validate(cfg: DictConfig) -> None:
-    """Check ranges and choices before anything is loaded or written; raises UsageError naming the key."""
+    """Check keys, ranges and choices before anything is loaded or written; raises UsageError naming the key."""
+    check_keys(cfg)
     validate_values(cfg)
     validate_model(cfg)
     validate_evaluation(cfg)
@@ -84,7 +86,9 @@ def validate_values(cfg: DictConfig) -> None:
     for key, options in CHOICES.items():
         value = OmegaConf.select(cfg, key)
         if value is not None and value not in options:
-            raise UsageError(f"{key}={value} is unknown; use one of {', '.join(options)}")
+            raise UsageError(
+                f"{key}={value} is unknown; use one of {', '.join(options)}{did_you_mean(near(value, options))}"
+            )
     for name, size in (cfg.pools.get("sizes") or {}).items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise UsageError(f"pools.sizes.{name}={size} is not a whole number of at least 1")

