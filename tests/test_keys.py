@@ -10,8 +10,10 @@ from cwac.core.errors import UsageError
 from cwac.core.keys import OPTIONAL, check_keys, known, options, unread
 from cwac.core.paths import CONF
 from cwac.core.validation import validate
+from cwac.models.loading import load
 from tests.conftest import call
 
+LORA = "model.lora={{r: 2, alpha: 4, target_modules: all-linear, {}}}"
 REFUSED = {
     "an appended root key": (["+harmfull_ratio=0.1"], "harmfull_ratio=0.1 is read by nothing", "harmful_ratio?"),
     "an appended seed": (["+seeed=3"], "seeed=3 is read by nothing", "seed?"),
@@ -30,6 +32,14 @@ REFUSED = {
     "a judge as a value": (["eval.judge=gpt4"], "choose one of the options with eval/judge=", "keyword"),
     "a value for a group": (["pools.sizes=3"], "pools.sizes is a group of keys", "poison"),
     "a metric as an objective": (["objective=HS"], "objective is a group of keys", ""),
+    "another name of dropout": ([LORA.format("lora_dropout: 0.5")], "model.lora.lora_dropout is not read", "dropout?"),
+    "another scaling": ([LORA.format("use_rslora: true")], "model.lora.use_rslora is not read", ""),
+    "modules beside": ([LORA.format("modules_to_save: [lm_head]")], "model.lora.modules_to_save is not read", ""),
+    "a rank for each": ([LORA.format("rank_pattern: {q_proj: 2}")], "model.lora.rank_pattern is not read", ""),
+    "a bias": ([LORA.format("bias: all")], "model.lora.bias is not read", ""),
+    "another adapter": ([LORA.format("use_dora: true")], "model.lora.use_dora is not read", ""),
+    "no share": ([LORA.format("dropout: 1.5")], "model.lora.dropout=1.5 is not valid", ""),
+    "a module as a word": (["model.lora={r: 2, alpha: 4, target_modules: q_proj}"], "target_modules=q_proj", "list"),
     "a choice": (["mix_mode=additiv"], "mix_mode=additiv is unknown", "did you mean additive?"),
 }
 
@@ -115,3 +125,14 @@ def test_help_says_what_it_is_for_and_what_people_want_first(capfd):
     for key in ("harmful_ratio=", "seed=", "method=", "model.lora=", "+model.path=", "paths.data=", "force=true"):
         assert key in keys, key
     assert "weight_only_closed" in groups and len(printed.splitlines()) < 60
+
+
+@pytest.mark.parametrize("targets", ["[q_proj,v_porj]", "[nope]", "[down_proj,gate]"])
+def test_a_misspelt_module_beside_a_valid_one_is_refused(targets, random_model):
+    cfg = compose(["model.kind=folder", f"+model.path={random_model}"])
+    cfg.model.lora = compose([f"model.lora={{r: 2, alpha: 4, target_modules: {targets}}}"]).model.lora
+    with pytest.raises(UsageError, match="the model has no (v_porj|nope|gate); it has .*q_proj"):
+        load(cfg.model, random_model.parent)
+    cfg.model.lora.target_modules = ["q_proj", "mlp.down_proj"]
+    adapted = [n for n, _ in load(cfg.model, random_model.parent).model.named_modules() if n.endswith("lora_A")]
+    assert len(adapted) == 4 and {n.split(".")[-2] for n in adapted} == {"q_proj", "down_proj"}

@@ -43,7 +43,6 @@ LAYOUT = ("train.fsdp", "train.ddp_")
 NEUTRAL: dict[str, Any] = {
     "model.lora": None,
     "model.lora.dropout": 0.0,
-    "model.lora.use_rslora": False,
     "model.load_in_4bit": False,
     "train.max_steps": -1,
     "method.weight.unconstrained": [],

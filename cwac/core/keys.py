@@ -37,14 +37,9 @@ OPTIONAL = (
 """Keys that code reads although not every yaml has them."""
 
 CHECKED = (
-    "method",
-    "train",
-    "eval.judge",
-    "eval.vllm.options",
-    "model.lora",
-    "model.shape",
-    "task.aliases",
-    "objective",
+    *("method", "train", "objective", "eval.judge", "eval.vllm.options"),
+    *("model.lora", "model.shape", "task.aliases"),
+    *("variant", "picks", "search"),  # what presets make their values of
 )
 """Keys below these go to a class or a function that refuses what it does not know, or to another library whole."""
 

@@ -57,6 +57,9 @@ CHOICES = {
     "task.scorer": ("label", "number", "open"),
 }
 
+LORA_KEYS = ("r", "alpha", "dropout", "target_modules")
+"""What `model.lora` may hold; other kinds of adapters (`use_dora`, ...) are not trained here."""
+
 REQUIRED = (
     "harmful_ratio seed mix_mode poison poison_choice train.learning_rate train.max_length train.template "
     "task.n_train task.n_test train.per_device_train_batch_size train.gradient_accumulation_steps eval.judge "
@@ -103,6 +106,18 @@ def validate_model(cfg: DictConfig) -> None:
         if not isinstance(r, int) or r < 1 or not isinstance(alpha, int | float) or not lora.get("target_modules"):
             example = "'{r: 8, alpha: 16, target_modules: all-linear}'"
             raise UsageError(f"model.lora={lora} is not valid; give e.g. model.lora={example}")
+        if unread := sorted(set(lora) - set(LORA_KEYS)):
+            raise UsageError(
+                f"model.lora.{unread[0]} is not read, so the run would be one without it; the adapter is LoRA with "
+                f"{', '.join(LORA_KEYS)}: leave {unread[0]} out{did_you_mean(near(unread[0], LORA_KEYS))}"
+            )
+        dropout, targets = lora.get("dropout", 0.0), lora.target_modules
+        if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+            raise UsageError(f"model.lora.dropout={dropout} is not valid; give a share in [0, 1)")
+        if isinstance(targets, str) and targets != "all-linear":
+            raise UsageError(
+                f"model.lora.target_modules={targets} is not valid; give all-linear, or a list such as [q_proj,v_proj]"
+            )
     if cfg.model.kind == "folder" and not (cfg.model.get("path") and Path(cfg.model.path).is_dir()):
         raise UsageError(
             f"model.path={cfg.model.get('path')} is not a folder; give +model.path=<a saved model's folder>"

@@ -242,7 +242,7 @@ class Evaluator:
                 "activation_drift": sum(map(sum, drift)) / sum(map(len, drift)),
             }
             if protected:
-                excess = {n: v["leak"] - v["bound"] for n, v in leaks.items() if "bound" in v}
+                excess = {n: v["leak"] - v["bound"] - v.get("rounding", 0.0) for n, v in leaks.items() if "bound" in v}
                 values["weight_leak_excess"] = max(excess.values(), default=0.0)
                 if values["weight_leak_excess"] > GUARD_SLACK:
                     guard, worst = False, max(excess, key=excess.get)

@@ -8,6 +8,7 @@ trainer.train()
 from __future__ import annotations
 
 import json
+import logging
 import random
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from cwac.models.context import Context, make_context
 from cwac.models.loading import Loaded, weights_hash
 from cwac.training.arguments import refuse_deepspeed, total_steps
 from cwac.training.engine import MethodTrainer, attach
+
+log = logging.getLogger(__name__)
 
 
 class EncodedRow(Example):
@@ -152,5 +155,12 @@ def defend(
         trainer.train_dataset = Mixed(dataset, mixed, context)
     context.steps = total_steps(args, len(trainer.train_dataset) if sized else 0)
     method.setup(model, context)
+    asked = [{"role": "user", "content": "prompt"}]
+    if method.prompt(asked) != asked:
+        log.warning(
+            "method=%s changes the prompts that are served: pass every one through method.prompt(messages), or what "
+            "it trains will not show",
+            method.name,
+        )
     set_seed(args.seed)  # whether an artifact was built on the way or found must not move what training draws
     return attach(trainer, method)
