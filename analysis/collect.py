@@ -242,18 +242,25 @@ def collect(runs: Path | str, expected: Iterable[Cell] | None = None) -> Collect
 
 
 def data_sets(folder: Path) -> dict[str, str]:
-    """The data sets a run read -> a hash of their rows, as `data.json` has them; {} where it has none."""
-    try:
-        read = json.loads((folder / "data.json").read_text(encoding="utf-8"))["datasets"]
-        return {name: entry["sha256"] for name, entry in read.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
+    """What a run was made of that may be another thing under the same name later: a data set -> a hash of its rows, a
+    model of the hub -> its commit; {} where the run's folder does not tell."""
+    found = {}
+    for file, key in (("data.json", "datasets"), ("env.json", "model")):
+        try:
+            content = json.loads((folder / file).read_text(encoding="utf-8"))[key]
+            if key == "datasets":
+                found |= {name: entry["sha256"] for name, entry in content.items()}
+            elif content["hub_id"] and content["revision"]:
+                found[f"{content['hub_id']} (model)"] = content["revision"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+    return found
 
 
 def mixed_data(read: dict[str, dict[str, str]]) -> list[str]:
-    """What a reader must know where runs read different rows under one data set's name, one line each.
+    """What a reader must know where runs read different things under one name, one line each.
 
-    read: run id -> data set -> hash of its rows. Raises UserError where seeds of one cell did: their mean would be of
+    read: run id -> as `data_sets` gives it. Raises UserError where seeds of one cell did: their mean would be of
     no experiment.
     """
     lines = []
@@ -270,8 +277,8 @@ def mixed_data(read: dict[str, dict[str, str]]) -> list[str]:
                 cells.setdefault(re.sub(r"-s\d+-[^-]+$", "", run), {}).setdefault(version, run)
         for several in (runs for runs in cells.values() if len(runs) > 1):
             raise UserError(
-                f"{name} had other rows when these were trained: {', '.join(several.values())}. They are no seeds of "
-                "one experiment. Remedy: train the older ones again with force=true, or keep them in folders of their "
+                f"{name} was another one for each of these: {', '.join(several.values())}. They are no seeds of one "
+                "experiment. Remedy: train the older ones again with force=true, or keep them in folders of their "
                 "own (paths.runs)."
             )
         lines.append(

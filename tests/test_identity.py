@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from analysis.collect import COLUMNS, collect, read_frozen
+from analysis.collect import COLUMNS, collect, read_exported
 from cwac.core import environment
 from cwac.core.config import compose, expand
 from cwac.core.identity import eval_id, run_id
@@ -29,14 +29,14 @@ def test_a_frozen_campaign_gives_back_every_id_as_it_was(tmp_path):
         write_run(tmp_path / "runs", cell, rows)
     first = collect(tmp_path / "runs").rows
     first.to_csv(tmp_path / "results.csv", index=False)
-    again = read_frozen(tmp_path).rows
+    again = read_exported(tmp_path).rows
     pd.testing.assert_frame_equal(again, first)
     assert sorted(again["eval"]) == sorted(r["eval"] or "" for r in written) and again["value"].dtype == float
     assert set(again.loc[again["metric"] == "FA", "set"]) == {*NUMERALS}
 
 
 def test_the_campaign_whose_evaluation_is_all_digits_is_read_whole():
-    rows = read_frozen(ROOT / "results" / "smollm2_large").rows
+    rows = read_exported(ROOT / "results" / "smollm2_large").rows
     assert set(rows["eval"]) == {"541274", ""} and list(rows.columns) == COLUMNS
 
 

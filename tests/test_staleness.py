@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from analysis.collect import collect
+from analysis import records, restore
+from analysis.collect import collect, data_sets
 from cwac.core import identity
 from cwac.core.config import compose
 from cwac.core.errors import UserError
@@ -135,6 +136,25 @@ def test_a_table_does_not_average_seeds_of_different_data(tmp_path):
         collect(tmp_path)
     shutil.rmtree(folder)
     assert collect(tmp_path).account() == []
+
+
+def test_a_table_does_not_average_seeds_of_different_commits(tmp_path):
+    for seed in (0, 1):
+        folder = write_run(tmp_path, cell_of("sft", 0.1, seed), [row(cell_of("sft", 0.1, seed), "FA", 50.0)])
+        (folder / "env.json").write_text(json.dumps({"model": {"hub_id": "me/model", "revision": f"c{seed}"}}))
+    with pytest.raises(UserError, match=r"me/model \(model\) was another one"):
+        collect(tmp_path)
+
+
+def test_what_a_run_read_survives_a_freeze(tmp_path):
+    folder = write_run(tmp_path, cell_of("sft", 0.1, 0), [])
+    read = {"org/set (default, train)": {"sha256": "aaa", "rows": 9}}
+    (folder / "data.json").write_text(json.dumps({"datasets": read}))
+    records.export(records.read_all(tmp_path, [folder.name]), tmp_path / records.NAME)
+    again = tmp_path / "thawed"
+    again.mkdir()
+    restore.write_record(records.read_exported(tmp_path / records.NAME)[folder.name], again)
+    assert data_sets(again) == {"org/set (default, train)": "aaa"}
 
 
 def test_a_table_names_methods_of_different_data(tmp_path):
