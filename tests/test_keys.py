@@ -40,6 +40,10 @@ REFUSED = {
     "another adapter": ([LORA.format("use_dora: true")], "model.lora.use_dora is not read", ""),
     "no share": ([LORA.format("dropout: 1.5")], "model.lora.dropout=1.5 is not valid", ""),
     "a module as a word": (["model.lora={r: 2, alpha: 4, target_modules: q_proj}"], "target_modules=q_proj", "list"),
+    "toy pools' key": (["pools=real", "+pools.poison_categories=[theft]"], "pools.poison_categories is of the", ""),
+    "toy pools' sizes": (["pools=real", "+pools.sizes={poison: 3}"], "pools.sizes is of the embedded world's", ""),
+    "a label's alias": (["+task.aliases={positiv: {strict: [good]}}"], "task.aliases.positiv=", "other names"),
+    "an alias's kind": (["+task.aliases={positive: {stict: [good]}}"], "task.aliases.positive=", "other names"),
     "a choice": (["mix_mode=additiv"], "mix_mode=additiv is unknown", "did you mean additive?"),
 }
 
@@ -109,6 +113,12 @@ def test_the_autoencoders_keys_are_those_of_its_class():
     theirs = {f"model.sae.{f.name}" for f in dataclasses.fields(SAEConfig)}
     ours = {key for key in {*known(), *OPTIONAL} if key.startswith("model.sae.")}
     assert ours == theirs
+
+
+@pytest.mark.parametrize("half", ["weight", "activation"])
+def test_a_word_in_place_of_a_methods_settings_is_refused(half):
+    with pytest.raises(UsageError, match=f"method.{half}=foo is not valid; give keys below method.{half}, or null"):
+        instantiate(compose(["method=cwac", f"method.{half}=foo"]).method)
 
 
 @pytest.mark.parametrize("key", ["weight.first_token", "weight.freeze_others"])

@@ -45,8 +45,8 @@ CHECKED = (
 
 ONLY_WITH = {
     "model.path": ("folder",),
-    "model.base": ("folder", "hub"),
-    "model.base_revision": ("folder", "hub"),
+    "model.base": ("folder", "gguf", "hub"),
+    "model.base_revision": ("folder", "gguf", "hub"),
 }
 """Key -> the kinds of model that read it."""
 

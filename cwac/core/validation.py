@@ -95,6 +95,19 @@ def validate_values(cfg: DictConfig) -> None:
     for name, size in (cfg.pools.get("sizes") or {}).items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise UsageError(f"pools.sizes.{name}={size} is not a whole number of at least 1")
+    if cfg.pools.name != "toy":
+        for key in ("sizes", "poison_categories"):
+            if cfg.pools.get(key) is not None:
+                raise UsageError(
+                    f"pools.{key} is of the embedded world's pools, which pools={cfg.pools.name} is not; leave it out"
+                )
+    for label, names in (cfg.task.get("aliases") or {}).items():
+        odd = [k for k in names if k not in ("strict", "lenient")] if OmegaConf.is_dict(names) else [names]
+        if label not in (cfg.task.get("labels") or []) or odd:
+            raise UsageError(
+                f"task.aliases.{label}={names} is not valid; give a label of task.labels with lists `strict` or "
+                "`lenient` of its other names"
+            )
     if cfg.task.get("scorer") == "label" and not cfg.task.get("labels"):
         raise UsageError(f"task.labels={cfg.task.get('labels')} names no class; task.scorer=label needs them")
 
