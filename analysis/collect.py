@@ -26,6 +26,7 @@ from cwac.core.config import DIGITS, expand
 from cwac.core.errors import UserError
 from cwac.core.identity import eval_id, run_id
 from cwac.core.jsonl import from_line
+from cwac.core.keys import explain
 from cwac.core.metrics import VARIATION
 
 COLUMNS = [
@@ -186,7 +187,7 @@ def expected_cells(preset: str, overrides: list[str] | None = None) -> list[Cell
     try:
         return [cell_from(cfg) for cfg in expand(preset, overrides)]
     except (HydraException, OmegaConfBaseException) as error:
-        first = str(error).split("\n")[0].rstrip(".")
+        first = explain(str(error)).split("\n")[0].rstrip(".")
         raise UserError(
             f"experiment={preset} does not compose: {first}. Remedy: a preset of conf/experiment/, "
             "with the overrides its sweep was started with."

@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 
+from analysis.collect import expected_cells
 from cwac.constraints.sae.fit import SAEConfig
-from cwac.core.config import compose, grid, instantiate
-from cwac.core.errors import UsageError
+from cwac.core.config import command, compose, grid, instantiate
+from cwac.core.errors import UsageError, UserError
 from cwac.core.keys import OPTIONAL, check_keys, known, options, unread
 from cwac.core.paths import CONF
 from cwac.core.validation import validate
@@ -83,6 +84,20 @@ def test_what_a_command_prints_of_a_mistyped_override(override, tmp_path, capfd,
     (line,) = [x for x in printed.splitlines() if x.startswith("error: ")]
     assert MISTYPED[override] in line and "+harmfull" not in printed and "Traceback" not in printed
     assert not list((tmp_path / "runs").glob("[!.]*"))
+
+
+def test_other_commands_print_one_line_with_the_nearest_names_too(capsys):
+    @command
+    def main(argv):
+        compose(argv)
+        return 0
+
+    for override, says in (("method=cwacc", "did you mean method=cwac?"), ("seeed=1", "did you mean seed?")):
+        assert main([override]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: Could not") and says in line
+    with pytest.raises(UserError, match="did you mean experiment=demo"):
+        expected_cells("demoo")
 
 
 @pytest.mark.parametrize("preset", sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")))

@@ -16,11 +16,12 @@ from typing import Any
 import yaml
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from cwac.core import renamed
 from cwac.core.errors import UsageError, UserError
 from cwac.core.identity import flatten
-from cwac.core.keys import did_you_mean, near
+from cwac.core.keys import did_you_mean, explain, near
 from cwac.core.paths import CONF
 
 
@@ -41,7 +42,7 @@ register_searches()
 
 
 def command(main: Callable[..., int]) -> Callable[..., int]:
-    """The `main(argv)` of a command: a UserError is one line on stderr and exit status 2."""
+    """The `main(argv)` of a command: a UserError, or Hydra's of a mistyped override, is one line and exit status 2."""
 
     @functools.wraps(main)
     def run(*arguments, **settings) -> int:
@@ -49,7 +50,13 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
             return main(*arguments, **settings)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
-            return 2
+        except OmegaConfBaseException as error:
+            print(f"error: {explain(str(error))}", file=sys.stderr)
+        except Exception as error:
+            if type(error).__module__.partition(".")[0] != "hydra":  # which takes long to import
+                raise
+            print(f"error: {explain(str(error))}", file=sys.stderr)
+        return 2
 
     return run
 

@@ -277,5 +277,7 @@ def evaluate_again(cell: Cell) -> None:
             "it again with force=true keep_weights=true (the old run is set aside)"
         )
     evaluator.model = AutoModelForCausalLM.from_pretrained(folder, **SAFE).to(evaluator.model.device)
+    if cell.cfg.eval.drift and not (run.dir / "drift.json").is_file():
+        log.warning("%s: drift is measured at the end of a training alone; force=true trains it again", run.id)
     evaluator(status["step"], status["epoch"], final=True)
     run.finish()
