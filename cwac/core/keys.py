@@ -167,7 +167,7 @@ def near(name: str, candidates: Iterable[str]) -> list[str]:
     name = str(name)
     scores = {c: max(alike(name, c), alike(last(name), last(c)) - 0.1) for c in map(str, candidates) if c != name}
     best = max(scores.values(), default=0.0)
-    close = [c for c in scores if scores[c] >= max(0.7, best - 0.1)]
+    close = [c for c in scores if scores[c] >= max(0.7, best - 0.08)]
     return sorted(close, key=lambda c: (-scores[c], c))[:3]
 
 
