@@ -9,10 +9,10 @@ from cwac.constraints.sae.fit import SAEConfig
 from cwac.core.config import command, compose, grid, instantiate
 from cwac.core.errors import UsageError, UserError
 from cwac.core.keys import OPTIONAL, check_keys, known, options, unread
-from cwac.core.paths import CONF
 from cwac.core.validation import validate
 from cwac.models.loading import load
 from tests.conftest import call
+from tests.helpers.options import PRESETS
 
 LORA = "model.lora={{r: 2, alpha: 4, target_modules: all-linear, {}}}"
 REFUSED = {
@@ -66,11 +66,12 @@ MISTYPED = {
     "model.path=x": "append it with +model.path=<value>",
     "method=cwacc": "did you mean method=cwac?",
     "model=lama2": "did you mean model=llama2?",
+    "experiment=tune_circuit_braker": "did you mean experiment=tune_circuit_breaker?",
     "eval/judge=gpt4": "eval/judge has beaver_dam, harmbench_cls, keyword, llama_guard, strongreject",
     "+train.learning_rat=1": "did you mean train.learning_rate?",
     "+train.bf16=yes_please": "train.bf16=yes_please is neither true nor false",
     "+method.lamda=1": "did you mean lam?",
-    "method.operator=offical": "method.operator=offical is unknown",
+    "method.operator=offical": "projector_k; did you mean official?",
 }
 
 
@@ -100,7 +101,7 @@ def test_other_commands_print_one_line_with_the_nearest_names_too(capsys):
         expected_cells("demoo")
 
 
-@pytest.mark.parametrize("preset", sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")))
+@pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_sets_no_key_that_nothing_reads(preset):
     check_keys(compose(grid(preset)[0]))
 

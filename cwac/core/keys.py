@@ -144,8 +144,8 @@ def check_keys(cfg: DictConfig) -> None:
 
 
 def options(group: str) -> list[str]:
-    """The options of a group, such as `method` or `eval/judge`."""
-    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    """The options of a group that have a file, such as those of `method` or `eval/judge`."""
+    return sorted(path.stem for path in (CONF / group).glob("[!_]*.yaml"))
 
 
 def nearest(name: str, group: str) -> str:
@@ -191,9 +191,10 @@ def explain(message: str) -> str:
     if found := re.search(r"Could not find '([\w/.-]+)/([^'/]+)'", message):
         group, name = found.groups()
         if (CONF / group).is_dir():
-            close = [f"{group}={o}" for o in near(name, options(group))]
-            there = ", ".join(options(group))
-            return f"Could not find '{group}/{name}'; {group} has {there}{did_you_mean(close)}"
+            # Hydra's own list has also those that no file makes, such as experiment=tune_<method>
+            listed = re.findall(r"^\t([^_\s]\S*)$", message, re.M) or options(group)
+            close = [f"{group}={o}" for o in near(name, listed)]
+            return f"Could not find '{group}/{name}'; {group} has {', '.join(listed)}{did_you_mean(close)}"
     if found := re.search(r"Could not override '([^']+)'", message):
         key = found[1]
         if below(key, ("train",)) and key.removeprefix("train.") in training_fields():

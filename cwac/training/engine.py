@@ -179,6 +179,8 @@ class MethodTrainer(Trainer):
 
     def check_penalty(self, penalty: torch.Tensor) -> None:
         """Raises UserError where a penalty has no gradient for the model: the run would be SFT under another name."""
+        if not torch.isfinite(penalty):
+            return  # the loss log says so, and ends the run
         if not penalty.requires_grad:
             problem = "has no gradient at all; return None in a step that adds nothing"
         elif self.penalty_checked:
