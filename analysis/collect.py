@@ -24,6 +24,7 @@ from analysis.paper import PROPORTIONS
 from analysis.paper import VERDICTS as VERDICT_METRICS
 from cwac.core.config import DIGITS, expand
 from cwac.core.errors import UserError
+from cwac.core.files import LOADER
 from cwac.core.identity import eval_id, run_id
 from cwac.core.jsonl import from_line
 from cwac.core.keys import explain
@@ -54,8 +55,6 @@ LATER = ("learning_rate", "values")
 """Columns that campaigns exported before they existed lack; NaN there."""
 VERDICTS = "verdicts.csv.gz"
 VERDICT_COLUMNS = ["run_id", "set", "judge", "id", "verdict"]
-# The C loader reads a thousand configurations in a second, the Python one in half a minute.
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 # Two rows with equal identity measure the same thing; a run never writes such a pair by design.
 IDENTITY = ["run_id", "epoch", "step", "metric", "set", "judge", "eval"]
 

@@ -17,6 +17,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from cwac.core.errors import UsageError
+from cwac.core.files import LOADER
 from cwac.core.identity import flatten
 from cwac.core.paths import CONF
 
@@ -57,7 +58,7 @@ def leaves() -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {}
 
     def add(prefix: str, path) -> None:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=LOADER)
         content = {k: v for k, v in (content or {}).items() if k not in ("defaults", "hydra")}
         for key, value in flatten(content, prefix).items():
             found.setdefault(key, []).append(value)

@@ -189,7 +189,7 @@ class Run:
                 "start over with force=true (the old run is set aside)"
             )
         asked = {**(self.data.get("asked") or {}), **(content.get("asked") or {})}
-        write_atomic(path, json.dumps({**content, **({"asked": asked} if asked else {})}, indent=1))
+        write_atomic(path, redact(json.dumps({**content, **({"asked": asked} if asked else {})}, indent=1)))
 
     # --- rows ---------------------------------------------------------------------------------------
     def add_rows(self, rows: Iterable[dict]) -> None:

@@ -79,7 +79,7 @@ class Evaluator:
         self._engine: VllmEngine | None = None
         """Open while sets are asked; started by the first that has no answers yet."""
 
-    def fingerprint(self) -> str:
+    def requests_hash(self) -> str:
         """A hash of what is asked: every prompt in token ids, what ends an answer, and what it is compared with."""
         sets = {"task": self.task_rows, **self.harmful, **self.benign}
         template = self.context.template

@@ -167,7 +167,7 @@ def content(cell: Cell) -> dict:
         "dropped": cell.rows.dropped,
         # token ids: they change with a row's text, the chat template, and the tokenizer
         "sha256": {"encoded_rows": digest({"rows": cell.rows.rows})},
-        "asked": {cell.run.eval: cell.evaluator.fingerprint()},
+        "asked": {cell.run.eval: cell.evaluator.requests_hash()},
         "pools": manifest(context.pools, cfg.poison, cell.poison),
         "model": cfg.model.get("license") or "unknown",
         "datasets": hf_datasets.ledger(context.artifacts),
