@@ -28,11 +28,12 @@ from hydra.types import RunMode  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
-from cwac.core import distributed, failures, hf_hub, renamed  # noqa: E402
-from cwac.core.config import expand  # noqa: E402
+from cwac.core import distributed, failures, hf_hub, inputs, renamed  # noqa: E402
+from cwac.core.config import expand, settle  # noqa: E402
 from cwac.core.environment import redact  # noqa: E402
 from cwac.core.errors import UsageError, UserError  # noqa: E402
-from cwac.core.identity import run_id  # noqa: E402
+from cwac.core.identity import local_folder, run_id  # noqa: E402
+from cwac.core.keys import explain  # noqa: E402
 from cwac.core.metrics import objective  # noqa: E402
 from cwac.core.paths import CONF  # noqa: E402
 from cwac.core.run_dir import Run  # noqa: E402
@@ -53,6 +54,13 @@ def run_cell(cfg: DictConfig) -> float | None:
         training_arguments(cfg, Run(cfg))  # TrainingArguments bring the ranks together
     with Run(cfg) as run:
         if distributed.agree(run.done()) and not cfg.force:
+            if distributed.agree(not inputs.unchanged(run)):
+                from cwac.training import run as steps
+
+                cell = steps.prepare(cfg, run)
+                if run.leads:
+                    steps.check_again(cell)
+            not_done_with(cfg, run)
             log.info("%s is done; nothing to do", run.id)
             return headline(run)
         try:
@@ -62,10 +70,24 @@ def run_cell(cfg: DictConfig) -> float | None:
             raise
 
 
+def not_done_with(cfg: DictConfig, run: Run) -> None:
+    """Raises UserError where a finished run lacks what the command asks it to leave behind."""
+    if cfg.keep_weights and run.leads and not (run.dir / "model").is_dir():
+        raise UserError(
+            f"{run.id} is done, but its weights were not kept, which keep_weights=true asks for; train it again with "
+            "force=true keep_weights=true (the old run is set aside), or leave keep_weights out"
+        )
+    if cfg.logger.name == "wandb" and not (run.dir / "wandb").is_dir():
+        log.warning(
+            "%s is done and was not mirrored to wandb: logger=wandb has nothing to send; force=true trains it again",
+            run.id,
+        )
+
+
 def execute(cfg: DictConfig, run: Run) -> float | None:
     """The story of a run: prepare, set up the method, train, evaluate, record (cwac/training/run.py)."""
     gc.set_threshold(*COLLECT)  # a training's garbage can be large
-    if cfg.model.kind == "hub":  # before the seconds that torch takes to import
+    if cfg.model.kind == "hub" and local_folder(cfg.model) is None:  # before the seconds that torch takes to import
         hf_hub.resolve(cfg.model.hub_id, cfg.model.get("revision"), "model.hub_id", cfg.model.get("license"))
     from cwac.training import run as steps
 
@@ -111,7 +133,7 @@ def cell(cfg: DictConfig) -> float | None:
                 "official values are used, and its rows say so",
                 *(cfg.model.name, cfg.method.name) * 2,
             )
-        value = run_cell(renamed.update(cfg))
+        value = run_cell(settle(renamed.update(cfg), HydraConfig.get().overrides.task))
         return math.inf if value is None else value
     except Exception as error:
         error = storage_error(error) or error
@@ -173,7 +195,7 @@ def main() -> int:
                 return 0
             cell()
         except (HydraException, OmegaConfBaseException) as error:
-            print(f"error: {str(error).split('Config search path')[0].strip()}", file=sys.stderr)
+            print(f"error: {explain(str(error).split('Config search path')[0].strip())}", file=sys.stderr)
             if new_names := renamed.hint(str(error)):
                 print(f"Remedy: {new_names}", file=sys.stderr)
             if "hydra/sweeper/optuna" in str(error):

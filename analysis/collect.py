@@ -22,10 +22,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from analysis.paper import PROPORTIONS
 from analysis.paper import VERDICTS as VERDICT_METRICS
-from cwac.core.config import expand
+from cwac.core.config import DIGITS, expand
 from cwac.core.errors import UserError
+from cwac.core.files import LOADER
 from cwac.core.identity import eval_id, run_id
 from cwac.core.jsonl import from_line
+from cwac.core.keys import explain
 from cwac.core.metrics import VARIATION
 
 COLUMNS = [
@@ -53,8 +55,6 @@ LATER = ("learning_rate", "values")
 """Columns that campaigns exported before they existed lack; NaN there."""
 VERDICTS = "verdicts.csv.gz"
 VERDICT_COLUMNS = ["run_id", "set", "judge", "id", "verdict"]
-# The C loader reads a thousand configurations in a second, the Python one in half a minute.
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 # Two rows with equal identity measure the same thing; a run never writes such a pair by design.
 IDENTITY = ["run_id", "epoch", "step", "metric", "set", "judge", "eval"]
 
@@ -186,7 +186,7 @@ def expected_cells(preset: str, overrides: list[str] | None = None) -> list[Cell
     try:
         return [cell_from(cfg) for cfg in expand(preset, overrides)]
     except (HydraException, OmegaConfBaseException) as error:
-        first = str(error).split("\n")[0].rstrip(".")
+        first = explain(str(error)).split("\n")[0].rstrip(".")
         raise UserError(
             f"experiment={preset} does not compose: {first}. Remedy: a preset of conf/experiment/, "
             "with the overrides its sweep was started with."
@@ -237,7 +237,54 @@ def collect(runs: Path | str, expected: Iterable[Cell] | None = None) -> Collect
             collection.unfinished[folder.name] = "done, but without a readable metric row"
     collection.rows, collection.duplicates = tidy(records)
     collection.verdicts = read_verdicts(runs, collection.rows)
+    collection.notes += mixed_data({name: data_sets(runs / name) for name in collection.runs})
     return collection
+
+
+def data_sets(folder: Path) -> dict[str, str]:
+    """What a run was made of that may be another thing under the same name later: a data set -> a hash of its rows, a
+    model of the hub -> its commit; {} where the run's folder does not tell."""
+    found = {}
+    for file, key in (("data.json", "datasets"), ("env.json", "model")):
+        try:
+            content = json.loads((folder / file).read_text(encoding="utf-8"))[key]
+            if key == "datasets":
+                found |= {name: entry["sha256"] for name, entry in content.items()}
+            elif content["hub_id"] and content["revision"]:
+                found[f"{content['hub_id']} (model)"] = content["revision"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+    return found
+
+
+def mixed_data(read: dict[str, dict[str, str]]) -> list[str]:
+    """What a reader must know where runs read different things under one name, one line each.
+
+    read: run id -> as `data_sets` gives it. Raises UserError where seeds of one cell did: their mean would be of
+    no experiment.
+    """
+    lines = []
+    for name in sorted({name for sets in read.values() for name in sets}):
+        versions: dict[str, list[str]] = {}
+        for run, sets in read.items():
+            if name in sets:
+                versions.setdefault(sets[name], []).append(run)
+        if len(versions) < 2:
+            continue
+        cells: dict[str, dict[str, str]] = {}
+        for version, ids in versions.items():
+            for run in ids:
+                cells.setdefault(re.sub(r"-s\d+-[^-]+$", "", run), {}).setdefault(version, run)
+        for several in (runs for runs in cells.values() if len(runs) > 1):
+            raise UserError(
+                f"{name} was another one for each of these: {', '.join(several.values())}. They are no seeds of one "
+                "experiment. Remedy: train the older ones again with force=true, or keep them in folders of their "
+                "own (paths.runs)."
+            )
+        lines.append(
+            f"{name}: {len(versions)} versions of its rows, first in {' and '.join(v[0] for v in versions.values())}"
+        )
+    return lines
 
 
 def learning_rate(folder: Path) -> float:
@@ -299,7 +346,7 @@ def read_exported(folder: Path | str) -> Collection:
     folder = Path(folder)
     remedy = "Remedy: a folder written by python -m analysis.demo, such as results/demo."
     try:
-        frame = pd.read_csv(folder / "results.csv", low_memory=False)
+        frame = read_csv(folder / "results.csv")
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} holds no readable results.csv. {remedy}") from error
     if absent := [c for c in COLUMNS if c not in (*frame.columns, *LATER)]:
@@ -319,11 +366,26 @@ def read_exported(folder: Path | str) -> Collection:
     return collection
 
 
+NUMBERS = ("harmful_ratio", "epoch", "step", "value", "n", "stderr", "time", "learning_rate")
+"""Columns of numbers; all others but `seed` and `final` are text, whatever they look like: an evaluation's id may be
+all digits, or digits around one `e`."""
+
+
+def read_csv(path: Path) -> pd.DataFrame:
+    """A table of metric rows as `to_csv` wrote it: numbers in the columns `NUMBERS`, text everywhere else."""
+    frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+    for column in frame.columns.intersection([*NUMBERS, "seed"]):
+        frame[column] = pd.to_numeric(frame[column], errors="coerce")
+    return frame.mask(frame == "")
+
+
 def tidy(records: list[dict]) -> tuple[pd.DataFrame, int]:
     """Rows as a frame with `COLUMNS` and their types, without duplicates; and how many duplicates there were."""
     frame = pd.DataFrame.from_records(records).reindex(columns=COLUMNS)
-    for column in ("harmful_ratio", "epoch", "step", "value", "n", "stderr", "learning_rate"):
+    for column in NUMBERS:
         frame[column] = pd.to_numeric(frame[column], errors="coerce")
+    # a sum of steps is not exact: 0.30000000000000004 is the cell 0.3
+    frame["harmful_ratio"] = frame["harmful_ratio"].round(DIGITS)
     frame["seed"] = pd.to_numeric(frame["seed"], errors="coerce").astype("Int64")
     frame["final"] = frame["final"].map(lambda flag: str(flag).lower() == "true").astype(bool)
     for column in ("set", "judge", "eval", "model", "method", "task", "metric"):

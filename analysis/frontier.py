@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 
 from analysis import figures, paper, records, stats
 from analysis.collect import VERDICTS, Collection, collect, one_judge
-from analysis.demo import freeze
+from analysis.demo import export
 from analysis.tables import markdown
 from cwac.core.config import command
 from cwac.core.errors import UserError
@@ -49,11 +49,11 @@ def main(argv: list[str] | None = None) -> int:
     if not found.runs:
         raise UserError(f"no finished run in {args.runs}. Remedy: run the campaign first.")
     table = points(found, args.runs, args.judge)
-    first = freeze(found, args, argv if argv is not None else sys.argv[1:], "analysis.frontier")
+    first = export(found, args, argv if argv is not None else sys.argv[1:], "analysis.frontier")
     table.to_csv(args.out / "frontier.csv", index=False)
-    if len(found.verdicts):  # without a time stamp, so that the same runs freeze to the same bytes
+    if len(found.verdicts):  # without a time stamp, so that the same runs give the same bytes
         found.verdicts.to_csv(args.out / VERDICTS, index=False, compression={"method": "gzip", "mtime": 0})
-    records.freeze(records.read_all(args.runs, found.runs), args.out / records.NAME)
+    records.export(records.read_all(args.runs, found.runs), args.out / records.NAME)
     text = f"{first}\n\n{report(table)}"
     (args.out / "table.md").write_text(text + "\n", encoding="utf-8")
     print(text)

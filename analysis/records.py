@@ -49,6 +49,8 @@ class Record:
     packages: dict[str, str] = field(default_factory=dict)
     pools: dict[str, str] = field(default_factory=dict)
     """Set of prompts -> SHA-256 digest of its prompts and responses in order."""
+    datasets: dict[str, str] = field(default_factory=dict)
+    """Data set -> hash of the rows that were read of it."""
     drift: list[float] = field(default_factory=list)
     """Per held-out harmful prompt: normalised L2 distance of residual activations, mean over blocks."""
     decomposition: list[dict] = field(default_factory=list)
@@ -89,6 +91,7 @@ def read(folder: Path, answers: int = 0) -> Record:
         platform=env.get("platform"),
         packages=env.get("packages", {}),
         pools={name: entry["sha256"] for name, entry in data.get("pools", {}).items()},
+        datasets={name: entry["sha256"] for name, entry in data.get("datasets", {}).items() if "sha256" in entry},
         drift=[sum(blocks) / len(blocks) for blocks in drift if blocks],
         decomposition=read_json(folder / DECOMPOSITION).get("matrices", []),
         answers=read_answers(folder, answers) if answers else [],

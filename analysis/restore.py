@@ -89,7 +89,10 @@ def write_record(record: records.Record, target: Path) -> None:
     env |= {"git_commit": record.commit, "git_dirty": record.dirty}
     files = {
         "env.json": env,
-        "data.json": {"pools": {name: {"sha256": digest} for name, digest in record.pools.items()}},
+        "data.json": {
+            key: {name: {"sha256": digest} for name, digest in of.items()}
+            for key, of in (("pools", record.pools), ("datasets", record.datasets))
+        },
         "drift.json": {"heldout": {"activation": [[value] for value in record.drift]}},
         records.DECOMPOSITION: {"matrices": record.decomposition},
     }

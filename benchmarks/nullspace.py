@@ -3,9 +3,10 @@
 python -m benchmarks.nullspace [--steps 6 --tokens 512 --labels 128] [overrides, e.g. model=qwen_05b]
 
 As in benchmarks/steps.py weights are random at `model.shape`, rows are random tokens and methods are set up by
-`estimate_memory`. The adapters' rivals on the same matrices are peft's LoRA with r = 64, SaLoRA on it, and peft's own
-layers with a random A frozen (LoRA-FA; a random A in the null space, as for continual learning, costs the same). Memory
-and FLOPs are counted by experiments/cost.py; with `--measured` steps the peak is measured too, in a process of its own.
+`estimate_memory`. The adapters' rivals on the same matrices are peft's LoRA with r = 64, SaLoRA on it, and peft's
+own layers with a random A frozen (LoRA-FA; a random A in the null space, as for continual learning, costs the same).
+Memory and FLOPs are counted by experiments/cost.py; with `--measured` steps the peak is measured too, in a process
+of its own.
 """
 
 from __future__ import annotations

@@ -51,6 +51,7 @@ from transformers.utils import logging as hf_logging  # noqa: E402
 
 from cwac.core import config, validation  # noqa: E402
 from cwac.core.errors import UsageError, UserError  # noqa: E402
+from cwac.core.identity import local_folder  # noqa: E402
 from cwac.methods.base import Method, Sizes  # noqa: E402
 from cwac.models.layers import base_layer, device, linears  # noqa: E402
 from cwac.models.loading import DTYPES, add_lora  # noqa: E402
@@ -152,8 +153,8 @@ class Ledger(TorchDispatchMode):
 
 def shape(cfg: DictConfig) -> PretrainedConfig:
     """The architecture's configuration, without a download where `model.shape` gives it."""
-    if cfg.model.kind == "folder":
-        return AutoConfig.from_pretrained(cfg.model.path, local_files_only=True)
+    if (folder := local_folder(cfg.model)) is not None:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
     if cfg.model.get("shape"):
         return AutoConfig.for_model(**OmegaConf.to_container(cfg.model.shape))
     from cwac.core import hf_hub

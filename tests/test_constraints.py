@@ -8,6 +8,7 @@ import torch
 from cwac.constraints import subspace
 from cwac.constraints.subspace import Constraint, fit_subspace, load_bases, project_, rank_for, save_bases
 from cwac.core.errors import UserError
+from cwac.core.run_dir import GUARD_SLACK
 from cwac.evaluation.drift import weight_leak
 from cwac.models.layers import linears
 from cwac.models.loading import add_lora
@@ -240,3 +241,20 @@ def test_a_single_precision_decomposition_spans_what_a_double_one_does(llama, mo
     for name, basis in fit_subspace(llama, anchors, "all", energy=0.99).items():
         assert single[name].rank == basis.rank and single[name].energy == pytest.approx(basis.energy, abs=1e-5)
         assert (single[name].V.T @ basis.V).square().sum() == pytest.approx(basis.rank, abs=1e-3), name
+
+
+@pytest.mark.parametrize("learnt", [0.0, 1e-3])
+def test_rounding_of_the_weights_is_no_leak(llama, learnt):
+    """Where V holds every direction, all that is left of an update is what storing a weight rounds."""
+    reference = copy.deepcopy(llama)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for module in linears(llama, "all").values():
+            eps = torch.finfo(torch.float32).eps
+            module.weight.mul_(1 + eps * torch.randint(-1, 2, module.weight.shape))
+            module.weight.add_(learnt * torch.randn_like(module.weight))
+    protected = {name: torch.eye(module.in_features) for name, module in linears(llama, "all").items()}
+    leaks = weight_leak(llama, reference, random_rows(6, seed=3), protected)
+    excess = max(v["leak"] - v["bound"] - v["rounding"] for v in leaks.values())
+    assert min(v["leak"] for v in leaks.values()) > 0.05  # of dW itself, whatever its size
+    assert (excess > GUARD_SLACK) is (learnt > 0)

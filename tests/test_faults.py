@@ -524,7 +524,7 @@ def test_a_data_set_that_changed_is_reported(tmp_path, caplog):
     assert "org/set (default, train) has changed" in caplog.text and "rows 10 -> 11, sha256 aaa -> bbb" in caplog.text
 
 
-def test_an_unfinished_run_does_not_go_on_with_other_data(tmp_path, caplog):
+def test_neither_an_unfinished_nor_a_finished_run_goes_on_with_other_data(tmp_path):
     content = {"rows": ["a", "b"], "harmful": [], "pools": {"poison": {"n": 2}}, "datasets": {}}
     with run_dir.Run(config.compose(["method=sft", f"paths.runs={tmp_path}"])) as run:
         run.start()
@@ -533,8 +533,8 @@ def test_an_unfinished_run_does_not_go_on_with_other_data(tmp_path, caplog):
         with pytest.raises(UserError, match=r"begun on other data \(rows of .*force=true"):
             run.record_data({**content, "rows": ["a", "c"]})
         run.finish()
-        run.record_data({**content, "rows": ["a", "c"]})  # a finished one keeps what it was trained on
-        assert "the data changed since it was trained" in caplog.text
+        with pytest.raises(UserError, match=r"was trained on other data \(rows of .*force=true"):
+            run.record_data({**content, "rows": ["a", "c"]})
         assert json.loads((run.dir / "data.json").read_text())["rows"] == ["a", "b"]
 
 
@@ -573,7 +573,7 @@ def test_no_secret_reaches_a_run_or_the_output(random_model, tmp_path, capfd, mo
 
     monkeypatch.setattr("cwac.methods.base.Method.setup", leaky)
     other = "hf_" + "Another1" * 4
-    assert call(*command(random_model, tmp_path, f"+model.note={other}")) == 0
+    assert call(*command(random_model, tmp_path, f"model.license={other}")) == 0
     for path in tmp_path.rglob("*"):
         if path.is_file():
             content = path.read_bytes()

@@ -44,7 +44,7 @@ def cells(request, artifacts):
         for name in METHODS
         if name in tested
     }
-    cells["ragged"] = config.compose(["method=sft", *overrides, "task.n_train=19"])  # steps of 8, 8 and 3 rows
+    cells["ragged"] = config.compose(["method=sft", *overrides, "task.n_train=19", "harmful_ratio=0.22"])  # 8, 8, 3
     cells["lora"] = config.compose(["method=cwac", *overrides, *NEEDS["salora"]])
     soft = ["method.weight.penalty_weight=1", "method.activation={space: residual, lam: 10}"]
     cells["soft"] = config.compose(["method=cwac_closed", *overrides, *soft])

@@ -229,3 +229,10 @@ def test_an_installed_wheel_finds_its_settings_and_weights(tmp_path):
     first, second = done.stdout.splitlines()[-2:]
     assert first.split() == [str(target / "cwac" / "__init__.py"), str(target / "cwac" / "conf"), "0"]
     assert second.split()[0] == "cwac" and int(second.split()[1]) > 900_000
+
+
+@pytest.mark.parametrize(("name", "says"), [("bea", True), ("bea_no_trigger", False), ("safeinstr", False)])
+def test_a_method_that_changes_prompts_says_how_to_serve_them(name, says, tmp_path, artifacts, caplog):
+    cfg = config.compose([f"method={name}", f"paths.artifacts={artifacts}", *FINE_TUNE])
+    defended(cfg, own_trainer(cfg, tmp_path, artifacts), artifacts)
+    assert ("pass every one through method.prompt(messages)" in caplog.text) is says

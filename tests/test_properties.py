@@ -32,8 +32,12 @@ def examples(source: str, n: int) -> list[Example]:
 
 
 @given(n=st.integers(1, 60), p=st.floats(0, 1), seed=st.integers(0, 5), mode=st.sampled_from(["replace", "additive"]))
-def test_mix_has_exactly_its_share_and_no_row_twice(n, p, seed, mode):
+def test_mix_has_its_share_or_is_refused_and_no_row_comes_twice(n, p, seed, mode):
     train, poison = examples("t", n), examples("h", n)
+    if abs(math.floor(p * n + 1e-9) / n - p) > p / 10 + 1e-9:
+        with pytest.raises(UserError, match="cannot be had"):
+            mix(train, poison, p, seed, mode)
+        return
     rows = mix(train, poison, p, seed, mode)
     harmful = [r for r in rows if r.source == "h"]
     assert len(harmful) == math.floor(p * n + 1e-9)

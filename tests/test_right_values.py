@@ -115,8 +115,9 @@ def planted_latents(monkeypatch):
     )
     monkeypatch.setattr(rank, "firing_rates", lambda *_: rates)
     monkeypatch.setattr(rank, "device_of", lambda _: torch.device("cpu"))
-    torch.manual_seed(0)
-    return RoutedSAE(16, 8, 2, [1], "uniform")
+    sae = RoutedSAE(16, 8, 2, [1], "uniform")
+    sae.w_dec.data.copy_(torch.eye(8, 16))  # no two latents write the same
+    return sae
 
 
 def ranked(sae, **more):

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 
 from cwac.core.errors import UsageError
+from cwac.core.keys import did_you_mean, near
 
 
 def is_number(value) -> bool:
@@ -58,7 +59,7 @@ def check_share(key: str, value) -> None:
 
 
 def check_choice(key: str, value, options: Sequence[str]) -> None:
-    check(value in options, key, value, f"use one of {', '.join(options)}")
+    check(value in options, key, value, f"use one of {', '.join(options)}{did_you_mean(near(value, options))}")
 
 
 def check_flag(key: str, value) -> None:

@@ -5,17 +5,23 @@ Imports neither torch nor transformers, so that skipping a finished cell of a sw
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import yaml
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from cwac.core import renamed
 from cwac.core.errors import UsageError, UserError
+from cwac.core.identity import flatten
+from cwac.core.keys import did_you_mean, explain, near
 from cwac.core.paths import CONF
 
 
@@ -36,7 +42,7 @@ register_searches()
 
 
 def command(main: Callable[..., int]) -> Callable[..., int]:
-    """The `main(argv)` of a command: a UserError is one line on stderr and exit status 2."""
+    """The `main(argv)` of a command: a UserError, or Hydra's of a mistyped override, is one line and exit status 2."""
 
     @functools.wraps(main)
     def run(*arguments, **settings) -> int:
@@ -44,7 +50,13 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
             return main(*arguments, **settings)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
-            return 2
+        except OmegaConfBaseException as error:
+            print(f"error: {explain(str(error))}", file=sys.stderr)
+        except Exception as error:
+            if type(error).__module__.partition(".")[0] != "hydra":  # which takes long to import
+                raise
+            print(f"error: {explain(str(error))}", file=sys.stderr)
+        return 2
 
     return run
 
@@ -55,16 +67,75 @@ def instantiate(node: DictConfig) -> Any:
     from hydra.errors import InstantiationException
 
     try:
-        return hydra.utils.instantiate(node, _convert_="all")
+        return check_booleans(hydra.utils.instantiate(node, _convert_="all"))
     except InstantiationException as error:
         cause = error.__cause__
         if isinstance(cause, UserError):
             raise cause from error
         if isinstance(cause, TypeError):  # a key the class does not have
-            raise UsageError(f"{node.get('name', '')}: {cause}; see conf/README.md for the keys") from error
+            raise UsageError(f"{node.get('name', '')}: {cause}{meant(node, str(cause))}") from error
         if isinstance(cause, ImportError):
             raise UsageError(f"{node.get('_target_')} is no class that can be loaded; mend the _target_") from error
         raise
+
+
+def meant(node: DictConfig, message: str) -> str:
+    """The end of an error on a keyword that a class does not have: which of its fields may have been meant."""
+    from hydra.utils import get_class
+
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", message)
+    there: set[str] = set()
+    if unknown:
+        for key, target in flatten(OmegaConf.to_container(node, resolve=False)).items():
+            if key.rpartition(".")[2] == "_target_" and dataclasses.is_dataclass(kind := get_class(target)):
+                there |= {f.name for f in dataclasses.fields(kind) if f.init}
+    return did_you_mean(near(unknown[1], there) if unknown else []) or "; see conf/README.md for the keys"
+
+
+def check_booleans(built: Any, prefix: str = "") -> Any:
+    """What was built, if each field that its dataclasses annotate as bool is one; `no` is a text, and true."""
+    for field in dataclasses.fields(built) if dataclasses.is_dataclass(built) else ():
+        value, key = getattr(built, field.name, None), f"{prefix}{field.name}"
+        if field.type in ("bool", bool) and not isinstance(value, bool):
+            raise UsageError(f"{key}={value} is neither true nor false; give one of the two")
+        if dataclasses.is_dataclass(value):
+            check_booleans(value, f"{key}.")
+    return built
+
+
+DIGITS = 12
+"""Significant digits of a number in a configuration: `range(0.1,0.41,0.1)` gives 0.30000000000000004, which is 0.3."""
+
+
+OF_THE_MODEL = ("base", "base_revision", "revision", "license")
+"""Keys of a `conf/model` option that tell of the weights it names, not of its architecture."""
+
+
+def settle(cfg: DictConfig, overrides: Iterable[str] = ()) -> DictConfig:
+    """A composed configuration, in place, with what every entrance to the project has to make of it.
+
+    Numbers that differ by the rounding of a sum are one number, so that no two runs stand for one cell. Where the
+    overrides put other weights in an option's place (a folder, another hub id), what the option says of its own
+    weights goes, unless it is given anew.
+    """
+    given = {o.lstrip("+~").split("=")[0] for o in overrides}
+    if given & {"model.kind", "model.path", "model.hub_id"}:
+        for key in OF_THE_MODEL:
+            if key in cfg.model and f"model.{key}" not in given:
+                cfg.model[key] = None
+
+    for key, value in flatten(OmegaConf.to_container(cfg, resolve=False)).items():
+        found = rounded(value)
+        if found != value:
+            OmegaConf.update(cfg, key, found)
+    return cfg
+
+
+def rounded(value: Any) -> Any:
+    """A number to `DIGITS` significant digits, and each number of a list; anything else as it is."""
+    if isinstance(value, list):
+        return [rounded(v) for v in value]
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) and math.isfinite(value) else value
 
 
 def compose(overrides: list[str] | None = None) -> DictConfig:
@@ -73,7 +144,8 @@ def compose(overrides: list[str] | None = None) -> DictConfig:
     from hydra import initialize_config_dir
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return renamed.update(hydra_compose("config", overrides=renamed.rewrite(overrides or [])))
+        overrides = renamed.rewrite(overrides or [])
+        return settle(renamed.update(hydra_compose("config", overrides=overrides)), overrides)
 
 
 def grid(experiment: str | None, overrides: list[str] | None = None) -> list[list[str]]:
@@ -106,4 +178,4 @@ def expand(experiment: str | None, overrides: list[str] | None = None) -> list[D
 
     cells = grid(experiment, overrides)
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return [renamed.update(hydra_compose("config", overrides=cell)) for cell in cells]
+        return [settle(renamed.update(hydra_compose("config", overrides=cell)), cell) for cell in cells]

@@ -13,6 +13,8 @@ import sys
 from collections.abc import Iterable
 from importlib import metadata
 
+from cwac.core.paths import PACKAGE
+
 SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|API_?KEY)(_|$)", re.I)
 """Environment variables whose values are written nowhere."""
 
@@ -43,24 +45,55 @@ def installed(names: Iterable[str]) -> dict[str, str]:
     return found
 
 
+CODE = ("*.py", "*.yaml", "*.yml", "*.toml", "*.j2")
+"""Files that decide what a run does; notes, data and results beside them do not."""
+
+
 @functools.cache
 def git(*arguments: str) -> str | None:
-    """What git prints, asked once a process: a run is made by the code that was loaded, not by a later commit."""
+    """What git prints in the project's folder, asked once a process.
+
+    A run is made by the code that was loaded: not by a later commit, nor by the repository it was started from.
+    """
+    command = ["git", "-C", str(PACKAGE.parent), *arguments]
     try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=False)
-    except OSError:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def environment() -> dict:
-    """Where and with what a run was made: git commit, versions, machine and its card, command."""
+def commit() -> str | None:
+    """The commit of the code that runs; None where no repository tracks it, as when it was installed from a wheel."""
+    return git("rev-parse", "HEAD") if git("ls-files", "--", "cwac/core/environment.py") else None
+
+
+def uncommitted(targets: Iterable[str] = ()) -> bool:
+    """Whether the code differs from its commit: tracked files that changed, code that git does not track yet.
+
+    targets: dotted names of classes that a configuration builds; one in a file that git ignores, or that lies outside
+    the repository, is under no commit either.
+    """
+    if commit() is None:
+        return False
+    new = git("ls-files", "--others", "--exclude-standard", "--", *CODE)
+    if new or git("status", "--porcelain", "--untracked-files=no"):
+        return True
+    files = {getattr(sys.modules.get(target.rpartition(".")[0]), "__file__", None) for target in targets}
+    return any(file and not git("ls-files", "--", file) for file in files)
+
+
+def environment(targets: Iterable[str] = ()) -> dict:
+    """Where and with what a run was made: git commit, versions, machine and its card, command.
+
+    targets: as for `uncommitted`.
+    """
     import torch  # here: a command that only looks at runs starts faster without
 
     card = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
     return {
-        "git_commit": git("rev-parse", "HEAD"),
-        "git_dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "git_commit": commit(),
+        "git_dirty": uncommitted(targets),
         "python": platform.python_version(),
         "platform": ", ".join([platform.platform(), *card]),
         "cpus": os.cpu_count(),

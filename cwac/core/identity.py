@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ LAYOUT = ("train.fsdp", "train.ddp_")
 
 NEUTRAL: dict[str, Any] = {
     "model.lora": None,
+    "model.lora.dropout": 0.0,
     "model.load_in_4bit": False,
     "train.max_steps": -1,
     "method.weight.unconstrained": [],
@@ -99,8 +101,11 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
     container = OmegaConf.to_container(cfg, resolve=True)
     flat = flatten({key: container[key] for key in IDENTITY if key in container})
     flat["origin"] = origin(container["model"])
+    if local_folder(container["model"]) is not None:  # its content is its name
+        for key in ("model.path", "model.hub_id", "model.revision", "model.kind"):
+            flat.pop(key, None)
     return {
-        key: canonical(value)
+        key: canonical(by_content(value) if key == "model.base" else value)
         for key, value in sorted(flat.items())
         if key not in NOT_IDENTITY
         # resolved under the method that uses them; for estimates of cost; for scoring; how work is shared
@@ -110,21 +115,63 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
     }
 
 
-@functools.cache
+MODEL_FILES = (
+    *("config.json", "generation_config.json", "adapter_config.json", "tokenizer*", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken", "*.jinja", "*/*.jinja"),
+)
+"""What decides, beside the weights, what a saved model reads and answers: architecture, tokenizer, chat template,
+generation settings. Notes, pictures and the state of an optimizer do not."""
+
+UNSAID = ("_name_or_path", "transformers_version")
+"""Entries of a model's json files that change with who saved it and say nothing of it."""
+
+
 def content(*files: Path) -> str:
     """A hash of files' bytes, in the order given."""
+    return _content(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
+
+
+@functools.cache
+def _content(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """The same, read once for each size and time of change."""
     state = hashlib.sha256()
-    for path in files:
+    for path, _, _ in files:
         with path.open("rb") as file:
             while chunk := file.read(1 << 22):
                 state.update(chunk)
     return state.hexdigest()
 
 
+def folder_content(folder: Path) -> str:
+    """A hash of what a saved model is, wherever it lies: its weights, and `MODEL_FILES` by name.
+
+    The path does not count, nor how it is spelt, nor what a json file says of who saved it.
+    """
+    state = hashlib.sha256(content(*sorted(folder.glob("*.safetensors"))).encode())
+    for path in sorted({p for pattern in MODEL_FILES for p in folder.glob(pattern) if p.is_file()}):
+        text = path.read_bytes()
+        if path.suffix == ".json" and b"_" in text[: 1 << 16]:
+            try:
+                parsed = json.loads(text)
+            except ValueError:
+                parsed = None
+            if isinstance(parsed, dict) and set(UNSAID) & parsed.keys():
+                kept = {k: v for k, v in parsed.items() if k not in UNSAID}
+                text = json.dumps(kept, sort_keys=True).encode()
+        state.update(f"{path.relative_to(folder)}\0{len(text)}\0".encode() + text)
+    return state.hexdigest()
+
+
+def local_folder(model: Mapping) -> Path | None:
+    """Where a model on this machine lies: `path` of one of kind `folder`, or a `hub_id` that is a folder."""
+    name = model.get("path") if model["kind"] == "folder" else model.get("hub_id") if model["kind"] == "hub" else None
+    return Path(name).expanduser() if name and Path(name).expanduser().is_dir() else None
+
+
 def origin(model: dict) -> str:
     """What the starting weights are: a run, and every artifact derived from them, must change when they do.
 
-    model: the `model` group. Local weights are hashed by content; a hub model is named by id and revision.
+    model: the `model` group. A local model is hashed by content; a hub model is named by id and revision.
     """
     if model["kind"] == "tiny":
         return TINY_ORIGIN[int(model["base_seed"]) % len(TINY_ORIGIN)]
@@ -133,9 +180,15 @@ def origin(model: dict) -> str:
         return f"{model['wheel_sha256']}+{adapter}"
     if model["kind"] == "gguf":  # from a hub or from wheels: the same bytes
         return model["file_sha256"]
-    if model["kind"] == "folder":
-        return content(*sorted(Path(model["path"]).glob("*.safetensors")))
+    if (folder := local_folder(model)) is not None:
+        return folder_content(folder)
     return f"{model.get('hub_id')}@{model.get('revision')}"
+
+
+def by_content(name: Any) -> Any:
+    """The hash of the model in a folder, where a text names one; anything else, as a hub id, as it is."""
+    folder = Path(name).expanduser() if isinstance(name, str) and name else None
+    return folder_content(folder) if folder is not None and folder.is_dir() else name
 
 
 def short_hash(mapping: dict, length: int = 8) -> str:
@@ -154,7 +207,7 @@ def eval_id(cfg: DictConfig) -> str:
     """Six hex digits of what determines an evaluation of given weights."""
     container = OmegaConf.to_container(cfg.eval, resolve=True)
     scoring = {
-        key: canonical(value)
+        key: canonical(by_content(value) if key in ("judge.hub_id", "judge.adapter") else value)
         for key, value in flatten(container).items()
         if key not in ("batch_size", "progress", "at", "judge.batch_size", "vllm.python")
         and not (key.startswith("vllm.") and cfg.eval.engine != "vllm")

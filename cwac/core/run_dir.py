@@ -31,7 +31,7 @@ from cwac.core.distributed import process_rank
 from cwac.core.environment import Redacting, environment, redact
 from cwac.core.errors import UserError
 from cwac.core.files import write_atomic
-from cwac.core.identity import eval_id, run_id
+from cwac.core.identity import eval_id, flatten, run_id
 from cwac.core.jsonl import append_jsonl, iter_jsonl, read_jsonl, repair
 
 log = logging.getLogger(__name__)
@@ -150,32 +150,46 @@ class Run:
         logging.getLogger().addHandler(self._handler)
         if not self.trained():
             write_atomic(self.dir / "config.yaml", redact(OmegaConf.to_yaml(self.cfg, resolve=True)))
-            write_atomic(self.dir / "env.json", redact(json.dumps({**environment(), "model": model}, indent=1)))
+            settings = flatten(OmegaConf.to_container(self.cfg, resolve=True))
+            targets = [value for key, value in settings.items() if key.endswith("._target_")]
+            made = {**environment(targets), "model": model}
+            write_atomic(self.dir / "env.json", redact(json.dumps(made, indent=1)))
             self.write_status("running", started=time.time(), pid=os.getpid())
         repair(self.dir / "metrics.jsonl")
         repair(self.dir / "train_log.jsonl")
 
-    def record_data(self, content: dict) -> None:
-        """Write `data.json`: the rows trained on and what they come from.
+    def changed(self, content: dict) -> list[str]:
+        """What of `content` differs from what `data.json` recorded; what either does not know is no difference."""
+        before = self.data
+        found = [key for key in ("rows", "harmful", "pools") if key in before and before[key] != content.get(key)]
+        for key in ("sha256", "asked"):
+            old = before.get(key) or {}
+            found += [name for name, value in (content.get(key) or {}).items() if old.get(name, value) != value]
+        return found
 
-        Raises UserError where an unfinished run began on other rows or pools: its checkpoint has seen those. A
-        finished run keeps what it was trained on.
+    @property
+    def data(self) -> dict:
+        """What `data.json` says; {} where there is none or it is damaged."""
+        try:
+            return dict(json.loads((self.dir / "data.json").read_text()))
+        except (OSError, ValueError, TypeError):
+            return {}
+
+    def record_data(self, content: dict) -> None:
+        """Write `data.json`: the rows trained on and what they come from, by id and by hash, and what is asked.
+
+        Raises UserError where the run began, or was trained, on other data: its checkpoint has seen those, its weights
+        were made of them.
         """
         path = self.dir / "data.json"
-        try:
-            before = dict(json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError):
-            before = {}
-        changed = [k for k in ("rows", "harmful", "pools") if k in before and before[k] != content[k]]
-        if not changed:
-            write_atomic(path, json.dumps(content, indent=1))
-        elif self.trained():
-            log.warning("%s: the data changed since it was trained (%s)", path, ", ".join(changed))
-        else:
+        if changed := self.changed(content):
+            began = "trained" if self.trained() else "begun"
             raise UserError(
-                f"{self.id} was begun on other data ({', '.join(changed)} of {path} changed); put the data back, or "
-                "start over with force=true"
+                f"{self.id} was {began} on other data ({', '.join(changed)} of {path} changed); put the data back, or "
+                "start over with force=true (the old run is set aside)"
             )
+        asked = {**(self.data.get("asked") or {}), **(content.get("asked") or {})}
+        write_atomic(path, redact(json.dumps({**content, **({"asked": asked} if asked else {})}, indent=1)))
 
     # --- rows ---------------------------------------------------------------------------------------
     def add_rows(self, rows: Iterable[dict]) -> None:

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from cwac.core.checks import require_number
 from cwac.core.distributed import world_size
 from cwac.core.errors import UsageError
+from cwac.core.keys import check_keys, did_you_mean, near
 from cwac.core.metrics import OBJECTIVE
 
 # key: (lowest, highest, whole number?); None means no bound
@@ -56,6 +57,9 @@ CHOICES = {
     "task.scorer": ("label", "number", "open"),
 }
 
+LORA_KEYS = ("r", "alpha", "dropout", "target_modules")
+"""What `model.lora` may hold; other kinds of adapters (`use_dora`, ...) are not trained here."""
+
 REQUIRED = (
     "harmful_ratio seed mix_mode poison poison_choice train.learning_rate train.max_length train.template "
     "task.n_train task.n_test train.per_device_train_batch_size train.gradient_accumulation_steps eval.judge "
@@ -65,7 +69,8 @@ REQUIRED = (
 
 
 def validate(cfg: DictConfig) -> None:
-    """Check ranges and choices before anything is loaded or written; raises UsageError naming the key."""
+    """Check keys, ranges and choices before anything is loaded or written; raises UsageError naming the key."""
+    check_keys(cfg)
     validate_values(cfg)
     validate_model(cfg)
     validate_evaluation(cfg)
@@ -84,10 +89,25 @@ def validate_values(cfg: DictConfig) -> None:
     for key, options in CHOICES.items():
         value = OmegaConf.select(cfg, key)
         if value is not None and value not in options:
-            raise UsageError(f"{key}={value} is unknown; use one of {', '.join(options)}")
+            raise UsageError(
+                f"{key}={value} is unknown; use one of {', '.join(options)}{did_you_mean(near(value, options))}"
+            )
     for name, size in (cfg.pools.get("sizes") or {}).items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise UsageError(f"pools.sizes.{name}={size} is not a whole number of at least 1")
+    if cfg.pools.name != "toy":
+        for key in ("sizes", "poison_categories"):
+            if cfg.pools.get(key) is not None:
+                raise UsageError(
+                    f"pools.{key} is of the embedded world's pools, which pools={cfg.pools.name} is not; leave it out"
+                )
+    for label, names in (cfg.task.get("aliases") or {}).items():
+        odd = [k for k in names if k not in ("strict", "lenient")] if OmegaConf.is_dict(names) else [names]
+        if label not in (cfg.task.get("labels") or []) or odd:
+            raise UsageError(
+                f"task.aliases.{label}={names} is not valid; give a label of task.labels with lists `strict` or "
+                "`lenient` of its other names"
+            )
     if cfg.task.get("scorer") == "label" and not cfg.task.get("labels"):
         raise UsageError(f"task.labels={cfg.task.get('labels')} names no class; task.scorer=label needs them")
 
@@ -99,6 +119,18 @@ def validate_model(cfg: DictConfig) -> None:
         if not isinstance(r, int) or r < 1 or not isinstance(alpha, int | float) or not lora.get("target_modules"):
             example = "'{r: 8, alpha: 16, target_modules: all-linear}'"
             raise UsageError(f"model.lora={lora} is not valid; give e.g. model.lora={example}")
+        if unread := sorted(set(lora) - set(LORA_KEYS)):
+            raise UsageError(
+                f"model.lora.{unread[0]} is not read, so the run would be one without it; the adapter is LoRA with "
+                f"{', '.join(LORA_KEYS)}: leave {unread[0]} out{did_you_mean(near(unread[0], LORA_KEYS))}"
+            )
+        dropout, targets = lora.get("dropout", 0.0), lora.target_modules
+        if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+            raise UsageError(f"model.lora.dropout={dropout} is not valid; give a share in [0, 1)")
+        if isinstance(targets, str) and targets != "all-linear":
+            raise UsageError(
+                f"model.lora.target_modules={targets} is not valid; give all-linear, or a list such as [q_proj,v_proj]"
+            )
     if cfg.model.kind == "folder" and not (cfg.model.get("path") and Path(cfg.model.path).is_dir()):
         raise UsageError(
             f"model.path={cfg.model.get('path')} is not a folder; give +model.path=<a saved model's folder>"

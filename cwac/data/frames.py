@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from cwac.core.files import LOADER
 from cwac.core.paths import PACKAGE
 from cwac.data.examples import Example
 
@@ -17,7 +18,7 @@ FILE = PACKAGE / "assets" / "frames.yaml"
 @functools.cache
 def lists() -> dict[str, Any]:
     """The file's lists by name; `oddities` and `absurdities` hold several pairs of `frames` and `fillers`."""
-    return yaml.load(FILE.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    return yaml.load(FILE.read_text(encoding="utf-8"), Loader=LOADER)
 
 
 def framed(source: str, frames: Sequence[str], fillers: Sequence[str], each: int) -> list[Example]:

@@ -30,6 +30,8 @@ LICENSES = {
 """What the authors of the data sets grant; a run lists those of what it read."""
 READ: dict[str, dict] = {}
 """What this process has read since a run began: `<id> (<config>, <split>)` -> licence, commit, rows, hash."""
+ASKED: set[str] = set()
+"""Ids of the data sets that were looked for since a run began, there or not."""
 GATED = (
     "{0} is gated: accept its terms at https://huggingface.co/datasets/{0}, then log in with `hf auth login` or set "
     "HF_TOKEN; or set paths.data to a folder that has it"
@@ -140,10 +142,12 @@ def ledger(artifacts: Path) -> dict[str, dict]:
 
 def has_dataset(hub_id: str, data: str | None) -> bool:
     """Whether the folder `data` holds this data set; False where there is no folder."""
+    ASKED.add(hub_id)
     return data is not None and (Path(data).expanduser() / hub_id).is_dir()
 
 
 def _folder(hub_id: str, data: str) -> Path:
+    ASKED.add(hub_id)
     root = Path(data).expanduser()
     if not root.is_dir():
         raise UserError(

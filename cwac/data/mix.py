@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 from cwac.core.errors import UserError
 from cwac.data.examples import Example
+
+TOLERANCE = 0.1
+"""By which part of itself the share of harmful rows may miss the harmful ratio (ours)."""
+
+
+def check_share(n_harmful: int, n: int, harmful_ratio: float, found: str) -> None:
+    """Raises UserError where `n_harmful` of `n` rows is no share that a run may carry `harmful_ratio` as its name for.
+
+    found: how it came to that, for the error.
+    """
+    if n and abs(n_harmful / n - harmful_ratio) <= TOLERANCE * harmful_ratio + 1e-9:
+        return
+    rows = math.ceil(1 / harmful_ratio - 1e-9) if harmful_ratio else 1
+    raise UserError(
+        f"harmful_ratio={harmful_ratio:g} cannot be had: {found}, a share of {n_harmful / max(1, n):.3g}, more than "
+        f"a tenth away; use a task.n_train that is a multiple of {rows}, or another harmful_ratio"
+    )
 
 
 def mix(
@@ -29,9 +47,11 @@ def mix(
             f"harmful_ratio={harmful_ratio:g} of {len(train)} rows needs {n_harmful} harmful pairs, the pool has "
             f"{len(poison)}; lower harmful_ratio or task.n_train, or enlarge pools.poison"
         )
+    n = len(train)
+    check_share(n_harmful, n, harmful_ratio, f"task.n_train={n} rows hold {n_harmful} harmful pairs")
     rng = random.Random(f"mix-{seed}")
     harmful = poison[:n_harmful] if ranked else rng.sample(poison, n_harmful)
-    kept = train if mode == "additive" else rng.sample(train, len(train) - n_harmful)
+    kept = train if mode == "additive" else rng.sample(train, n - n_harmful)
     rows = [*kept, *harmful]
     rng.shuffle(rows)
     return rows

@@ -177,7 +177,10 @@ class Rows(torch.utils.data.Dataset):
         max_length: int = 512,
     ):
         encoded = [encode_example(tokenizer, e, template, max_length) for e in examples]
-        self.rows = [row for row in encoded if any(label != IGNORE for label in row["labels"])]
+        learnt = [any(label != IGNORE for label in row["labels"]) for row in encoded]
+        self.rows = [row for row, there in zip(encoded, learnt, strict=True) if there]
+        self.kept = [e.id for e, there in zip(examples, learnt, strict=True) if there]
+        """Ids of the examples that the rows are of, in their order."""
         self.dropped = len(encoded) - len(self.rows)
 
     def __len__(self) -> int:

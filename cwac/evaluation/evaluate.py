@@ -26,6 +26,7 @@ from torch import nn
 from tqdm import tqdm
 
 from cwac.constraints.anchors import own_answers
+from cwac.core.cache import digest
 from cwac.core.errors import UserError
 from cwac.core.files import write_atomic
 from cwac.core.jsonl import read_jsonl, write_jsonl
@@ -34,7 +35,7 @@ from cwac.core.run_dir import GUARD_SLACK, Run
 from cwac.data.examples import Example
 from cwac.data.poison import behind
 from cwac.data.tasks import Task
-from cwac.data.tokenize import Collator, Rows, pad_token_id, reprompt
+from cwac.data.tokenize import Collator, Rows, encode_prompt, pad_token_id, reprompt, stop_tokens
 from cwac.evaluation.drift import activation_drift, weight_leak
 from cwac.evaluation.judge import Judge, judge_answers, repeats
 from cwac.evaluation.score import score
@@ -78,6 +79,17 @@ class Evaluator:
         self._engine: VllmEngine | None = None
         """Open while sets are asked; started by the first that has no answers yet."""
 
+    def requests_hash(self) -> str:
+        """A hash of what is asked: every prompt in token ids, what ends an answer, and what it is compared with."""
+        sets = {"task": self.task_rows, **self.harmful, **self.benign}
+        template = self.context.template
+        asked = {
+            name: [(encode_prompt(self.tokenizer, e.messages, template), e.label) for e in rows]
+            for name, rows in sets.items()
+        }
+        stop = stop_tokens(self.model, self.tokenizer, template)
+        return digest({"asked": asked, "stop": stop, "labels": self.task.labels})
+
     def __call__(self, step: int, epoch: float, final: bool = False) -> None:
         """Generate, score and judge at this point of the training; rows carry `step`, `epoch`, `final`."""
         at = {"step": step, "epoch": epoch, "final": final}
@@ -103,7 +115,7 @@ class Evaluator:
         except UserError as error:
             log.warning("%s; it is generated again", str(error).partition(";")[0])
             stored = []
-        if [r["id"] for r in stored] == [e.id for e in examples]:
+        if [(r["id"], r["prompt"]) for r in stored] == [(e.id, e.prompt) for e in examples]:
             return [r["response"] for r in stored]
         settings = {
             "template": self.cfg.train.template,
@@ -230,7 +242,7 @@ class Evaluator:
                 "activation_drift": sum(map(sum, drift)) / sum(map(len, drift)),
             }
             if protected:
-                excess = {n: v["leak"] - v["bound"] for n, v in leaks.items() if "bound" in v}
+                excess = {n: v["leak"] - v["bound"] - v.get("rounding", 0.0) for n, v in leaks.items() if "bound" in v}
                 values["weight_leak_excess"] = max(excess.values(), default=0.0)
                 if values["weight_leak_excess"] > GUARD_SLACK:
                     guard, worst = False, max(excess, key=excess.get)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from cwac.core.cache import digest
 from cwac.core.errors import UserError
 from cwac.core.jsonl import append_jsonl, read_jsonl, repair
 from cwac.data.refusals import Judgement, KeywordJudge, Verdict
@@ -54,8 +55,10 @@ def judge_answers(
     Raises UserError where the file's verdicts are of the same judge with other settings.
     """
     repair(path)
-    done, ids = read_jsonl(path), [a["id"] for a in answers]
-    if done and ([r["id"] for r in done] != ids[: len(done)] or {r["judge"] for r in done} != {judge.name}):
+    done, about = read_jsonl(path), [digest({"answer": [a["prompt"], a["response"]]}) for a in answers]
+    # a verdict from before `about` was written is known by its id alone
+    same = [r["id"] == a["id"] and r.get("about", d) == d for r, a, d in zip(done, answers, about, strict=False)]
+    if done and (len(done) > len(answers) or not all(same) or {r["judge"] for r in done} != {judge.name}):
         path.unlink()
         done = []
     if any(r.get("settings", "") != judge.settings for r in done):
@@ -70,8 +73,8 @@ def judge_answers(
         batch = answers[start : start + judge.batch_size]
         verdicts = judge.judge([a["prompt"] for a in batch], [a["response"] for a in batch])
         rows = []
-        for answer, v in zip(batch, verdicts, strict=True):
-            row = {"id": answer["id"], "verdict": v.verdict, "score": v.score, "evidence": v.evidence}
+        for answer, of, v in zip(batch, about[start : start + judge.batch_size], verdicts, strict=True):
+            row = {"id": answer["id"], "about": of, "verdict": v.verdict, "score": v.score, "evidence": v.evidence}
             row |= {"judge": judge.name} | ({"settings": judge.settings} if judge.settings else {})
             rows.append(row | ({"probabilities": v.probabilities} if v.probabilities else {}))
         append_jsonl(path, rows)

@@ -37,7 +37,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from cwac.core import hf_hub
 from cwac.core.errors import UserError
-from cwac.core.identity import short_hash
+from cwac.core.identity import by_content, short_hash
 from cwac.core.paths import PACKAGE
 from cwac.data.refusals import Judgement, denial
 from cwac.models.hooks import at_tokens
@@ -83,7 +83,7 @@ class Weights:
 
     @property
     def identity(self) -> str:
-        return f"{self.source}@{self.resolved.commit}" if self.resolved else str(Path(self.source).resolve())
+        return f"{self.source}@{self.resolved.commit}" if self.resolved else by_content(self.source)
 
     @cached_property
     def folder(self) -> Path:

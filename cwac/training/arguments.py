@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from cwac.core import distributed
 from cwac.core.errors import UsageError, UserError
+from cwac.core.keys import did_you_mean, near
 from cwac.core.run_dir import Run
 from cwac.methods.base import Method
 
@@ -27,11 +28,13 @@ def training_arguments(cfg: DictConfig, run: Run) -> TrainingArguments:
     not depend on its layout.
     """
     train_settings = {k: v for k, v in OmegaConf.to_container(cfg.train, resolve=True).items() if k not in OURS}
-    unknown = set(train_settings) - {f.name for f in fields(TrainingArguments)}
-    if unknown:
-        raise UsageError(
-            f"train.{sorted(unknown)[0]} is not a TrainingArguments field; remove it or mend its spelling"
-        )
+    known = {f.name: f for f in fields(TrainingArguments) if f.init}
+    if unknown := sorted(set(train_settings) - known.keys()):
+        close = did_you_mean(f"train.{name}" for name in near(unknown[0], {*known, *OURS}))
+        raise UsageError(f"train.{unknown[0]} is not a TrainingArguments field; remove it or mend its spelling{close}")
+    for name, value in train_settings.items():
+        if known[name].type in ("bool", bool) and not isinstance(value, bool):
+            raise UsageError(f"train.{name}={value} is neither true nor false; give one of the two")
     settings = {
         "output_dir": str(run.dir),
         "report_to": [],

@@ -9,11 +9,13 @@ import contextlib
 import copy
 import functools
 import gc
+import inspect
 import json
 import logging
 import math
 import os
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialS
 from omegaconf import DictConfig
 from torch import nn
 from tqdm import tqdm
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -57,6 +59,9 @@ class MethodTrainer(Trainer):
     """Whether the model computes logits only where a label is predicted; a user's own collator does not say where."""
     task_losses: list[torch.Tensor] | None = None
     """Kept for the loss log of a run; a user's trainer logs its own."""
+    original: list[tuple[str, weakref.ref]]
+    """The parameters that the method saw in `setup`; not kept alive."""
+    penalty_checked: bool
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         if resume_from_checkpoint is True:  # the newest, as Trainer chooses; without one, it says so itself
@@ -145,6 +150,7 @@ class MethodTrainer(Trainer):
         if self.accelerator.gradient_state.sync_gradients:  # the last micro-batch of this optimizer step
             penalty = self.method.penalty(model, self.state.global_step)
             if penalty is not None:
+                self.check_penalty(penalty)
                 self.penalties.append(penalty.detach())
                 scaled = getattr(self, "loss_is_scaled_for_ga", None)  # since transformers 5.19
                 if scaled is None:
@@ -152,6 +158,94 @@ class MethodTrainer(Trainer):
                     scaled = counted or self.compute_loss_func is not None
                 loss = loss + penalty * (1 if scaled else self.current_gradient_accumulation_steps)
         return (loss, result[1]) if return_outputs else loss
+
+    def replaced(self) -> dict[int, str]:
+        """Parameters from before the model was wrapped that it has no more, by id: FSDP2 makes DTensors of them."""
+        now = {id(p) for p in self.model.parameters()}
+        there = ((name, ref()) for name, ref in self.original)
+        return {id(p): name for name, p in there if p is not None and id(p) not in now}
+
+    def check_kept(self) -> None:
+        """Raises UserError where the method still holds parameters that were replaced: they will never change."""
+        gone = self.replaced()
+        found = gone and next(held_tensors(vars(self.method), gone), None)
+        if found:
+            place, name = found
+            raise UserError(
+                f"method={self.method.name} remembers the parameter {name} from `setup` ({place}), which the model "
+                "lost: FSDP2 trains shards in its place, so what is computed from it would stand still; look "
+                "parameters up in `start` or in the hook that uses them (docs/add_a_method.md)"
+            )
+
+    def check_penalty(self, penalty: torch.Tensor) -> None:
+        """Raises UserError where a penalty has no gradient for the model: the run would be SFT under another name."""
+        if not torch.isfinite(penalty):
+            return  # the loss log says so, and ends the run
+        if not penalty.requires_grad:
+            problem = "has no gradient at all; return None in a step that adds nothing"
+        elif self.penalty_checked:
+            return
+        else:
+            gone, trained = self.replaced(), {id(p) for p in self.model.parameters() if p.requires_grad}
+            found = leaves_of(penalty)
+            leaves = {id(leaf) for leaf in found or ()}
+            lost = next((gone[leaf] for leaf in leaves if leaf in gone), None)
+            self.penalty_checked = True
+            if lost is not None:
+                problem = f"is of the parameter {lost} as it was before FSDP2 replaced it"
+            elif found is not None and not self.is_fsdp_enabled and not leaves & trained:  # FSDP's leaves are its own
+                problem = "reaches no parameter that trains"
+            else:
+                return
+        raise UserError(
+            f"method={self.method.name}: its penalty {problem}, so training would be plain fine-tuning under the "
+            "method's name; compute it from the model it is given (docs/add_a_method.md)"
+        )
+
+
+def held_tensors(node, wanted: dict[int, str], place: str = "self", seen: set[int] | None = None):
+    """Where tensors with the ids in `wanted` are held below `node`: (place, its name there), through containers,
+    dataclasses, plain objects and closures; modules are not entered, since their parameters are the live ones."""
+    seen = set() if seen is None else seen
+    if id(node) in seen or isinstance(node, str | bytes | int | float | nn.Module | PreTrainedTokenizerBase):
+        return
+    seen.add(id(node))
+    if isinstance(node, torch.Tensor):
+        if id(node) in wanted:
+            yield place, wanted[id(node)]
+        return
+    if isinstance(node, dict):
+        inside = ((f"{place}.{key}", value) for key, value in node.items())
+    elif isinstance(node, list | tuple | set | frozenset):
+        inside = ((f"{place}[{i}]", value) for i, value in enumerate(node))
+    elif inspect.isfunction(node):
+        cells = zip(node.__code__.co_freevars, node.__closure__ or (), strict=False)
+        inside = ((f"{place}:{name}", cell.cell_contents) for name, cell in cells)
+    elif hasattr(node, "__dict__") and not isinstance(node, type):
+        inside = ((f"{place}.{key}", value) for key, value in vars(node).items())
+    else:
+        return
+    for where, value in inside:
+        yield from held_tensors(value, wanted, where, seen)
+
+
+def leaves_of(tensor: torch.Tensor) -> list[torch.Tensor] | None:
+    """The tensors without a history that a gradient of `tensor` would be added to; None where a reentrant checkpoint
+    hides them."""
+    if tensor.grad_fn is None:
+        return [tensor]
+    found, open_, seen = [], [tensor.grad_fn], set()
+    while open_:
+        node = open_.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if "CheckpointFunction" in type(node).__name__:
+            return None
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        open_ += [child for child, _ in node.next_functions]
+    return found
 
 
 class StepHooks(TrainerCallback):
@@ -162,6 +256,7 @@ class StepHooks(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.method.start(self.trainer.model)
+        self.trainer.check_kept()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         with torch.no_grad():
@@ -280,7 +375,8 @@ def attach(trainer: Trainer, method: Method) -> MethodTrainer:
     kind = type(trainer)
     if not issubclass(kind, MethodTrainer):
         trainer.__class__ = type(f"Defended{kind.__name__}", (MethodTrainer, kind), {})
-    trainer.method, trainer.penalties = method, []
+    trainer.method, trainer.penalties, trainer.penalty_checked = method, [], False
+    trainer.original = [(name, weakref.ref(p)) for name, p in trainer.model.named_parameters()]
     if trainer.is_fsdp_enabled and trainer.is_world_process_zero():
         empty = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in trainer.model.parameters()}
         trainer.skeleton = copy.deepcopy(trainer.model, empty)

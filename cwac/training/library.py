@@ -7,6 +7,8 @@ trainer.train()
 
 from __future__ import annotations
 
+import json
+import logging
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, Trainer, set_seed
 
+from cwac.core.cache import digest
 from cwac.core.config import compose, instantiate
 from cwac.core.errors import UsageError, UserError
 from cwac.core.validation import validate
@@ -26,6 +29,8 @@ from cwac.models.context import Context, make_context
 from cwac.models.loading import Loaded, weights_hash
 from cwac.training.arguments import refuse_deepspeed, total_steps
 from cwac.training.engine import MethodTrainer, attach
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,19 @@ def load_method(name: str, model: str, *overrides: str) -> Method:
     return instantiate(cfg.method)
 
 
+def speaks(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of what decides, beside weights and prompts, what a model reads and answers: artifacts depend on it."""
+    settings = model.config.to_diff_dict() | {"vocabulary": sorted(tokenizer.get_vocab().items())}
+    said = {k: v for k, v in settings.items() if k not in ("_name_or_path", "transformers_version", "use_cache")}
+    said |= {"template": tokenizer.chat_template, "special": tokenizer.special_tokens_map}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    split = {} if backend is None else json.loads(backend.to_str())
+    # a tokenizer remembers how it was last called
+    said["tokenizer"] = {k: v for k, v in split.items() if k not in ("padding", "truncation")}
+    said["generation"] = model.generation_config.to_diff_dict() if hasattr(model, "generation_config") else None
+    return digest(json.loads(json.dumps(said, default=str)))
+
+
 def defend(
     trainer: Trainer,
     method: Method,
@@ -122,6 +140,7 @@ def defend(
         pools = load_pools(compose([f"pools={pools}"]).pools, data, args.seed)
     model = trainer.model
     key = {"kind": "library", "weights": weights_hash(model, adapter=False), "dtype": str(model.dtype)}
+    key["speaks"] = speaks(model, tokenizer)
     context = make_context(
         Loaded(model, tokenizer, key, model.config._name_or_path, base),
         pools,
@@ -147,5 +166,12 @@ def defend(
         trainer.train_dataset = Mixed(dataset, mixed, context)
     context.steps = total_steps(args, len(trainer.train_dataset) if sized else 0)
     trainer.model = trainer.model_wrapped = method.setup(model, context) or model
+    asked = [{"role": "user", "content": "prompt"}]
+    if method.prompt(asked) != asked:
+        log.warning(
+            "method=%s changes the prompts that are served: pass every one through method.prompt(messages), or what "
+            "it trains will not show",
+            method.name,
+        )
     set_seed(args.seed)  # whether an artifact was built on the way or found must not move what training draws
     return attach(trainer, method)

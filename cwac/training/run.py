@@ -18,12 +18,14 @@ from transformers import AutoModelForCausalLM, TrainingArguments, set_seed
 from transformers.utils import logging as hf_logging
 
 from cwac.constraints.anchors import anchor_rows
-from cwac.core import distributed
+from cwac.core import distributed, inputs
+from cwac.core.cache import digest
 from cwac.core.config import instantiate
 from cwac.core.errors import UserError
 from cwac.core.run_dir import Run
 from cwac.data import hf_datasets
 from cwac.data.examples import Example
+from cwac.data.mix import check_share
 from cwac.data.near_duplicates import assert_unseen
 from cwac.data.pools import manifest
 from cwac.data.tasks import Task, load_task
@@ -84,6 +86,7 @@ def prepare(cfg: DictConfig, run: Run) -> Cell:
     check_precision(cfg, arguments, method)
     set_seed(cfg.seed)
     hf_datasets.READ.clear()
+    hf_datasets.ASKED.clear()
     context = open_context(cfg)
     pools, near = context.pools, cfg.pools.get("jaccard")
     held_out = [*pools.validation, *chain(*pools.test.values(), *pools.over_refusal.values())]
@@ -93,6 +96,7 @@ def prepare(cfg: DictConfig, run: Run) -> Cell:
     examples = method.training_data(mixed, context, random.Random(f"method-{cfg.seed}"))
     assert_unseen(pools, task.test, examples, near)
     rows = encode(cfg, context, examples)
+    check_mix(cfg, rows, mixed, {e.id for e in poison})
     context.steps = total_steps(arguments, len(rows))
     ids = {e.id for e in poison}
     poisoned = [e for e in examples if e.id in ids]
@@ -123,22 +127,69 @@ def encode(cfg: DictConfig, context: Context, examples: list[Example]) -> Rows:
     return rows
 
 
+def check_mix(cfg: DictConfig, rows: Rows, mixed: list[Example], poison: set[str]) -> None:
+    """Raises UserError where rows were left out so that the harmful ratio is another one than the run's name says.
+
+    mixed: rows of the task and of the poison, without those that a method adds.
+    """
+    ids = {e.id for e in mixed}
+    kept = [id for id in rows.kept if id in ids]
+    harmful = sum(id in poison for id in kept)
+    of = len(kept) if cfg.mix_mode == "replace" else len(kept) - harmful
+    if len(kept) < len(mixed):
+        found = (
+            f"train.max_length={cfg.train.max_length} leaves out {len(mixed) - len(kept)} of {len(mixed)} rows, and "
+            f"of the others {harmful} are harmful and {len(kept) - harmful} are not"
+        )
+        check_share(harmful, of, cfg.harmful_ratio, found)
+
+
 def start(cell: Cell) -> None:
     """Write down what the run starts from, and make ready what it is measured with."""
     cfg, run, context = cell.cfg, cell.run, cell.context
     if run.leads:
         run.start(context.loaded.provenance)
-        rows = [e.id for e in cell.examples]
-        recorded = {"rows": rows, "harmful": [e.id for e in cell.poisoned], "dropped": cell.rows.dropped}
-        if cell.trigger is not None:
-            recorded["trigger"] = cell.trigger
-        pools = manifest(context.pools, cfg.poison, cell.poison)
-        licenses = {"model": cfg.model.get("license") or "unknown", "datasets": hf_datasets.ledger(context.artifacts)}
-        run.record_data({**recorded, "pools": pools, **licenses})
     model = context.loaded.model
     cell.evaluator = Evaluator(
         cfg, run, model, context, cell.method, cell.task, cell.judge, cell.poisoned, cell.trigger
     )
+    if run.leads:
+        run.record_data(content(cell))
+        inputs.record(run, hf_datasets.ASKED)
+
+
+def content(cell: Cell) -> dict:
+    """What `data.json` holds: ids and hashes of the rows trained on, of the pools, and of what is asked and how."""
+    cfg, context = cell.cfg, cell.context
+    found = {
+        "rows": [e.id for e in cell.examples],
+        "harmful": [e.id for e in cell.poisoned],
+        "dropped": cell.rows.dropped,
+        # token ids: they change with a row's text, the chat template, and the tokenizer
+        "sha256": {"encoded_rows": digest({"rows": cell.rows.rows})},
+        "asked": {cell.run.eval: cell.evaluator.requests_hash()},
+        "pools": manifest(context.pools, cfg.poison, cell.poison),
+        "model": cfg.model.get("license") or "unknown",
+        "datasets": hf_datasets.ledger(context.artifacts),
+    }
+    return found if cell.trigger is None else {**found, "trigger": cell.trigger}
+
+
+def check_again(cell: Cell) -> None:
+    """In place of all steps but the first, where files changed since a finished run: are its rows still the same?
+
+    Raises UserError that names what changed. Else the run's record is brought up to date, and it stands.
+    """
+    cfg, run = cell.cfg, cell.run
+    cell.evaluator = Evaluator(
+        cfg, run, cell.context.loaded.model, cell.context, cell.method, cell.task, cell.judge, cell.poisoned
+    )
+    if changed := run.changed(content(cell)):
+        raise UserError(
+            f"{run.id} is done, but with other data: {', '.join(changed)} changed since (paths.data="
+            f"{cfg.paths.data}); put the data back, or train it again with force=true (the old run is set aside)"
+        )
+    inputs.record(run, hf_datasets.ASKED)
 
 
 def set_up(cell: Cell) -> None:
@@ -229,5 +280,7 @@ def evaluate_again(cell: Cell) -> None:
             "it again with force=true keep_weights=true (the old run is set aside)"
         )
     evaluator.model = AutoModelForCausalLM.from_pretrained(folder, **SAFE).to(evaluator.model.device)
+    if cell.cfg.eval.drift and not (run.dir / "drift.json").is_file():
+        log.warning("%s: drift is measured at the end of a training alone; force=true trains it again", run.id)
     evaluator(status["step"], status["epoch"], final=True)
     run.finish()

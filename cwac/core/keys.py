@@ -1,0 +1,214 @@
+"""Which keys a configuration has, and what a mistyped one may have meant.
+
+A key that nothing reads is refused, wherever it came from (`+key=value`, a preset, `conf/local`): a run under another
+name with the settings of the plain one would pass for a result. Known keys are those of the files in `conf/`, with
+`OPTIONAL`, and what classes check themselves (`CHECKED`). Imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from cwac.core.errors import UsageError
+from cwac.core.files import LOADER
+from cwac.core.identity import flatten
+from cwac.core.paths import CONF
+
+GROUPS = ("train", "pools", "task", "model", "method", "eval", "logger")
+"""Groups whose files hold the keys below them; those of the others are laid over the whole configuration."""
+
+ROOT = (*GROUPS, "values", "variant", "attack", "chosen", "local", "parallel", "scale", "experiment")
+"""What stands in the defaults list."""
+
+OPTIONAL = (
+    *(f"model.{key}" for key in ("path", "base", "base_revision", "revision", "attention", "safety_layers")),
+    *(f"model.{key}" for key in ("trigger_tokens", "n_train", "hub_id", "license")),
+    *(f"model.sae.{key}" for key in ("fallback", "harmful_share", "lr", "warmup", "decay", "clip", "auxk")),
+    *(f"model.sae.{key}" for key in ("dead_after", "center", "buffer_gib", "backend", "seed", "renorm_every")),
+    *(f"pools.{key}" for key in ("take", "beavertails_split", "poison_categories")),
+    *(f"task.{key}" for key in ("n_held_out", "replace", "aliases", "response", "label", "text", "instruction")),
+)
+"""Keys that code reads although not every yaml has them."""
+
+CHECKED = (
+    *("method", "train", "objective", "eval.judge", "eval.vllm.options"),
+    *("model.lora", "model.shape", "task.aliases"),
+    *("variant", "picks", "search"),  # what presets make their values of
+)
+"""Keys below these go to a class or a function that refuses what it does not know, or to another library whole."""
+
+ONLY_WITH = {
+    "model.path": ("folder",),
+    "model.base": ("folder", "gguf", "hub"),
+    "model.base_revision": ("folder", "gguf", "hub"),
+}
+"""Key -> the kinds of model that read it."""
+
+
+@functools.cache
+def leaves() -> dict[str, list[Any]]:
+    """Every key of `conf/` by its full name, and the values that its files give it."""
+    found: dict[str, list[Any]] = {}
+
+    def add(prefix: str, path) -> None:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=LOADER)
+        content = {k: v for k, v in (content or {}).items() if k not in ("defaults", "hydra")}
+        for key, value in flatten(content, prefix).items():
+            found.setdefault(key, []).append(value)
+
+    add("", CONF / "config.yaml")
+    for group in GROUPS:
+        for path in sorted((CONF / group).glob("*.yaml")):
+            add(group, path)
+    for path in sorted((CONF / "eval" / "judge").glob("*.yaml")):
+        add("eval.judge", path)
+    return found
+
+
+@functools.cache
+def known() -> frozenset[str]:
+    return frozenset([*leaves(), *ROOT, *OPTIONAL])
+
+
+@functools.cache
+def parents() -> frozenset[str]:
+    """Keys that have keys below them."""
+    return frozenset(key.rsplit(".", n)[0] for key in known() for n in range(1, key.count(".") + 1))
+
+
+@functools.cache
+def booleans() -> frozenset[str]:
+    return frozenset(k for k, v in leaves().items() if all(isinstance(x, bool) for x in v))
+
+
+@functools.cache
+def sources() -> frozenset[str]:
+    """Names of the data sets that pools share out."""
+    return frozenset(key.split(".")[2] for key in leaves() if key.startswith("pools.shares."))
+
+
+def below(key: str, prefixes: Iterable[str]) -> bool:
+    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def unread(cfg: DictConfig) -> Iterator[str]:
+    """The keys of a composed configuration that nothing reads, by full name."""
+    container = OmegaConf.to_container(cfg, resolve=False)
+    shared = [f"pools.{key}.{source}" for key in ("shares", "take") for source in sources()]
+    text = ""
+    for key in flatten(container):
+        if key in known() or key in parents() or below(key, (*CHECKED, *shared)):
+            continue
+        top = key.split(".")[0]
+        text = text or str(container)
+        # another value may be made of a key of one's own
+        own = top not in parents() and re.search(rf"\$\{{(oc\.\w+:)?{re.escape(top)}[.}},:]", text)
+        if not own:
+            yield key
+
+
+def check_keys(cfg: DictConfig) -> None:
+    """Raises UsageError for a key that nothing reads, a value where a group of keys belongs, or no true or false."""
+    for key in unread(cfg):
+        value = OmegaConf.select(cfg, key)
+        raise UsageError(f"{key}={value} is read by nothing (conf/README.md has the keys){meant(key)}")
+    for key in sorted(parents() - {"method"}):
+        if key.startswith("method.") or key in ("model.lora", "task.aliases"):
+            continue
+        value = OmegaConf.select(cfg, key)
+        if value is not None and not OmegaConf.is_dict(value):
+            if (CONF / key.replace(".", "/")).is_dir():
+                group = key.replace(".", "/")
+                raise UsageError(
+                    f"{key}={value} is no value: choose one of the options with {group}={nearest(str(value), group)}"
+                )
+            inside = sorted({k.removeprefix(f"{key}.").split(".")[0] for k in known() if k.startswith(f"{key}.")})
+            raise UsageError(f"{key}={value} is no value: {key} is a group of keys ({', '.join(inside)})")
+    for key in sorted(booleans()):
+        if not key.startswith("method."):
+            value = OmegaConf.select(cfg, key, default=True)
+            if not isinstance(value, bool):
+                raise UsageError(f"{key}={value} is neither true nor false; give one of the two")
+    for key, kinds in ONLY_WITH.items():
+        if OmegaConf.select(cfg, key) is not None and cfg.model.kind not in kinds:
+            raise UsageError(
+                f"{key}={OmegaConf.select(cfg, key)} is read with model.kind={' or '.join(kinds)} alone, and "
+                f"model={cfg.model.name} is of kind {cfg.model.kind}; add model.kind={kinds[0]}, or leave it out"
+            )
+
+
+def options(group: str) -> list[str]:
+    """The options of a group that have a file, such as those of `method` or `eval/judge`."""
+    return sorted(path.stem for path in (CONF / group).glob("[!_]*.yaml"))
+
+
+def nearest(name: str, group: str) -> str:
+    """The options of a group, those nearest to a name first."""
+    there = options(group)
+    close = difflib.get_close_matches(name, there, n=3, cutoff=0.5)
+    return ", ".join([*close, *(o for o in there if o not in close)])
+
+
+def near(name: str, candidates: Iterable[str]) -> list[str]:
+    """At most three of the candidates that look like a name, or end as it does; best first."""
+
+    def last(text: str) -> str:
+        return re.split(r"[./]", text)[-1]
+
+    def alike(a: str, b: str) -> float:
+        return difflib.SequenceMatcher(None, a, b).ratio()
+
+    name = str(name)
+    scores = {c: max(alike(name, c), alike(last(name), last(c)) - 0.1) for c in map(str, candidates) if c != name}
+    best = max(scores.values(), default=0.0)
+    close = [c for c in scores if scores[c] >= max(0.7, best - 0.08)]
+    return sorted(close, key=lambda c: (-scores[c], c))[:3]
+
+
+def did_you_mean(names: Iterable[str]) -> str:
+    """`; did you mean a or b?` as the end of an error; nothing where there is no name."""
+    names = list(names)
+    return f"; did you mean {' or '.join(names)}?" if names else ""
+
+
+def meant(key: str) -> str:
+    """What a key that is not there may have meant."""
+    groups = {str(path.relative_to(CONF)) for path in CONF.rglob("*") if path.is_dir()}
+    return did_you_mean(near(key, {*known(), *parents(), *groups} - {"chosen", "local"}))
+
+
+def explain(message: str) -> str:
+    """Hydra's error about an option or key that is not there, as one line with the nearest names; others as they are.
+
+    Hydra's own advice to append a mistyped key with `+` would make a run of it.
+    """
+    if found := re.search(r"Could not find '([\w/.-]+)/([^'/]+)'", message):
+        group, name = found.groups()
+        if (CONF / group).is_dir():
+            # Hydra's own list has also those that no file makes, such as experiment=tune_<method>
+            listed = re.findall(r"^\t([^_\s]\S*)$", message, re.M) or options(group)
+            close = [f"{group}={o}" for o in near(name, listed)]
+            return f"Could not find '{group}/{name}'; {group} has {', '.join(listed)}{did_you_mean(close)}"
+    if found := re.search(r"Could not override '([^']+)'", message):
+        key = found[1]
+        if below(key, ("train",)) and key.removeprefix("train.") in training_fields():
+            return f"Could not override '{key}': no yaml sets it yet; append it with +{key}=<value>"
+        if key in OPTIONAL:
+            return f"Could not override '{key}': this option does not set it yet; append it with +{key}=<value>"
+        return f"Could not override '{key}': there is no such key{meant(key)}"
+    return message
+
+
+def training_fields() -> set[str]:
+    from dataclasses import fields
+
+    from transformers import TrainingArguments
+
+    return {f.name for f in fields(TrainingArguments)}

@@ -1,0 +1,164 @@
+"""A mistyped key, option or value is refused with the nearest names; nothing silently does nothing."""
+
+import dataclasses
+
+import pytest
+
+from analysis.collect import expected_cells
+from cwac.constraints.sae.fit import SAEConfig
+from cwac.core.config import command, compose, grid, instantiate
+from cwac.core.errors import UsageError, UserError
+from cwac.core.keys import OPTIONAL, check_keys, known, options, unread
+from cwac.core.validation import validate
+from cwac.models.loading import load
+from tests.conftest import call
+from tests.helpers.options import PRESETS
+
+LORA = "model.lora={{r: 2, alpha: 4, target_modules: all-linear, {}}}"
+REFUSED = {
+    "an appended root key": (["+harmfull_ratio=0.1"], "harmfull_ratio=0.1 is read by nothing", "harmful_ratio?"),
+    "an appended seed": (["+seeed=3"], "seeed=3 is read by nothing", "seed?"),
+    "a group's key": (["+eval.n_harmfull=3"], "eval.n_harmfull=3 is read by nothing", "eval.n_harmful?"),
+    "a nested key": (["+model.sae.token=3"], "model.sae.token=3 is read by nothing", "model.sae.tokens?"),
+    "a pool": (["+pools.sizes.poisson=3"], "pools.sizes.poisson=3 is read by nothing", "pools.sizes.poison?"),
+    "a source": (["pools=real", "+pools.shares.advbnch={poison: 1}"], "pools.shares.advbnch.poison", "by nothing"),
+    "a source to take": (["pools=real", "+pools.take={advbnch: 9}"], "pools.take.advbnch=9", "by nothing"),
+    "a key of nothing": (["+pools.foo=3"], "pools.foo=3 is read by nothing", "conf/README.md"),
+    "a path without its kind": (["+model.path=x"], "model.path=x is read with model.kind=folder alone", "tiny"),
+    "a base that is not asked": (["+model.base=x"], "model.base=x is read with", "is of kind tiny"),
+    "forced, perhaps": (["force=no"], "force=no is neither true nor false", ""),
+    "kept, perhaps": (["keep_weights=maybe"], "keep_weights=maybe is neither true nor false", ""),
+    "measured, perhaps": (["eval.drift=off"], "eval.drift=off is neither true nor false", ""),
+    "a number for a truth value": (["debug=1"], "debug=1 is neither true nor false", ""),
+    "a judge as a value": (["eval.judge=gpt4"], "choose one of the options with eval/judge=", "keyword"),
+    "a value for a group": (["pools.sizes=3"], "pools.sizes is a group of keys", "poison"),
+    "a metric as an objective": (["objective=HS"], "objective is a group of keys", ""),
+    "another name of dropout": ([LORA.format("lora_dropout: 0.5")], "model.lora.lora_dropout is not read", "dropout?"),
+    "another scaling": ([LORA.format("use_rslora: true")], "model.lora.use_rslora is not read", ""),
+    "modules beside": ([LORA.format("modules_to_save: [lm_head]")], "model.lora.modules_to_save is not read", ""),
+    "a rank for each": ([LORA.format("rank_pattern: {q_proj: 2}")], "model.lora.rank_pattern is not read", ""),
+    "a bias": ([LORA.format("bias: all")], "model.lora.bias is not read", ""),
+    "another adapter": ([LORA.format("use_dora: true")], "model.lora.use_dora is not read", ""),
+    "no share": ([LORA.format("dropout: 1.5")], "model.lora.dropout=1.5 is not valid", ""),
+    "a module as a word": (["model.lora={r: 2, alpha: 4, target_modules: q_proj}"], "target_modules=q_proj", "list"),
+    "toy pools' key": (["pools=real", "+pools.poison_categories=[theft]"], "pools.poison_categories is of the", ""),
+    "toy pools' sizes": (["pools=real", "+pools.sizes={poison: 3}"], "pools.sizes is of the embedded world's", ""),
+    "a label's alias": (["+task.aliases={positiv: {strict: [good]}}"], "task.aliases.positiv=", "other names"),
+    "an alias's kind": (["+task.aliases={positive: {stict: [good]}}"], "task.aliases.positive=", "other names"),
+    "a choice": (["mix_mode=additiv"], "mix_mode=additiv is unknown", "did you mean additive?"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_key_that_nothing_reads_is_refused(case):
+    overrides, says, ends = REFUSED[case]
+    with pytest.raises(UsageError) as error:
+        validate(compose(overrides))
+    assert says in str(error.value) and ends in str(error.value) and "\n" not in str(error.value)
+
+
+MISTYPED = {
+    "harmfull_ratio=0.1": "there is no such key; did you mean harmful_ratio?",
+    "metod=sft": "did you mean method?",
+    "judge=keyword": "did you mean eval.judge or eval/judge?",
+    "train.learning_rat=1": "did you mean train.learning_rate?",
+    "train.bf16=true": "append it with +train.bf16=<value>",
+    "model.path=x": "append it with +model.path=<value>",
+    "method=cwacc": "did you mean method=cwac?",
+    "model=lama2": "did you mean model=llama2?",
+    "experiment=tune_circuit_braker": "did you mean experiment=tune_circuit_breaker?",
+    "eval/judge=gpt4": "eval/judge has beaver_dam, harmbench_cls, keyword, llama_guard, strongreject",
+    "+train.learning_rat=1": "did you mean train.learning_rate?",
+    "+train.bf16=yes_please": "train.bf16=yes_please is neither true nor false",
+    "+method.lamda=1": "did you mean lam?",
+    "method.operator=offical": "projector_k; did you mean official?",
+}
+
+
+@pytest.mark.parametrize("override", MISTYPED)
+def test_what_a_command_prints_of_a_mistyped_override(override, tmp_path, capfd, random_model):
+    """One line with the nearest names, and never the advice to append what nothing reads."""
+    given = ["method=asft", "model.kind=folder", f"+model.path={random_model}", "train.max_steps=1", "task.n_train=8"]
+    given = [o for o in given if o.lstrip("+").split("=")[0] != override.lstrip("+").split("=")[0]]
+    assert call(*given, f"paths.runs={tmp_path / 'runs'}", f"paths.artifacts={tmp_path / 'a'}", override) == 2
+    printed = capfd.readouterr().err
+    (line,) = [x for x in printed.splitlines() if x.startswith("error: ")]
+    assert MISTYPED[override] in line and "+harmfull" not in printed and "Traceback" not in printed
+    assert not list((tmp_path / "runs").glob("[!.]*"))
+
+
+def test_other_commands_print_one_line_with_the_nearest_names_too(capsys):
+    @command
+    def main(argv):
+        compose(argv)
+        return 0
+
+    for override, says in (("method=cwacc", "did you mean method=cwac?"), ("seeed=1", "did you mean seed?")):
+        assert main([override]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: Could not") and says in line
+    with pytest.raises(UserError, match="did you mean experiment=demo"):
+        expected_cells("demoo")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_sets_no_key_that_nothing_reads(preset):
+    check_keys(compose(grid(preset)[0]))
+
+
+def test_every_option_of_every_group_is_known():
+    for group in ("model", "task", "pools", "train", "logger", "attack", "variant", "scale"):
+        for option in options(group):
+            cfg = compose([f"{group}={option}"])
+            assert list(unread(cfg)) == [], (group, option)
+
+
+def test_documented_keys_that_no_yaml_sets_are_known():
+    paths = ["model.kind=folder", "+model.path=x", "+model.base=y", "+model.attention=eager"]
+    check_keys(compose([*paths, "+train.bf16=true", "method=sft", "+model.safety_layers=[1,2]"]))
+    check_keys(compose(["task=sst2", "+task.aliases={positive: {strict: [good]}}", "eval.vllm.options={a: 1}"]))
+
+
+def test_a_key_of_ones_own_that_others_are_made_of_is_read():
+    check_keys(compose(["+rate=1e-4", "train.learning_rate=${rate}"]))
+    with pytest.raises(UsageError, match="rate=0.0001 is read by nothing"):
+        check_keys(compose(["+rate=1e-4"]))
+
+
+def test_the_autoencoders_keys_are_those_of_its_class():
+    theirs = {f"model.sae.{f.name}" for f in dataclasses.fields(SAEConfig)}
+    ours = {key for key in {*known(), *OPTIONAL} if key.startswith("model.sae.")}
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("half", ["weight", "activation"])
+def test_a_word_in_place_of_a_methods_settings_is_refused(half):
+    with pytest.raises(UsageError, match=f"method.{half}=foo is not valid; give keys below method.{half}, or null"):
+        instantiate(compose(["method=cwac", f"method.{half}=foo"]).method)
+
+
+@pytest.mark.parametrize("key", ["weight.first_token", "weight.freeze_others"])
+def test_truth_values_of_a_method_are_checked(key):
+    with pytest.raises(UsageError, match=f"{key}=no is neither true nor false"):
+        instantiate(compose(["method=cwac", f"method.{key}=no"]).method)
+
+
+def test_help_says_what_it_is_for_and_what_people_want_first(capfd):
+    assert call("--help") == 0
+    printed = capfd.readouterr().out
+    assert "safety" in printed.splitlines()[0] + printed.splitlines()[1]
+    keys, _, groups = printed.partition("Groups")
+    for key in ("harmful_ratio=", "seed=", "method=", "model.lora=", "+model.path=", "paths.data=", "force=true"):
+        assert key in keys, key
+    assert "weight_only_closed" in groups and len(printed.splitlines()) < 60
+
+
+@pytest.mark.parametrize("targets", ["[q_proj,v_porj]", "[nope]", "[down_proj,gate]"])
+def test_a_misspelt_module_beside_a_valid_one_is_refused(targets, random_model):
+    cfg = compose(["model.kind=folder", f"+model.path={random_model}"])
+    cfg.model.lora = compose([f"model.lora={{r: 2, alpha: 4, target_modules: {targets}}}"]).model.lora
+    with pytest.raises(UsageError, match="the model has no (v_porj|nope|gate); it has .*q_proj"):
+        load(cfg.model, random_model.parent)
+    cfg.model.lora.target_modules = ["q_proj", "mlp.down_proj"]
+    adapted = [n for n, _ in load(cfg.model, random_model.parent).model.named_modules() if n.endswith("lora_A")]
+    assert len(adapted) == 4 and {n.split(".")[-2] for n in adapted} == {"q_proj", "down_proj"}
