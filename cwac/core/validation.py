@@ -56,6 +56,9 @@ CHOICES = {
     "task.scorer": ("label", "number", "open"),
 }
 
+LORA_KEYS = ("r", "alpha", "dropout", "target_modules")
+"""What `model.lora` may hold; other kinds of adapters (`use_dora`, ...) are not trained here."""
+
 REQUIRED = (
     "harmful_ratio seed mix_mode poison poison_choice train.learning_rate train.max_length train.template "
     "task.n_train task.n_test train.per_device_train_batch_size train.gradient_accumulation_steps eval.judge "
@@ -81,6 +84,8 @@ def validate_values(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key)
         if value is not None:
             require_number(key, value, low, high, whole=whole)
+    if OmegaConf.select(cfg, "train.max_steps") == 0:
+        raise UsageError("train.max_steps=0 trains nothing; give a number of steps, or -1 for train.num_train_epochs")
     for key, options in CHOICES.items():
         value = OmegaConf.select(cfg, key)
         if value is not None and value not in options:
@@ -99,6 +104,11 @@ def validate_model(cfg: DictConfig) -> None:
         if not isinstance(r, int) or r < 1 or not isinstance(alpha, int | float) or not lora.get("target_modules"):
             example = "'{r: 8, alpha: 16, target_modules: all-linear}'"
             raise UsageError(f"model.lora={lora} is not valid; give e.g. model.lora={example}")
+        if unread := sorted(set(lora) - set(LORA_KEYS)):
+            raise UsageError(
+                f"model.lora.{unread[0]} is not read, so the run would be one without it; the adapter is LoRA with "
+                f"{', '.join(LORA_KEYS)}: leave {unread[0]} out"
+            )
     if cfg.model.kind == "folder" and not (cfg.model.get("path") and Path(cfg.model.path).is_dir()):
         raise UsageError(
             f"model.path={cfg.model.get('path')} is not a folder; give +model.path=<a saved model's folder>"
