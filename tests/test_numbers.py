@@ -313,7 +313,7 @@ def drift_along_V(method) -> float:
     return max((layer.weight @ V - A).abs().max().item() for _, layer, V, A in method._constraint.entries)
 
 
-EVERY = ["method=weight_only", "method.weight.every=1000", "train.learning_rate=0.003"]
+EVERY = ["method=weight_only", "method.weight.project_every=1000", "train.learning_rate=0.003"]
 
 
 def test_the_last_step_projects_where_rows_are_dropped(tmp_path, artifacts):
@@ -348,7 +348,7 @@ class Moving(CWAC):
 
 @pytest.mark.parametrize("every", [1, 1000])
 def test_a_training_that_is_stopped_early_ends_in_projected_weights(tmp_path, every):
-    model, method = make_llama(), Moving("early", weight=Weight(every=every))
+    model, method = make_llama(), Moving("early", weight=Weight(project_every=every))
     method.setup(model, SimpleNamespace(steps=10))
     args = arguments(tmp_path, num_train_epochs=10, learning_rate=1e-2)
     trainer = engine.build_trainer(model, method, random_rows(4), args, 2)
@@ -361,7 +361,7 @@ def test_a_training_that_is_stopped_early_ends_in_projected_weights(tmp_path, ev
 
 def test_the_best_checkpoint_is_projected_when_it_is_put_back(tmp_path):
     """It was saved in between two projections."""
-    model, method = make_llama(), Moving("best", weight=Weight(every=4))
+    model, method = make_llama(), Moving("best", weight=Weight(project_every=4))
     method.setup(model, SimpleNamespace(steps=4))
     args = arguments(
         tmp_path,
