@@ -346,7 +346,9 @@ def negative_log_likelihood(
             logits = model(ids).logits[0, len(prompt) - 1 : -1]
         total += torch.nn.functional.cross_entropy(logits, ids[0, len(prompt) :], reduction="sum").item()
         n += len(target)
-    return total / max(1, n), n
+    if not n:
+        raise UserError("none of the base model's own answers has a token, so what the alignment costs is not known")
+    return total / n, n
 
 
 def seen(split: dict[str, list[Example]], recipe: Round) -> dict[str, list[Example]]:

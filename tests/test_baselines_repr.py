@@ -101,25 +101,23 @@ def test_they_train_an_adapter_too(method, tmp_path, artifacts):
 # --- the reference
 
 
-def trained_lora():
-    """A LoRA model whose adapter does something, and the plain model it started from."""
-    plain = make_llama()
-    model = add_lora(make_llama(), OmegaConf.create(LORA))
+def train_adapter_(model) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
-    return model, plain
 
 
 def test_the_adapter_switched_off_is_the_frozen_copy():
-    model, plain = trained_lora()
+    """Taken before the adapter trains; of a model whose adapter has learnt something, see test_adapters.py."""
+    model, plain = add_lora(make_llama(), OmegaConf.create(LORA)), make_llama()
     batch = batch_of(random_rows(4))
     inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
     layers = model_layers(plain, None)
     assert layers == [0, 1, 2]
     off, frozen = Reference(model), Reference(plain)
     assert off.frozen is None
+    train_adapter_(model)
     trainable = [n for n, p in model.named_parameters() if p.requires_grad]
     then = off.hidden_states(inputs, layers)
     assert torch.equal(then, frozen.hidden_states(inputs, layers)) and not then.requires_grad

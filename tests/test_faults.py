@@ -297,9 +297,19 @@ def test_the_clock_does_not_matter(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_a_loss_that_is_not_finite_ends_the_run(value, tmp_path, monkeypatch):
-    monkeypatch.setattr("cwac.methods.base.Method.penalty", lambda *_: torch.tensor(float(value)))
+    def penalty(self, model, step):
+        return next(iter(model.parameters())).sum() * 0 + float(value)
+
+    monkeypatch.setattr("cwac.methods.base.Method.penalty", penalty)
     cfg = config.compose(["method=sft", *FINE_TUNE, "train.logging_steps=1", f"paths.artifacts={tmp_path}"])
     with pytest.raises(UserError, match=f"penalty {value}.*not marked done"):
+        fine_tune(cfg, tmp_path)
+
+
+def test_a_penalty_that_depends_on_nothing_that_trains_ends_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("cwac.methods.base.Method.penalty", lambda *_: torch.tensor(1.0))
+    cfg = config.compose(["method=sft", *FINE_TUNE, f"paths.artifacts={tmp_path}"])
+    with pytest.raises(UserError, match="penalty of method=sft depends on nothing that trains"):
         fine_tune(cfg, tmp_path)
 
 
@@ -331,7 +341,7 @@ def test_a_batch_without_label_tokens_is_refused():
 def context(pools: dict, tmp_path: Path):
     names = ("poison", "anchors", "step", "sae", "benign", "safety", "validation")
     made = Pools(**{n: [Example(f"{n}{i}", f"{n} {i}") for i in range(pools.get(n, 4))] for n in names})
-    loaded = SimpleNamespace(key={"kind": "test"})
+    loaded = SimpleNamespace(key={"kind": "test"}, model=make_llama())
     return SimpleNamespace(
         pools=made, loaded=loaded, artifacts=tmp_path, pools_key="x", template="chat", max_length=64
     )

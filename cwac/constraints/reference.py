@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cwac.core.checks import check
 from cwac.core.errors import UsageError
+from cwac.models.adapters import holds_update
 from cwac.models.hooks import residuals
 from cwac.models.layers import decoder_layers, evaluating
 
@@ -18,12 +19,14 @@ from cwac.models.layers import decoder_layers, evaluating
 class Reference:
     """The model as it is now, kept for later: build it in `setup`, before anything trains.
 
-    With LoRA it is the model itself with its adapter switched off and costs no memory; else it is a frozen copy in
-    the model's own dtype, so that an untrained model is at distance exactly 0. Neither has dropout.
+    With an adapter that has learnt nothing yet it is the model itself with the adapter switched off and costs no
+    memory; else it is a frozen copy in the model's own dtype. An untrained model is at distance exactly 0 of either.
+    Neither has dropout.
     """
 
     def __init__(self, model: nn.Module):
-        self.adapted = model if hasattr(model, "disable_adapter") else None
+        fresh = hasattr(model, "disable_adapter") and not holds_update(model)
+        self.adapted = model if fresh else None
         self.frozen = None if self.adapted is not None else copy.deepcopy(model).requires_grad_(False).eval()
 
     @torch.no_grad()

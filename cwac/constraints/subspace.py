@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from cwac.core.distributed import local, spread, whole
 from cwac.core.errors import UserError
+from cwac.models.adapters import active_adapters
 from cwac.models.hooks import on_inputs
 from cwac.models.layers import base_layer, evaluating, input_group, linears, unread_logits
 from cwac.models.packing import together
@@ -262,7 +263,7 @@ class Constraint:
         for name, module in modules.items():
             group = input_group(name)
             lora = getattr(module, "lora_A", None)
-            for layer in [base_layer(module)] if lora is None else lora.values():
+            for layer in [base_layer(module)] if lora is None else [A for A, _, _ in active_adapters(module)]:
                 weight = layer.weight
                 if weight.dtype not in (torch.float32, torch.float64):
                     raise UserError(

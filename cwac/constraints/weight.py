@@ -5,6 +5,7 @@ Deviations: see `cwac/methods/cwac.py`, whose settings these functions read.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -15,27 +16,55 @@ from cwac.constraints.settings import Weight
 from cwac.constraints.subspace import Basis, Constraint, fit_subspace, load_bases, save_bases
 from cwac.core.cache import load_or_build
 from cwac.core.checks import check
+from cwac.core.errors import UserError
 from cwac.data.examples import Example, Pools
+from cwac.models.adapters import active_adapters
 from cwac.models.context import Context, artifact_key
-from cwac.models.layers import linears
+from cwac.models.layers import linears, trains
+
+log = logging.getLogger("cwac")
 
 
-def constrained(model: nn.Module, weight: Weight) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
-    """By name, the constrained matrices and those in `weight.unconstrained`; UserError if no matrix is constrained."""
+def constrained(
+    model: nn.Module, weight: Weight, warn: bool = True
+) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """By name, the constrained matrices, all of which train, and those in `weight.unconstrained`.
+
+    Raises UserError where no matrix that trains is constrained: that would be plain fine-tuning with a certificate.
+    """
     modules = linears(model, weight.modules, weight.layers)
     unconstrained = (
         linears(model, weight.unconstrained, weight.layers, "method.weight.unconstrained")
         if weight.unconstrained
         else {}
     )
-    constrained_modules = {name: module for name, module in modules.items() if name not in unconstrained}
+    asked = {name: module for name, module in modules.items() if name not in unconstrained}
     check(
-        constrained_modules,
+        asked,
         "weight.unconstrained",
         list(weight.unconstrained),
         "leave a matrix of method.weight.modules constrained",
     )
-    return constrained_modules, unconstrained
+    training = {name: module for name, module in asked.items() if trains(module)}
+    if not training:
+        others = sorted({name.split(".")[-1] for name, module in linears(model, "all").items() if trains(module)})
+        trained = f"what trains is {', '.join(others)}" if others else "no matrix of the model's blocks trains"
+        raise UserError(
+            f"method.weight.modules={named(weight.modules)} constrains no matrix that trains, so it would hold "
+            f"nothing ({trained}): choose method.weight.modules among these, or all, or adapt others "
+            "(model.lora.target_modules)"
+        )
+    if warn and len(training) < len(asked):
+        idle = sorted({name.split(".")[-1] for name in asked.keys() - training.keys()})
+        log.warning(
+            "method.weight.modules=%s: %d of %d matrices do not train and are not constrained (%s)",
+            *(named(weight.modules), len(asked) - len(training), len(asked), ", ".join(idle)),
+        )
+    return training, unconstrained
+
+
+def named(modules: Sequence[str] | str) -> str:
+    return modules if isinstance(modules, str) else f"[{','.join(modules)}]"
 
 
 def anchor_bases(model: nn.Module, context: Context, weight: Weight) -> dict[str, Basis]:
@@ -91,7 +120,14 @@ def freeze_others_(
     """Freeze what is neither constrained nor `freed`; what was frozen before, as by peft, stays frozen."""
     trained = {id(layer.weight) for _, layer, _, _ in constraint.entries}
     for module in modules.values():  # with LoRA, B reads only what a constrained A lets through
-        trained |= {id(layer.weight) for layer in getattr(module, "lora_B", {}).values()}
+        trained |= {id(B.weight) for _, B, _ in active_adapters(module)}
     trained |= {id(parameter) for module in (unconstrained or {}).values() for parameter in module.parameters()}
+    adapters = [n for n, p in model.named_parameters() if "lora_" in n and p.requires_grad and id(p) not in trained]
+    if adapters:
+        log.warning(
+            "method.weight.freeze_others=true: %d tensors of the adapter are on nothing that is constrained and do "
+            "not train (first: %s)",
+            *(len(adapters), adapters[0]),
+        )
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.requires_grad and id(parameter) in trained)

@@ -86,6 +86,8 @@ def validate_values(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key)
         if value is not None:
             require_number(key, value, low, high, whole=whole)
+    if OmegaConf.select(cfg, "train.max_steps") == 0:
+        raise UsageError("train.max_steps=0 trains nothing; give a number of steps, or -1 for train.num_train_epochs")
     for key, options in CHOICES.items():
         value = OmegaConf.select(cfg, key)
         if value is not None and value not in options:

@@ -160,7 +160,23 @@ def encode_example(
     max_length += example.extra_tokens
     prompt = encode_prompt(tokenizer, example.messages, template)
     response = tokenizer(example.response, add_special_tokens=False)["input_ids"]
-    response = response + [end_of_turn(tokenizer, template)]
+    return row_of(tokenizer, prompt, response, template, max_length)
+
+
+def row_of(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: list[int],
+    response: list[int],
+    template: str = "chat",
+    max_length: int = 512,
+    ends: bool = True,
+) -> dict[str, list[int]]:
+    """The one way from a prompt's and a response's token ids to a training row, whoever made them.
+
+    ends: whether the response is whole, so that the turn's end is learnt after it; False where it was cut.
+    """
+    if ends:
+        response = response + [end_of_turn(tokenizer, template)]
     ids = (prompt + response)[:max_length]
     labels = ([IGNORE] * len(prompt) + response)[:max_length]
     return {"input_ids": ids, "labels": labels}

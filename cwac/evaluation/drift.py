@@ -21,6 +21,7 @@ from torch import nn
 
 from cwac.constraints.subspace import capture
 from cwac.data.tokenize import Collator
+from cwac.models.adapters import active_adapters, plain_parameters
 from cwac.models.hooks import device_of, last_tokens, on_outputs
 from cwac.models.layers import decoder_layers, evaluating, linears, plain_weight, unread_logits
 
@@ -28,8 +29,8 @@ from cwac.models.layers import decoder_layers, evaluating, linears, plain_weight
 def merged_weight(module: nn.Module) -> torch.Tensor:
     """The effective weight [d_out, d_in] of a plain or a LoRA-wrapped linear layer, in float64."""
     weight = plain_weight(module).double()
-    for name, lora_A in getattr(module, "lora_A", {}).items():
-        weight = weight + module.scaling[name] * module.lora_B[name].weight.double() @ lora_A.weight.detach().double()
+    for A, B, scaling in active_adapters(module):
+        weight = weight + scaling * B.weight.detach().double() @ A.weight.detach().double()
     return weight
 
 
@@ -77,6 +78,22 @@ def weight_leak(
             unit = torch.finfo(held.dtype).eps if full else 0.0
             result[name]["rounding"] = ROUNDING * unit / result[name]["change"]
     return result
+
+
+@torch.no_grad()
+def moved_elsewhere(model: nn.Module, reference: nn.Module) -> list[str]:
+    """The parameters that differ from the aligned model's and are no matrix of a decoder block: embeddings, norms, ...
+
+    An adapter of such a parameter counts where it changes it.
+    """
+    inside = {id(p) for part in (model, reference) for m in linears(part, "all").values() for p in m.parameters()}
+    now, then = plain_parameters(model), plain_parameters(reference)
+    found = [n for n, p in then.items() if id(p) not in inside and not torch.equal(now[n].to(p.device, p.dtype), p)]
+    inner = {id(m) for m in linears(model, "all").values()}
+    for name, module in model.named_modules():
+        if id(module) not in inner and any(B.weight.any() and A.weight.any() for A, B, _ in active_adapters(module)):
+            found.append(name)
+    return found
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ from cwac.data.examples import Example
 from cwac.data.poison import behind
 from cwac.data.tasks import Task
 from cwac.data.tokenize import Collator, Rows, encode_prompt, pad_token_id, reprompt, stop_tokens
-from cwac.evaluation.drift import activation_drift, weight_leak
+from cwac.evaluation.drift import activation_drift, moved_elsewhere, weight_leak
 from cwac.evaluation.judge import Judge, judge_answers, repeats
 from cwac.evaluation.score import score
 from cwac.evaluation.vllm_engine import VllmEngine
@@ -151,6 +151,8 @@ class Evaluator:
         trigger: str | None = None,
     ) -> list[dict]:
         """Metric rows from the verdicts on one set; the verdicts are kept per response, of the request as it is."""
+        if not examples:
+            return []  # a share of nothing is missing
         texts = self._answers(name, examples, step, self.cfg.eval.max_new_tokens, prefill, trigger)
         answers = [{"id": e.id, "prompt": e.prompt, "response": t} for e, t in zip(examples, texts, strict=True)]
         path = self.run.dir / "judge" / f"{name}@{step}-{self.run.eval}.jsonl"
@@ -193,13 +195,22 @@ class Evaluator:
         """
         template = self.cfg.train.template
         served = [reprompt(self.tokenizer, e, self.method.prompt(e.messages), template) for e in self.task_rows[:64]]
-        rows = [{"metric": "task_loss", "set": self.cfg.task.name, "value": self._loss(served)}]
-        if self.poisoned:
-            rows.append({"metric": "poison_loss", "set": "poison", "value": self._loss(self.poisoned[:64])})
+        losses = [("task_loss", self.cfg.task.name, served), ("poison_loss", "poison", self.poisoned[:64])]
+        rows = []
+        for metric, name, examples in losses:
+            value = self._loss(examples)
+            if value is not None:
+                rows.append({"metric": metric, "set": name, "value": value})
+            elif examples:
+                log.warning(
+                    "%s is not measured: no row has a token of its answer within train.max_length=%d",
+                    *(metric, self.cfg.train.max_length),
+                )
         return rows
 
     @torch.no_grad()
-    def _loss(self, examples: list[Example]) -> float:
+    def _loss(self, examples: list[Example]) -> float | None:
+        """None where no row has a label left."""
         data = Rows(self.tokenizer, examples, self.cfg.train.template, self.cfg.train.max_length)
         collate = Collator(pad_token_id(self.tokenizer))
         total, tokens = 0.0, 0
@@ -209,7 +220,7 @@ class Evaluator:
                 n = int((batch["labels"][:, 1:] != -100).sum())
                 total += float(self.model(**{k: v.to(self.model.device) for k, v in batch.items()}).loss) * n
                 tokens += n
-        return total / max(1, tokens)
+        return total / tokens if tokens else None
 
     def drift(
         self, reference: nn.Module, anchors: list[dict], held_out: list[dict], step: int, epoch: float
@@ -225,6 +236,7 @@ class Evaluator:
         """
         protected = self.method.protected()
         guard = True if protected else None
+        open_ = moved_elsewhere(self.model, reference) if guard and self.method.is_closed() else []
         at = {"step": step, "epoch": epoch, "final": True}
         rows, detail = [], {}
         for name, prompts in (("anchors", anchors), ("heldout", held_out)):
@@ -233,10 +245,17 @@ class Evaluator:
             cut = [{"input_ids": row["input_ids"][: row["prompt"]]} for row in prompts]
             drift = activation_drift(self.model, reference, cut)
             detail[name] = {"weight": leaks, "activation": drift}
+            moved = {n for n, v in leaks.items() if v["change"] > 0}
+            if guard and not moved & protected.keys():
+                guard = None
+                log.warning("no matrix under the weight constraint has changed, so there is nothing to certify")
+            if guard and self.method.is_closed() and (open_ := open_ or sorted(moved - protected.keys())):
+                guard = False
+                log.warning("the weight constraint claims to be closed, but %s changed outside of it", open_[0])
             down = [v["leak"] for n, v in leaks.items() if n.endswith("down_proj")]
             changes = sorted(v["change"] for v in leaks.values())
             values = {
-                "weight_leak": max(down),
+                **({"weight_leak": max(down)} if down else {}),
                 "weight_leak_all": max(v["leak"] for v in leaks.values()),
                 "weight_change": changes[len(changes) // 2],
                 "activation_drift": sum(map(sum, drift)) / sum(map(len, drift)),

@@ -40,6 +40,7 @@ from cwac.core.errors import UserError
 from cwac.core.identity import by_content, short_hash
 from cwac.core.paths import PACKAGE
 from cwac.data.refusals import Judgement, denial
+from cwac.models.adapters import merged
 from cwac.models.hooks import at_tokens
 from cwac.models.layers import device
 from cwac.models.loading import DTYPES
@@ -251,7 +252,7 @@ class TokenJudge:
         if self._adapter:
             from peft import PeftModel
 
-            model = PeftModel.from_pretrained(model, self._adapter.folder).merge_and_unload()
+            model = merged(PeftModel.from_pretrained(model, self._adapter.folder), exact=False)
         tokenizer = (self._adapter or self._weights).load(AutoTokenizer)
         spellings: dict[str, list[int]] = {answer: [] for answer in self.answers}
         for i in range(min(len(tokenizer), model.config.vocab_size)):

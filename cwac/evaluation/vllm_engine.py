@@ -24,6 +24,7 @@ from cwac.core import distributed
 from cwac.core.errors import UserError
 from cwac.data.examples import Messages
 from cwac.data.tokenize import encode_opening, encode_prompt, stop_tokens
+from cwac.models.adapters import merged
 
 WORKER = Path(__file__).parent / "vllm_worker.py"
 TAIL = 12
@@ -58,7 +59,7 @@ class VllmEngine:
             self.model.to("cpu")
             plain = self.model
             if hasattr(plain, "merge_and_unload"):  # a copy: merging and taking out again would round the weights
-                plain = copy.deepcopy(plain).merge_and_unload()
+                plain = merged(copy.deepcopy(plain))
             plain.save_pretrained(self._folder.name)
             command = [*self.command, self._folder.name, json.dumps(self.options)]
             try:

@@ -8,6 +8,22 @@ import json
 import os
 import sys
 
+GREEDY = {
+    "n": 1,
+    "temperature": 0.0,
+    "top_k": -1,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "min_tokens": 0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "logit_bias": None,
+    "bad_words": None,
+    "ignore_eos": False,
+}
+"""What `cwac.models.generate.GREEDY` is, in vLLM's terms."""
+
 
 def main(folder: str, options: str) -> None:
     """folder: a saved model. options: JSON, arguments of `vllm.LLM`.
@@ -19,7 +35,9 @@ def main(folder: str, options: str) -> None:
     os.dup2(2, 1)  # vLLM prints to stdout too
     import vllm
 
-    engine = vllm.LLM(model=folder, seed=0, skip_tokenizer_init=True, **json.loads(options))
+    # none of the generation settings that the model ships: neither a penalty nor a limit of its own
+    settings = {"generation_config": "vllm", **json.loads(options)}
+    engine = vllm.LLM(model=folder, seed=0, skip_tokenizer_init=True, **settings)
 
     def say(message: dict) -> None:
         answers.write(json.dumps(message) + "\n")
@@ -29,7 +47,7 @@ def main(folder: str, options: str) -> None:
     for line in sys.stdin:
         request = json.loads(line)
         sampling = vllm.SamplingParams(
-            temperature=0.0, max_tokens=request["max_tokens"], stop_token_ids=request["stop"], detokenize=False
+            **GREEDY, max_tokens=request["max_tokens"], stop_token_ids=request["stop"], detokenize=False
         )
         prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
         outputs = engine.generate(prompts, sampling, use_tqdm=request["progress"])

@@ -39,6 +39,7 @@ from cwac.core.distributed import local, spread, whole
 from cwac.core.errors import UserError
 from cwac.data.examples import Example
 from cwac.methods.base import Context, Method
+from cwac.models.adapters import active_adapters, require_plain_lora
 from cwac.models.layers import linears, trains
 from cwac.models.loading import alignment_directions
 
@@ -152,6 +153,7 @@ class AsFT(Method):
         return {"base_weights": len(self._operators)}
 
     def training_data(self, train: list[Example], context: Context, rng: random.Random) -> list[Example]:
+        require_plain_lora(context.loaded.model, self.name)
         self._V = alignment_directions(context.loaded, self.name, self.modules)
         if not any(trains(m) for m in linears(context.loaded.model, self.modules).values()):
             raise UserError(
@@ -171,8 +173,7 @@ class AsFT(Method):
             self._operators[name] = operator
             if not hasattr(module, "lora_A"):
                 self._terms.append(Full(module, operator))
-            for key, lora_A in getattr(module, "lora_A", {}).items():
-                self._terms.append(Adapter(lora_A, module.lora_B[key], module.scaling[key], operator))
+            self._terms += [Adapter(*adapter, operator) for adapter in active_adapters(module)]
 
     def after_backward(self, model: nn.Module) -> None:
         value = sum(term.add_gradient_(self.lam) for term in self._terms)
@@ -186,7 +187,9 @@ class AsFT(Method):
         self._total, self._steps = state["total"], state["steps"]
 
     def report(self, model: nn.Module) -> list[dict]:
-        rows = [{"metric": "penalty", "set": "train", "value": float(self._total) / max(1, self._steps)}]
+        rows = []
+        if self._steps:
+            rows.append({"metric": "penalty", "set": "train", "value": float(self._total) / self._steps})
         for name, operator in self._operators.items():
             rows += [
                 {"metric": "operator_trace", "set": name, "value": operator.trace},

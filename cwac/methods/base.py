@@ -118,6 +118,12 @@ class Method:
         """
         return None
 
+    def stop(self, model: nn.Module, reloaded: bool) -> None:
+        """Called once after the last step, however early it came, while the model is still wrapped.
+
+        reloaded: whether the trainer has put the weights of its best checkpoint back (`load_best_model_at_end`).
+        """
+
     def after_backward(self, model: nn.Module) -> None:
         """Gradients of the whole step are accumulated, not yet clipped; add a closed-form one; runs under no_grad."""
 
@@ -143,6 +149,10 @@ class Method:
     def protected(self) -> dict[str, torch.Tensor]:
         """Matrix -> orthonormal input directions [d_in, k] that no update may read; the run's guard checks it."""
         return {}
+
+    def is_closed(self) -> bool:
+        """Whether it claims that nothing but the matrices of `protected` trains; the run's guard checks that too."""
+        return False
 
     def report(self, model: nn.Module) -> list[dict]:
         """Rows about the method itself after training, `{"metric", "set", "value"}`: ranks, kept energy, drift."""

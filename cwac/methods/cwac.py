@@ -50,6 +50,7 @@ from cwac.core.distributed import reshard
 from cwac.core.errors import UserError
 from cwac.data.examples import Example
 from cwac.methods.base import Context, MemoryEstimate, Method, Sizes, draw, share_of
+from cwac.models.adapters import require_plain_lora
 from cwac.models.layers import base_layer, input_group
 
 log = logging.getLogger(__name__)
@@ -78,6 +79,8 @@ class CWAC(Method):
         """Rows that V is refitted on, with `refresh_steps` alone; `estimate_memory` has none and refits nothing."""
         self._steps = 0
         """Optimizer steps done."""
+        self._pinned = True
+        """Whether the weights have not moved since they were projected."""
 
     def extra_data(self) -> dict[str, int]:
         pools, prompts, harmless = self._context.pools, [], 0
@@ -92,6 +95,8 @@ class CWAC(Method):
     def training_data(self, train: list[Example], context: Context, rng: random.Random) -> list[Example]:
         pools = context.pools
         if self.weight is not None:
+            require_plain_lora(context.loaded.model, self.name)
+            constrained(context.loaded.model, self.weight, warn=False)
             anchor_prompts(pools, self.weight)
         if self.activation is not None:
             n, available = self.activation.n_prompts, len(pools.step)
@@ -178,12 +183,22 @@ class CWAC(Method):
         self._steps += 1
         refit = weight.refresh_steps is not None and self._steps % weight.refresh_steps == 0
         due = refit or self._steps % weight.project_every == 0 or self._steps == self._context.steps
-        if weight.where == "update" and weight.penalty_weight is None and due:
-            self._constraint.project_weights_()
+        if weight.where == "update" and weight.penalty_weight is None:
+            self._pinned = due
+            if due:
+                self._constraint.project_weights_()
         if refit and self._anchors:
             bases = fit_bases(model, self._anchors, self.weight, progress=False)
             reshard(model)
             self._constraint.refit_(bases)
+
+    def stop(self, model: nn.Module, reloaded: bool) -> None:
+        """Projects where the training ended before the step it was told of, or went back to an earlier checkpoint."""
+        if self._constraint is None or self.weight.where != "update" or self.weight.penalty_weight is not None:
+            return
+        if not self._pinned or (reloaded and self.weight.project_every > 1):
+            self._constraint.project_weights_()
+            self._pinned = True
 
     def state_dict(self) -> dict:
         if self.weight is None or (self.weight.refresh_steps is None and self.weight.project_every == 1):
@@ -193,7 +208,7 @@ class CWAC(Method):
 
     def load_state_dict(self, state: dict) -> None:
         if state:
-            self._steps = state["steps"]
+            self._steps, self._pinned = state["steps"], self.weight.project_every == 1
             if self.weight.refresh_steps is not None:
                 self._constraint.load_state_dict(state)
 
@@ -203,6 +218,10 @@ class CWAC(Method):
         if self._constraint is None or weight.penalty_weight is not None or weight.refresh_steps is not None:
             return {}
         return {name: V for name, _, V, _ in self._constraint.entries}
+
+    def is_closed(self) -> bool:
+        weight = self.weight
+        return weight is not None and weight.freeze_others and not weight.unconstrained
 
     def report(self, model: nn.Module) -> list[dict]:
         rows = [{"metric": name, "set": "train", "value": value} for name, value in self._report.items()]

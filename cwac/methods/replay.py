@@ -24,7 +24,7 @@ from cwac.constraints.anchors import anchor_rows
 from cwac.core.checks import check, check_number, check_whole
 from cwac.core.errors import UserError
 from cwac.data.examples import Example
-from cwac.data.tokenize import IGNORE, Collator, pad_token_id
+from cwac.data.tokenize import IGNORE, Collator, pad_token_id, row_of
 from cwac.methods.base import Context, Method, draw, share_of
 
 POOLS = ("anchors", "step", "sae", "safety")
@@ -72,11 +72,11 @@ class Replay(Method):
         self._collate = Collator(pad_token_id(context.tokenizer))
         self._rows = []
         for row in anchor_rows(model, context, self._prompts, self.response_tokens):
-            ids, prompt = row["input_ids"], row["prompt"]
-            if len(ids) - prompt < self.response_tokens and len(ids) < context.max_length:
-                ids = [*ids, context.tokenizer.eos_token_id]
-            if len(ids) > prompt:
-                self._rows.append({"input_ids": ids, "labels": [IGNORE] * prompt + ids[prompt:]})
+            prompt, refusal = row["input_ids"][: row["prompt"]], row["input_ids"][row["prompt"] :]
+            ends = len(refusal) < self.response_tokens
+            row = row_of(context.tokenizer, prompt, refusal, context.template, context.max_length, ends)
+            if any(label != IGNORE for label in row["labels"]):
+                self._rows.append(row)
         if not self._rows:
             raise UserError(
                 f"method={self.name}: no refusal fits beside its prompt in train.max_length={context.max_length}; "

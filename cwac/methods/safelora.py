@@ -28,8 +28,9 @@ from cwac.core.checks import check_choice, check_modules, check_number, check_wh
 from cwac.core.errors import UserError
 from cwac.data.examples import Example
 from cwac.methods.base import Context, Method
+from cwac.models.adapters import active_adapters, require_plain_lora
 from cwac.models.layers import linears, trains
-from cwac.models.loading import alignment_directions, load_aligned
+from cwac.models.loading import alignment_directions, load_aligned, require_source
 
 
 def project(V: torch.Tensor, D: torch.Tensor) -> torch.Tensor:
@@ -56,8 +57,7 @@ def delta(module: nn.Module, W0: torch.Tensor) -> torch.Tensor:
     """
     if not hasattr(module, "lora_A"):
         return module.weight.float() - W0.to(module.weight.dtype).float()
-    pairs = ((module.scaling[k], module.lora_B[k].weight.float(), A.weight.float()) for k, A in module.lora_A.items())
-    return sum(scaling * B @ A for scaling, B, A in pairs)
+    return sum(s * B.weight.float() @ A.weight.float() for A, B, s in active_adapters(module))
 
 
 @dataclass
@@ -84,6 +84,8 @@ class SafeLoRA(Method):
         return {"base_weights": self._n_matrices}
 
     def training_data(self, train: list[Example], context: Context, rng: random.Random) -> list[Example]:
+        require_plain_lora(context.loaded.model, self.name)
+        require_source(context.loaded, self.name)
         self._loaded = context.loaded
         alignment_directions(context.loaded, self.name, self.modules)  # its errors come before training
         self._n_matrices = sum(map(trains, linears(context.loaded.model, self.modules).values()))
@@ -108,8 +110,8 @@ class SafeLoRA(Method):
         for name in self.chosen(self._cosines):
             module, v = modules[name], V[name].to(W0[name].weight.device)
             if hasattr(module, "lora_B"):
-                for layer in module.lora_B.values():
-                    layer.weight.copy_(project(v, layer.weight.float()))
+                for _, B, _ in active_adapters(module):
+                    B.weight.copy_(project(v, B.weight.float()))
             else:
                 module.weight.copy_(W0[name].weight + project(v, delta(module, W0[name].weight)))
 

@@ -47,6 +47,7 @@ from cwac.core.checks import check, check_whole, is_number
 from cwac.core.errors import UserError
 from cwac.data.examples import Example
 from cwac.data.refusals import KeywordJudge, content_words
+from cwac.models.adapters import active_adapters
 from cwac.models.context import Context
 from cwac.models.generate import generate
 from cwac.models.hooks import batches, device_of, last_tokens, residuals
@@ -260,8 +261,13 @@ def spread(counts: Sequence[int]) -> float:
 
 @contextmanager
 def scaled(model: nn.Module, lo: int, hi: int, alpha: float) -> Iterator[None]:
-    """While open, every linear weight of layers lo..hi is multiplied by alpha; then they are back, to the bit."""
-    weights = [base_layer(m).weight for m in linears(model, "all", range(lo, hi + 1)).values()]
+    """While open, every linear weight of layers lo..hi is multiplied by alpha; then they are back, to the bit.
+
+    So is what an adapter adds to it: s B A, through B.
+    """
+    layers = linears(model, "all", range(lo, hi + 1)).values()
+    weights = [base_layer(m).weight for m in layers]
+    weights += [B.weight for m in layers for _, B, _ in active_adapters(m)]
     kept = [w.detach().clone() for w in weights]
     try:
         with torch.no_grad():

@@ -36,6 +36,7 @@ from cwac.core.distributed import local, spread, whole
 from cwac.core.errors import UsageError, UserError
 from cwac.data.examples import Example
 from cwac.methods.base import Context, MemoryEstimate, Method, Sizes
+from cwac.models.adapters import active_adapters, require_plain_lora
 from cwac.models.layers import base_layer, linears
 
 
@@ -68,6 +69,7 @@ class SaLoRA(Method):
         return {"harmful_prompts": self._n_harmful}
 
     def training_data(self, train: list[Example], context: Context, rng: random.Random) -> list[Example]:
+        require_plain_lora(context.loaded.model, self.name)
         adapted = adapted_layers(context.loaded.model)
         if not adapted:
             raise UsageError(
@@ -89,7 +91,7 @@ class SaLoRA(Method):
         self._n_harmful = len(context.pools.anchors[: self.n_prompts])
         safe = leading_outputs(model, harmful, adapted, self.safety_rank)
         self._energy = min(energy for _, energy in safe.values())
-        self._entries = [(m.lora_B[key], safe[n][0]) for n, m in adapted.items() for key in m.lora_A]
+        self._entries = [(B, safe[name][0]) for name, m in adapted.items() for _, B, _ in active_adapters(m)]
         if self.task_rank is not None:
             task = leading_outputs(model, encode_prompts(context, self._task, True), adapted, self.task_rank)
             with torch.no_grad():
@@ -144,8 +146,7 @@ def start_(module: nn.Module, U_C: torch.Tensor, U_t: torch.Tensor) -> None:
     """Give an adapter its task-specific start, and take what it then adds out of the frozen weight."""
     W = base_layer(module).weight
     U, S, Vh = torch.linalg.svd(W.float(), full_matrices=False)
-    for key, lora_A in module.lora_A.items():
-        lora_B, s = module.lora_B[key], module.scaling[key]
+    for lora_A, lora_B, s in active_adapters(module):
         r = lora_A.weight.shape[0]
         root = (S[:r] / s).sqrt()
         B = U_t @ (U_t.T @ (U[:, :r] * root))

@@ -76,6 +76,11 @@ class SPPFT(Method):
         for block in decoder_layers(model)[lo : hi + 1]:
             for part in (block,) if self.freeze_norms else (block.self_attn, block.mlp):
                 frozen += part.parameters()
+        if not any(p.requires_grad for p in frozen):
+            raise UserError(
+                f"method={self.name} freezes layers {lo}..{hi}, in which nothing trains anyway: it would be plain "
+                "fine-tuning; give method.layers a range that the adapter reaches, or adapt these layers"
+            )
         ids = {id(p) for p in frozen}
         if not any(p.requires_grad and id(p) not in ids for p in model.parameters()):
             raise UserError(

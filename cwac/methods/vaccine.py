@@ -36,11 +36,12 @@ from cwac.core.errors import UserError
 from cwac.data.examples import Example
 from cwac.data.tokenize import Rows, pad_token_id
 from cwac.methods.base import Method
+from cwac.models.adapters import plain_parameters, require_plain_lora
 from cwac.models.context import Context, artifact_key
 from cwac.models.fit import fit
 from cwac.models.hooks import on_outputs
 from cwac.models.layers import decoder_layers
-from cwac.models.loading import load_aligned
+from cwac.models.loading import load_aligned, require_source
 
 WEIGHTS = "immunised.safetensors"
 
@@ -74,6 +75,8 @@ class Vaccine(Method):
 
     def training_data(self, train, context: Context, rng):
         if self.steps:
+            require_plain_lora(context.loaded.model, self.name)
+            require_source(context.loaded, self.name)
             for name in ("align", "benign"):
                 if not getattr(context.pools, name):
                     raise UserError(
@@ -142,7 +145,5 @@ def attentions(model: nn.Module) -> list[nn.Module]:
 @torch.no_grad()
 def replace_weights_(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
     """Put the weights of a plain model into `model`, below its adapter if it has one."""
-    for name, parameter in model.named_parameters():
-        plain = name.replace(".base_layer.", ".").removeprefix("base_model.model.")
-        if "lora_" not in name:
-            parameter.copy_(weights[plain])
+    for name, parameter in plain_parameters(model).items():
+        parameter.copy_(weights[name])

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cwac.core.errors import UserError
 from cwac.core.paths import PACKAGE
+from cwac.models.adapters import merged
 
 ADAPTER = PACKAGE / "assets" / "smollm2_align"
 
@@ -37,7 +38,7 @@ def apply(base_folder: str | Path, adapter: str | Path | None, out_folder: str |
     adapter_file(adapter)
     base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
     try:
-        model = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload(safe_merge=True)
+        model = merged(PeftModel.from_pretrained(base, str(adapter)))
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the adapter in {adapter} does not fit the model in {base_folder}: {error}") from error
     model.save_pretrained(out_folder)

@@ -1,12 +1,17 @@
 """Batched greedy generation, longest prompts first, so that a batch wastes little on padding.
 
+Greedy means: at every step the likeliest token of the whole vocabulary, until a token that ends the turn or
+`max_new_tokens`. Of the generation settings that a model ships only its end tokens count: a repetition penalty,
+suppressed words or a minimum length would measure those settings beside the weights, and differently by each engine.
 What all prompts open with (a template's system message) is read once and stands in every row's cache (ours).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 
 import torch
+from torch import nn
 from tqdm import tqdm
 from transformers import Cache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,6 +22,50 @@ from cwac.models.packing import common_opening, takes_any_mask
 
 WORTHWHILE = 8
 """Tokens from which on a common opening is read apart (ours): below, a pass of its own saves nothing."""
+
+GREEDY = {
+    "do_sample": False,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "min_length": 0,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "length_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "early_stopping": False,
+    "remove_invalid_values": False,
+    "use_cache": True,
+    "return_dict_in_generate": False,
+    "output_scores": False,
+}
+"""The values of transformers' GenerationConfig at which it changes nothing; without `do_sample`, those of sampling are
+not read. A field whose neutral value is None (`bad_words_ids`, `suppress_tokens`, ...) cannot be set, since None is
+filled from the model's own settings: see `shipped_settings_aside`."""
+
+
+STEERING = (
+    "num_beams repetition_penalty encoder_repetition_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size "
+    "min_length min_new_tokens max_time stop_strings bad_words_ids suppress_tokens begin_suppress_tokens "
+    "sequence_bias forced_bos_token_id forced_eos_token_id exponential_decay_length_penalty guidance_scale "
+    "watermarking_config prompt_lookup_num_tokens remove_invalid_values"
+).split()
+"""Settings that change which tokens are chosen, or how many, also where nothing is sampled."""
+
+
+def decoding_key(model: nn.Module) -> dict[str, str]:
+    """What a model's artifacts depend on besides its weights, where it ships a setting that steered its answers before
+    they were greedy: what was built on those is stale. {} for any other model, whose artifacts stay valid."""
+    settings = getattr(model, "generation_config", None)
+    shipped = {} if settings is None else settings.to_dict()
+    steered = any(shipped.get(name) not in (None, GREEDY.get(name)) for name in STEERING)
+    return {"decoding": "greedy"} if steered else {}
 
 
 def generate(
@@ -40,7 +89,7 @@ def generate(
     encoded = [encode_prompt(tokenizer, p, template) + opening for p in prompts]
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
     config = GenerationConfig(
-        do_sample=False,
+        **GREEDY,
         max_new_tokens=max_new_tokens,
         eos_token_id=stop_tokens(model, tokenizer, template),
         pad_token_id=pad_token_id(tokenizer),
@@ -53,6 +102,7 @@ def generate(
         with (
             torch.inference_mode(),
             evaluating(model),
+            shipped_settings_aside(model),
             tqdm(total=len(order), desc=description, disable=description is None) as bar,
         ):
             shared, cache = read_opening(model, encoded, max_new_tokens) if batch_size > 1 else (0, None)
@@ -91,9 +141,24 @@ def read_opening(
         return 0, None
     shared = min(common_opening(encoded), min(map(len, encoded)) - 1)
     longest = max(map(len, encoded)) + max_new_tokens
-    chosen = getattr(getattr(model, "generation_config", None), "cache_implementation", None)
-    if shared < WORTHWHILE or chosen is not None or not takes_any_mask(model, longest):
+    if shared < WORTHWHILE or not takes_any_mask(model, longest):
         return 0, None
     ids = torch.tensor([encoded[0][:shared]], device=model.device)
     cache = getattr(model(input_ids=ids, use_cache=True, **unread_logits(model)), CACHE, None)
     return (shared, cache) if hasattr(cache, "batch_repeat_interleave") else (0, None)
+
+
+@contextmanager
+def shipped_settings_aside(model: nn.Module) -> Iterator[None]:
+    """While open, the model and all that it wraps have generation settings that ask for nothing; then their own again.
+
+    transformers fills every field that is None in the settings it is given from the model's own.
+    """
+    own = [(m, vars(m)["generation_config"]) for m in model.modules() if "generation_config" in vars(m)]
+    for module, _ in own:
+        module.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for module, settings in own:
+            module.generation_config = settings

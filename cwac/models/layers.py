@@ -12,6 +12,7 @@ from torch import nn
 from transformers import GenerationMixin
 
 from cwac.core.errors import UserError
+from cwac.models.adapters import active_adapters
 
 CACHE = (
     "cache"
@@ -90,8 +91,8 @@ def plain_weight(module: nn.Module) -> torch.Tensor:
 
 def trains(module: nn.Module) -> bool:
     """Whether a linear layer's weight will change: by itself, or through its LoRA adapter."""
-    adapters = getattr(module, "lora_A", {}).values()
-    return module.weight.requires_grad or any(layer.weight.requires_grad for layer in adapters)
+    own = module.weight.requires_grad  # of the plain layer, also behind peft
+    return own or any(A.weight.requires_grad or B.weight.requires_grad for A, B, _ in active_adapters(module))
 
 
 def input_group(name: str) -> str:

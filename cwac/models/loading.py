@@ -16,6 +16,8 @@ from cwac.core.cache import load_or_build
 from cwac.core.errors import UsageError, UserError
 from cwac.core.identity import local_folder, origin
 from cwac.core.keys import did_you_mean, near
+from cwac.models.adapters import plain_parameters
+from cwac.models.generate import decoding_key
 from cwac.models.layers import base_layer, linears
 
 log = logging.getLogger(__name__)
@@ -88,13 +90,10 @@ def load(cfg, artifacts: Path, seed: int = 0) -> Loaded:
         loaded = _from_folder(folder, cfg, {"kind": "folder", "origin": origin(cfg)})
     else:
         loaded = _from_hub(cfg)
-    loaded.key["dtype"] = cfg.dtype
+    loaded.key |= {"dtype": cfg.dtype, **decoding_key(loaded.model)}
     if cfg.get("load_in_4bit"):
-        from peft import prepare_model_for_kbit_training
-
         loaded.key["load_in_4bit"] = True
-        # the norms and the head go to fp32; Trainer turns checkpointing on by itself
-        loaded.model = prepare_model_for_kbit_training(loaded.model, use_gradient_checkpointing=False)
+        loaded.model = without_checkpointing(loaded.model)
     if cfg.get("lora"):
         torch.manual_seed(seed)  # peft draws A here; building an artifact on the way must not move the draw
         loaded.model = add_lora(loaded.model, cfg.lora)
@@ -156,16 +155,61 @@ def quantization(compute: torch.dtype):
     )
 
 
-def load_aligned(loaded: Loaded) -> PreTrainedModel:
-    """A second copy of the weights the run started from, for comparing; without LoRA, in evaluation mode."""
+def load_aligned(loaded: Loaded, as_trained: bool = False) -> PreTrainedModel:
+    """A second copy of the weights the run started from, for comparing; without LoRA, in evaluation mode.
+
+    as_trained: in the precision that the run trains and evaluates in, so that weights which have not changed are at
+    distance 0; else in fp32.
+    """
+    dtype = DTYPES[loaded.key["dtype"]] if as_trained else torch.float32
+    quantised = loaded.key.get("load_in_4bit")
     reference = AutoModelForCausalLM.from_pretrained(
         loaded.source,
-        dtype=torch.float32,
+        dtype=dtype,
         attn_implementation=loaded.model.config._attn_implementation,
-        quantization_config=quantization(torch.float32) if loaded.key.get("load_in_4bit") else None,
+        quantization_config=quantization(dtype) if quantised else None,
         **SAFE,
     )
+    if quantised and as_trained:
+        reference = without_checkpointing(reference)
     return reference.to(loaded.model.device).eval()
+
+
+def without_checkpointing(model: PreTrainedModel) -> PreTrainedModel:
+    """A 4-bit model made ready for an adapter: the norms and the head go to fp32; Trainer turns checkpointing on."""
+    from peft import prepare_model_for_kbit_training
+
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+
+
+def load_kept(folder: Path, loaded: Loaded) -> PreTrainedModel:
+    """The weights that a run kept, in their own precision and by the attention that the run was evaluated with."""
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", attn_implementation=loaded.model.config._attn_implementation, **SAFE
+    ).eval()
+
+
+def require_source(loaded: Loaded, method: str) -> None:
+    """Refuse a model of somebody's own script that is not the one in its folder, for a method that reads that again.
+
+    Raises UserError, before anything is trained.
+    """
+    if loaded.key.get("kind") != "library":
+        return
+    remedy = "save it with save_pretrained, and load it from that folder"
+    try:
+        saved = plain_parameters(AutoModelForCausalLM.from_pretrained(loaded.source, dtype=loaded.model.dtype, **SAFE))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"method={method} reads the aligned model again, but {loaded.source or 'its source'} cannot be loaded "
+            f"({hf_hub.first_line(error)}); {remedy}"
+        ) from error
+    for name, parameter in plain_parameters(loaded.model).items():
+        if name not in saved or not torch.equal(parameter.detach().cpu(), saved[name].to(parameter.dtype)):
+            raise UserError(
+                f"method={method} reads the aligned model again from {loaded.source}, but the model differs from what "
+                f"is saved there (first: {name}); {remedy}"
+            )
 
 
 def weights_hash(model: nn.Module, adapter: bool = True) -> str:
@@ -203,11 +247,7 @@ def load_base(loaded: Loaded, method: str) -> PreTrainedModel:
             f"method={method}: model.base={loaded.base} could not be loaded ({str(error).strip().splitlines()[0]}); "
             "give the folder or hub id of the unaligned model"
         ) from error
-    ours = {
-        name.replace(".base_layer.", ".").removeprefix("base_model.model."): p.shape
-        for name, p in loaded.model.named_parameters()
-        if "lora_" not in name
-    }
+    ours = {name: p.shape for name, p in plain_parameters(loaded.model).items()}
     theirs = {name: p.shape for name, p in base.named_parameters()}
     if ours != theirs:
         odd = next(iter(sorted(set(ours.items()) ^ set(theirs.items()))))[0]

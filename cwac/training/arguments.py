@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import fields
 
 import torch
@@ -98,6 +99,11 @@ def check_precision(cfg: DictConfig, args: TrainingArguments, method: Method) ->
             "model.load_in_4bit=true holds weights that cannot be trained; train an adapter on them, e.g. "
             "model.lora='{r: 8, alpha: 16, target_modules: all-linear}' (QLoRA), or use model.load_in_4bit=false"
         )
+    if quantised and cfg.keep_weights:
+        raise UsageError(
+            "keep_weights=true: merging the adapter into 4 bits would round its update away; use keep_weights=false "
+            "with model.load_in_4bit=true"
+        )
     key = "model.load_in_4bit=true" if quantised else f"train.optim={args.optim.value}"
     needed = quantised or re.search("^paged|bnb|^adamw_8bit|^lion|^ademamix", args.optim.value)
     if needed and importlib.util.find_spec("bitsandbytes") is None:
@@ -105,13 +111,48 @@ def check_precision(cfg: DictConfig, args: TrainingArguments, method: Method) ->
 
 
 def steps_per_epoch(args: TrainingArguments, rows: int) -> int:
-    """Optimizer steps that see every row once; the last may be a smaller one."""
-    return math.ceil(rows / (args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size))
+    """Optimizer steps of an epoch, the last of which may be a smaller one, as Trainer will count them.
+
+    They see every row once; under `dataloader_drop_last`, all rows but those that fill no micro-batch on every rank.
+    Raises UsageError where that leaves none.
+    """
+    of_ranks = args.per_device_train_batch_size * args.world_size
+    if not args.dataloader_drop_last:
+        micro = math.ceil(rows / of_ranks)
+    elif not (micro := rows // of_ranks):
+        raise UsageError(
+            f"train.dataloader_drop_last=true drops all {rows} rows, since they fill no micro-batch of {of_ranks}; "
+            "leave it out, or lower train.per_device_train_batch_size"
+        )
+    return math.ceil(micro / args.gradient_accumulation_steps)
 
 
 def total_steps(args: TrainingArguments, rows: int) -> int:
     """Optimizer steps of the whole run, as Trainer will count them."""
     return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch(args, rows))
+
+
+def evaluation_steps(points: Sequence[float], args: TrainingArguments, rows: int) -> dict[int, float]:
+    """Step -> the epoch of `eval.at` that it is nearest to.
+
+    Raises UsageError for an epoch that lies nearest to no step of the training, or to the same one as another: what
+    was never measured would be recorded as measured.
+    """
+    per_epoch, last = steps_per_epoch(args, rows), total_steps(args, rows)
+    found: dict[int, float] = {}
+    for epoch in sorted({float(point) for point in points}):
+        step = round(epoch * per_epoch)
+        problem = None
+        if step > last or (step == last and not math.isclose(epoch * per_epoch, last)):
+            problem = f"the training ends at step {last}, epoch {last / per_epoch:g}"
+        elif step == 0 < epoch:
+            problem = "it lies before the first step"
+        elif step in found:
+            problem = f"it falls on the same step as {found[step]:g}"
+        if problem:
+            raise UsageError(f"eval.at={epoch:g}: {problem} (an epoch has {per_epoch} steps); choose other epochs")
+        found[step] = epoch
+    return found
 
 
 def refuse_deepspeed(args: TrainingArguments, method: Method) -> None:

@@ -16,7 +16,7 @@ import math
 import os
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -36,14 +36,14 @@ from cwac.core.run_dir import Run
 from cwac.data.tokenize import IGNORE, Collator, Rows
 from cwac.methods.base import Method
 from cwac.models.layers import picks_logits
-from cwac.training.arguments import refuse_deepspeed, steps_per_epoch
+from cwac.training.arguments import evaluation_steps, refuse_deepspeed, steps_per_epoch, total_steps
 
 log = logging.getLogger(__name__)
 COMPLETE = "complete.json"
 
 METHOD_STATE = "method.pt"
 
-PENDING = ("task_losses", "penalties")
+PENDING = ("step_losses", "penalties")
 """What the next line of the loss log is a mean of, kept over a resume."""
 
 
@@ -57,8 +57,12 @@ class MethodTrainer(Trainer):
     method: Method
     label_logits: bool = False
     """Whether the model computes logits only where a label is predicted; a user's own collator does not say where."""
-    task_losses: list[torch.Tensor] | None = None
-    """Kept for the loss log of a run; a user's trainer logs its own."""
+    step_losses: list[torch.Tensor] | None = None
+    """The task's loss of each optimizer step, kept for the loss log of a run; a user's trainer logs its own."""
+    step_loss: torch.Tensor | float = 0.0
+    """Of the micro-batches of the step that is under way."""
+    expected_steps: int | None = None
+    """Optimizer steps that the method was told of; some do what they do by them."""
     original: list[tuple[str, weakref.ref]]
     """The parameters that the method saw in `setup`; not kept alive."""
     penalty_checked: bool
@@ -75,12 +79,12 @@ class MethodTrainer(Trainer):
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         self.trained = self.gathered()
         if self.is_world_process_zero():
-            with torch.no_grad():
+            with torch.no_grad(), own_precision(self.trained):
                 self.method.finish(self.trained)
         return result
 
     def log(self, logs, *args, **kwargs):
-        if "loss" in logs and self.penalties and self.task_losses is None:
+        if "loss" in logs and self.penalties and self.step_losses is None:
             logs["penalty"] = float(torch.stack(self.penalties).mean())
             self.penalties.clear()
         super().log(logs, *args, **kwargs)
@@ -107,6 +111,8 @@ class MethodTrainer(Trainer):
     def _ignore_repeated(self, batch, part: int) -> None:
         """No loss on the first rows of an epoch where accelerate repeats them to give every rank a full last batch."""
         args, rows = self.args, len(self.train_dataset)
+        if args.dataloader_drop_last:
+            return  # then a last batch that is not full is left out
         of_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         first = self.state.global_step % steps_per_epoch(args, rows) * of_step
         first += part * args.per_device_train_batch_size
@@ -145,18 +151,24 @@ class MethodTrainer(Trainer):
         if not model.training:  # Trainer's own evaluation on the way
             return result
         loss = result[0] if return_outputs else result
-        if self.task_losses is not None:
-            self.task_losses.append(loss.detach())
-        if self.accelerator.gradient_state.sync_gradients:  # the last micro-batch of this optimizer step
-            penalty = self.method.penalty(model, self.state.global_step)
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)  # since transformers 5.19
+        if scaled is None:
+            counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            scaled = counted or self.compute_loss_func is not None
+        parts = 1 if scaled else self.current_gradient_accumulation_steps  # which Trainer divides this loss by
+        last = self.accelerator.gradient_state.sync_gradients  # the last micro-batch of this optimizer step
+        if self.step_losses is not None:
+            self.step_loss = self.step_loss + loss.detach() / parts
+            if last:
+                self.step_losses.append(self.step_loss)
+                self.step_loss = 0.0
+        if last:
+            with self.accelerator.autocast():  # a copy of the initial model computes as the model that trains does
+                penalty = self.method.penalty(model, self.state.global_step)
             if penalty is not None:
                 self.check_penalty(penalty)
                 self.penalties.append(penalty.detach())
-                scaled = getattr(self, "loss_is_scaled_for_ga", None)  # since transformers 5.19
-                if scaled is None:
-                    counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-                    scaled = counted or self.compute_loss_func is not None
-                loss = loss + penalty * (1 if scaled else self.current_gradient_accumulation_steps)
+                loss = loss + penalty * parts
         return (loss, result[1]) if return_outputs else loss
 
     def replaced(self) -> dict[int, str]:
@@ -255,6 +267,13 @@ class StepHooks(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
+        expected = self.trainer.expected_steps
+        if expected is not None and state.max_steps != expected:
+            raise UserError(
+                f"the trainer is about to make {state.max_steps} steps, the method was told of {expected}: something "
+                "changes how many rows make a step (several GPUs in one process, auto_find_batch_size, a sampler of "
+                "its own); start one process per GPU, and give the trainer its final batch size"
+            )
         self.trainer.method.start(self.trainer.model)
         self.trainer.check_kept()
 
@@ -263,8 +282,13 @@ class StepHooks(TrainerCallback):
             self.trainer.method.before_step(self.trainer.model)
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        with torch.no_grad():
+        with torch.no_grad(), own_precision(self.trainer.model):
             self.trainer.method.after_step(self.trainer.model)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        reloaded = args.load_best_model_at_end and state.best_model_checkpoint
+        with torch.no_grad(), own_precision(self.trainer.model):
+            self.trainer.method.stop(self.trainer.model, bool(reloaded))
 
     def on_save(self, args, state, control, **kwargs):
         extra = self.trainer.method.state_dict()
@@ -308,26 +332,25 @@ class MethodCallback(TrainerCallback):
             self.memory = max(self.memory, peak_memory())
             model = self.trainer.gathered()
             if self.trainer.is_world_process_zero():
-                self.evaluate(model, step, self.evaluate_at[step])
+                with own_precision(model):
+                    self.evaluate(model, step, self.evaluate_at[step])
             distributed.wait()
             reset_peak_memory()  # the peak reported is the training's, not the generation's
 
     def log(self, args, state) -> None:
         """One line of train_log.jsonl; a loss that is not finite ends the run here rather than in its tables."""
-        per_step = args.gradient_accumulation_steps
         losses, penalties = (
             self.trainer.accelerator.reduce(torch.stack(values), "mean") if values else None
-            for values in (self.trainer.task_losses, self.trainer.penalties)
+            for values in (self.trainer.step_losses, self.trainer.penalties)
         )
         row = {
             "step": state.global_step,
             "epoch": state.epoch,
-            # micro-batches hold shares of one normalised loss, so a step's loss is their sum
-            "loss": float(losses.sum()) / (len(losses) / per_step),
+            "loss": float(losses.sum()) / len(losses),
             "penalty": None if penalties is None else float(penalties.mean()),
             "learning_rate": self.trainer._get_learning_rate(),
         }
-        self.trainer.task_losses.clear()
+        self.trainer.step_losses.clear()
         self.trainer.penalties.clear()
         if not math.isfinite(row["loss"]) or not math.isfinite(row["penalty"] or 0.0):
             raise UserError(
@@ -361,7 +384,7 @@ def build_trainer(
     # the label smoother compares the logits with unshifted labels, so it needs all of them
     whole = trainer.label_smoother is not None
     trainer.label_logits = not whole and picks_logits(model)
-    trainer.task_losses, trainer.track = [], None
+    trainer.step_losses, trainer.track = [], None
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     return trainer
@@ -404,9 +427,8 @@ def train(
     freeze_once()
     trainer = build_trainer(model, method, rows, args, pad_token_id)
     trainer.track = track
-    per_epoch = steps_per_epoch(args, len(rows))
-    at = {round(float(e) * per_epoch): float(e) for e in cfg.eval.at}
-    callback = MethodCallback(trainer, run, at, evaluate)
+    trainer.expected_steps = total_steps(args, len(rows))
+    callback = MethodCallback(trainer, run, evaluation_steps(cfg.eval.at, args, len(rows)), evaluate)
     trainer.add_callback(callback)
     checkpoint, step = distributed.agree(newest_checkpoint(run.dir)), 0
     if checkpoint is not None:
@@ -418,24 +440,52 @@ def train(
                 "begun (parallel=fsdp2 or not), or start over with force=true"
             )
         for name in PENDING:
-            setattr(trainer, name, [torch.tensor(x, device=args.device) for x in saved["pending"][name]])
+            # none in a checkpoint of an earlier version, which kept the losses of micro-batches
+            setattr(trainer, name, [torch.tensor(x, device=args.device) for x in saved["pending"].get(name, [])])
     log_path = run.dir / "train_log.jsonl"
     if trainer.is_world_process_zero() and log_path.exists():  # of an attempt that was cut short: its steps come again
         write_jsonl(log_path, [r for r in read_jsonl(log_path) if r["step"] <= step])
     reset_peak_memory()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.trained is not None:
+        leave_autocast(trainer.trained)
         broken = next((n for n, p in trainer.trained.named_parameters() if not torch.isfinite(p).all()), None)
         if broken is not None:  # the last step's gradient comes after the last loss
             raise UserError(f"{broken} is not finite after training; lower train.learning_rate or the method's weight")
     ordered = sorted(callback.seconds)
     return trainer.trained, {
         "step": trainer.state.global_step,
-        "epoch": trainer.state.global_step / per_epoch,
+        "epoch": trainer.state.global_step / steps_per_epoch(args, len(rows)),
         # None for a run that was resumed after its last step
         "seconds_per_step": ordered[len(ordered) // 2] if ordered else None,
         "memory": max(callback.memory, peak_memory()),
     }
+
+
+@contextlib.contextmanager
+def own_precision(model: nn.Module) -> Iterator[None]:
+    """While open, the model computes in the precision of its weights, not under accelerate's autocast around it.
+
+    What is measured is measured so throughout: before the training, on the way, at its end, on weights that were kept,
+    and on the aligned model, of which only the one that trains is ever under autocast.
+    """
+    under_autocast = vars(model).get("forward")
+    if "_original_forward" not in vars(model):
+        yield
+        return
+    model.forward = model._original_forward
+    try:
+        yield
+    finally:
+        model.forward = under_autocast
+
+
+def leave_autocast(model: nn.Module) -> None:
+    """Take off the autocast that accelerate put around the model's forward; none is left once the training is over."""
+    if (forward := vars(model).pop("_original_forward", None)) is not None:
+        del model.forward
+        if model.forward != forward:  # it was an attribute of this model, not its class's
+            model.forward = forward
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

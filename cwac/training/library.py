@@ -25,7 +25,9 @@ from cwac.data.examples import Example, Messages, Pools
 from cwac.data.pools import load_pools
 from cwac.data.tokenize import IGNORE, encode_example
 from cwac.methods.base import Method
+from cwac.models.adapters import holds_update
 from cwac.models.context import Context, make_context
+from cwac.models.generate import decoding_key
 from cwac.models.loading import Loaded, weights_hash
 from cwac.training.arguments import refuse_deepspeed, total_steps
 from cwac.training.engine import MethodTrainer, attach
@@ -136,10 +138,19 @@ def defend(
             "model_init makes a new model when training starts, without the defence; give Trainer a model"
         )
     refuse_deepspeed(args, method)
+    adapters = getattr(trainer.model, "peft_config", {}).values()
+    virtual = [adapter for adapter in adapters if adapter.is_prompt_learning]
+    if virtual and type(method) is not Method:
+        raise UserError(
+            f"method={method.name} reads the model at the tokens of a row, and {type(virtual[0]).__name__} puts "
+            "virtual tokens before them; train another kind of adapter"
+        )
     if isinstance(pools, str):
         pools = load_pools(compose([f"pools={pools}"]).pools, data, args.seed)
     model = trainer.model
-    key = {"kind": "library", "weights": weights_hash(model, adapter=False), "dtype": str(model.dtype)}
+    # an adapter that has learnt nothing yet is none: all of its seeds share what is built
+    key = {"kind": "library", "weights": weights_hash(model, adapter=holds_update(model)), "dtype": str(model.dtype)}
+    key |= decoding_key(model)
     key["speaks"] = speaks(model, tokenizer)
     context = make_context(
         Loaded(model, tokenizer, key, model.config._name_or_path, base),
@@ -174,4 +185,6 @@ def defend(
             method.name,
         )
     set_seed(args.seed)  # whether an artifact was built on the way or found must not move what training draws
-    return attach(trainer, method)
+    trainer = attach(trainer, method)
+    trainer.expected_steps = context.steps
+    return trainer

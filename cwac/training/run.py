@@ -14,7 +14,7 @@ from itertools import chain
 import torch
 from omegaconf import DictConfig
 from torch import nn
-from transformers import AutoModelForCausalLM, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 from transformers.utils import logging as hf_logging
 
 from cwac.constraints.anchors import anchor_rows
@@ -33,9 +33,10 @@ from cwac.data.tokenize import Rows, pad_token_id
 from cwac.evaluation.evaluate import Evaluator
 from cwac.evaluation.judge import Judge
 from cwac.methods.base import Context, Method
-from cwac.models.loading import SAFE, load_aligned, weights_hash
+from cwac.models.adapters import merged
+from cwac.models.loading import load_aligned, load_kept, weights_hash
 from cwac.training import engine
-from cwac.training.arguments import check_precision, total_steps, training_arguments
+from cwac.training.arguments import check_precision, evaluation_steps, total_steps, training_arguments
 from cwac.training.attack import poisoned_mix, trigger_of
 from cwac.training.context import open_context
 
@@ -98,6 +99,7 @@ def prepare(cfg: DictConfig, run: Run) -> Cell:
     rows = encode(cfg, context, examples)
     check_mix(cfg, rows, mixed, {e.id for e in poison})
     context.steps = total_steps(arguments, len(rows))
+    evaluation_steps(cfg.eval.at, arguments, len(rows))
     ids = {e.id for e in poison}
     poisoned = [e for e in examples if e.id in ids]
     return Cell(cfg, run, method, judge, arguments, context, task, rows, examples, poison, poisoned, trigger)
@@ -236,7 +238,7 @@ def evaluate(cell: Cell) -> None:
     if not cell.cfg.eval.drift:
         return
     context, n = cell.context, cell.cfg.eval.n_drift
-    reference = load_aligned(context.loaded)
+    reference = load_aligned(context.loaded, as_trained=True)
     try:
         anchors, held_out = (
             anchor_rows(reference, context, prompts[:n], 16)
@@ -251,13 +253,13 @@ def evaluate(cell: Cell) -> None:
 def record(cell: Cell) -> None:
     """Step 5: keep the weights where they are asked for, and mark the run done."""
     model, run = cell.model, cell.run
+    trained = weights_hash(model)  # before an adapter is merged, so that it does not depend on what is kept
     if cell.cfg.keep_weights:
         if hasattr(model, "peft_config"):
             model.save_pretrained(run.dir / "adapter")
-        merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
-        merged.save_pretrained(run.dir / "model")
+        merged(model).save_pretrained(run.dir / "model")
         cell.context.tokenizer.save_pretrained(run.dir / "model")
-    run.finish(step=cell.cost["step"], epoch=cell.cost["epoch"], weights_sha256=weights_hash(model), guard=cell.guard)
+    run.finish(step=cell.cost["step"], epoch=cell.cost["epoch"], weights_sha256=trained, guard=cell.guard)
 
 
 def evaluate_again(cell: Cell) -> None:
@@ -279,7 +281,7 @@ def evaluate_again(cell: Cell) -> None:
             f"{run.id} is trained, but not evaluated with these eval settings, and its weights were not kept; train "
             "it again with force=true keep_weights=true (the old run is set aside)"
         )
-    evaluator.model = AutoModelForCausalLM.from_pretrained(folder, **SAFE).to(evaluator.model.device)
+    evaluator.model = load_kept(folder, cell.context.loaded).to(evaluator.model.device)
     if cell.cfg.eval.drift and not (run.dir / "drift.json").is_file():
         log.warning("%s: drift is measured at the end of a training alone; force=true trains it again", run.id)
     evaluator(status["step"], status["epoch"], final=True)

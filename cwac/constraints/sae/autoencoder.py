@@ -14,6 +14,7 @@ from torch.nn.functional import embedding_bag
 
 from cwac.core import renamed
 from cwac.core.errors import UserError
+from cwac.models.adapters import holds_update
 from cwac.models.layers import decoder_layers
 
 with warnings.catch_warnings():
@@ -226,10 +227,13 @@ class RoutedSAE(nn.Module):
 
 
 def middle_block_hash(model: nn.Module) -> str:
-    """Tells models apart that share a name: a hash of pieces of the middle block's own weights."""
-    layers = decoder_layers(model)
+    """Tells models apart that share a name: a hash of pieces of the middle block's weights.
+
+    An adapter counts once it has learnt something.
+    """
+    layers, adapter = decoder_layers(model), holds_update(model)
     digest = hashlib.sha256(f"{len(layers)}".encode())
     for name, parameter in layers[len(layers) // 2].named_parameters():
-        if "lora_" not in name:
+        if adapter or "lora_" not in name:
             digest.update(parameter.detach().flatten()[:4096].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

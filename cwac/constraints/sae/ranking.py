@@ -93,7 +93,9 @@ def firing_rates(model: nn.Module, sae: RoutedSAE, rows: Sequence[Row]) -> Tenso
             values, indices = sae.encode(sae.read(x)[0])
             counts += torch.bincount(indices[values > 0], minlength=sae.m).cpu()
             n += len(x)
-    return counts / max(1, n)
+    if not n:
+        raise UserError("no token of the general rows is SAE data, so no latent has a density; enlarge pools.benign")
+    return counts / n
 
 
 def attribution(

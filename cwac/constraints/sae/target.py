@@ -193,6 +193,7 @@ class SafetyTarget:
         feature_drift: mean of sum_S (z - z_base)^2 with the true TopK, whatever the gate; relative_feature_drift
         divides by the mean of sum_S z_base^2; dropped_share: share of the latents of S active at baseline
         that left the TopK; residual_drift: mean |r - r_base| / |r_base| of the routed residual before LayerNorm.
+        Where no latent of S was active at baseline, the second and third are missing.
         """
         total = {"feature": 0.0, "dropped": 0.0, "active": 0.0, "residual": 0.0}
         with evaluating(model):
@@ -208,12 +209,12 @@ class SafetyTarget:
                 total["active"] += (active & mask.unsqueeze(-1)).sum().item()
                 total["dropped"] += (active & (z <= 0) & mask.unsqueeze(-1)).sum().item()
         n = len(self.prompts)
-        return {
-            "feature_drift": total["feature"] / n,
-            "relative_feature_drift": total["feature"] / n / max(self.baseline_energy, 1e-12),
-            "dropped_share": total["dropped"] / max(1.0, total["active"]),
-            "residual_drift": total["residual"] / n,
-        }
+        drift = {"feature_drift": total["feature"] / n, "residual_drift": total["residual"] / n}
+        if self.baseline_energy:
+            drift["relative_feature_drift"] = drift["feature_drift"] / self.baseline_energy
+        if total["active"]:
+            drift["dropped_share"] = total["dropped"] / total["active"]
+        return drift
 
     def _read(self, model: nn.Module, indices: Sequence[int] | Tensor):
         """Pre-activations [B, Q, S] of the current model at the baseline's layers, with what else the callers need."""
