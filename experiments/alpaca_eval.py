@@ -33,6 +33,7 @@ from cwac.core.config import command, instantiate
 from cwac.core.errors import UserError
 from cwac.core.files import write_atomic
 from cwac.core.jsonl import append_jsonl, read_jsonl, repair
+from cwac.data.columns import Row, text
 from cwac.data.hf_datasets import fetch
 from cwac.methods.base import Method
 from cwac.models.layers import device
@@ -51,10 +52,12 @@ def questions(path: Path) -> list[dict]:
     Raises UserError for a file that is no such set.
     """
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        return [{"instruction": row["instruction"], "dataset": row.get("dataset", "")} for row in rows]
-    except (ValueError, TypeError, KeyError) as error:
+        rows = [Row(row) for row in json.loads(path.read_text(encoding="utf-8"))]
+    except (ValueError, TypeError) as error:
         raise UserError(f"{path} is no AlpacaEval set: a JSON list of rows with `instruction` and `output`") from error
+    for number, row in enumerate(rows, 1):
+        row.where = f"row {number} of {path}"
+    return [{"instruction": text(row, "instruction"), "dataset": row.get("dataset") or ""} for row in rows]
 
 
 def as_served(cfg: DictConfig) -> Method:
