@@ -6,6 +6,7 @@ Imports neither torch nor transformers, so that skipping a finished cell of a sw
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,12 @@ from omegaconf import DictConfig, OmegaConf
 from cwac.core import renamed
 from cwac.core.errors import UsageError, UserError
 from cwac.core.paths import CONF
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells know it."""
+
+CLOSED = 141
+"""Exit status where the reader of the output has gone (`... | head`), as shells know it."""
 
 
 def register_searches() -> None:
@@ -36,17 +43,37 @@ register_searches()
 
 
 def command(main: Callable[..., int]) -> Callable[..., int]:
-    """The `main(argv)` of a command: a UserError is one line on stderr and exit status 2."""
+    """The `main(argv)` of a command: a UserError is one line on stderr and exit status 2, Ctrl-C one line and 130.
+
+    A reader that has gone ends it without a word, as it ends `cat`.
+    """
 
     @functools.wraps(main)
     def run(*arguments, **settings) -> int:
         try:
-            return main(*arguments, **settings)
+            try:
+                return main(*arguments, **settings)
+            finally:
+                sys.stdout.flush()  # here, where a closed pipe can still be told apart
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
+        except KeyboardInterrupt:
+            print("interrupted; run the same command again: what was finished is found", file=sys.stderr)
+            return INTERRUPTED
+        except BrokenPipeError:
+            leave_the_pipe()
+            return CLOSED
 
     return run
+
+
+def leave_the_pipe() -> None:
+    """Let what is still buffered go nowhere: Python would fail once more when it flushes at exit."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):  # a stream of a test's, without a descriptor
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def instantiate(node: DictConfig) -> Any:

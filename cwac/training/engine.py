@@ -321,6 +321,8 @@ def train(
                 f"{checkpoint} was written {'under' if saved['sharded'] else 'without'} FSDP; go on as the run was "
                 "begun (parallel=fsdp2 or not), or start over with force=true"
             )
+        if trainer.is_world_process_zero():
+            log.info("%s goes on from step %d (%s)", run.id, step, checkpoint)
         for name in PENDING:
             setattr(trainer, name, [torch.tensor(x, device=args.device) for x in saved["pending"][name]])
     log_path = run.dir / "train_log.jsonl"
