@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from cwac.core import hf_hub
 from cwac.core.cache import load_or_build
+from cwac.core.environment import quieten_peft
 from cwac.core.errors import UsageError, UserError
 from cwac.core.identity import origin
 from cwac.models.layers import base_layer, linears
@@ -241,6 +242,8 @@ def alignment_directions(
 def add_lora(model: PreTrainedModel, cfg) -> nn.Module:
     """Wrap the model with a peft LoRA adapter; `cfg` holds r, alpha, dropout and target_modules."""
     from peft import LoraConfig, get_peft_model
+
+    quieten_peft()
 
     targets = cfg.target_modules if cfg.target_modules == "all-linear" else list(cfg.target_modules)
     config = LoraConfig(

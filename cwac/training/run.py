@@ -179,7 +179,7 @@ def evaluate(cell: Cell) -> None:
     evaluator(step, epoch, final=True)
     at = {"step": step, "epoch": epoch, "final": True}
     costs = [{"metric": m, "set": "train", "value": cell.cost[m]} for m in ("seconds_per_step", "memory")]
-    extra = [{"metric": "extra_data", "set": of, "value": n} for of, n in method.extra_data().items()]
+    extra = [{"metric": "extra_data", "set": of, "value": n} for of, n in (method.extra_data() or {"none": 0}).items()]
     cell.run.add_rows({**at, **row, "eval": None} for row in [*costs, *extra, *method.report(model)])
     if not cell.cfg.eval.drift:
         return
