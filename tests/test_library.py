@@ -222,7 +222,7 @@ def test_an_installed_wheel_finds_its_settings_and_weights(tmp_path):
     (source / "conf" / "local").mkdir()
     (source / "conf" / "local" / "default.yaml").write_text("seed: 99\n")
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", str(target)]
-    subprocess.run([*pip, str(source)], check=True, timeout=600)
+    subprocess.run([*pip, str(source)], check=True)
     script = (
         "import cwac; from pathlib import Path; from cwac import load_method; from cwac.core import config as c; "
         "from cwac.core import paths; "
@@ -420,3 +420,16 @@ def test_errors_name_arguments_that_a_script_has(tmp_path, artifacts):
             defend(trainer, load_method(name, "tiny"), **given)
         said = str(refused.value)
         assert says in said and not re.search(r"paths\.|model\.base|\btrain\.(?!py)", said), said
+
+
+def test_the_examples_data_stay_as_they_are_written(tmp_path):
+    """`load_dataset` makes timestamps of a column of dates, and the chat template trained on `<datetime>`."""
+    from examples.defend_your_trainer import text_rows
+
+    path = tmp_path / "mine.jsonl"
+    dates = [f"2024-01-0{i}" for i in range(1, 6)]
+    path.write_text("".join(json.dumps({"prompt": "when ?", "response": date}) + "\n" for date in dates))
+    assert text_rows(path)["response"] == dates
+    path.write_text('{"prompt": "when ?", "response": null}\n')
+    with pytest.raises(SystemExit, match=f"error: line 1 of {path} needs a text"):
+        text_rows(path)
