@@ -91,24 +91,25 @@ def test_a_sweep_that_ends_early_names_what_is_left_and_the_command(how, random_
 
 
 def closed(*arguments: str) -> tuple[int, str]:
-    """Exit code and stderr of a Python command whose reader goes after the first line, as `| head -1` does."""
+    """Exit code and stderr of a Python command whose reader goes before it is through, as `| head` does."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=environment, **pipes)
-    process.stdout.readline()
     process.stdout.close()
     said = process.stderr.read()
     return process.wait(HANGS), said
 
 
 def test_a_reader_that_goes_ends_a_listing_without_a_word():
-    code, said = closed("train.py", "-m", "seed=range(0,40)", "--cfg", "job")
+    code, said = closed("train.py", "-m", "seed=0,1", "--cfg", "job")
+    assert code == CLOSED and said == ""
+    code, said = closed("train.py", "--cfg", "job")  # which Hydra prints
     assert code == CLOSED and said == ""
 
 
 def test_a_reader_that_goes_ends_no_training(random_model, tmp_path):
-    sweep = overrides(random_model, tmp_path, "-m", "method=sft", "seed=0,1", "train.max_steps=2")
+    sweep = ["-m", *overrides(random_model, tmp_path, "method=sft", "seed=0,1", "train.max_steps=2")]
     code, said = closed("train.py", *sweep)
     assert code in (0, CLOSED) and "Traceback" not in said and "Error" not in said
     statuses = [json.loads(p.read_text())["status"] for p in (tmp_path / "runs").glob("*/status.json")]
