@@ -143,7 +143,7 @@ def test_the_papers_presets_at_the_scale_of_two_cores_share_the_cells_of_smollm2
     assert sorted({cfg.train.learning_rate for cfg in figure3}) == [1e-7, 1e-6, 1e-5, 1e-4, 1e-3]
 
 
-@pytest.mark.parametrize("model", [p.stem for p in (paths.CONF / "model").glob("*.yaml")])
+@pytest.mark.parametrize("model", MODELS)
 def test_two_cores_carry_what_their_scale_asks_for(model):
     """`train: large`, which models from the hub bring, is bf16, a paged optimizer and up to 100 M tokens of an SAE."""
     cfg = config.compose([f"model={model}", "scale=two_cores", "method=cwac"])

@@ -181,6 +181,11 @@ def check_swapped_batches(trainer: Trainer, method: Method) -> None:
         )
 
 
+def options(group: str) -> list[str]:
+    """The names that can be chosen of a group of `conf`."""
+    return sorted(path.stem for path in (CONF / group).glob("[!_]*.yaml"))
+
+
 def nearest(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {close[0]}? " if close else ""
@@ -194,7 +199,7 @@ def load_method(name: str, model: str, *overrides: str) -> Method:
     Raises UsageError, one line, for a value out of range, and for an unknown option or key.
     """
     for group, option in (("method", name), ("model", model)):
-        known = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+        known = options(group)
         if option not in known:
             raise UsageError(f"{group}={option} is unknown; {nearest(str(option), known)}there are {', '.join(known)}")
     try:
@@ -291,7 +296,7 @@ def defend(
 
 def preset_pools(name: str, data: str | None, seed: int, tokenizer: PreTrainedTokenizerBase) -> Pools:
     """The pools of a preset; raises UsageError for an unknown one, or words that are not the model's language."""
-    known = sorted(path.stem for path in (CONF / "pools").glob("*.yaml"))
+    known = options("pools")
     if name not in known:
         raise UsageError(f"pools={name!r} is unknown; {nearest(name, known)}there are {', '.join(known)}")
     from cwac.models.tiny import make_tokenizer
