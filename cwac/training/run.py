@@ -30,6 +30,7 @@ from cwac.data.tasks import Task, load_task
 from cwac.data.tokenize import Rows, pad_token_id
 from cwac.evaluation.evaluate import Evaluator
 from cwac.evaluation.judge import Judge
+from cwac.evaluation.vllm_engine import check_available
 from cwac.methods.base import Context, Method
 from cwac.models.loading import SAFE, load_aligned, weights_hash
 from cwac.training import engine
@@ -82,6 +83,8 @@ def prepare(cfg: DictConfig, run: Run) -> Cell:
     method, judge = instantiate(cfg.method), instantiate(cfg.eval.judge)
     arguments = training_arguments(cfg, run)
     check_precision(cfg, arguments, method)
+    if cfg.eval.engine == "vllm":
+        check_available(cfg.eval.vllm.python)
     set_seed(cfg.seed)
     hf_datasets.READ.clear()
     context = open_context(cfg)
