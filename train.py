@@ -7,16 +7,22 @@ python train.py -m experiment=demo                                              
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import logging
 import math
 import os
 import re
+import shlex
+import signal
 import sys
 import tempfile
+import threading
 import traceback
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while this loads; main() has a word for it
 os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach main(), which prints one line for what the user can mend
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TQDM_MININTERVAL", "0.5" if sys.stderr.isatty() else "15")  # a log file is no terminal
@@ -29,7 +35,7 @@ from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
 from cwac.core import distributed, failures, hf_hub, inputs, renamed  # noqa: E402
-from cwac.core.config import expand, settle  # noqa: E402
+from cwac.core.config import CLOSED, INTERRUPTED, expand, leave_the_pipe, settle  # noqa: E402
 from cwac.core.environment import redact  # noqa: E402
 from cwac.core.errors import UsageError, UserError  # noqa: E402
 from cwac.core.identity import local_folder, run_id  # noqa: E402
@@ -43,6 +49,14 @@ from cwac.core.validation import validate  # noqa: E402
 log = logging.getLogger("cwac")
 COLLECT = gc.get_threshold()
 """Python's own pace of looking for cycles."""
+MAIN = "CWAC_MAIN"
+"""Environment variable: the process that a command runs in; a launcher's others leave Ctrl-C to it."""
+LOST = ("TerminatedWorkerError", "BrokenProcessPool", "UncompletedJobError", "FailedJobError", "WorkerCrashedError")
+"""What joblib, submitit and Ray say of a process that was killed under a sweep."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM and SIGHUP end a command as Ctrl-C does."""
 
 
 def run_cell(cfg: DictConfig) -> float | None:
@@ -120,6 +134,8 @@ def headline(run: Run) -> float | None:
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
 def cell(cfg: DictConfig) -> float | None:
     """One cell; its failure is recorded for main() and never stops the sweep's other cells."""
+    if os.environ.get(MAIN) != str(os.getpid()) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to every process; main() ends this one
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
         if sweep and distributed.world_size() > 1:
@@ -135,6 +151,8 @@ def cell(cfg: DictConfig) -> float | None:
             )
         value = run_cell(settle(renamed.update(cfg), HydraConfig.get().overrides.task))
         return math.inf if value is None else value
+    except BrokenPipeError:
+        raise
     except Exception as error:
         error = storage_error(error) or error
         expected = isinstance(error, UserError) and not cfg.debug
@@ -184,9 +202,70 @@ def print_cells(arguments: list[str]) -> bool:
     return True
 
 
+def what_is_left(arguments: list[str]) -> str:
+    """`3 of 4 cells are left (<id>, ...)`, with where a single one goes on, and the command that does it."""
+    again = redact(shlex.join(["python", "train.py", *arguments]))
+    try:
+        cells = [Run(cfg) for cfg in expand(None, [a for a in arguments if not a.startswith("-")])]
+        left = [run for run in cells if not run.done()]
+    except Exception:  # what cannot be composed needs no count
+        return f"the same command goes on with what is left: {again}"
+    if len(cells) > 1:
+        named = ", ".join(run.id for run in left[:3]) + (", ..." if len(left) > 3 else "")
+        return f"{len(left)} of {len(cells)} cells are left ({named}); this goes on with them: {again}"
+    steps = [int(p.parent.name.split("-")[1]) for run in left for p in run.dir.glob("checkpoint-*/complete.json")]
+    where = f"goes on from step {max(steps)}" if steps else "starts it again, as it has no checkpoint yet"
+    return f"the same command {where}: {again}"
+
+
+@contextlib.contextmanager
+def ends_as_by_ctrl_c():
+    """SIGTERM (a scheduler, a stopped container) and SIGHUP (a terminal that closes) get the same last word."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number, frame):
+        raise Terminated(number)
+
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, end)
+    if before[signal.SIGHUP] != signal.SIG_IGN:  # nohup
+        signal.signal(signal.SIGHUP, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def main() -> int:
-    """Exit code: 0 if every cell is done, 1 if one failed, 2 for a configuration that cannot be run."""
+    """Exit code: 0 if every cell is done, 1 if one failed, 2 for a configuration that cannot be run.
+
+    128 and the signal's number where one ended it, 141 where the reader of the output has gone (`... | head`).
+    """
     gc.set_threshold(50_000, 20, 50)  # composing cells makes small objects by the million, few of them in cycles
+    logging.raiseExceptions = False  # a reader of the output that has gone ends no training
+    arguments = sys.argv[1:]
+    try:
+        with ends_as_by_ctrl_c():
+            try:
+                return run_command()
+            finally:
+                sys.stdout.flush()
+    except KeyboardInterrupt as stopped:
+        if not distributed.rank():
+            print(f"\ninterrupted: {what_is_left(arguments)}", file=sys.stderr)
+        return 128 + stopped.args[0] if isinstance(stopped, Terminated) else INTERRUPTED
+    except BrokenPipeError:
+        leave_the_pipe()
+        return CLOSED
+
+
+def run_command() -> int:
+    """Run the cells and say which failed; see `main`."""
+    os.environ[MAIN] = str(os.getpid())
     with tempfile.TemporaryDirectory() as folder:
         os.environ[failures.FOLDER] = folder
         try:
@@ -201,10 +280,21 @@ def main() -> int:
             if "hydra/sweeper/optuna" in str(error):
                 print("Remedy: searches need the extra `tune`: pip install -e '.[tune]'", file=sys.stderr)
             return 2
+        except BrokenPipeError:
+            raise
         except OSError as error:  # Hydra makes paths.runs before there is a cell
             if (known := storage_error(error)) is None:
                 raise
             print(f"error: {known}", file=sys.stderr)
+            return 1
+        except Exception as error:
+            if type(error).__name__ not in LOST:
+                raise
+            print(
+                f"error: a worker of the sweep was killed, often for want of memory: {what_is_left(sys.argv[1:])} "
+                "(hydra.launcher.n_jobs=1 runs one cell at a time)",
+                file=sys.stderr,
+            )
             return 1
         failed = failures.collect()
     if len(failed) > 1:

@@ -20,6 +20,7 @@ import pandas as pd
 import yaml
 
 from analysis import paper
+from cwac.core.config import command
 from cwac.core.errors import UserError
 
 TOLERANCE = Decimal("0.01")
@@ -285,6 +286,7 @@ def keys(entry: dict) -> str:
     return ", ".join(f"`{key}` of {', '.join(methods)}" for key, methods in by_key.items()) or "see conf/method/"
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m analysis.audit", description=__doc__.split("\n")[0])

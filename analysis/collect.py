@@ -29,6 +29,7 @@ from cwac.core.identity import eval_id, run_id
 from cwac.core.jsonl import from_line
 from cwac.core.keys import explain
 from cwac.core.metrics import VARIATION
+from cwac.core.run_dir import is_held
 
 COLUMNS = [
     "run_id",
@@ -138,6 +139,8 @@ def read_status(folder: Path, evaluation: str = "") -> tuple[str, dict]:
         status, owner = str(content["status"]), content.get("run_id", folder.name)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "unknown (no readable status.json)", {}
+    if status == "running" and not is_held(folder):
+        status = "running, but its process has gone: the same command goes on from its last checkpoint"
     if owner != folder.name:
         status = "set aside by force=true"
     elif status == "done" and evaluation and evaluation not in content.get("evaluations", []):

@@ -4,8 +4,9 @@ python -m analysis.import_wandb --offline wandb --runs runs       folders that l
 python -m analysis.import_wandb --project ENTITY/cwac --runs runs   the server, through wandb's own client
 
 `cwac/core/tracking.py` logs the configuration, the loss log under `train/`, and the final metrics as `<metric>/<set>`.
-What it does not log stays unknown: the number of prompts (so no exact interval where all seeds agree), measurements on
-the way, answers, and each prompt's drift. A run that crashed or is still running is named and left out.
+What it does not log stays unknown: measurements on the way, answers, each prompt's drift, and of runs logged before
+they were (`n/<metric>/<set>`) the number of prompts, so no exact interval where all seeds agree. A run that was killed
+and resumed is one run in pieces, which are joined; one that crashed or is still running is named and left out.
 
 Deviations:
 - wandb has no public reader of its offline files. They are LevelDB logs (github.com/google/leveldb, doc/log_format.md)
@@ -16,7 +17,7 @@ import argparse
 import json
 import struct
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from cwac.core.errors import UserError
 from cwac.core.files import write_atomic
 from cwac.core.identity import eval_id
 from cwac.core.jsonl import write_jsonl
+from cwac.core.tracking import BESIDE
 
 BLOCK, HEADER, MAGIC = 32768, 7, b":W&B"
 FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
@@ -77,14 +79,14 @@ def items(updates) -> dict[str, Any]:
 
 
 def read_offline(folder: Path) -> list[Logged]:
-    """Every offline run below a folder, the later of two of one id.
+    """Every offline run below a folder; of the pieces of one that was resumed, the later goes before.
 
     Raises UserError if there is none, or a file is not wandb's.
     """
     from google.protobuf.message import DecodeError
     from wandb.proto.wandb_internal_pb2 import Record
 
-    logged_runs: dict[str, Logged] = {}
+    pieces: dict[str, list[Logged]] = {}
     for path in sorted(folder.rglob("run-*.wandb")):
         data = path.read_bytes()
         if not data.startswith(MAGIC):
@@ -99,7 +101,7 @@ def read_offline(folder: Path) -> list[Logged]:
             if kind == "run":
                 run.id = record.run.run_id
                 run.config.update(items(record.run.config.update))
-                run.time = float(record.run.start_time.seconds)
+                run.time = record.run.start_time.seconds + record.run.start_time.nanos / 1e9
             elif kind == "config":
                 run.config.update(items(record.config.update))
             elif kind == "summary":
@@ -109,10 +111,35 @@ def read_offline(folder: Path) -> list[Logged]:
             elif kind == "exit":
                 run.finished = record.exit.exit_code == 0
         if run.id:
-            logged_runs[run.id] = run
-    if not logged_runs:
+            pieces.setdefault(run.id, []).append(run)
+    if not pieces:
         raise UserError(f"--offline {folder} holds no run of wandb's. Remedy: the folder above offline-run-*.")
-    return list(logged_runs.values())
+    return [joined(sorted(of_one, key=lambda piece: piece.time)) for of_one in pieces.values()]
+
+
+def joined(pieces: Sequence[Logged]) -> Logged:
+    """One run from the pieces that were written before and after each of its interruptions, in order."""
+    whole = pieces[0]
+    for piece in pieces[1:]:
+        whole = Logged(
+            whole.id,
+            {**whole.config, **piece.config},
+            {**whole.summary, **piece.summary},
+            piece.finished,
+            piece.time,
+            [*whole.history, *piece.history],
+        )
+    return whole
+
+
+def loss_log(history: Iterable[dict]) -> list[dict]:
+    """The loss log that a run's folder holds: one line a step, the last one written, since a resume repeats steps."""
+    lines: dict = {}
+    for row in history:
+        line = {k.removeprefix("train/"): v for k, v in row.items() if k.startswith("train/")}
+        if line:
+            lines[line.get("step", len(lines))] = line
+    return sorted(lines.values(), key=lambda line: line.get("step", 0))
 
 
 def read_server(api: Any, project: str) -> list[Logged]:
@@ -163,7 +190,7 @@ def rows_of(run: Logged) -> list[dict]:
     rows = []
     for key, value in run.summary.items():
         metric, slash, of = key.partition("/")
-        if not slash or metric == "train" or key.startswith("_") or not isinstance(value, int | float):
+        if not slash or metric in ("train", *BESIDE) or key.startswith("_") or not isinstance(value, int | float):
             continue
         judged = metric in VERDICTS or metric == "OR"
         rows.append(
@@ -172,8 +199,7 @@ def rows_of(run: Logged) -> list[dict]:
                 "metric": metric,
                 "set": of,
                 "value": value,
-                "n": None,
-                "stderr": None,
+                **{name: run.summary.get(f"{name}/{key}") for name in BESIDE},
                 "judge": judge if judged else None,
                 "eval": evaluation if metric in EVALUATED else None,
                 "time": run.time,
@@ -199,10 +225,7 @@ def write(logged: Iterable[Logged], runs: Path) -> tuple[list[str], list[str]]:
             folder.mkdir(parents=True)
             config = {k: v for k, v in run.config.items() if not k.startswith("_")}
             write_atomic(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
-            losses = [
-                {k.removeprefix("train/"): v for k, v in row.items() if k.startswith("train/")} for row in run.history
-            ]
-            write_jsonl(folder / "train_log.jsonl", [row for row in losses if row])
+            write_jsonl(folder / "train_log.jsonl", loss_log(run.history))
             write_jsonl(folder / "metrics.jsonl", rows)
             evaluations = {row["eval"]: [] for row in rows if row["eval"]}
             status = {"status": "done", "run_id": run.id, "evaluations": evaluations, "source": "wandb"}

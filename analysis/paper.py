@@ -118,7 +118,11 @@ def method_label(slug: str) -> str:
 
 
 def extra_label(counts: dict[str, float]) -> str:
-    """`160 harmful prompts, 150 refusals`, in the order of EXTRA; empty without counts."""
+    """`160 harmful prompts, 150 refusals` in the order of EXTRA; `none` if that was recorded, empty without counts."""
+    if counts.get("none") is not None:
+        counts = {kind: n for kind, n in counts.items() if kind != "none"}
+        if not counts:
+            return "none"
     known = list(EXTRA)
     kinds = sorted(counts, key=lambda k: known.index(k) if k in EXTRA else len(known))
     return ", ".join(f"{counts[k]:g} {EXTRA.get(k, k.replace('_', ' '))}" for k in kinds)

@@ -19,6 +19,7 @@ from cwac.core.errors import UserError
 SHOWN = ("HS", "other", "FA", "OR")
 
 
+@config.command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, 1 if a run is missing (nothing is chosen then), 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m analysis.tuning", description=__doc__.split("\n")[0])

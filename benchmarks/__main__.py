@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import runner
+from cwac.core.config import command
 
 PARTS = {
     "constraint": {},
@@ -27,6 +28,7 @@ PARTS = {
 """Modules, and what they are given so that all of them end within half an hour on two cores."""
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0, 1 if a bar is missed or not measured."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.split("\n")[0])

@@ -45,6 +45,7 @@ from cwac.constraints.settings import Activation, Weight
 from cwac.constraints.subspace import Basis, Constraint, fit_subspace, project_, tf32
 from cwac.constraints.weight import constrained
 from cwac.core import config
+from cwac.core.config import command
 from cwac.methods.base import Batch, Method, Sizes
 from cwac.methods.cwac import CWAC
 from cwac.models.hooks import layers_of, residuals
@@ -581,6 +582,7 @@ def run(shape: Shape, where: torch.device, parts: list[str], out: Path, seconds:
     return runner.report(rows, skipped)
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0, 1 where a bar is missed or a part was not measured, 2 for bad input or no GPU."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.large", description=__doc__.split("\n")[0])

@@ -104,6 +104,7 @@ def table(found: dict[str, Counter[tuple[str, str]]], top: int) -> str:
     return markdown(["part", "operator", *(f"{m}, %" for m in found)], rows, key=2, width=1000)
 
 
+@config.command
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.profile", description=__doc__.split("\n")[0])

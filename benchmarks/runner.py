@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from analysis.tables import markdown
+from cwac.core.config import command
 from cwac.core.errors import UserError
 
 LATEST = Path("benchmarks/latest.json")
@@ -124,6 +125,7 @@ def report(rows: list[dict], skipped: list[Skipped]) -> int:
     return 1 if any(row["met"] is False for row in rows) or any(item.barred for item in skipped) else 0
 
 
+@command
 def main(measure: Callable[..., Iterator[dict | Skipped]], argv: list[str] | None = None) -> int:
     """The command of one benchmark; each keyword of `measure` is an option, its `overrides` the positional ones.
 

@@ -586,6 +586,7 @@ def run(plan: Plan, seconds: float, out: Path) -> int:
     return runner.report(rows, skipped)
 
 
+@config.command
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0, 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__.split("\n")[0])

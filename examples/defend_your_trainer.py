@@ -8,10 +8,11 @@ As it stands it trains the embedded model on the reviews beside it, in seconds o
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
-from datasets import load_dataset
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from cwac.training.library import defend, load_method
@@ -27,6 +28,18 @@ SETTINGS = {
     "data_seed": 0,
     "report_to": [],
 }
+
+
+def text_rows(path: Path) -> Dataset:
+    """One {"prompt", "response"} a line, both as they are written: `load_dataset` makes timestamps of dates."""
+    rows = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            row = json.loads(line)
+            if not all(isinstance(row.get(name), str) and row[name].strip() for name in ("prompt", "response")):
+                raise SystemExit(f"error: line {number} of {path} needs a text in each of `prompt` and `response`")
+            rows.append({name: row[name] for name in ("prompt", "response")})
+    return Dataset.from_list(rows)
 
 
 def turns(row: dict) -> tuple[list[dict], list[dict]]:
@@ -81,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
         AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32),
         AutoTokenizer.from_pretrained(name),
     )
-    rows = load_dataset("json", data_files=args.data, split="train")
+    rows = text_rows(Path(args.data))
     trainer = {"sft": sft_trainer, "hf": hf_trainer}[args.trainer](model, tokenizer, rows, args.out)
 
     method = load_method(args.method, args.like, *args.overrides)

@@ -34,6 +34,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from cwac.core.config import command
 from cwac.core.errors import UserError
 from cwac.core.paths import CONF
 from cwac.data.examples import Example
@@ -410,6 +411,7 @@ def _check(name: str, value: float, n: int, at_least: float | None = None, at_mo
     return Check(name, round(value, 4), n, threshold, passed)
 
 
+@command
 def main() -> int:
     """Rebuild the adapter and its gate report from the data; exit code 1 if it misses its gate."""
     parser = argparse.ArgumentParser(prog="python -m experiments.align", description=main.__doc__)

@@ -19,7 +19,7 @@ Deviations:
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import json
 import os
 import random
@@ -33,6 +33,7 @@ from cwac.core.config import command, instantiate
 from cwac.core.errors import UserError
 from cwac.core.files import write_atomic
 from cwac.core.jsonl import append_jsonl, read_jsonl, repair
+from cwac.data.columns import Row, text
 from cwac.data.hf_datasets import fetch
 from cwac.methods.base import Method
 from cwac.models.layers import device
@@ -51,10 +52,12 @@ def questions(path: Path) -> list[dict]:
     Raises UserError for a file that is no such set.
     """
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        return [{"instruction": row["instruction"], "dataset": row.get("dataset", "")} for row in rows]
-    except (ValueError, TypeError, KeyError) as error:
+        rows = [Row(row) for row in json.loads(path.read_text(encoding="utf-8"))]
+    except (ValueError, TypeError) as error:
         raise UserError(f"{path} is no AlpacaEval set: a JSON list of rows with `instruction` and `output`") from error
+    for number, row in enumerate(rows, 1):
+        row.where = f"row {number} of {path}"
+    return [{"instruction": text(row, "instruction"), "dataset": row.get("dataset") or ""} for row in rows]
 
 
 def as_served(cfg: DictConfig) -> Method:
@@ -105,11 +108,15 @@ def answer(folder: Path, rows: list[dict], tokens: int, batch_size: int) -> Path
 
 
 def ready_to_score() -> None:
-    """Raises UserError, one line, that says what scoring lacks."""
-    lacks = [] if importlib.util.find_spec("alpaca_eval") else ["the package (pip install -e '.[alpaca]')"]
+    """Raises UserError, one line, that says what scoring lacks; asked before the hours of answering."""
+    lacks = []
+    try:
+        importlib.import_module("alpaca_eval")  # that it is installed does not mean that it can be imported
+    except Exception as error:
+        lacks.append(f"the package (pip install -e '.[alpaca]'; {type(error).__name__}: {error})")
     lacks += [] if any(map(os.environ.get, KEYS)) else ["a key of the annotator's (export OPENAI_API_KEY=...)"]
     if lacks:
-        raise UserError(f"the outputs are written, but --score needs {' and '.join(lacks)}")
+        raise UserError(f"--score needs {' and '.join(lacks)}; without --score the outputs are written for later")
 
 
 def score(folder: Path, outputs: Path, reference: Path, annotator: str) -> dict:
@@ -157,6 +164,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     for folder in args.run:
         read_config(folder)  # all are refused before the first is measured
+    if args.score:
+        ready_to_score()
     reference = fetch(HUB_ID, f"{args.reference}.json", args.data)
     rows = questions(reference)[: args.limit]
     outputs = []
@@ -164,7 +173,6 @@ def main(argv: list[str] | None = None) -> int:
         outputs.append(answer(folder, rows, args.max_new_tokens, args.batch_size))
         print(outputs[-1])
     if args.score:
-        ready_to_score()
         for folder, path in zip(args.run, outputs, strict=True):
             row = score(folder, path, reference, args.annotator)
             print(f"{folder.name}: AE {row['value']:.1f} % of {row['n']} (standard error {row['stderr']:.1f})")

@@ -11,9 +11,11 @@ import sys
 from pathlib import Path
 
 from cwac.core.cache_hub import KINDS, pull, push
+from cwac.core.config import command
 from cwac.core.errors import UserError
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 1 where the hub or an artifact does not serve."""
     parser = argparse.ArgumentParser(prog="python -m experiments.artifacts", description=__doc__.split("\n")[0])

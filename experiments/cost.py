@@ -361,6 +361,7 @@ def table(cfg: DictConfig, row: Row, found: Estimate, took: tuple[float, float] 
     return "\n".join([*lines, f"  {'FLOPs of a step':<34}{found.flops / 1e12:>9.3f} TFLOP"])
 
 
+@config.command
 def main(arguments: list[str] | None = None) -> int:
     """Prints one table a cell; exit code 0, or that of the error, as train.py gives it."""
     parser = argparse.ArgumentParser(prog="python -m experiments.cost", description=__doc__.splitlines()[0])

@@ -13,13 +13,14 @@ from collections.abc import Sequence
 
 import torch
 
-from cwac.core.config import compose, instantiate
+from cwac.core.config import command, compose, instantiate
 from cwac.core.errors import UserError
 from cwac.core.validation import validate
 from cwac.methods.safety_layers import locate
 from cwac.training.context import open_context
 
 
+@command
 def main(overrides: Sequence[str]) -> None:
     """Localise with the settings of `method=sppft` and the given overrides; print curves, range and folder."""
     cfg = compose(["method=sppft", *overrides])

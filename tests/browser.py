@@ -68,7 +68,6 @@ def chromium(*arguments: str) -> tuple[str, list[str]]:
             [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", *arguments],
             capture_output=True,
             text=True,
-            timeout=300,
             check=True,
         )
     return done.stdout, re.findall(r"CONSOLE.*", done.stderr)

@@ -58,6 +58,8 @@ def llama():
 
 
 ROOT = Path(__file__).resolve().parent.parent
+HANGS = 3600
+"""Seconds after which a process is taken to hang; no test asserts how long anything takes."""
 
 
 @pytest.fixture(scope="session")
@@ -212,7 +214,7 @@ def launch(*overrides: str, env: dict | None = None, ranks: int = 1, **popen) ->
 def run_train(*overrides: str, env: dict | None = None, ranks: int = 1) -> tuple[int, str]:
     """Exit code and everything printed."""
     process = launch(*overrides, env=env, ranks=ranks)
-    output, _ = process.communicate(timeout=600)
+    output, _ = process.communicate(timeout=HANGS)
     return process.returncode, output
 
 

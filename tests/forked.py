@@ -10,6 +10,7 @@ from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.preload"])
+HANGS = 3600
 ROOT = Path(__file__).resolve().parent.parent
 PLACES = {
     "appending": ["cwac.core.jsonl.append_jsonl", "cwac.training.engine.append_jsonl"],
@@ -35,7 +36,7 @@ def start(
 def finish(*overrides: str, log: Path, **more) -> tuple[int, str]:
     """Its exit code, -9 for a killed one, and everything printed."""
     process = start(*overrides, log=log, **more)
-    process.join(300)
+    process.join(HANGS)
     assert process.exitcode is not None, "the run hangs"
     return process.exitcode, Path(log).read_text()
 

@@ -30,7 +30,6 @@ def run(project: Path, *command: str) -> tuple[int, str]:
         env={**os.environ, "PYTHONPATH": str(project), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=600,
         check=False,
     )
     return done.returncode, done.stdout + done.stderr

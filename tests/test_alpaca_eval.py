@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
@@ -11,6 +13,7 @@ from cwac.core import config
 from cwac.core.jsonl import append_jsonl, read_jsonl
 from cwac.methods.base import Method
 from experiments import alpaca_eval as ae
+from tests.conftest import ROOT
 
 SET = [
     {"instruction": f"move the lantern {i}", "output": f"moved {i}", "generator": "reference", "dataset": "planted"}
@@ -66,17 +69,21 @@ def test_the_outputs_file_is_written_and_kept(run, data, capsys, monkeypatch):
     assert ae.main(arguments(run, data)) == 0
 
 
-def test_scoring_without_package_or_key_is_one_line_after_the_outputs(run, data, capsys, monkeypatch):
+def test_scoring_without_package_or_key_is_one_line_before_any_answer(run, data, tmp_path, capsys, monkeypatch):
+    """Also a package that is installed and cannot be imported, as alpaca_eval 0.6.6 beside setuptools 81."""
+    (tmp_path / "alpaca_eval").mkdir()
+    (tmp_path / "alpaca_eval" / "__init__.py").write_text("import pkg_resources\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "pkg_resources", None)
     for key in ae.KEYS:
         monkeypatch.delenv(key, raising=False)
-    monkeypatch.setattr(ae.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(ae, "answer", lambda *_: pytest.fail("answered before it was known that it can be scored"))
     assert ae.main(arguments(run, data, "--score", "--limit", "2")) == 2
-    error = capsys.readouterr().err.splitlines()[-1]  # after the progress bar
-    assert error.startswith(
-        "error: the outputs are written, but --score needs the package (pip install -e '.[alpaca]')"
-    )
-    assert "OPENAI_API_KEY" in error and len(json.loads((run / "alpaca_eval" / "outputs.json").read_text())) == 2
-    monkeypatch.setattr(ae.importlib.util, "find_spec", lambda name: object())
+    error = capsys.readouterr().err
+    assert error.startswith("error: --score needs the package (pip install -e '.[alpaca]'; ModuleNotFoundError: ")
+    assert "OPENAI_API_KEY" in error and error.count("\n") == 1
+    assert "setuptools<81" in (ROOT / "pyproject.toml").read_text()
+    monkeypatch.setitem(sys.modules, "alpaca_eval", SimpleNamespace())
     monkeypatch.setenv("OPENAI_API_KEY", "sk-planted")
     ae.ready_to_score()
 

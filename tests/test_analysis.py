@@ -119,7 +119,8 @@ def test_runs_that_are_not_done_do_not_count(tmp_path):
     write_run(tmp_path, aside, rows_of(aside, 99.0)).rename(tmp_path / f"{aside.run_id}.old-1")
     found = collect(tmp_path, None)
     assert found.runs == [done.run_id]
-    assert found.unfinished == {running.run_id: "running", f"{aside.run_id}.old-1": "set aside by force=true"}
+    gone = "running, but its process has gone: the same command goes on from its last checkpoint"
+    assert found.unfinished == {running.run_id: gone, f"{aside.run_id}.old-1": "set aside by force=true"}
     found = collect(tmp_path, [done, running, aside])
     assert found.missing == [running, aside]
 
@@ -455,3 +456,12 @@ def test_runs_of_different_settings_are_never_pooled_as_seeds(tmp_path):
         write_run(tmp_path / "runs", cell, rows_of(cell, hs))
     with pytest.raises(UserError, match="differ in their settings.*00000000.*11111111"):
         tables.summarise(collect(tmp_path / "runs"))
+
+
+def test_a_method_that_saw_nothing_extra_says_so_as_sft_does():
+    cell = cell_of("weight_only", 0.1, 0)
+    recorded = pd.DataFrame([row(cell, "extra_data", 0, set="none")])
+    assert tables.extra_data(recorded, "weight_only") == "none"
+    assert tables.extra_data(recorded.iloc[:0], "weight_only") == "none recorded"  # a run of before
+    both = pd.DataFrame([row(cell, "extra_data", 0, set="none"), row(cell, "extra_data", 5, set="refusals")])
+    assert tables.extra_data(both, "weight_only") == "5 refusals"

@@ -1,6 +1,7 @@
 """Every option of every group composes and instantiates; every preset expands; a slug is one string everywhere."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import hydra
@@ -140,6 +141,36 @@ def test_the_papers_presets_at_the_scale_of_two_cores_share_the_cells_of_smollm2
     figure3 = config.expand("figure3", [*small, "seed=0"])
     assert {(cfg.task.n_train, cfg.train.num_train_epochs, cfg.eval.n_harmful) for cfg in figure3} == {(64, 5, 30)}
     assert sorted({cfg.train.learning_rate for cfg in figure3}) == [1e-7, 1e-6, 1e-5, 1e-4, 1e-3]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_two_cores_carry_what_their_scale_asks_for(model):
+    """`train: large`, which models from the hub bring, is bf16, a paged optimizer and up to 100 M tokens of an SAE."""
+    cfg = config.compose([f"model={model}", "scale=two_cores", "method=cwac"])
+    assert not cfg.train.get("bf16") and cfg.train.optim == "adamw_torch_fused"
+    assert cfg.method.activation.sae.tokens == 150_000 and cfg.method.activation.sae.batch == 1024
+    assert (cfg.task.n_train, cfg.train.per_device_train_batch_size, cfg.train.num_train_epochs) == (64, 2, 1)
+
+
+def test_extras_are_named_as_they_can_be_installed():
+    """The package is on no index, so an extra is one of the checkout's."""
+    files = subprocess.run(["git", "ls-files"], cwd=paths.CONF.parent, capture_output=True, text=True).stdout.split()
+    for name in files:
+        path = paths.CONF.parent / name
+        if path.suffix in (".py", ".md", ".yaml", ".toml") and "results/" not in name and path.is_file():
+            assert not re.search(r"install\b[^\n]*['\" ]cwac\[", path.read_text(encoding="utf-8")), name
+    with (paths.CONF.parent / "pyproject.toml").open() as file:
+        extras = re.findall(r"^(\w+) = \[.*\]", file.read().partition("[project.optional-dependencies]")[2], re.M)
+    read = [n for n in files if n.endswith((".py", ".md", ".yaml")) and (paths.CONF.parent / n).is_file()]
+    text = "".join((paths.CONF.parent / name).read_text(encoding="utf-8") for name in read)
+    assert {"alpaca", "gpu"} <= set(extras) and set(re.findall(r"install -e '\.\[(\w+)\]'", text)) <= {*extras, "dev"}
+
+
+def test_no_test_reads_a_clock():
+    """What takes long on a busy machine is not wrong: tests assert what happened, and in which order."""
+    reads = re.compile(r"\btime\.(time|monotonic|perf_counter|process_time|thread_time)(_ns)?\(|datetime\.now\(")
+    for path in (paths.CONF.parent / "tests").rglob("*.py"):
+        assert not reads.search(path.read_text(encoding="utf-8")), path
 
 
 def test_presets_open_with_their_launch_command():

@@ -1,7 +1,6 @@
 """Data from a folder laid out like the hub, and the real pools made of it."""
 
 import random
-import time
 from itertools import chain
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from omegaconf import OmegaConf
 
 from cwac.core.config import compose
 from cwac.core.errors import UserError
+from cwac.core.hf_hub import PROBE_SECONDS
 from cwac.data.examples import Example, Pools
 from cwac.data.hf_datasets import load_rows
 from cwac.data.near_duplicates import PromptIndex, assert_disjoint, normalise_prompt
@@ -94,19 +94,20 @@ def test_what_is_missing_is_named_in_one_line(folder, arguments, words):
     assert "\n" not in str(error.value)
 
 
-def test_an_unreachable_hub_is_one_line_within_seconds(monkeypatch, tmp_path):
+def test_an_unreachable_hub_is_one_line_after_one_short_question(monkeypatch, tmp_path):
+    asked = []
+
     class Unreachable:
         def dataset_info(self, hub_id, timeout):
-            assert timeout <= 5
+            asked.append(timeout)
             raise ConnectionError("Name or service not known")
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Unreachable)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    start = time.perf_counter()
     with pytest.raises(UserError, match=r"walledai/AdvBench: the hub .* could not be reached .*paths\.data"):
         load_rows("walledai/AdvBench", None, "train")
-    assert time.perf_counter() - start < 5
+    assert asked == [PROBE_SECONDS] and PROBE_SECONDS <= 5  # the libraries ask again and again
 
 
 def test_pools_are_filled_and_disjoint_and_name_their_sources(folder):

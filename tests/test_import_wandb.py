@@ -1,6 +1,9 @@
 """Runs logged to wandb come back as the rows the run folder would have had."""
 
+import contextlib
 import json
+import math
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -12,11 +15,12 @@ from analysis.collect import at_end, collect
 from cwac.core.config import compose
 from cwac.core.errors import UserError
 from cwac.core.identity import eval_id, run_id
+from cwac.core.jsonl import read_jsonl
 from cwac.core.run_dir import Run
 from cwac.core.tracking import Tracker
 
 FINAL = [
-    {"metric": "HS", "set": "toy_harmful", "value": 31.5, "final": True},
+    {"metric": "HS", "set": "toy_harmful", "value": 31.5, "final": True, "n": 160, "stderr": 3.7},
     {"metric": "FA", "set": "toy_sentiment", "value": 90.0, "final": True},
     {"metric": "memory", "set": "train", "value": 512.0, "final": True},
     {"metric": "HS", "set": "toy_harmful", "value": 1.0, "final": False},
@@ -55,6 +59,32 @@ def test_an_offline_run_comes_back(logged, tmp_path, capsys):
     # a second import finds it there and changes nothing
     assert import_wandb.main(arguments) == 0
     assert "already in" in capsys.readouterr().out
+
+
+def test_the_pieces_of_a_run_that_was_killed_and_resumed_are_joined(tmp_path, monkeypatch, capsys):
+    """Twenty lines of a loss log, the last eight of them after the resume; two steps were made twice."""
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    cfg = compose(["logger=wandb", "method=sft", f"paths.runs={tmp_path / 'original'}"])
+    run = Run(cfg)
+    run.dir.mkdir(parents=True)
+    for first, last, loss in ((1, 14, 1.0), (13, 20, 2.0)):
+        with contextlib.suppress(KeyboardInterrupt), Tracker(cfg, run) as tracker:
+            for step in range(first, last + 1):
+                tracker.log({"step": step, "epoch": step / 20, "loss": loss, "penalty": None})
+            if last < 20:
+                raise KeyboardInterrupt
+            tracker.summary(FINAL)
+        wandb.teardown()
+        time.sleep(1.1)  # wandb names a folder by the second
+    runs = tmp_path / "runs"
+    assert import_wandb.main(["--offline", str(tmp_path / "original"), "--runs", str(runs)]) == 0
+    assert "1 of 1 runs" in capsys.readouterr().out
+    losses = read_jsonl(runs / run.id / "train_log.jsonl")
+    assert [row["step"] for row in losses] == list(range(1, 21))
+    assert [row["loss"] for row in losses] == [1.0] * 12 + [2.0] * 8
+    found = at_end(collect(runs).rows).set_index("metric")
+    assert (found.loc["HS", "value"], found.loc["HS", "n"], found.loc["HS", "stderr"]) == (31.5, 160, 3.7)
+    assert math.isnan(found.loc["memory", "n"]) and not {"n", "stderr"} & set(found.index)
 
 
 def fake(name: str, state: str = "finished", **config):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,13 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    Trainer,
+)
 
 from cwac.core import config
 from cwac.core.errors import UsageError, UserError
@@ -23,7 +30,7 @@ from cwac.data.tokenize import Rows
 from cwac.methods.base import Method
 from cwac.models.loading import load
 from cwac.training import arguments, engine
-from cwac.training.library import EncodedRow, Mixed, defend, load_method
+from cwac.training.library import EncodedRow, Mixed, defend, load_method, preset_pools
 from tests.conftest import FINE_TUNE, ROOT, fine_tune, make_llama, random_rows
 
 SAE = "model.sae={tokens: 2048, m: 256, cached_tokens: 2048, batch: 256}"
@@ -215,7 +222,7 @@ def test_an_installed_wheel_finds_its_settings_and_weights(tmp_path):
     (source / "conf" / "local").mkdir()
     (source / "conf" / "local" / "default.yaml").write_text("seed: 99\n")
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", str(target)]
-    subprocess.run([*pip, str(source)], check=True, timeout=600)
+    subprocess.run([*pip, str(source)], check=True)
     script = (
         "import cwac; from pathlib import Path; from cwac import load_method; from cwac.core import config as c; "
         "from cwac.core import paths; "
@@ -236,3 +243,200 @@ def test_a_method_that_changes_prompts_says_how_to_serve_them(name, says, tmp_pa
     cfg = config.compose([f"method={name}", f"paths.artifacts={artifacts}", *FINE_TUNE])
     defended(cfg, own_trainer(cfg, tmp_path, artifacts), artifacts)
     assert ("pass every one through method.prompt(messages)" in caplog.text) is says
+
+
+# --- other people's trainers ----------------------------------------------------------------------------
+
+
+def unlabelled(cfg, folder, artifacts, collator, kind=Trainer, **columns) -> Trainer:
+    """A causal-LM script: rows of token ids without labels, which the collator makes of all tokens."""
+    trainer = own_trainer(cfg, folder, artifacts)
+    rows = [{"input_ids": r["input_ids"], "attention_mask": [1] * len(r["input_ids"])} for r in trainer.train_dataset]
+    rows = Dataset.from_list([{**row, **columns} for row in rows])
+    return kind(
+        trainer.model,
+        trainer.args,
+        collator(trainer.processing_class),
+        rows,
+        processing_class=trainer.processing_class,
+    )
+
+
+class Spy:
+    """A collator that keeps, of every batch, the tokens that carry a loss, by row."""
+
+    def __init__(self, collate):
+        self.collate, self.seen = collate, []
+
+    def __call__(self, rows):
+        batch = self.collate(rows)
+        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+            self.seen.append((tuple(ids[labels != -100].tolist()), len(rows)))
+        return batch
+
+
+@pytest.mark.parametrize("size", [1, 8])
+@pytest.mark.parametrize("name", ["safeinstr", "bea"])
+def test_a_causal_lm_collator_trains_on_no_prompt_of_an_added_row(name, size, tmp_path, artifacts):
+    """It failed with a KeyError at batch 8, and at batch 1 trained on the prompts: 10 labels became 20."""
+    more = [f"train.per_device_train_batch_size={size}", "train.max_steps=40"]
+    cfg = config.compose([f"method={name}", f"paths.artifacts={artifacts}", *FINE_TUNE, *more])
+    trainer = unlabelled(cfg, tmp_path, artifacts, lambda tok: DataCollatorForLanguageModeling(tok, mlm=False))
+    user = {tuple(row["input_ids"]) for row in trainer.train_dataset}
+    defend(trainer, load_method(name, "tiny", SAE), "toy", artifacts=artifacts, max_length=64)
+    added = {tuple(i for i in p["labels"] if i != -100) for p in trainer.train_dataset.places if isinstance(p, dict)}
+    trainer.data_collator = spy = Spy(trainer.data_collator)
+    trainer.train()
+    learnt = {tokens for tokens, _ in spy.seen}
+    pad = trainer.processing_class.pad_token_id
+    assert learnt & added and learnt <= added | {tuple(i for i in row if i != pad) for row in user}
+    assert max(n for _, n in spy.seen) == size
+
+
+def test_a_collator_that_changes_tokens_or_labels_is_refused_before_training(tmp_path, artifacts):
+    cfg = config.compose([f"paths.artifacts={artifacts}", *FINE_TUNE])
+
+    def refused(collator, message, labelled=False, **columns):
+        trainer = unlabelled(cfg, tmp_path, artifacts, collator, **columns)
+        if labelled:
+            trainer.train_dataset = own_trainer(cfg, tmp_path, artifacts).train_dataset
+        trainer.args.remove_unused_columns = False
+        with pytest.raises(UsageError, match=message):
+            defend(trainer, load_method("safeinstr", "tiny"), "toy", artifacts=artifacts, max_length=64)
+
+    refused(Masking, "changes their tokens")
+    refused(Weighted, r"KeyError: 'weight'\).*the user's rows also have weight", weight=1.0)
+    refused(lambda tok: all_tokens, "does not keep their labels, so that prompts would be trained on", labelled=True)
+
+
+class Masking:
+    """As masked language modelling."""
+
+    def __init__(self, tokenizer):
+        self.collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+
+    def __call__(self, rows):
+        batch = self.collate(rows)
+        batch["input_ids"][:, 1::2] = 3
+        return batch
+
+
+class Weighted:
+    """A collator of the user's own with a weight for each row."""
+
+    def __init__(self, tokenizer):
+        self.collate = DataCollatorForSeq2Seq(tokenizer)
+
+    def __call__(self, rows):
+        weights = torch.tensor([row["weight"] for row in rows])
+        return self.collate([{k: v for k, v in row.items() if k != "weight"} for row in rows]) | {"weight": weights}
+
+
+def all_tokens(rows):
+    longest = max(len(row["input_ids"]) for row in rows)
+    ids = torch.tensor([row["input_ids"] + [0] * (longest - len(row["input_ids"])) for row in rows])
+    return {"input_ids": ids, "labels": ids.clone(), "attention_mask": (ids != 0).long()}
+
+
+def test_batches_with_keys_of_the_users_own_are_not_replaced(tmp_path, artifacts):
+    cfg = config.compose(["method=lisa", f"paths.artifacts={artifacts}", *FINE_TUNE])
+    trainer = own_trainer(cfg, tmp_path, artifacts)
+    trainer.train_dataset = trainer.train_dataset.add_column("weight", [1.0] * len(trainer.train_dataset))
+    trainer.data_collator, trainer.args.remove_unused_columns = Weighted(trainer.processing_class), False
+    with pytest.raises(UsageError, match="method=lisa puts batches of refusals .* without their weight"):
+        defend(trainer, load_method("lisa", "tiny"), "toy", artifacts=artifacts, max_length=64)
+
+
+class ByKeyword(Trainer):
+    """Takes what it does not use as keywords, as Trainer's own documentation shows."""
+
+    calls = 0
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        self.calls += 1
+        return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+
+    def train(self, **kwargs):
+        return super().train(**kwargs)
+
+
+def test_a_trainer_that_takes_the_rest_by_keyword_gives_the_weights_of_one_that_does_not(tmp_path, artifacts):
+    cfg = config.compose(["method=activation_only", f"paths.artifacts={artifacts}", *FINE_TUNE])
+    found = []
+    for kind in (Trainer, ByKeyword):
+        trainer = own_trainer(cfg, tmp_path, artifacts)
+        trainer.__class__ = kind
+        defended(cfg, trainer, artifacts).train()
+        found.append(weights(trainer.model))
+    assert_equal(*found)
+    assert trainer.calls == 3
+
+
+def test_what_is_no_method_no_trainer_and_no_pools_is_one_line(tmp_path, artifacts):
+    cfg = config.compose([f"paths.artifacts={artifacts}", *FINE_TUNE])
+    trainer, method = own_trainer(cfg, tmp_path, artifacts), load_method("sft", "tiny")
+    for given, message in [
+        ((trainer, "cwac"), r"defend takes a method, not 'cwac'; give load_method\('cwac', <model>\)"),
+        ((trainer, Method), "defend takes a method, not <class"),
+        ((method, method), "defend takes a Trainer of transformers' or a subclass, not Method"),
+        ((trainer, method, ["a"]), r"pools=\['a'\] is neither a preset"),
+        ((trainer, method, "reall"), "pools='reall' is unknown; did you mean real"),
+        ((trainer, method, "real"), "pools='real' has words that the embedded model lacks; give pools='toy'"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            defend(*given)
+
+
+def test_the_embedded_models_pools_are_refused_for_a_real_tokenizer():
+    class Real:
+        def get_vocab(self):
+            return {"\u0120hello": 0}
+
+    with pytest.raises(UsageError, match="pools='toy' is written in the words of the embedded model"):
+        preset_pools("toy", None, 0, Real())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("cwacc", "tiny"), "method=cwacc is unknown; did you mean cwac"),
+        (("cwac", "qwen_5b"), "model=qwen_5b is unknown; did you mean qwen_05b"),
+        (("lisa", "tiny", "method.roh=1"), "'method.roh'; did you mean method.rho"),
+        (("lisa", "tiny", "method.rho="), "method.rho"),
+        (("sft", "tiny", "methd=x"), "methd"),
+    ],
+)
+def test_a_misspelt_method_model_or_key_is_one_line_with_the_nearest_name(arguments, message):
+    with pytest.raises(UsageError, match=message) as refused:
+        load_method(*arguments)
+    assert "\n" not in str(refused.value)
+
+
+def test_errors_name_arguments_that_a_script_has(tmp_path, artifacts):
+    cfg = config.compose([f"paths.artifacts={artifacts}", *FINE_TUNE])
+    for name, given, says in [
+        ("safelora", {}, "base=<folder or hub id"),
+        ("safeinstr", {"pools": "paper_b2", "data": "/nowhere"}, "data=/nowhere is not a folder"),
+        ("bea", {"max_length": 10_000}, "of up to max_length=10000"),
+    ]:
+        trainer = own_trainer(cfg, tmp_path, artifacts)
+        given = {"pools": load_pools(cfg.pools, None, 0), "artifacts": artifacts, "max_length": 64, **given}
+        if isinstance(given["pools"], str):
+            trainer.processing_class.get_vocab = lambda: {}
+        with pytest.raises(UserError) as refused:
+            defend(trainer, load_method(name, "tiny"), **given)
+        said = str(refused.value)
+        assert says in said and not re.search(r"paths\.|model\.base|\btrain\.(?!py)", said), said
+
+
+def test_the_examples_data_stay_as_they_are_written(tmp_path):
+    """`load_dataset` makes timestamps of a column of dates, and the chat template trained on `<datetime>`."""
+    from examples.defend_your_trainer import text_rows
+
+    path = tmp_path / "mine.jsonl"
+    dates = [f"2024-01-0{i}" for i in range(1, 6)]
+    path.write_text("".join(json.dumps({"prompt": "when ?", "response": date}) + "\n" for date in dates))
+    assert text_rows(path)["response"] == dates
+    path.write_text('{"prompt": "when ?", "response": null}\n')
+    with pytest.raises(SystemExit, match=f"error: line 1 of {path} needs a text"):
+        text_rows(path)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 
 import huggingface_hub
 import pytest
@@ -13,7 +12,7 @@ from cwac.core import config, hf_hub, identity, validation
 from cwac.core.errors import UserError
 from cwac.core.run_dir import Run
 from cwac.models import loading
-from tests.conftest import launch, run_train
+from tests.conftest import HANGS, launch, run_train
 from tests.helpers.options import MODELS
 
 FROM_HUB = [m for m in MODELS if config.compose([f"model={m}"]).model.kind == "hub"]
@@ -153,16 +152,14 @@ def test_offline_each_cell_says_in_one_line_what_is_missing_and_no_token_is_writ
     """A hub that refuses connections stands for one out of reach: model first, then the data, and no retries."""
     closed = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path)}
     runs = tmp_path / "runs"
-    began = time.monotonic()
     process = launch("-m", "model=llama2,qwen", "method=sft", f"paths.runs={runs}", env=closed)
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=HANGS)
     assert process.returncode == 1
     said = [line for line in output.splitlines() if line.startswith("error: [")]
     assert len(said) == 2 and "model.hub_id=meta-llama/Llama-2-7b-chat-hf could not be reached" in said[0]
     assert "model.hub_id=Qwen/Qwen2.5-7B-Instruct could not be reached" in said[1] and "Traceback" not in output
     written = [p.read_text(errors="replace") for p in runs.rglob("*") if p.is_file()]
     assert not any(TOKEN in text for text in [output, *written])
-    assert time.monotonic() - began < 200  # seconds on a free machine; the libraries' own retries take minutes a cell
 
 
 def test_a_data_set_out_of_reach_is_one_line(tmp_path, random_model):

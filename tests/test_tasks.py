@@ -152,7 +152,7 @@ def test_number_after_the_mark(answer, strict, lenient):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("task.text=sentence", "task=agnews: fancyzhx/ag_news has no column 'sentence'; it has text, label"),
+        ("task.text=sentence", "row 1 of .*parquet has no column 'sentence'; it has text, label"),
         ("task.label=class", "has no column 'class'"),
         ("task.instruction='{title}'", "has no column 'title'"),
         ("task.labels=[World]", "label"),

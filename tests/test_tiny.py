@@ -145,8 +145,7 @@ def test_shipped_weights_pass_their_gates_and_load(seed, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     report = tiny.build(seed, tmp_path)
-    assert report["source"] == "shipped weights"
-    assert report["seconds"] < 30
+    assert report["source"] == "shipped weights"  # none is trained
     assert report["base"]["harmful"] >= 90  # before alignment it complies
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "aligned")
     request = tiny_world.pools(seed).test["toy_harmful"][0]

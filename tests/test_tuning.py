@@ -120,6 +120,9 @@ def test_a_search_ends_in_a_log_and_in_values_that_tuned_runs_use(random_model, 
 
     code, output = run_train("-m", "experiment=tune_safeinstr", *common, *here, *too_far)
     assert code == 2 and "error: 2 cells failed" in output and "method.ratio=99.0 is out of range" in output, output
+    # a seed is no choice: a value counts by its mean, and the next command takes it
+    assert "Best" not in output and not (tmp_path / "runs" / "optimization_results.yaml").exists()
+    assert f"python -m analysis.tuning --experiment tune_safeinstr --runs {tmp_path / 'runs'} " in output
     arguments = ["--experiment", "tune_safeinstr", "--runs", str(tmp_path / "runs")]
     arguments += ["--out", str(tmp_path / "log"), "--conf", str(tmp_path / "conf")]
     assert tuning.main([*arguments, *common, *too_far]) == 1

@@ -124,3 +124,11 @@ def test_several_ranks_are_refused(random_model, monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     with pytest.raises(UserError, match="eval.engine=hf"), VllmEngine(*loaded(random_model)):
         pass
+
+
+def test_a_run_that_vllm_cannot_measure_is_refused_before_it_trains(random_model, tmp_path, capfd):
+    where = [f"+model.path={random_model}", f"paths.runs={tmp_path / 'runs'}", f"paths.artifacts={tmp_path}"]
+    overrides = [*SMALL, *where, "model=tiny", "model.kind=folder", "method=sft", "eval.at=[]", "eval.engine=vllm"]
+    assert call(*overrides) == 1
+    assert "has no vLLM; install it" in capfd.readouterr().err
+    assert not [path for path in (tmp_path / "runs").glob("*/*") if path.is_file()]

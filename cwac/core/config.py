@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -23,6 +24,12 @@ from cwac.core.errors import UsageError, UserError
 from cwac.core.identity import flatten
 from cwac.core.keys import did_you_mean, explain, near
 from cwac.core.paths import CONF
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells know it."""
+
+CLOSED = 141
+"""Exit status where the reader of the output has gone (`... | head`), as shells know it."""
 
 
 def register_searches() -> None:
@@ -42,23 +49,45 @@ register_searches()
 
 
 def command(main: Callable[..., int]) -> Callable[..., int]:
-    """The `main(argv)` of a command: a UserError, or Hydra's of a mistyped override, is one line and exit status 2."""
+    """The `main(argv)` of a command: a UserError, or Hydra's of a mistyped override, is one line and exit status 2.
+
+    Ctrl-C is one line and 130. A reader that has gone ends it without a word, as it ends `cat`.
+    """
 
     @functools.wraps(main)
     def run(*arguments, **settings) -> int:
         try:
-            return main(*arguments, **settings)
+            try:
+                return main(*arguments, **settings)
+            finally:
+                sys.stdout.flush()  # here, where a closed pipe can still be told apart
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
+            return 2
         except OmegaConfBaseException as error:
             print(f"error: {explain(str(error))}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted; run the same command again: what was finished is found", file=sys.stderr)
+            return INTERRUPTED
+        except BrokenPipeError:
+            leave_the_pipe()
+            return CLOSED
         except Exception as error:
             if type(error).__module__.partition(".")[0] != "hydra":  # which takes long to import
                 raise
             print(f"error: {explain(str(error))}", file=sys.stderr)
-        return 2
+            return 2
 
     return run
+
+
+def leave_the_pipe() -> None:
+    """Let what is still buffered go nowhere: Python would fail once more when it flushes at exit."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):  # a stream of a test's, without a descriptor
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def instantiate(node: DictConfig) -> Any:

@@ -10,6 +10,7 @@ import platform
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterable
 from importlib import metadata
 
@@ -101,3 +102,8 @@ def environment(targets: Iterable[str] = ()) -> dict:
         "packages": installed(PACKAGES),
         "command": sys.argv,
     }
+
+
+def quieten_peft() -> None:
+    """peft asks transformers 5 for a property that it renamed; the warning is theirs to mend, not the user's."""
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)

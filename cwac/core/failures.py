@@ -6,7 +6,9 @@ from two machines is not atomic on a network file system.
 
 from __future__ import annotations
 
+import logging
 import os
+import shlex
 import shutil
 import socket
 from pathlib import Path
@@ -16,6 +18,8 @@ from omegaconf import DictConfig
 
 from cwac.core.jsonl import append_jsonl, read_jsonl
 
+log = logging.getLogger("cwac")
+SWEEPER = "hydra_plugins.hydra_optuna_sweeper._impl"
 FOLDER = "CWAC_FAILURES"
 """Environment variable: the folder; launchers hand it to their processes."""
 
@@ -26,6 +30,32 @@ class OnSharedDisk(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs) -> None:
         folder = Path(config.paths.runs) / f".failures-{socket.gethostname()}-{os.getpid()}"
         os.environ[FOLDER] = str(folder.absolute())
+        if searches_over_seeds(config):
+            logging.getLogger(SWEEPER).addFilter(not_one_seed)
+
+    def on_multirun_end(self, config: DictConfig, **kwargs) -> None:
+        """Optuna names the best single run; over seeds the next command names the best value."""
+        if not searches_over_seeds(config):
+            return
+        logging.getLogger(SWEEPER).removeFilter(not_one_seed)
+        (Path(config.hydra.sweep.dir) / "optimization_results.yaml").unlink(missing_ok=True)
+        experiment = config.hydra.runtime.choices.get("experiment")
+        given = [o for o in config.hydra.overrides.task if not o.startswith(("experiment=", "paths.runs="))]
+        command = f"python -m analysis.tuning --experiment {experiment} --runs {config.paths.runs}"
+        log.info(
+            "the search has run; a value counts by its mean over seeds: %s",
+            shlex.join([*command.split(), *given]) if experiment else "compare them in the runs' metrics.jsonl",
+        )
+
+
+def searches_over_seeds(config: DictConfig) -> bool:
+    sweeper = config.hydra.sweeper
+    return "optuna" in str(sweeper.get("_target_")) and "seed" in (sweeper.get("params") or {})
+
+
+def not_one_seed(record: logging.LogRecord) -> bool:
+    """Whether a line of Optuna's sweeper is not about the one run that came out best."""
+    return not record.getMessage().startswith(("Best parameters", "Best value"))
 
 
 def record(failure: dict) -> None:

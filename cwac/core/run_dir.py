@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from cwac.core.distributed import process_rank
@@ -41,6 +41,20 @@ GUARD_SLACK = 1e-3
 """What rounding of fp32 weights may add to a leak (ours); bounds at the default energy are near 0.1."""
 
 ROW_KEY = ("step", "metric", "set", "judge", "eval")
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process holds the lock of the run in this folder; a run that is `running` without one was killed."""
+    lock = folder.parent / f".{folder.name}.lock"
+    if not lock.exists():
+        return False
+    try:
+        with FileLock(lock, timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # a disk that is read only
+        return False
 
 
 class Run:

@@ -6,6 +6,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from cwac.core.run_dir import Run
 
+BESIDE = ("n", "stderr")
+"""What stands beside a value in the summary, as `n/<metric>/<set>`."""
+
 
 class Tracker:
     """Context manager; does nothing under `logger=csv`."""
@@ -39,6 +42,10 @@ class Tracker:
             self.session.log({f"train/{k}": v for k, v in row.items() if v is not None}, step=row["step"])
 
     def summary(self, rows: list[dict]) -> None:
-        """Final metric values. Generations never leave the machine."""
-        if self.session is not None:
-            self.session.summary.update({f"{r['metric']}/{r['set']}": r["value"] for r in rows if r.get("final")})
+        """Final metric values, with the n and standard error of each. Generations never leave the machine."""
+        if self.session is None:
+            return
+        for r in rows:
+            if r.get("final"):
+                beside = {f"{k}/{r['metric']}/{r['set']}": r[k] for k in BESIDE if r.get(k) is not None}
+                self.session.summary.update({f"{r['metric']}/{r['set']}": r["value"], **beside})

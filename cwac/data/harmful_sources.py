@@ -16,6 +16,7 @@ from dataclasses import replace
 
 from cwac.core.errors import UserError
 from cwac.core.paths import PACKAGE
+from cwac.data.columns import flag, names_of, problem, text
 from cwac.data.examples import Example
 from cwac.data.frames import framed, lists
 from cwac.data.hf_datasets import has_dataset, load_rows
@@ -56,16 +57,20 @@ def harmful_rows(data: str | None) -> dict[str, list[Example]]:
     xstest = load_rows("walledai/XSTest", None, "test", data, ("prompt", "label", "type"))
     rows = {
         "advbench": [
-            Example(f"advbench-{i}", r["prompt"], r["target"], source="advbench") for i, r in enumerate(advbench)
+            Example(f"advbench-{i}", text(r, "prompt"), text(r, "target"), source="advbench")
+            for i, r in enumerate(advbench)
         ],
         "harmbench": [
-            Example(f"harmbench-{i}", r["prompt"], source="harmbench", group=r["category"])
+            Example(f"harmbench-{i}", text(r, "prompt"), source="harmbench", group=text(r, "category"))
             for i, r in enumerate(harmbench)
         ],
     }
-    for label in ("unsafe", "safe"):
+    kinds = ("unsafe", "safe")
+    if odd := next((r for r in xstest if r["label"] not in kinds), None):  # neither would take it
+        raise problem(odd, f"has the label {odd['label']!r} in 'label'; expected one of {list(kinds)}")
+    for label in kinds:
         rows[f"xstest_{label}"] = [
-            Example(f"xstest-{i}", r["prompt"], source=f"xstest_{label}", group=r["type"])
+            Example(f"xstest-{i}", text(r, "prompt"), source=f"xstest_{label}", group=text(r, "type"))
             for i, r in enumerate(xstest)
             if r["label"] == label
         ]
@@ -86,7 +91,13 @@ def optional_harmful_rows(cfg_pools: Mapping, data: str | None) -> dict[str, lis
         hub_id, commit = JAILBREAKBENCH
         table = load_rows(hub_id, "behaviors", "harmful", data, ("Goal", "Target", "Category"), commit)
         rows["jailbreakbench"] = [
-            Example(f"jailbreakbench-{i}", r["Goal"], r["Target"], source="jailbreakbench", group=r["Category"])
+            Example(
+                f"jailbreakbench-{i}",
+                text(r, "Goal"),
+                text(r, "Target"),
+                source="jailbreakbench",
+                group=text(r, "Category"),
+            )
             for i, r in enumerate(table)
         ]
     if "beavertails" in cfg_pools["shares"]:
@@ -96,13 +107,13 @@ def optional_harmful_rows(cfg_pools: Mapping, data: str | None) -> dict[str, lis
         rows["beavertails"] = [
             Example(
                 f"beavertails-{i}",
-                r["prompt"],
-                r["response"],
+                text(r, "prompt"),
+                text(r, "response", empty=True),
                 source="beavertails",
-                group=next((name for name, on in r["category"].items() if on), ""),
+                group=next(iter(names_of(r, "category")), ""),
             )
             for i, r in enumerate(table)
-            if not r["is_safe"]
+            if not flag(r, "is_safe")
         ]
     return rows
 
@@ -136,7 +147,7 @@ def _safety_tuned_llamas(table: list[dict]) -> dict[str, list[Example]]:
     judge = KeywordJudge()
     kinds: dict[str, list[Example]] = {"safety_tuned_llamas": [], "safety_tuned_llamas_answered": []}
     for i, row in enumerate(table):
-        prompt, output = row["instruction"], row["output"].strip()
+        prompt, output = text(row, "instruction"), text(row, "output", empty=True).strip()
         verdict = judge.judge_one(prompt, output).verdict
         if verdict == "refusal" and _DECLINES.match(output) and _REASON.search(output):
             kind = "safety_tuned_llamas"
@@ -166,7 +177,12 @@ def benign_rows(data: str | None, limit: int) -> dict[str, list[Example]]:
         "contrast": [Example(f"contrast-{i}", line, source="contrast") for i, line in enumerate(contrast)],
         "alpaca": [
             Example(
-                f"alpaca-{i}", "\n\n".join(filter(None, (r["instruction"], r["input"]))), r["output"], source="alpaca"
+                f"alpaca-{i}",
+                "\n\n".join(
+                    filter(None, (text(r, "instruction", empty=True), r["input"] and text(r, "input", empty=True)))
+                ),
+                text(r, "output", empty=True),
+                source="alpaca",
             )
             for i, r in enumerate(alpaca[:limit])
         ],

@@ -3,7 +3,7 @@
 import json
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from filelock import FileLock
@@ -12,6 +12,7 @@ from cwac.core.cache import digest
 from cwac.core.errors import UserError
 from cwac.core.files import write_atomic
 from cwac.core.hf_hub import PROBE_SECONDS, first_line
+from cwac.data.columns import Row
 
 log = logging.getLogger(__name__)
 LICENSES = {
@@ -45,8 +46,8 @@ def load_rows(
     data: str | None = None,
     columns: Sequence[str] = (),
     revision: str | None = None,
-) -> list[dict]:
-    """The rows of one split as dictionaries.
+) -> list[Row]:
+    """The rows of one split; each knows its place, for errors.
 
     data: a folder with one sub-folder per hub id (`<data>/walledai/AdvBench/...`), read instead of the hub.
     columns: what the caller is going to read; their absence is an error here, with the names there are.
@@ -72,9 +73,8 @@ def load_rows(
             # Read as it is: the cache knows a folder by its name and README alone, and would serve one folder's rows
             # for another's, or last week's for today's.
             with tempfile.TemporaryDirectory() as nothing_cached:
-                rows = datasets.load_dataset(source, config, split=split, streaming=True, cache_dir=nothing_cached)
-                table = list(rows)
-            names = list(table[0]) if table else []
+                table = _read_folder(source, config, split, nothing_cached)
+            names = list(dict.fromkeys(name for row in table for name in row))
     except Exception as error:  # whatever the many back ends raise, the user needs the same facts
         if data is None and "gated" in str(error):  # the probe cannot tell: a gated set describes itself to everybody
             raise UserError(GATED.format(hub_id)) from error
@@ -86,6 +86,10 @@ def load_rows(
         datasets.logging.set_verbosity(verbosity)
         if bars:
             datasets.enable_progress_bars()
+    if not table:
+        raise UserError(
+            f"{hub_id} ({config or 'default'}, {split}) from {where} has no rows; compare it with its README"
+        )
     missing = [c for c in columns if c not in names]
     if missing:
         raise UserError(
@@ -97,7 +101,75 @@ def load_rows(
         "rows": len(table),
         "sha256": digest({"rows": table}),
     }
-    return table
+    return table if data is not None else [_placed(r, f"{hub_id} ({split})", i) for i, r in enumerate(table, 1)]
+
+
+def _placed(row: Mapping, file: str, number: int) -> Row:
+    placed = Row(row)
+    placed.where = f"row {number} of {file}"
+    return placed
+
+
+def _read_folder(source: str, config: str | None, split: str, cache: str) -> list[Row]:
+    """The split's rows; JSON and CSV without declared types are read as they are written.
+
+    `datasets` guesses types by the values it meets first: a column of dates becomes timestamps, "007" a number, and
+    the review "null" nothing at all.
+    """
+    import datasets
+
+    builder = datasets.load_dataset_builder(source, config, cache_dir=cache)
+    settings, paths = builder.config, [str(p) for p in (builder.config.data_files or {}).get(split, [])]
+    kind = type(settings).__name__
+    plain = all(Path(p).is_file() and not p.endswith((".zip", ".tar", ".tgz", ".tar.gz")) for p in paths)
+    if not paths or not plain or settings.features is not None or kind not in ("JsonConfig", "CsvConfig"):
+        rows = builder.as_streaming_dataset(split=split)
+        file = paths[0] if len(paths) == 1 else f"{source} ({split})"
+        return [_placed(row, file, i) for i, row in enumerate(rows, 1)]
+    read = _json_rows if kind == "JsonConfig" else _csv_rows
+    return [_placed(row, path, i) for path in paths for i, row in enumerate(read(path, settings), 1)]
+
+
+def _json_rows(path: str, settings) -> Iterator[dict]:
+    """The objects of a JSON list, of a field of a JSON object, or of JSON lines."""
+    import fsspec
+
+    with fsspec.open(path, "rt", compression="infer", encoding="utf-8-sig") as file:
+        content = file.read()
+    if settings.field is not None or content.lstrip().startswith("["):
+        found = json.loads(content) if settings.field is None else json.loads(content)[settings.field]
+        if isinstance(found, dict):  # columns
+            found = [dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True)]
+        numbered = list(enumerate(found, 1))
+    else:
+        numbered = []
+        for number, line in enumerate(content.split("\n"), 1):
+            if line.strip():
+                try:
+                    numbered.append((number, json.loads(line)))
+                except ValueError as error:
+                    raise ValueError(f"line {number} of {path} is no JSON ({error})") from error
+    for number, row in numbered:
+        if not isinstance(row, dict):
+            raise ValueError(f"row {number} of {path} is no JSON object")
+        yield row
+
+
+def _csv_rows(path: str, settings) -> Iterator[dict]:
+    """Every cell as text; one that a short row does not have is None."""
+    import pandas as pd
+
+    as_text = {"dtype": str, "keep_default_na": False, "na_values": None, "chunksize": None}
+    frame = pd.read_csv(path, **{**settings.pd_read_csv_kwargs, **as_text})
+    frame.columns = [str(name).strip() for name in frame.columns]
+    if len(frame.columns) == 1 and (other := next((mark for mark in ";\t|" if mark in frame.columns[0]), None)):
+        raise ValueError(
+            f"{path} separates its columns by {other!r}; use commas, or say `sep: {other!r}` in its README"
+        )
+    for values in frame.itertuples(index=False, name=None):
+        yield {
+            name: value if isinstance(value, str) else None for name, value in zip(frame.columns, values, strict=True)
+        }
 
 
 def fetch(hub_id: str, name: str, data: str | None = None) -> Path:

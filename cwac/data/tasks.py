@@ -6,16 +6,20 @@ SST-2, AG News and GSM8K are its tasks, PubMedQA and Alpaca are the paper's own 
 
 from __future__ import annotations
 
+import logging
 import random
 import re
-from collections.abc import Iterable
+import string
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from cwac.core.errors import UserError
+from cwac.data.columns import cell, lines, problem, text
 from cwac.data.examples import Example
 
-LONGEST = 200_000
-"""Characters; a longer text is no row but a file read wrongly, and no model's context holds it."""
+log = logging.getLogger(__name__)
+NUMBER = re.compile(r"[$€£]?(-?\d+(?:\.\d+)?)[.%]?")
+"""A gold answer of the scorer `number`, without the commas of its thousands."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,14 @@ def _real(cfg, data: str | None, seed: int, split: str, avoid: set[str]) -> tupl
 
     def examples(of: str, name: str) -> list[Example]:
         rows = load_rows(cfg.hub_id, cfg.get("hub_config"), of, data)
-        return [to_example(cfg, row, f"{cfg.name}-{name}-{i}") for i, row in enumerate(rows)]
+        found = [to_example(cfg, row, f"{cfg.name}-{name}-{i}") for i, row in enumerate(rows)]
+        kept = [e for e in found if e.response]
+        if len(kept) < len(found):
+            log.warning(
+                "task=%s: %d of %d rows of %s (%s) have an empty answer and are left out",
+                *(cfg.name, len(found) - len(kept), len(found), cfg.hub_id, of),
+            )
+        return kept
 
     pool = examples(cfg.train_split, "train")
     if cfg.test_split is None:  # a set of one split: its test part depends on no run's seed or sizes
@@ -91,46 +102,54 @@ def _real(cfg, data: str | None, seed: int, split: str, avoid: set[str]) -> tupl
     return random.Random(f"task-{seed}").sample(pool, min(cfg.n_train, len(pool))), chosen
 
 
-def to_example(cfg, row: dict, id: str) -> Example:
-    """One hub row as an Example.
+def to_example(cfg, row: Mapping, id: str) -> Example:
+    """One hub row as an Example; an empty open answer is kept, for the caller to leave out.
 
     cfg: `instruction`, which may name columns in braces; `text`, the column it is about (dots lead into nested ones,
     lists are joined by lines), or null; `label`, a class by index or name; `response` where the answer is a column of
-    its own, in which `replace` exchanges one text for another. Raises UserError for a column that is not there.
+    its own, in which `replace` exchanges one text for another. Raises UserError that names file, row and column for a
+    column that is not there, and for a cell that is null, no text, no class or (scorer `number`) no number.
     """
+    named = [name for _, name, _, _ in string.Formatter().parse(cfg.get("instruction") or "") if name]
+    columns = {name: text(row, name, empty=True) for name in named if name.isidentifier()}
     try:
-        instruction = (cfg.get("instruction") or "").format_map(row)
-    except KeyError as error:
-        raise _missing(cfg, error.args[0], row) from error
-    content = _column(cfg, row, cfg.text) if cfg.get("text") else ""
-    text = str(content if content is not None else "").strip()
-    optional = "{" in (cfg.get("instruction") or "") and content is not None  # then the row's instruction is enough
-    if cfg.get("text") and (len(text) > LONGEST or not text and not optional):
-        problem = f"{len(text):,} characters" if text else "no text"
-        raise UserError(f"task={cfg.name}: row {id} of {cfg.hub_id} has {problem} in {cfg.text!r}; mend the data")
-    prompt = f"{instruction}\n\n{text}" if instruction and text else text or instruction.strip()
-    label = _column(cfg, row, cfg.label) if cfg.get("label") else None
+        instruction = (cfg.get("instruction") or "").format_map({**row, **columns})
+    except (LookupError, AttributeError, ValueError) as error:
+        raise problem(row, f"does not fit task.instruction={cfg.instruction!r} ({error})") from error
+    absent = not cfg.get("text") or bool(named) and cell(row, cfg.text) is None  # the row's instruction is enough
+    content = "" if absent else lines(row, cfg.text).strip()
+    if cfg.get("text") and not content and not named:
+        raise problem(row, f"has no text in {cfg.text!r}: it is empty")
+    prompt = f"{instruction}\n\n{content}" if instruction and content else content or instruction.strip()
+    if not prompt:
+        raise problem(row, f"has no text in {', '.join(map(repr, named))}: it is empty")
+    apart = content if instruction else ""
     if cfg.get("labels"):
-        names = dict(enumerate(cfg.labels))
-        label = names.get(label, label)
-        if label not in names.values():
-            raise UserError(f"task={cfg.name}: {cfg.hub_id} has the label {label!r}; expected {list(cfg.labels)}")
-        return Example(id, prompt, label, label, source=cfg.name, group=label, input=text if instruction else "")
-    response = str(_column(cfg, row, cfg.response)).strip()
+        label = _class(cfg, row)
+        return Example(id, prompt, label, label, source=cfg.name, group=label, input=apart)
+    response = text(row, cfg.response, empty=cfg.scorer != "number").strip()
     if cfg.get("replace"):
         response = response.replace(*cfg.replace)
-    label = response.split()[-1].replace(",", "") if cfg.scorer == "number" else None
-    return Example(id, prompt, response, label, source=cfg.name, input=text if instruction else "")
+    label = _number(row, cfg.response, response) if cfg.scorer == "number" else None
+    return Example(id, prompt, response, label, source=cfg.name, input=apart)
 
 
-def _column(cfg, row: dict, path: str):
-    value = row
-    for part in path.split("."):
-        if not isinstance(value, dict) or part not in value:
-            raise _missing(cfg, path, row)
-        value = value[part]
-    return "\n".join(value) if isinstance(value, list) else value
+def _class(cfg, row: Mapping) -> str:
+    """The name of a row's class, from its name in any case or its index, either of which a text file spells."""
+    value = cell(row, cfg.label)
+    names = {name.strip().lower(): name for name in cfg.labels}
+    said = str(value).strip().lower()
+    if said in names:
+        return names[said]
+    index = re.fullmatch(r"(\d+)(\.0)?", said)
+    if index and int(index[1]) < len(cfg.labels):
+        return cfg.labels[int(index[1])]
+    raise problem(row, f"has the label {value!r} in {cfg.label!r}; expected one of {list(cfg.labels)}, or its index")
 
 
-def _missing(cfg, column: str, row: dict) -> UserError:
-    return UserError(f"task={cfg.name}: {cfg.hub_id} has no column {column!r}; it has {', '.join(row)}")
+def _number(row: Mapping, column: str, response: str) -> str:
+    """The number that an answer ends in, as it stands there without commas."""
+    last = response.split()[-1].replace(",", "")
+    if not NUMBER.fullmatch(last):
+        raise problem(row, f"ends in {last!r} in {column!r} where task.scorer=number needs a number")
+    return last

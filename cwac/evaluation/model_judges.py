@@ -36,6 +36,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from cwac.core import hf_hub
+from cwac.core.environment import quieten_peft
 from cwac.core.errors import UserError
 from cwac.core.identity import by_content, short_hash
 from cwac.core.paths import PACKAGE
@@ -252,6 +253,7 @@ class TokenJudge:
         if self._adapter:
             from peft import PeftModel
 
+            quieten_peft()
             model = merged(PeftModel.from_pretrained(model, self._adapter.folder), exact=False)
         tokenizer = (self._adapter or self._weights).load(AutoTokenizer)
         spellings: dict[str, list[int]] = {answer: [] for answer in self.answers}

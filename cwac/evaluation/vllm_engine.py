@@ -31,6 +31,27 @@ TAIL = 12
 """Lines of vLLM's own output that are shown where none of them names an error."""
 
 
+def check_available(python: str | None) -> None:
+    """Raises UserError where no vLLM can answer: known in a moment, and before a training that it is to measure."""
+    if distributed.world_size() > 1:
+        raise UserError("eval.engine=vllm serves one process; with several use eval.engine=hf")
+    interpreter = python or sys.executable
+    looks = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+    try:
+        found = subprocess.run([interpreter, "-c", looks], capture_output=True, check=False).returncode == 0
+    except OSError as error:
+        raise UserError(f"eval.vllm.python={interpreter} does not start ({error.strerror})") from error
+    if not found:
+        raise no_vllm(interpreter)
+
+
+def no_vllm(interpreter: str) -> UserError:
+    return UserError(
+        f"eval.engine=vllm: {interpreter} has no vLLM; install it (pip install vllm), in another environment if its "
+        "pins do not fit, named by eval.vllm.python=<its python>, or use eval.engine=hf"
+    )
+
+
 class VllmEngine:
     """A context: while it is open, `generate` answers with the model's weights as they were at the start.
 
@@ -122,10 +143,7 @@ class VllmEngine:
         self._log.seek(0)
         said = self._log.read()
         if "No module named 'vllm'" in said:
-            raise UserError(
-                f"eval.engine=vllm: {self.command[0]} has no vLLM; install it (pip install vllm), in another "
-                "environment if its pins do not fit, named by eval.vllm.python=<its python>, or use eval.engine=hf"
-            )
+            raise no_vllm(self.command[0])
         # its processes each end with an error of their own; the first is the cause
         errors = dict.fromkeys(re.findall(r"^(?!.*WARNING).*?(\w+(?:Error|Exception): .+)", said, re.M))
         raise UserError("eval.engine=vllm: vLLM ended; " + "\n".join([*errors] or said.splitlines()[-TAIL:]))

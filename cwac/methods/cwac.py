@@ -105,11 +105,31 @@ class CWAC(Method):
 
     def setup(self, model: nn.Module, context: Context) -> None:
         self._context = context
+        self._check_cheaply(model, context)
         if self.activation is not None:
             setup = self._setup_activation if self.activation.space == "sae" else self._setup_space
             setup(model, context)
         if self.weight is not None:
             self._setup_weight(model, context)
+
+    def _check_cheaply(self, model: nn.Module, context: Context) -> None:
+        """Refuse before the hours of an autoencoder what a few answers of the aligned model tell; they are cached."""
+        if self.weight is not None:
+            constrained(model, self.weight)
+            self._refuse_refresh_of_an_adapter(model)
+            weight_anchors(model, context, self.weight)
+        if self.activation is not None:
+            n = response_tokens(self.activation.positions)
+            for prompts in (context.pools.step, context.pools.validation):
+                anchor_rows(model, context, prompts, n)
+            if self.activation.space == "sae":
+                anchor_rows(model, context, context.pools.sae, 0)
+
+    def _refuse_refresh_of_an_adapter(self, model: nn.Module) -> None:
+        lora = any("lora_" in name for name, _ in model.named_parameters())
+        remedy = "an adapter's W_now V_now is no value to pin, since B moves too: use null with model.lora"
+        refresh = self.weight.refresh_steps
+        check(not (lora and refresh), "weight.refresh_steps", refresh, remedy)
 
     def estimate_memory(self, model: nn.Module, sizes: Sizes) -> MemoryEstimate:
         self._context, estimate = sizes, MemoryEstimate()
@@ -235,8 +255,6 @@ class CWAC(Method):
         weight = self.weight
         modules, unconstrained = constrained(model, weight)
         lora = any("lora_" in name for name, _ in model.named_parameters())
-        remedy = "an adapter's W_now V_now is no value to pin, since B moves too: use null with model.lora"
-        check(not (lora and weight.refresh_steps), "weight.refresh_steps", weight.refresh_steps, remedy)
         bases = anchor_bases(model, context, weight)
         full = [name for name, b in bases.items() if b.rank >= b.dim]
         if len(full) == len(bases):

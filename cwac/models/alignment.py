@@ -12,6 +12,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cwac.core.environment import quieten_peft
 from cwac.core.errors import UserError
 from cwac.core.paths import PACKAGE
 from cwac.models.adapters import merged
@@ -38,6 +39,7 @@ def apply(base_folder: str | Path, adapter: str | Path | None, out_folder: str |
     adapter_file(adapter)
     base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
     try:
+        quieten_peft()
         model = merged(PeftModel.from_pretrained(base, str(adapter)))
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the adapter in {adapter} does not fit the model in {base_folder}: {error}") from error

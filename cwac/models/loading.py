@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from cwac.core import hf_hub
 from cwac.core.cache import load_or_build
+from cwac.core.environment import quieten_peft
 from cwac.core.errors import UsageError, UserError
 from cwac.core.identity import local_folder, origin
 from cwac.core.keys import did_you_mean, near
@@ -285,6 +286,8 @@ def add_lora(model: PreTrainedModel, cfg) -> nn.Module:
     Raises UsageError for a module that the model does not have, beside others that it has.
     """
     from peft import LoraConfig, get_peft_model
+
+    quieten_peft()
 
     targets = cfg.target_modules if cfg.target_modules == "all-linear" else list(cfg.target_modules)
     if targets != "all-linear":

@@ -17,6 +17,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from cwac.core.config import command
 from cwac.core.errors import UserError
 from cwac.core.paths import PACKAGE
 from cwac.data import tiny_world
@@ -222,6 +223,7 @@ def build(seed: int, folder: str | Path, *, from_scratch: bool = False, ship: bo
     return report | {"seconds": round(time.time() - started, 1)}
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description="Build the embedded model: a base, its aligned version, the gates.")
     parser.add_argument(

@@ -107,7 +107,7 @@ def check_precision(cfg: DictConfig, args: TrainingArguments, method: Method) ->
     key = "model.load_in_4bit=true" if quantised else f"train.optim={args.optim.value}"
     needed = quantised or re.search("^paged|bnb|^adamw_8bit|^lion|^ademamix", args.optim.value)
     if needed and importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(f"{key} needs bitsandbytes, which is not installed; pip install 'cwac[gpu]'")
+        raise UserError(f"{key} needs bitsandbytes, which is not installed; pip install -e '.[gpu]'")
 
 
 def steps_per_epoch(args: TrainingArguments, rows: int) -> int:

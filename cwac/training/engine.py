@@ -76,7 +76,9 @@ class MethodTrainer(Trainer):
                 raise UserError(f"{state.parent} has no {METHOD_STATE}: it was saved without a defence; start anew")
             # on the CPU, since the run may have begun on another device; `start` puts tensors where the parameters are
             self.method.load_state_dict(torch.load(state, map_location="cpu", weights_only=True))
-        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        given = (resume_from_checkpoint, *args) if args else ()  # by name, which a subclass may ask for
+        named = kwargs if args else {"resume_from_checkpoint": resume_from_checkpoint, **kwargs}
+        result = super().train(*given, **named)
         self.trained = self.gathered()
         if self.is_world_process_zero():
             with torch.no_grad(), own_precision(self.trained):
@@ -147,7 +149,10 @@ class MethodTrainer(Trainer):
         else:
             inputs = {key: value for key, value in inputs.items() if key != "shift_labels"}
         # outputs only where they are wanted: TRL runs the model once more for them
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # by name, as Trainer calls it: a subclass may take what it does not use as keywords
+        result = super().compute_loss(
+            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+        )
         if not model.training:  # Trainer's own evaluation on the way
             return result
         loss = result[0] if return_outputs else result
@@ -407,6 +412,14 @@ def attach(trainer: Trainer, method: Method) -> MethodTrainer:
     return trainer
 
 
+def collated(trainer: Trainer, rows: list[dict]) -> dict:
+    """What the trainer's own collator makes of encoded rows, without the columns that it would leave out."""
+    collate = trainer.data_collator
+    if trainer.args.remove_unused_columns:
+        collate = trainer._get_collator_with_removed_columns(collate, description="training")
+    return collate([dict(row) for row in rows])
+
+
 def train(
     cfg: DictConfig,
     args: TrainingArguments,
@@ -439,6 +452,8 @@ def train(
                 f"{checkpoint} was written {'under' if saved['sharded'] else 'without'} FSDP; go on as the run was "
                 "begun (parallel=fsdp2 or not), or start over with force=true"
             )
+        if trainer.is_world_process_zero():
+            log.info("%s goes on from step %d (%s)", run.id, step, checkpoint)
         for name in PENDING:
             # none in a checkpoint of an earlier version, which kept the losses of micro-batches
             setattr(trainer, name, [torch.tensor(x, device=args.device) for x in saved["pending"].get(name, [])])

@@ -7,19 +7,26 @@ trainer.train()
 
 from __future__ import annotations
 
+import difflib
+import functools
 import json
 import logging
 import random
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 from transformers import PreTrainedTokenizerBase, Trainer, set_seed
 
 from cwac.core.cache import digest
 from cwac.core.config import compose, instantiate
 from cwac.core.errors import UsageError, UserError
+from cwac.core.paths import CONF
 from cwac.core.validation import validate
 from cwac.data.examples import Example, Messages, Pools
 from cwac.data.pools import load_pools
@@ -30,7 +37,38 @@ from cwac.models.context import Context, make_context
 from cwac.models.generate import decoding_key
 from cwac.models.loading import Loaded, weights_hash
 from cwac.training.arguments import refuse_deepspeed, total_steps
-from cwac.training.engine import MethodTrainer, attach
+from cwac.training.engine import MethodTrainer, attach, collated
+
+AS_ARGUMENTS = (
+    (r"\+?model\.base=", "base="),
+    (r"paths\.data", "data"),
+    (r" \(model\.kind=[^)]*\)", ""),
+    (r"model\.lora='\{[^}]*\}'", "an adapter (peft's get_peft_model)"),
+    (r"model\.lora", "an adapter"),
+    (r"model\.dtype=", "dtype="),
+    (r"\btrain\.(?!py\b)", ""),
+)
+"""Keys of train.py that errors name -> what a script gives instead, an argument of `defend` or of its trainer."""
+
+MODEL_INPUTS = {"input_ids", "attention_mask", "labels", "shift_labels", "position_ids", "token_type_ids"}
+"""Keys of a batch that a method's own batches have, or a model does without."""
+
+
+def speaks_of_arguments(function: Callable) -> Callable:
+    """Errors of the function name arguments of a script's, not keys of train.py."""
+
+    @functools.wraps(function)
+    def call(*given, **named):
+        try:
+            return function(*given, **named)
+        except UserError as error:
+            said = str(error)
+            for key, argument in AS_ARGUMENTS:
+                said = re.sub(key, argument, said)
+            raise type(error)(said) from error.__cause__
+
+    return call
+
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +103,9 @@ class Mixed(torch.utils.data.Dataset):
                 self.places.append(int(example.id))
                 continue
             row = encode_example(context.tokenizer, example, context.template, context.max_length)
-            if "attention_mask" in given[0]:
-                row["attention_mask"] = [1] * len(row["input_ids"])
+            for name, value in (("attention_mask", 1), ("token_type_ids", 0)):
+                if name in given[0]:
+                    row[name] = [value] * len(row["input_ids"])
             if any(label != IGNORE for label in row["labels"]):
                 self.places.append(row)
 
@@ -77,15 +116,119 @@ class Mixed(torch.utils.data.Dataset):
         place = self.places[i]
         return self.given[place] if isinstance(place, int) else place
 
+    def added(self) -> dict | None:
+        """One row that the method added, the longest; None where all of them were too long to be trained on."""
+        return max(
+            (p for p in self.places if isinstance(p, dict)), key=lambda row: len(row["input_ids"]), default=None
+        )
+
+
+class KeptLabels:
+    """The user's collator, which makes labels of all tokens (causal language modelling), around rows that have some.
+
+    The user's rows are labelled as before; those of a method keep their labels, none on a prompt.
+    """
+
+    def __init__(self, collate: Callable):
+        self.collate = collate
+
+    def __call__(self, rows: Sequence[dict]) -> dict:
+        batch = self.collate([{k: v for k, v in row.items() if k != "labels"} for row in rows])
+        for i, row in enumerate(rows):
+            if "labels" in row:
+                real = batch["attention_mask"][i].bool()  # [T], padded on whichever side
+                batch["labels"][i] = IGNORE
+                batch["labels"][i, real] = torch.as_tensor(row["labels"])
+        return batch
+
+
+def take_added_rows(trainer: Trainer, mixed: Mixed, method: Method) -> None:
+    """See to it that the user's collator takes the rows that a method adds, beside the user's and alone.
+
+    Raises UsageError where it needs columns that they do not have, or changes their tokens or labels.
+    """
+    given, added = mixed.given[0], mixed.added()
+    if added is None:
+        return
+    if trouble := added_row_trouble(trainer, given, added):
+        if "labels" in given:
+            raise UsageError(f"method={method.name} adds rows, and the trainer's data_collator {trouble}")
+        collate, trainer.data_collator = trainer.data_collator, KeptLabels(trainer.data_collator)
+        if trouble := added_row_trouble(trainer, given, added):
+            trainer.data_collator = collate
+            raise UsageError(f"method={method.name} adds rows, and the trainer's data_collator {trouble}")
+
+
+def added_row_trouble(trainer: Trainer, given: dict, added: dict) -> str:
+    """What the collator does to an added row that it should not; empty where it takes it as it is."""
+    lacks = sorted(set(given) - set(added) - {"labels"})
+    for place, rows in ((0, [added]), (1, [given, added]), (0, [added, given])):
+        try:
+            batch = collated(trainer, rows)
+            ids, labels = (batch[name][place] for name in ("input_ids", "labels"))
+        except Exception as error:  # whatever a collator of the user's own raises
+            also = f"; the user's rows also have {', '.join(lacks)}, which it may need" if lacks else ""
+            return (
+                f"cannot take them ({type(error).__name__}: {error}){also}; give a collator that takes rows of "
+                f"{', '.join(added)}, such as transformers' DataCollatorForSeq2Seq"
+            )
+        if not _within(added["input_ids"], ids.tolist()):  # beside padding on either side
+            return "changes their tokens (mlm=True does); give one that leaves input_ids as they are"
+        if [i for i in labels.tolist() if i != IGNORE] != [i for i in added["labels"] if i != IGNORE]:
+            return (
+                "does not keep their labels, so that prompts would be trained on; give one that keeps the labels of a "
+                "row, such as transformers' DataCollatorForSeq2Seq"
+            )
+    return ""
+
+
+def _within(part: Sequence[int], whole: Sequence[int]) -> bool:
+    n = len(part)
+    return any(list(whole[i : i + n]) == list(part) for i in range(len(whole) - n + 1))
+
+
+def check_swapped_batches(trainer: Trainer, method: Method) -> None:
+    """Raises UsageError where the user's batches have keys that those of the method do not."""
+    try:
+        own = sorted(set(collated(trainer, [trainer.train_dataset[0]])) - MODEL_INPUTS)
+    except Exception:  # the user's own collator on the user's own row: training says what is wrong
+        return
+    if own:
+        raise UsageError(
+            f"method={method.name} puts batches of refusals in the place of the trainer's, without their "
+            f"{', '.join(own)}; leave these columns out, or choose a method that does not"
+        )
+
+
+def options(group: str) -> list[str]:
+    """The names that can be chosen of a group of `conf`."""
+    return sorted(path.stem for path in (CONF / group).glob("[!_]*.yaml"))
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]}? " if close else ""
+
 
 def load_method(name: str, model: str, *overrides: str) -> Method:
     """The defence that `train.py method=<name> model=<model>` would run.
 
     model: the option of conf/model nearest to yours: its SAE sizes, safety layers and trigger length are used, its
     weights are not. overrides: as on the command line, e.g. "method.activation.lam=1".
-    Raises UsageError for a value out of range, Hydra's errors for an unknown option.
+    Raises UsageError, one line, for a value out of range, and for an unknown option or key.
     """
-    cfg = compose([f"method={name}", f"model={model}", *overrides])
+    for group, option in (("method", name), ("model", model)):
+        known = options(group)
+        if option not in known:
+            raise UsageError(f"{group}={option} is unknown; {nearest(str(option), known)}there are {', '.join(known)}")
+    try:
+        cfg = compose([f"method={name}", f"model={model}", *overrides])
+    except (HydraException, OmegaConfBaseException) as error:
+        said = str(error).splitlines()[0].rstrip(".")
+        wrong = re.search(r"'([\w.]+)'", said)
+        keys = [f"method.{key}" for key in compose([f"method={name}", f"model={model}"]).method]
+        hint = nearest(wrong[1], keys) if wrong else ""
+        raise UsageError(f"{said}; {hint}overrides are keys of the method, e.g. method.lam=1") from error
     validate(cfg)
     return instantiate(cfg.method)
 
@@ -103,6 +246,7 @@ def speaks(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> str:
     return digest(json.loads(json.dumps(said, default=str)))
 
 
+@speaks_of_arguments
 def defend(
     trainer: Trainer,
     method: Method,
@@ -127,6 +271,13 @@ def defend(
 
     Raises UserError, before anything is trained, where the trainer, the model or the pools do not serve the method.
     """
+    if not isinstance(method, Method):
+        example = method if isinstance(method, str) else "cwac"
+        raise UsageError(f"defend takes a method, not {method!r}; give load_method({example!r}, <model>)")
+    if not isinstance(trainer, Trainer):
+        raise UsageError(f"defend takes a Trainer of transformers' or a subclass, not {type(trainer).__name__}")
+    if not isinstance(pools, str | Pools):
+        raise UsageError(f"pools={pools!r} is neither a preset (real, toy) nor of type Pools")
     args = trainer.args
     tokenizer = tokenizer or trainer.processing_class
     if tokenizer is None:
@@ -146,7 +297,7 @@ def defend(
             "virtual tokens before them; train another kind of adapter"
         )
     if isinstance(pools, str):
-        pools = load_pools(compose([f"pools={pools}"]).pools, data, args.seed)
+        pools = preset_pools(pools, data, args.seed, tokenizer)
     model = trainer.model
     # an adapter that has learnt nothing yet is none: all of its seeds share what is built
     key = {"kind": "library", "weights": weights_hash(model, adapter=holds_update(model)), "dtype": str(model.dtype)}
@@ -173,8 +324,12 @@ def defend(
         raise UsageError(f"method={method.name} adds rows, which a dataset without a length cannot take")
     if (mixed != rows or swaps) and (getattr(args, "packing", False) or getattr(args, "padding_free", False)):
         raise UsageError(f"method={method.name} works on single rows; set packing=False and padding_free=False")
+    if swaps and sized:
+        check_swapped_batches(trainer, method)
     if mixed != rows:
-        trainer.train_dataset = Mixed(dataset, mixed, context)
+        with_added = Mixed(dataset, mixed, context)
+        take_added_rows(trainer, with_added, method)
+        trainer.train_dataset = with_added
     context.steps = total_steps(args, len(trainer.train_dataset) if sized else 0)
     trainer.model = trainer.model_wrapped = method.setup(model, context) or model
     asked = [{"role": "user", "content": "prompt"}]
@@ -188,3 +343,21 @@ def defend(
     trainer = attach(trainer, method)
     trainer.expected_steps = context.steps
     return trainer
+
+
+def preset_pools(name: str, data: str | None, seed: int, tokenizer: PreTrainedTokenizerBase) -> Pools:
+    """The pools of a preset; raises UsageError for an unknown one, or words that are not the model's language."""
+    known = options("pools")
+    if name not in known:
+        raise UsageError(f"pools={name!r} is unknown; {nearest(name, known)}there are {', '.join(known)}")
+    from cwac.models.tiny import make_tokenizer
+
+    embedded = make_tokenizer().get_vocab().keys() <= tokenizer.get_vocab().keys()
+    if embedded != (name == "toy"):
+        raise UsageError(
+            "pools='toy' is written in the words of the embedded model, which this model was not aligned on; give "
+            "pools='real' (with data=<folder> where the hub is out of reach), or Pools of your own"
+            if name == "toy"
+            else f"pools={name!r} has words that the embedded model lacks; give pools='toy', or Pools of your own"
+        )
+    return load_pools(compose([f"pools={name}"]).pools, data, seed)

@@ -32,6 +32,7 @@ from cwac.data.tasks import Task, load_task
 from cwac.data.tokenize import Rows, pad_token_id
 from cwac.evaluation.evaluate import Evaluator
 from cwac.evaluation.judge import Judge
+from cwac.evaluation.vllm_engine import check_available
 from cwac.methods.base import Context, Method
 from cwac.models.adapters import merged
 from cwac.models.loading import load_aligned, load_kept, weights_hash
@@ -85,6 +86,8 @@ def prepare(cfg: DictConfig, run: Run) -> Cell:
     method, judge = instantiate(cfg.method), instantiate(cfg.eval.judge)
     arguments = training_arguments(cfg, run)
     check_precision(cfg, arguments, method)
+    if cfg.eval.engine == "vllm":
+        check_available(cfg.eval.vllm.python)
     set_seed(cfg.seed)
     hf_datasets.READ.clear()
     hf_datasets.ASKED.clear()
@@ -233,7 +236,7 @@ def evaluate(cell: Cell) -> None:
     evaluator(step, epoch, final=True)
     at = {"step": step, "epoch": epoch, "final": True}
     costs = [{"metric": m, "set": "train", "value": cell.cost[m]} for m in ("seconds_per_step", "memory")]
-    extra = [{"metric": "extra_data", "set": of, "value": n} for of, n in method.extra_data().items()]
+    extra = [{"metric": "extra_data", "set": of, "value": n} for of, n in (method.extra_data() or {"none": 0}).items()]
     cell.run.add_rows({**at, **row, "eval": None} for row in [*costs, *extra, *method.report(model)])
     if not cell.cfg.eval.drift:
         return
