@@ -292,7 +292,7 @@ class Fuzz:
         new = {name: status for name, status in self.statuses().items() if before.get(name) != status}
 
         def wrong(what: str, evidence: bool = True) -> None:
-            self.faults.append(f"{what}: {' '.join(overrides)}\n    {errors or printed[-400:] if evidence else str()}")
+            self.faults.append(f"{what}: {' '.join(overrides)}\n    {errors or printed[-400:] if evidence else ''}")
 
         if "Traceback" in printed:
             wrong("a traceback")
