@@ -220,6 +220,10 @@ def whole_batches(run: dict) -> bool:
     return run["task.n_train"] % rows == 0 or 0 < steps * rows <= run["task.n_train"]
 
 
+def selected(a: dict, b: dict, select: str) -> bool:
+    return a.get("method.select") == b.get("method.select") == select
+
+
 def ended(a: dict, b: dict) -> bool:
     return "train.max_steps" in a and a["train.max_steps"] == b.get("train.max_steps")
 
@@ -237,6 +241,13 @@ UNREAD = {
     "poison_choice": ("harmful_ratio=0 chooses none", unpoisoned),
     "poison_trigger": ("harmful_ratio=0 has no row to put it before", unpoisoned),
     "pools.poison_categories": ("harmful_ratio=0 takes none", unpoisoned),
+    "method.number": ("read under select=number alone", lambda a, b: selected(a, b, "threshold")),
+    "method.tau": ("read under select=threshold alone", lambda a, b: selected(a, b, "number")),
+    "method.min_cycles": ("both have as many cycles as the run has room for", lambda a, b: ended(a, b)),
+    "method.energy": (
+        "of AsFT, read under operator=projector_k alone",
+        lambda a, b: "projector_k" not in (a.get("method.operator"), b.get("method.operator")),
+    ),
     "method.trigger_at_inference": ("it is served otherwise, not trained otherwise", lambda a, b: True),
     "method.name": (
         "the ablation of the serving has BEA's weights",
@@ -251,6 +262,14 @@ UNREAD = {
     },
 }
 """Identity keys in which two runs of the same weights may differ: why, and for which two."""
+
+
+LATE = (
+    "refuses none of the anchor prompts",
+    "protects every direction of every input",
+    "none of the preserved latents fires",
+)
+"""Refusals that only the model's own answers or states can tell: they leave a run marked failed, never a done one."""
 
 
 @st.composite
@@ -306,6 +325,9 @@ class Fuzz:
             self.outcomes["refused"] += 1
             if code not in (1, 2) or len(errors) != 1:
                 wrong(f"exit code {code} and {len(errors)} error lines")
+            elif any(said in errors[0] for said in LATE):
+                if set(new.values()) - {"failed"}:
+                    wrong(f"refused, and marked {new}")
             elif new or set(self.runs.glob("*/*")) - folders:
                 wrong(f"refused after something was written ({new})")
 
@@ -315,6 +337,24 @@ class Fuzz:
         other = self.seen.setdefault(status["weights_sha256"], (mine, overrides))
         if keys := unexplained(mine, other[0]):
             wrong(f"same weights as [{' '.join(other[1])}] although {keys} differ", evidence=False)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["method=cwac", "method.weight.prefill=Sure"],
+        ["method=cwac", "method.weight.layers=[9]"],
+        ["method=cwac_closed", "method.weight.refresh_steps=1", f"model.lora={COMMON['model.lora'][0]}"],
+    ],
+)
+def test_a_weight_constraint_that_cannot_be_had_is_refused_before_a_folder_is_made(
+    overrides, tmp_path, artifacts, capfd
+):
+    """Once the SAE was built first, and a run marked failed was left behind."""
+    fuzz = Fuzz(tmp_path, artifacts)
+    fuzz(overrides, capfd)
+    assert fuzz.outcomes["refused"] == 1 and not fuzz.faults, fuzz.faults
 
 
 def test_every_method_is_fuzzed():
