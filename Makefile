@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-full demo-tuned smollm2 smollm2-rivals audit audit-deps claims report tables table1 table2 table3 table4 \
-  table5 table6 test test-slow bench lint clean
+  table5 table6 test test-slow fuzz mutants bench lint clean
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -80,6 +80,14 @@ test: $(ENV) ## the default tests: CPU, offline, minutes
 
 test-slow: $(ENV) ## the slow tests too
 	$(SINGLE) $(PY) -m pytest -m "not gpu" $(PARALLEL) $(ARGS)
+
+fuzz: $(ENV) ## random combinations of options on the embedded model (CWAC_FUZZ=500 of them, one a second)
+	CWAC_FUZZ=$(or $(CWAC_FUZZ),500) $(SINGLE) $(PY) -m pytest tests/test_fuzz.py -n 0 -q $(ARGS)
+
+mutants: $(ENV) ## mutation testing of what results hang on (mutmut; hours; ARGS="analysis.stats*": some of it)
+	$(PY) -m pip install --disable-pip-version-check -q $(PIP_ARGS) -e '.[mutants]'
+	$(SINGLE) $(PY) -m mutmut run --max-children 1 $(ARGS)
+	$(PY) -m mutmut results
 
 bench: $(ENV) ## what things cost beside their rivals (half an hour; ARGS="constraint sae": some of it)
 	$(SINGLE) $(PY) -m benchmarks $(ARGS)

@@ -49,6 +49,7 @@ from cwac.core.checks import check
 from cwac.core.distributed import reshard
 from cwac.core.errors import UserError
 from cwac.data.examples import Example
+from cwac.data.tokenize import encode_opening
 from cwac.methods.base import Context, MemoryEstimate, Method, Sizes, draw, share_of
 from cwac.models.adapters import require_plain_lora
 from cwac.models.layers import base_layer, input_group
@@ -96,8 +97,10 @@ class CWAC(Method):
         pools = context.pools
         if self.weight is not None:
             require_plain_lora(context.loaded.model, self.name)
-            constrained(context.loaded.model, self.weight, warn=False)
             anchor_prompts(pools, self.weight)
+            self._constrained(context.loaded.model, warn=False)
+            if self.weight.prefill is not None:
+                encode_opening(context.tokenizer, self.weight.prefill)
         if self.activation is not None:
             n, available = self.activation.n_prompts, len(pools.step)
             check(n <= available, "activation.n_prompts", n, f"the pool has {available}: give at most that")
@@ -251,10 +254,16 @@ class CWAC(Method):
         return rows
 
     # --- the weight half -----------------------------------------------------------------------------
+    def _constrained(self, model: nn.Module, warn: bool = True):
+        """As `constrained` says; refuses what an adapter cannot have."""
+        refresh = self.weight.refresh_steps
+        remedy = "an adapter's W_now V_now is no value to pin, since B moves too: use null with model.lora"
+        check(not (adapted(model) and refresh), "weight.refresh_steps", refresh, remedy)
+        return constrained(model, self.weight, warn)
+
     def _setup_weight(self, model: nn.Module, context: Context) -> None:
         weight = self.weight
-        modules, unconstrained = constrained(model, weight)
-        lora = any("lora_" in name for name, _ in model.named_parameters())
+        modules, unconstrained = self._constrained(model)
         bases = anchor_bases(model, context, weight)
         full = [name for name, b in bases.items() if b.rank >= b.dim]
         if len(full) == len(bases):
@@ -273,7 +282,7 @@ class CWAC(Method):
         self._constraint = Constraint(modules, bases)
         if weight.refresh_steps is not None:
             self._anchors = weight_anchors(model, context, weight)
-        if lora:
+        if adapted(model):
             self._constraint.project_weights_()  # LoRA's A starts at random, and may not read V
         if weight.freeze_others:
             freeze_others_(model, modules, self._constraint, unconstrained)
@@ -328,3 +337,8 @@ class CWAC(Method):
             latents_eligible=float(table["eligible"].sum()),
             sae_slots=float(len(sae.layers)),
         )
+
+
+def adapted(model: nn.Module) -> bool:
+    """Whether a LoRA adapter trains, and not the matrices themselves."""
+    return any("lora_" in name for name, _ in model.named_parameters())
