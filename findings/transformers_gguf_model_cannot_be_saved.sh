@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # transformers: can a model that was loaded from a GGUF file, and so dequantised, be saved with save_pretrained?
 #
-# Guess (75 %): yes; loading gives plain nn.Linear layers in float32, and saving them is the documented way back.
+# Guess (75 %): yes; loading gives plain nn.Linear layers in float32, and saving them is the way back to an ordinary folder.
 # What happens: save_pretrained raises ValueError: the model "is quantized with gguf and is not serializable", although
 #   every layer is plain. Copying the state into a fresh model without `quantization_config` saves and reads back exactly.
 # Versions: transformers 5.24.0, gguf 0.19.0, torch 2.13.0.
