@@ -1,1 +1,4 @@
-"""What a defence holds on to: anchors, subspaces and projections, autoencoders, targets; may import core to models."""
+"""What defences preserve of the aligned model, and how: anchors, subspaces and projections, autoencoders, targets.
+
+May import the packages core, data and models.
+"""

@@ -18,10 +18,11 @@ from cwac.models.context import Context, artifact_key
 
 
 def ranked_latents(model: nn.Module, context: Context, activation: Activation) -> tuple[Any, Any, dict, dict]:
-    """The SAE of the aligned model and its latents by rank, fitted once and cached.
+    """The sparse autoencoder (SAE) of the aligned model and its most safety-critical latents, best first.
 
-    Returns the `RoutedSAE` on the model's device, the ranking's table (see `rank_latents`), the SAE's quality report,
-    and what identifies the ranking as an artifact.
+    Both are computed once and cached as artifacts. Returns the `RoutedSAE` on the model's device, the table of ranked
+    latents (see `rank_latents`), the SAE's quality report, and the cache key of the ranking.
+    Raises UserError if `activation.sae` has an unknown field.
     """
     import pandas as pd
 
@@ -75,4 +76,5 @@ def ranked_latents(model: nn.Module, context: Context, activation: Activation) -
 
 
 def response_tokens(positions: str) -> int:
+    """The n of `positions="response:n"`, the number of answer tokens that are read; 0 for every other option."""
     return int(positions.split(":")[1]) if positions.startswith("response:") else 0

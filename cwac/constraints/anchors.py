@@ -1,4 +1,7 @@
-"""What the aligned model says, and the rows that its refusals give the constraints to preserve."""
+"""Builds the anchor rows: harmful prompts, each followed by the aligned model's own answer, as token ids.
+
+The constraints are fitted on these rows, so what the model computes on them is what the constraints preserve.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,10 @@ from cwac.models.generate import generate
 
 
 def encode_prompts(context: Context, examples: list[Example], responses: bool = False) -> list[dict]:
-    """Encoded rows of prompts as they are served, optionally followed by their responses."""
+    """Token ids of each example's prompt, rendered as it is served, cut at the context's maximum length.
+
+    responses: append the example's own response to its prompt. Returns one `{"input_ids": [...]}` per example.
+    """
     rows = []
     for example in examples:
         ids = encode_prompt(context.tokenizer, example.messages, context.template)
@@ -28,7 +34,10 @@ def encode_prompts(context: Context, examples: list[Example], responses: bool = 
 def own_answers(
     model: nn.Module, context: Context, examples: list[Example], tokens: int, prefill: str | None = None
 ) -> list[str]:
-    """The aligned model's greedy answers, generated once and cached; prefill: as in `generate`."""
+    """The aligned model's greedy answers to the examples' prompts, in their order; generated once and cached.
+
+    tokens: the maximum number of new tokens. prefill: an opening that every answer starts with, as in `generate`.
+    """
     key = {
         "model": context.loaded.key,
         "template": context.template,
@@ -57,9 +66,11 @@ def own_answers(
 
 
 def anchor_rows(model: nn.Module, context: Context, examples: list[Example], tokens: int) -> list[dict]:
-    """Encoded prompts, each with `tokens` tokens of the aligned model's refusal; prompts it answers are left out.
+    """Encoded prompts that the aligned model refuses, each followed by the first `tokens` tokens of its refusal.
 
-    Raises UserError if the model refuses none of them: there would be nothing to preserve.
+    Prompts that the model does not refuse are left out. Returns one `{"input_ids": [...], "prompt": n}` per kept
+    prompt, where n is the length of the prompt in tokens.
+    Raises UserError if the model refuses none of the prompts, because there would be nothing to preserve.
     """
     rows = encode_prompts(context, examples)
     answers = own_answers(model, context, examples, max(tokens, 16))
@@ -82,16 +93,17 @@ def anchor_rows(model: nn.Module, context: Context, examples: list[Example], tok
 def prefilled_rows(
     model: nn.Module, context: Context, examples: list[Example], tokens: int, prefill: str
 ) -> list[dict]:
-    """Encoded prompts, each with an opening put into the model's mouth and `tokens` tokens of how the model goes on.
+    """Encoded prompts, each followed by the opening `prefill` and `tokens` tokens of the model's continuation of it.
 
-    The aligned model may go on by complying: what it does is preserved, whatever that is.
+    The continuation may be a refusal or compliance: unlike `anchor_rows`, this keeps every prompt, and whatever the
+    aligned model does after the opening is what the constraint preserves. Returns rows as `anchor_rows` does.
     """
     opening = encode_opening(context.tokenizer, prefill)
     rows = encode_prompts(context, examples)
     answers = own_answers(model, context, examples, max(tokens, 16), prefill)
     kept = []
     for row, answer in zip(rows, answers, strict=True):
-        # an answer begins with the opening's text, whose tokens stand as they are served
+        # an answer begins with the opening's text; its tokens are dropped here because `opening` itself is put there
         said = context.tokenizer(answer, add_special_tokens=False)["input_ids"][len(opening) :][:tokens]
         ids = row["input_ids"] + opening + said
         kept.append({"input_ids": ids[: context.max_length], "prompt": len(row["input_ids"])})

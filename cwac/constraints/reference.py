@@ -1,4 +1,4 @@
-"""The hidden states of the model a run started from, for methods that hold the trained model against them."""
+"""The outputs of the model that a run started from, for methods that compare the trained model with them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from cwac.models.layers import decoder_layers, evaluating
 
 
 class Reference:
-    """The model as it is now, kept for later: build it in `setup`, before anything trains.
+    """The model as it is when this object is built, kept for later comparison.
 
-    With an adapter that has learnt nothing yet it is the model itself with the adapter switched off and costs no
-    memory; else it is a frozen copy in the model's own dtype. An untrained model is at distance exactly 0 of either.
-    Neither has dropout.
+    Build it in `Method.setup`, before anything trains. With an adapter that has learnt nothing yet, the reference is
+    the model itself with its adapter switched off, which costs no memory. Otherwise it is a frozen copy in the model's
+    own dtype, so that the distance of an untrained model from it is exactly 0. Both are evaluated without dropout.
     """
 
     def __init__(self, model: nn.Module):
@@ -31,13 +31,13 @@ class Reference:
 
     @torch.no_grad()
     def hidden_states(self, batch: dict[str, Tensor], layers: Sequence[int]) -> Tensor:
-        """[B, T, L, d], the output of decoder blocks `layers`, counted from 0."""
+        """The outputs [B, T, L, d] of the L decoder blocks `layers`, counted from 0, in the initial model."""
         with self._initial() as model:
             return residuals(model, batch, layers)
 
     @torch.no_grad()
     def logits(self, batch: dict[str, Tensor]) -> Tensor:
-        """[B, T, V]; batch: `input_ids` and `attention_mask`, both [B, T]."""
+        """The logits [B, T, V] of the initial model; batch: `input_ids` and `attention_mask`, both [B, T]."""
         with self._initial() as model:
             return model(**batch, use_cache=False).logits
 
@@ -51,7 +51,10 @@ class Reference:
 
 
 def model_layers(model: nn.Module, layers: Sequence[int] | None) -> list[int]:
-    """`layers` in order, or all of them for None; raises UsageError if one lies outside 0 .. number of blocks - 1."""
+    """The decoder blocks that the setting `layers` names, sorted and without repeats; None means all blocks.
+
+    Raises UsageError if one of them lies outside 0 .. number of blocks - 1.
+    """
     n = len(decoder_layers(model))
     chosen = list(range(n)) if layers is None else sorted(set(layers))
     if not chosen or chosen[0] < 0 or chosen[-1] >= n:
@@ -63,20 +66,27 @@ def model_layers(model: nn.Module, layers: Sequence[int] | None) -> list[int]:
 
 
 def check_layers(layers) -> None:
-    """Raises UsageError unless `layers` is None or a list of whole numbers; the model is not needed for that."""
+    """Raises UsageError unless `layers` is None or a list of whole numbers.
+
+    This check needs no model, so it can run before one is loaded; `model_layers` checks the range.
+    """
     listed = layers is None or (not isinstance(layers, int | str) and all(isinstance(i, int) for i in layers))
     check(listed, "layers", layers, "give a list of layer numbers, or null")
 
 
 def precise(x: Tensor) -> Tensor:
-    """At least fp32: distances between nearby bf16 vectors are rounding."""
+    """x in fp32, or in its own dtype if that is more precise.
+
+    In bf16 the distance between two nearby vectors would consist of rounding errors.
+    """
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def mean_over_tokens(values: Tensor, mask: Tensor) -> Tensor:
-    """[B] means over the real tokens of each row; values [B, T, L] are averaged over layers first.
+    """The mean [B] of values [B, T, L] over layers, then over the real tokens of each row; mask: [B, T].
 
-    A mean per row, not per token of the batch, so that a mean over rows does not depend on how they are batched.
+    Each row gets its own mean instead of one over all tokens of the batch, so that a later mean over rows does not
+    depend on which rows share a batch.
     """
     mask = mask.to(values.dtype)
     return (values.mean(-1) * mask).sum(1) / mask.sum(1)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from cwac.core.checks import check, check_whole, is_number
 
 SPACES = ("sae", "residual", "logits")
-"""What the activation constraint may preserve."""
+"""The spaces in which the activation constraint can preserve the model: see `Activation.space`."""
 
 
 @dataclass
@@ -21,41 +21,50 @@ class Weight:
     """The weight constraint's settings."""
 
     where: str = "update"
-    """`update` (ours, sound) or `gradient` (Algorithm 1)."""
+    """What is projected: `update`, the change of the weights after each optimizer step (ours; it pins the weights), or
+    `gradient`, the gradient before the step (Algorithm 1, which AdamW undoes)."""
     modules: Sequence[str] | str = ("down_proj",)
-    """`all`, or names of linear layers; the paper constrains down_proj."""
+    """Which linear layers of each block are constrained: `all`, or a list of names; the paper constrains down_proj."""
     layers: Sequence[int] | None = None
-    """Block indices; None for all (App. B.4 says "intermediate layers" without naming them)."""
+    """Decoder blocks that are constrained, counted from 0; None for all (App. B.4 says "intermediate layers" without
+    naming them)."""
     energy: float = 0.99
-    """Share of the anchors' squared norm that V keeps; stands for the paper's unspecified tau."""
+    """Share of the squared norm of the anchors' inputs that V must keep, in (0, 1]; stands for the paper's tau, whose
+    value it does not give."""
     first_token: bool = True
-    """Give the first token's input a direction of its own in V."""
+    """Whether V gets a separate direction for the input of the first token; see `cwac/constraints/subspace.py`."""
     freeze_others: bool = False
     """Train nothing but the constrained matrices: no embeddings, norms, head or biases."""
     unconstrained: Sequence[str] = ()
-    """Names of linear layers that train without a constraint all the same: a bypass opened on purpose."""
+    """Names of linear layers that train without a constraint although they would otherwise be constrained or frozen.
+
+    This opens a bypass of the constraint on purpose, to measure what it lets through."""
     penalty_weight: float | None = None
-    """mu > 0: the penalty mu ||(W - W_0) V||_F^2 an optimizer step, on the same matrices, instead of the projection.
+    """mu > 0: use the penalty mu ||(W - W_0) V||_F^2 on the same matrices instead of the projection; None projects.
 
-    Its gradient is added once a step, before clipping. With LoRA the adapter's A is penalised: mu ||A V||_F^2."""
+    Its gradient is added once per optimizer step, before clipping. With LoRA the adapter's matrix A is penalised:
+    mu ||A V||_F^2."""
     refresh_steps: int | None = None
-    """n: after every n optimizer steps V and A are refitted from the current model on the same anchor rows.
+    """n: after every n optimizer steps, V and A are refitted from the current model on the same anchor rows; None
+    keeps those of the aligned model.
 
-    Then A = W_now V_now: what is preserved is no longer the aligned model's output but that of the last refit, so
-    drift until then is accepted, and directions that only the old V protected are free again."""
+    After a refit A = W_now V_now: what is preserved from then on is no longer the aligned model's output but the
+    output at the last refit. Drift up to the refit is therefore accepted, and directions that only the old V
+    protected may change again."""
     project_every: int = 1
-    """n: project after every n-th optimizer step and after the last, not after each.
+    """n: project after every n-th optimizer step and after the last one, instead of after each.
 
-    The weights that a run ends with are pinned all the same; between, they drift for up to n - 1 steps, and a
-    projection costs the same for n steps as for one. Of where=update alone."""
+    The weights that a run ends with are pinned in either case. In between they drift for up to n - 1 steps, and the n
+    steps cost one projection instead of n. Only where=update can use n > 1."""
     n_anchors: int | None = None
     """How many of the anchor pool's prompts to use; None for all."""
     anchor_sources: Sequence[str] = ()
-    """Only prompts of these sources or harm categories, such as `advbench` or `theft`; () for all."""
+    """Use only anchor prompts of these sources or harm categories, such as `advbench` or `theft`; () for all."""
     response_tokens: int = 16
-    """Tokens of the aligned model's own refusal that follow each anchor prompt; 0 for prompts alone."""
+    """How many tokens of the aligned model's own refusal follow each anchor prompt; 0 for prompts alone."""
     prefill: str | None = None
-    """An opening: every anchor prompt is an anchor once more, with it in the model's mouth and how it goes on."""
+    """A compliant opening such as "Sure, here is". If given, every anchor prompt is an anchor a second time, followed
+    by this opening and by the aligned model's continuation of it."""
 
     def __post_init__(self):
         check(self.where in ("update", "gradient"), "weight.where", self.where, "use update or gradient")
@@ -125,19 +134,25 @@ class Activation:
     lam: float = 0.5
     """lambda of Eq. 16."""
     n_latents: int = 100
-    """Safety-critical latents kept (section 4.1)."""
+    """How many safety-critical latents are preserved (section 4.1)."""
     n_prompts: int = 4
-    """Harmful prompts per optimizer step, B of Eq. 11 (the paper gives none)."""
+    """Harmful prompts drawn in each optimizer step, B of Eq. 11 (the paper gives no value)."""
     gate: str = "tau"
-    """`tau` (ours) keeps a gradient for a latent that left the TopK; `topk` is the formula to the letter."""
+    """What counts as a latent's value: `tau` (ours) keeps a gradient for a latent that left the TopK, `topk` is the
+    formula to the letter; for the others see `cwac.constraints.sae.target.SafetyTarget`."""
     ranking: str = "contrast+attribution"
-    """How latents are ranked; `activation` is the literal reading (mean activation on harmful prompts)."""
+    """How latents are ranked (`cwac.constraints.sae.ranking.rank_latents`); `activation`, the mean activation on
+    harmful prompts, is the literal reading of the paper."""
     positions: str = "last"
-    """Where latents are read: `last` prompt token, or `response:n`."""
+    """The tokens at which latents are read: `last`, the last prompt token; `response:n`, that token and the first n of
+    the refusal; `prompt` and `template:n`: see `cwac.constraints.sae.target.SafetyTarget.build`."""
     units: str = "raw"
+    """`raw`, or `relative`, which divides L_safety by the aligned model's own squared latents: the mean over prompts
+    of their sum."""
     space: str = "sae"
-    """What is preserved: `sae` the latents, or ours: `residual` the residual stream at the autoencoder's layers,
-    `logits` the next-token distribution over the refusal (`positions: response:n`); cwac/constraints/targets.py."""
+    """What is preserved: `sae`, the latents of the autoencoder (the paper). Ours: `residual`, the residual stream at
+    the autoencoder's layers; `logits`, the next-token distribution over the refusal, which needs
+    `positions: response:n`. For the last two see `cwac/constraints/targets.py`."""
     sae: dict = field(default_factory=dict)
     """Fields of `cwac.constraints.sae.fit.SAEConfig`."""
 

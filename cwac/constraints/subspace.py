@@ -5,17 +5,16 @@ prompts are the columns of X [d_in, N], an update dW with dW X = 0 leaves the la
 were. The paper eigen-decomposes C = X X^T and keeps the directions U^ of small eigenvalues, Pi = U^ U^^T, dW <- dW Pi.
 
 Deviations:
-- V, the eigenvectors of the *large* eigenvalues, is kept instead of U^: Pi = I - V V^T is never formed (ours; the
-  same map).
-- tau is not given in the paper. Ours: the smallest number of eigenvectors that keeps `energy` of the trace.
-- The first token is left out of C and gets its own direction in V (ours): as an attention sink it carries up to
-  99.98 % of the trace (SmolLM2), so it would otherwise either decide tau alone or
-  go unprotected.
+- V, the eigenvectors of the *large* eigenvalues, is kept instead of U^. Pi = I - V V^T is the same map, and is never
+  formed as a matrix (ours).
+- The paper does not give the threshold tau. Ours: V has the fewest eigenvectors that keep `energy` of the trace.
+- The first token is left out of C and gets its own direction in V (ours). As an attention sink it carries up to
+  99.98 % of the trace (SmolLM2), so it would otherwise either decide the threshold alone or stay unprotected.
 - `where: update` (ours): after each optimizer step W <- W - (W V - W_0 V) V^T, which pins the cumulative drift
   whatever the optimizer does. Projecting the gradient (Algorithm 1) is undone by Adam's element-wise scaling and
   weight decay.
-- `penalty_weight` and `refresh_steps` (ours): the same distance as a penalty mu ||(W - W_0) V||_F^2, and V and A = W V
-  refitted from the model of the moment. Neither pins the cumulative drift.
+- `penalty_weight` (ours) replaces the projection by the penalty mu ||(W - W_0) V||_F^2; `refresh_steps` (ours) refits
+  V and A = W V from the current model during training. Neither pins the cumulative drift.
 """
 
 from __future__ import annotations
@@ -39,20 +38,20 @@ from cwac.models.layers import base_layer, evaluating, input_group, linears, unr
 from cwac.models.packing import together
 
 SINGLE = 0.999
-"""The largest energy at which C is decomposed in float32: its eigenvalues are off by 1e-7 of the largest, beside which
-the thousandth of the trace that is given up is large."""
+"""Up to this energy C is decomposed in float32, above it in float64. In float32 the eigenvalues are off by 1e-7 of the
+largest one, which is small beside the thousandth of the trace that V gives up at this energy."""
 
 
 @dataclass
 class Basis:
-    """The protected directions of one input."""
+    """The protected directions of one input; matrices that read the same input, such as q, k and v, share it."""
 
     V: torch.Tensor
     """[d_in, k], orthonormal columns, fp32."""
     energy: float
-    """Share of the anchors' squared norm, first token left out, that lies in V."""
+    """Share of the squared norm of the anchors' inputs that lies in V, without the first token."""
     n_tokens: int
-    """Anchor tokens C was computed from."""
+    """Number of anchor tokens from which C was computed."""
 
     @property
     def rank(self) -> int:
@@ -66,13 +65,13 @@ class Basis:
 def capture(
     model: nn.Module, rows: Sequence[dict], modules: dict[str, nn.Module], visit, batch_size: int = 16
 ) -> None:
-    """Run `rows` through the model; call visit(name, x, first) with each module's inputs at real tokens.
+    """Run `rows` through the model and call visit(name, x, first) with the inputs of each module.
 
-    x: [tokens, d_in] without the first token of each row; first: [.., d_in], the first tokens'. Padding is dropped. A
-    token that n rows of a batch share (`cwac.models.packing`) comes once, multiplied by sqrt(n): sums of squares and
-    products are those of all rows.
+    x: [tokens, d_in], the inputs at all tokens but the first of each row; first: [.., d_in], those at the first
+    tokens. Padding is dropped. A token that n rows of a batch share (`cwac.models.packing`) is passed once, multiplied
+    by sqrt(n), so that sums of squares and of products are the same as if it were passed for each row.
     """
-    first = later = None  # of the batch that runs: `Counted`
+    first = later = None  # `Counted` tokens of the batch that runs at the moment
 
     def record(name: str, inputs: torch.Tensor) -> None:
         x = inputs.detach().flatten(0, 1)  # [B T, d_in]
@@ -89,20 +88,26 @@ def capture(
 
 
 def share_outside(x: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
-    """||(I - V V^T) X||_F^2 / ||X||_F^2 of x [tokens, d_in] and V [d_in, k]; a scalar in fp32."""
+    """The share of the squared norm of x [tokens, d_in] that lies outside the span of V [d_in, k]; a scalar in fp32.
+
+    With X = x^T it is ||(I - V V^T) X||_F^2 / ||X||_F^2.
+    """
     x = x.float()
     return (x - (x @ V) @ V.T).square().sum() / x.square().sum()
 
 
 class Counted:
-    """The tokens of a forward pass at some places, each once, and how many rows have it."""
+    """Some tokens of a forward pass: each is held once, with the number of rows that share it."""
 
     def __init__(self, places: torch.Tensor, device: torch.device):
         self.places, counts = (t.to(device) for t in places[places >= 0].unique(return_counts=True))
         self.factor = counts.sqrt().unsqueeze(1) if bool((counts > 1).any()) else None
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
-        """Rows of x [B T, d] times the root of their count, then at least in fp32: in bf16 the product would round."""
+        """The rows of x [B T, d] at these tokens, each multiplied by the square root of its count.
+
+        Where a count is above 1, rows are first converted to fp32 at least, because in bf16 the product would round.
+        """
         x = x[self.places]
         return x if self.factor is None else x.to(torch.promote_types(x.dtype, torch.float32)) * self.factor
 
@@ -119,10 +124,13 @@ def fit_subspace(
 ) -> dict[str, Basis]:
     """V for every distinct input of the chosen matrices, from the anchors' activations in the current model.
 
-    first_token: leave it out of C and give its input a direction of its own; otherwise it is a token like the others.
-    rows: encoded anchors, `{"input_ids": [...]}`. kinds: `all` or names such as `down_proj`. energy in (0, 1]; at 1 V
-    spans every anchor token to machine precision. Covariances are accumulated in float64; below 1, a batch's product
-    is formed in float32, and up to `SINGLE` they are decomposed in it, each of which halves the cost.
+    rows: encoded anchors, `{"input_ids": [...]}`. kinds: `all`, or names of linear layers such as `down_proj`. layers:
+    decoder blocks, counted from 0; None for all.
+    energy: share of the squared norm to keep, in (0, 1]; at 1, V spans every anchor token to machine precision.
+    first_token: leave the first token out of C and give its input a direction of its own in V; otherwise it is
+    treated like every other token.
+    Covariances are accumulated in float64. At an energy below 1 the product of each batch is formed in float32, and up
+    to `SINGLE` the covariances are also decomposed in float32; either halves the cost.
     Returns input name (`3.down_proj`, `3.qkv`) -> Basis.
     """
     if not rows:
@@ -181,13 +189,19 @@ def fit_subspace(
 
 
 def add_gram(C: torch.Tensor, x: torch.Tensor, block: int = 256) -> None:
-    """C [d, d] += x^T x for x [n, d], on and below the diagonal alone, give or take a block: half of the products."""
+    """C [d, d] += x^T x for x [n, d], on and below the diagonal only, which halves the cost.
+
+    The sum is formed in blocks of columns, so some entries above the diagonal are written too; do not read them.
+    """
     for start in range(0, C.shape[1], block):
         C[start:, start : start + block] += x[:, start:].T @ x[:, start : start + block]
 
 
 def rank_for(values: torch.Tensor, energy: float) -> int:
-    """How many of the descending eigenvalues make up `energy` of their sum; those at rounding level never count."""
+    """How many of the eigenvalues, sorted descending, are needed to reach the share `energy` of their sum.
+
+    Eigenvalues that are no larger than rounding errors are never counted.
+    """
     real = int((values > values[0] * len(values) * torch.finfo(values.dtype).eps).sum())
     if energy >= 1:
         return real
@@ -196,20 +210,26 @@ def rank_for(values: torch.Tensor, energy: float) -> int:
 
 
 def from_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eigenvectors [d, n] and eigenvalues of X^T X for x [n, d] with n < d, by its singular values."""
+    """Eigenvectors [d, n] and eigenvalues of x^T x for x [n, d] with n < d, from the singular values of x."""
     _, singular, Vh = torch.linalg.svd(x, full_matrices=False)
     return Vh.T, singular.square()
 
 
 def from_gram(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same from X X^T [n, n], several times as fast; singular values below 1e-8 of the largest are noise."""
+    """The same as `from_tokens`, but several times faster, from the eigenvectors of x x^T [n, n].
+
+    Less precise: singular values below 1e-8 of the largest are noise.
+    """
     values, U = torch.linalg.eigh(x @ x.T)
     values, U = values.flip(0).clamp_min(0), U.flip(1)
     return x.T @ (U / values.sqrt().clamp_min(1e-8 * values[0].sqrt())), values
 
 
 def leading(x0: torch.Tensor, tolerance: float = 1e-6, limit: int = 8) -> torch.Tensor:
-    """Orthonormal directions [d, s] of the first token's inputs; one where every row starts with the same token."""
+    """Orthonormal directions [d, s] that span the inputs x0 [rows, d] of the first tokens, `limit` at most.
+
+    There is one direction (s = 1) if every row starts with the same token.
+    """
     _, singular, Vh = torch.linalg.svd(x0.cpu(), full_matrices=False)  # a small one, which a GPU takes longer for
     s = int((singular > tolerance * singular[0]).sum())
     return Vh[: min(s, limit)].T.to(x0.device)
@@ -231,8 +251,8 @@ def project_(W: torch.Tensor, V: torch.Tensor, A: torch.Tensor) -> None:
     """W <- W - (W V - A) V^T in place: W [d_out, d_in], V [d_in, k] orthonormal, A = W_0 V [d_out, k].
 
     Afterwards W V = A up to rounding, so (W - W_0) x = 0 for every x in the span of V. On a GPU the product with
-    V^T rounds its factors to TF32: the correction is small beside W, so as much drift is left as in fp32, in 0.59 of
-    the time (H100, benchmarks/README.md). W V itself would not bear it.
+    V^T rounds its factors to TF32. Because the correction is small beside W, no more drift is left than in fp32, and
+    it takes 0.59 of the time (H100, benchmarks/README.md). The product W V itself would lose too much by TF32.
     """
     drift = torch.addmm(A, W, V, beta=-1)
     with tf32(W.device):
@@ -241,7 +261,10 @@ def project_(W: torch.Tensor, V: torch.Tensor, A: torch.Tensor) -> None:
 
 @contextmanager
 def tf32(where: torch.device) -> Iterator[None]:
-    """While open, products of fp32 matrices on a GPU round their factors to 10 bits of mantissa; a CPU's do not."""
+    """Context in which a GPU may use TF32: products of fp32 matrices round their factors to 10 bits of mantissa.
+
+    On a CPU it changes nothing.
+    """
     before = torch.get_float32_matmul_precision()
     if where.type == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -252,9 +275,10 @@ def tf32(where: torch.device) -> Iterator[None]:
 
 
 class Constraint:
-    """Keeps the update of each chosen matrix off its input's V; full-parameter or LoRA. Needs fp32 weights.
+    """Keeps the update dW of each chosen matrix from acting on the protected directions V of its input: dW V = 0.
 
-    With LoRA, dW = s B A, so the projector acts on A's input side: A <- A - (A V) V^T, from the first step on.
+    It works for full-parameter training and for LoRA, and needs fp32 weights. With LoRA, dW = s B A, so it is the
+    matrix A that is projected: A <- A - (A V) V^T, from the first step on.
     """
 
     def __init__(self, modules: dict[str, nn.Module], bases: dict[str, Basis]):
@@ -279,15 +303,18 @@ class Constraint:
                 self.entries.append((name, layer, V, A))
 
     def keep_own_rows(self) -> None:
-        """Under FSDP2, when parameters have become shards: W V of some rows of W is the same rows of A."""
+        """Reduce each A to the rows of W that this rank holds; for FSDP2, once parameters have been sharded.
+
+        W V of some rows of W is the same rows of A = W_0 V, so a rank needs no others.
+        """
         self.entries = [(name, layer, V, local(spread(A, layer.weight))) for name, layer, V, A in self.entries]
 
     @torch.no_grad()
     def refit_(self, bases: dict[str, Basis]) -> None:
-        """Full-parameter training only: V of `bases` from here on, and A = W V of the weights as they are now.
+        """Protect the directions V of `bases` from now on, at the value A = W V of the current weights.
 
-        What had changed along V stays, and what the old V protected and the new one does not may change from now on.
-        Under FSDP2 each rank computes its own rows of A.
+        What has changed along V so far stays changed, and directions that only the old V protected may change from
+        now on. For full-parameter training only. Under FSDP2 each rank computes its own rows of A.
         """
         moved = {group: basis.V.to(self.entries[0][2].device) for group, basis in bases.items()}
         self.entries = [
@@ -296,12 +323,15 @@ class Constraint:
         ]
 
     def state_dict(self) -> dict[str, dict[str, torch.Tensor]]:
-        """`V` by input and `A` by matrix, whole and on the CPU. Every rank must ask at once."""
+        """`V` by input and `A` by matrix, unsharded and on the CPU.
+
+        All ranks must call it together, since the shards are gathered.
+        """
         V = {input_group(name): V.cpu() for name, _, V, _ in self.entries}
         return {"V": V, "A": {name: gathered(A, layer.weight).cpu() for name, layer, _, A in self.entries}}
 
     def load_state_dict(self, state: dict[str, dict[str, torch.Tensor]]) -> None:
-        """What `state_dict` gave; before `keep_own_rows`."""
+        """Restore what `state_dict` returned. Call it before `keep_own_rows`, since the stored A is unsharded."""
         device = self.entries[0][2].device
         V = {group: value.to(device) for group, value in state["V"].items()}
         self.entries = [
@@ -323,9 +353,9 @@ class Constraint:
 
     @torch.no_grad()
     def add_penalty_gradients_(self, mu: float) -> None:
-        """grad <- grad + 2 mu (W V - A) V^T, the gradient of mu ||(W - W_0) V||_F^2 (ours).
+        """grad <- grad + 2 mu (W V - A) V^T, the gradient of the penalty mu ||(W - W_0) V||_F^2 (ours).
 
-        With LoRA W is the adapter's A [r, d_in], whose pinned value is 0: mu ||A V||_F^2.
+        With LoRA, W is the adapter's matrix A [r, d_in], whose pinned value is 0: the penalty is mu ||A V||_F^2.
         """
         for _, layer, V, A in self.entries:
             if layer.weight.grad is not None:
@@ -334,12 +364,15 @@ class Constraint:
 
 
 def read_through(weight: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
-    """W V [d_out, k], in float64: an error in it would stay in the weights for as long as it is pinned."""
+    """W V [d_out, k], computed in float64: the weights are pinned to this value, so its error would stay in them."""
     return (weight.detach().double() @ V.double()).float()
 
 
 def gathered(A: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """All rows of A, of which this rank holds those that it holds of `weight`. Every rank must ask at once."""
+    """All rows of A, gathered from the ranks, each of which holds the rows of A that it holds of `weight`.
+
+    All ranks must call it together.
+    """
     if not hasattr(weight, "placements"):
         return A
     from torch.distributed.tensor import DTensor

@@ -1,4 +1,4 @@
-"""Other spaces than the autoencoder's for CWAC's activation constraint (ours): what it takes to couple both halves.
+"""Lets CWAC's activation constraint preserve the residual stream or the logits instead of SAE latents (ours).
 
 CWAC (arXiv:2604.12384, section 4.1, Eq. 11) preserves latents of a sparse autoencoder. `residual` preserves the
 residual stream itself at the layers that the autoencoder reads; `logits` preserves what the aligned model would say
@@ -7,10 +7,11 @@ interface: `len`, `loss`, `drift`.
 
 Deviations:
 - The paper has neither. A distance is averaged over the positions of a prompt, then over prompts, as L_safety is.
-- `residual` divides each layer's squared distance by that layer's mean squared norm in the aligned model, so that
-  deep layers, whose stream is longer, count as much as the others: 1 is a distance as long as the stream itself.
-- `logits` is KL(aligned || current) in nats a token. At `response:n` it is read at the prompt's last token and at the
-  first n tokens of the model's own refusal, so the first n + 1 tokens of the answer are preserved.
+- `residual` divides each layer's squared distance by that layer's mean squared norm in the aligned model, so that deep
+  layers, whose residual stream has a larger norm, count as much as the others. At the value 1 the residual stream has
+  moved by as much as its own norm.
+- `logits` is KL(aligned || current) in nats per token. At `response:n` it is read at the prompt's last token and at
+  the first n tokens of the model's own refusal, so the first n + 1 tokens of the answer are preserved.
 """
 
 from __future__ import annotations
@@ -28,18 +29,19 @@ from cwac.models.hooks import Row, device_of, residuals
 from cwac.models.layers import evaluating
 
 CACHE_BYTES = 2**30
-"""Baselines of more than this are not kept but computed again in every step, by the aligned model."""
+"""Features of the aligned model that take more bytes than this are not kept but computed again in every step."""
 
 
 class Target:
-    """The aligned model's features on a set of prompts; built on the model before any update.
+    """The aligned model's features on a set of prompts, and the distance of the current model from them.
 
-    rows: encoded prompts, with `prompt` the prompt's length where an answer follows. positions: as for
-    `cwac.constraints.sae.target.SafetyTarget`. layers: decoder blocks, counted from 0.
+    Build it on the aligned model, before any update.
+    rows: encoded prompts, `{"input_ids": [...]}`, with the prompt's length under `prompt` where an answer follows.
+    positions: as for `cwac.constraints.sae.target.SafetyTarget.build`. layers: decoder blocks, counted from 0.
     """
 
     metric: ClassVar[str]
-    """The name of what `drift` measures."""
+    """The name under which `drift` reports the distance."""
 
     def __init__(self, model: nn.Module, rows: Sequence[Row], positions: str, layers: Sequence[int]):
         if not len(rows):
@@ -48,7 +50,8 @@ class Target:
         self.prompts = [locate(row, positions) for row in rows]  # (ids, positions) each
         self.reference: Reference | None = None
         self.baseline: list[Tensor] = []
-        """[Q, ...] of each prompt, on the CPU; empty where `reference` computes it."""
+        """Per prompt, the aligned model's features [Q, ...] at its Q positions, on the CPU. Empty if they are too
+        large to keep (`CACHE_BYTES`); then `reference` computes them when they are needed."""
         width = self.width(model)
         if 4 * width * sum(len(where) for _, where in self.prompts) > CACHE_BYTES:
             self.reference = Reference(model)
@@ -58,23 +61,23 @@ class Target:
                 self.baseline.append(self.pick(self.outputs(model, batch), where)[0].cpu())
 
     def width(self, model: nn.Module) -> int:
-        """Numbers a position has."""
+        """How many numbers the features of one position have."""
         raise NotImplementedError
 
     def outputs(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """[B, T, ...] of the current model, with its graph."""
+        """The outputs [B, T, ...] of the current model from which features are computed, with the autograd graph."""
         raise NotImplementedError
 
     def aligned(self, batch: dict[str, Tensor]) -> Tensor:
-        """[B, T, ...] of the aligned model, by `reference`, without a graph."""
+        """The same outputs [B, T, ...] of the aligned model, computed by `reference` without an autograd graph."""
         raise NotImplementedError
 
     def features(self, picked: Tensor) -> Tensor:
-        """What is compared, of outputs [B, Q, ...]."""
+        """The features that are compared, from the outputs [B, Q, ...] at the positions read."""
         return precise(picked)
 
     def distance(self, now: Tensor, base: Tensor) -> Tensor:
-        """[B, Q] between features [B, Q, ...]."""
+        """The distance [B, Q] between the features [B, Q, ...] of the current and of the aligned model."""
         raise NotImplementedError
 
     def __len__(self) -> int:
@@ -89,7 +92,7 @@ class Target:
 
     @torch.no_grad()
     def remembered(self, indices: Sequence[int], device: torch.device) -> Tensor:
-        """The aligned model's features [B, Q, ...] on the prompts `indices`; padding as in `_batch`."""
+        """The aligned model's features [B, Q, ...] on the prompts `indices`, padded as in `_batch`."""
         if self.reference is None:
             features = [self.baseline[int(i)] for i in indices]
             return nn.utils.rnn.pad_sequence(features, batch_first=True).to(device)
@@ -107,12 +110,12 @@ class Target:
         return {self.metric: total / len(self)}
 
     def pick(self, outputs: Tensor, where: Tensor) -> Tensor:
-        """Features at `where` [B, Q] of outputs [B, T, ...]."""
+        """The features [B, Q, ...] of outputs [B, T, ...] at the positions `where` [B, Q]."""
         where = where.to(outputs.device)
         return self.features(outputs[torch.arange(len(where), device=outputs.device).unsqueeze(1), where])
 
     def _batch(self, indices: Sequence[int], device: torch.device) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Model inputs [B, T], positions [B, Q] padded with 0, and which of them are real [B, Q]."""
+        """Model inputs [B, T], the positions to read [B, Q] padded with 0, and a mask [B, Q] of the real positions."""
         chosen = [self.prompts[int(i)] for i in indices]
         batch = Collator(0)([{"input_ids": ids} for ids, _ in chosen])
         where = nn.utils.rnn.pad_sequence([torch.tensor(w) for _, w in chosen], batch_first=True)
@@ -122,7 +125,7 @@ class Target:
 
 
 class ResidualTarget(Target):
-    """||r - r_base||^2 over the layer's mean ||r_base||^2, averaged over layers."""
+    """Preserves the residual stream r: ||r - r_base||^2 / (the layer's mean ||r_base||^2), averaged over layers."""
 
     metric = "residual_distance"
 
@@ -148,7 +151,7 @@ class ResidualTarget(Target):
 
 
 class LogitsTarget(Target):
-    """KL(p_aligned || p) of the next token, p = softmax(logits)."""
+    """Preserves the next-token distribution p = softmax(logits): KL(p_aligned || p) in nats."""
 
     metric = "kl"
 
@@ -172,7 +175,10 @@ TARGETS = {"residual": ResidualTarget, "logits": LogitsTarget}
 
 
 def locate(row: Row, positions: str) -> tuple[list[int], list[int]]:
-    """The token ids to run and the positions to read, for the `positions` option of `SafetyTarget.build`."""
+    """The token ids to run through the model and the positions to read, for one row and the option `positions`.
+
+    The options are those of `cwac.constraints.sae.target.SafetyTarget.build`.
+    """
     ids = list(row["input_ids"])
     prompt = ids[: row.get("prompt", len(ids))]
     kind, _, count = positions.partition(":")

@@ -1,4 +1,6 @@
-"""Prepares the weight constraint of CWAC (arXiv:2604.12384, section 4.2): anchors, their subspace, what may train.
+"""Prepares the weight constraint of CWAC (arXiv:2604.12384, section 4.2).
+
+It chooses the anchors, fits the subspace of their activations, and freezes the parameters that shall not train.
 
 Deviations: see `cwac/methods/cwac.py`, whose settings these functions read.
 """
@@ -68,14 +70,16 @@ def named(modules: Sequence[str] | str) -> str:
 
 
 def anchor_bases(model: nn.Module, context: Context, weight: Weight) -> dict[str, Basis]:
-    """Input name -> the anchors' subspace in the aligned model, fitted once and cached."""
+    """Input name -> the subspace of the anchors' activations in the aligned model; fitted once and cached."""
     rows = weight_anchors(model, context, weight)
     others = ("where", "freeze_others", "unconstrained", "penalty_weight", "refresh_steps", "project_every")
     settings = {k: v for k, v in asdict(weight).items() if k not in others}
-    for name in ("prefill", "anchor_sources"):  # as before there was such a setting
+    # unset, these stay out of the key, so that artifacts that were cached before the settings existed are still found
+    for name in ("prefill", "anchor_sources"):
         if not settings[name]:
             del settings[name]
-    key = {**artifact_key(context), "format": 2, **settings}  # 2: without first_token, X holds every token
+    # format 2: where first_token is False, X holds every token, the first one included
+    key = {**artifact_key(context), "format": 2, **settings}
 
     def build(folder):
         save_bases(fit_bases(model, rows, weight), folder)
@@ -84,7 +88,7 @@ def anchor_bases(model: nn.Module, context: Context, weight: Weight) -> dict[str
 
 
 def weight_anchors(model: nn.Module, context: Context, weight: Weight) -> list[dict]:
-    """The encoded anchors that V is fitted on."""
+    """The encoded anchors on which V is fitted: refused prompts and, given `weight.prefill`, prefilled prompts."""
     prompts = anchor_prompts(context.pools, weight)
     rows = anchor_rows(model, context, prompts, weight.response_tokens)
     if weight.prefill is not None:
@@ -93,7 +97,7 @@ def weight_anchors(model: nn.Module, context: Context, weight: Weight) -> list[d
 
 
 def anchor_prompts(pools: Pools, weight: Weight) -> list[Example]:
-    """The prompts of the anchor pool that the settings ask for; UsageError where it has too few of them."""
+    """The prompts of the anchor pool that the settings select. Raises UsageError if the pool has too few of them."""
     prompts, sources = pools.anchors, set(weight.anchor_sources)
     available = {name for e in prompts for name in (e.source, e.group) if name}
     remedy = f"the pool has no {', '.join(sorted(sources - available))}; it has {', '.join(sorted(available))}"
@@ -117,9 +121,13 @@ def freeze_others_(
     constraint: Constraint,
     unconstrained: dict[str, nn.Module] | None = None,
 ) -> None:
-    """Freeze what is neither constrained nor `freed`; what was frozen before, as by peft, stays frozen."""
+    """Freeze every parameter that is neither constrained (`modules`) nor in `unconstrained`.
+
+    Parameters that were frozen before, for instance by peft, stay frozen.
+    """
     trained = {id(layer.weight) for _, layer, _, _ in constraint.entries}
-    for module in modules.values():  # with LoRA, B reads only what a constrained A lets through
+    # with LoRA, B trains as well: it sees the input only through A, which is constrained
+    for module in modules.values():
         trained |= {id(B.weight) for _, B, _ in active_adapters(module)}
     trained |= {id(parameter) for module in (unconstrained or {}).values() for parameter in module.parameters()}
     adapters = [n for n, p in model.named_parameters() if "lora_" in n and p.requires_grad and id(p) not in trained]
