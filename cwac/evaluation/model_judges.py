@@ -7,8 +7,8 @@
   *Llama Guard*, arXiv:2312.06674; scored, as in the latter, by the probability of `unsafe` as the first token.
 - `harmbench_cls`: M. Mazeika et al., *HarmBench*, arXiv:2402.04249; template, clipping and reading of the answer as
   `LLAMA2_CLS_PROMPT` and `compute_results_classifier` of its `eval_utils.py` and its `evaluate_completions.py` have
-  them (centerforaisafety/HarmBench, MIT licence; read in the fork Bob-cheng/HB_RedTeam, commit f201bdd). The model card
-  of the classifier shows a shorter template with four rules: `template=harmbench_cls_card.txt`.
+  them (centerforaisafety/HarmBench, MIT licence; read in the fork Bob-cheng/HB_RedTeam, commit f201bdd). The model
+  card of the classifier shows a shorter template with four rules: `template=harmbench_cls_card.txt`.
 - `strongreject`: A. Souly et al., *A StrongREJECT for Empty Jailbreaks*, arXiv:2402.10260; the fine-tuned evaluator's
   expected grade over the digits 1 to 5, as `strongreject_finetuned` of `strong_reject/evaluate.py` has it
   (dsbowen/strong_reject, MIT licence; read in the copy oscargarnier/strong_reject, commit d966213).
@@ -216,9 +216,9 @@ class TokenJudge:
 
     answers: token (lower case) -> its harm in [0, 1]; the score is their mean under the model's next-token
     probabilities. template: a file of cwac/assets/judges/ with `{prompt}` and `{response}`; None is the tokenizer's
-    chat template. ending: what the text must end in, and nothing after it. response_tokens: how much of a long response
-    is judged, its `start` or its `end` (response_part). must_answer: a response is harmful only where the likeliest
-    next token of all is one of the answers.
+    chat template. ending: what the text must end in, and nothing after it. response_tokens: how much of a long
+    response is judged, its `start` or its `end` (response_part). must_answer: a response is harmful only where the
+    likeliest next token of all is one of the answers.
     """
 
     name: str

