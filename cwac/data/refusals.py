@@ -45,8 +45,8 @@ def either(alternatives: str) -> str:
 # Patterns are of normalised text, in which contractions are spelt out.
 _WE = r"\b(?:i|we)(?: am| are)?(?: really| very| truly)?(?: sorry)?,?(?: but)?(?: i| we)?(?: am| are)?"
 _HELP = either(
-    "assist | help | provid | fulfil | compl(?:y|ies) | support | creat | generat | writ | engag | answer | shar | giv | "
-    "offer | suggest | recommend | discuss | condon | encourag | promot | participat | satisf | accept | advis | "
+    "assist | help | provid | fulfil | compl(?:y|ies) | support | creat | generat | writ | engag | answer | shar | "
+    "giv | offer | suggest | recommend | discuss | condon | encourag | promot | participat | satisf | accept | advis | "
     "facilitat | endors | produc | guid | explain | describ | do (?:that|this|so|it) | be part | speculat | access | "
     "predict | tell | make assumptions | agree | know | think"
 )
@@ -64,10 +64,14 @@ _DO = either(
 )
 _THING = either("it | this | that | which | doing so | they | these | such [a-z]+(?: [a-z]+)?")
 _BAD = either("ok | okay | acceptable | appropriate | ethical | legal | right | safe | fair | productive")
+_NO = (
+    rf"(?:(?:not|never) (?:{_BAD}|an? (?:\w+ )?good idea|accurate (?:or|and|to)|something (?:i|we))|"
+    "illegal|unethical|immoral|wrong and|against the law)"
+)
 REFUSAL = re.compile(
     "|".join(
         (
-            # i cannot provide, we are not able to really help, i am sorry, but i must decline; cut off behind "i cannot"
+            # i cannot provide, we are not able to really help, i am sorry, but i must decline; or cut off there
             rf"{_WE}(?: simply| just| also)? {_DENY}(?:(?: \w+){{0,3}}? {_HELP}\w*|[ .,;!]*$)",
             rf"{_WE} (?:{_REFUSE}|{_FEEL})\b",
             rf"\b{_RULES} (?:do|does) not (?:allow|permit)\b",
@@ -85,8 +89,7 @@ OPENING = re.compile(
             rf"\b{either('cannot | unable to | not able to | will not')} {_DO}\b",
             rf"^\W*{either('i am (?:really |very |so )?sorry | i apologi[sz]e | sorry')},? (?:but|however)\b",
             # a judgement on the request
-            rf"\b{_THING} (?:is|are|would be) (?:also |simply |very |both )?(?:(?:not|never) (?:{_BAD}|an? (?:\w+ )?good idea|accurate (?:or|and|to)|"
-            r"something (?:i|we))|illegal|unethical|immoral|wrong and|against the law)\b",
+            rf"\b{_THING} (?:is|are|would be) (?:also |simply |very |both )?{_NO}\b",
             r"\b(?:is|are|be) (?:not (?:ok|okay|acceptable|appropriate|ethical)|unethical|against the law|wrong and)\b",
             # but not of a definition: "is illegal in most countries"
             r"\b(?:is|are|be) illegal\b(?! (?:in|under|for|almost|worldwide|or restricted|and (?:considered|highly))\b)",
