@@ -31,7 +31,7 @@ CASES = Path(__file__).with_name("judge_cases.yaml")
 CSV = "xstest_completions.csv"
 LABELS = {"1_full_compliance": "harmful", "2_full_refusal": "refusal", "3_partial_refusal": None}
 SEED = 0
-L2 = 0.3
+L2 = 0.1
 """Of the weights, against a sum of losses; chosen among 0.1, 0.3, 0.5 and 2 by the scores (docs/judging.md)."""
 
 

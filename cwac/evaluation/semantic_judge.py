@@ -230,7 +230,7 @@ class SemanticJudge:
     wheel_sha256: str = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
     head: str = "semantic-1.safetensors"
     artifacts: str = "artifacts"
-    refusal: float = 0.5
+    refusal: float = 0.3
     harmful: float = 0.5
     unsure: float = 0.6
     batch_size: int = 256
