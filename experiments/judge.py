@@ -115,7 +115,7 @@ def judge_set(judge: Judge, work: Work, progress) -> None:
 def unsure(runs: Path, judge: str, below: float) -> pd.DataFrame:
     """Verdicts of a judge that it gave a probability below `below`, least sure first; no text.
 
-    Columns: probability, verdict, run_id, file, id. Raises UserError where the judge gave no probability of its verdicts.
+    Columns: probability, verdict, run_id, file, id. Raises UserError where the judge gave no probabilities.
     """
     records, seen = [], 0
     for folder in finished(runs):
