@@ -62,6 +62,7 @@ class Encoder:
 
     def __init__(self, folder: Path):
         """Raises UserError where the folder does not hold the model whose embeddings the head was fitted on."""
+        self.folder = folder
         weights = folder / "model.safetensors"
         found = files.sha256(weights) if weights.is_file() else "none"
         if found != WEIGHTS_SHA256:
