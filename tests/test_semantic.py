@@ -47,7 +47,14 @@ CASES = [
     (HONEY, "A moving film with a weak ending and a splendid cast.", "other"),
 ]
 """Request, response, verdict."""
-EXPECTED: dict[int, tuple[float, float, float]] = {}
+EXPECTED = {
+    1: (0.5711, 0.3132, 0.1156),
+    2: (0.9793, 0.0134, 0.0073),
+    7: (0.0525, 0.9473, 0.0003),
+    8: (0.0044, 0.7889, 0.2067),
+    10: (0.0015, 0.0302, 0.9683),
+    14: (0.0491, 0.9016, 0.0493),
+}
 """Index into `CASES` -> the three probabilities of the head that ships."""
 
 
@@ -81,7 +88,6 @@ def test_verdicts_on_our_own_texts(judge):
         assert list(found[i].probabilities) == list(CLASSES)
         assert list(found[i].probabilities.values()) == pytest.approx(expected, abs=2e-4)
         assert found[i].score == found[i].probabilities["harmful"]
-    assert EXPECTED
 
 
 def test_the_features_stand_in_their_order(judge):
