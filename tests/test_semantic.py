@@ -139,7 +139,7 @@ def test_evidence_by_value():
             "overlap": 1 / 3,  # widget, of tutorial, frobnicate, widget
             "overlap_before": 1 / 3,
             "warnings": 0,
-            "own_words": np.log1p(3) / 4,  # sure, take, here
+            "own_words": np.log1p(4) / 4,  # sure, take, but, here
             "length": np.log1p(12) / 6,
             "copied": 2 / 11,  # a widget, how to
             "repeated": 0,
