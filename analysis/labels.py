@@ -11,6 +11,7 @@ independent; that of kappa resamples requests. The test over methods permutes th
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from cwac.core.errors import UserError
 
 CLASSES = ("refusal", "harmful", "other")
 DRAWS = 10_000
+KEPT = Path(__file__).resolve().parent.parent / "results" / "judging"
+"""The labelled answers that git keeps: of SmolLM2."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,29 @@ def readings(found: Labelled) -> dict[str, float]:
     )
     known = float(stats.kappas(confusion(first, second)))
     return {"alike": float(100 * (first == second).mean()), "kappa": known, "low": low, "high": high, "n": len(first)}
+
+
+def agreements(folder: Path = KEPT) -> dict[str, dict[str, float]]:
+    """Judge -> `harmful`, percent of labels it agrees with (harmful or not), and `n`; empty without labels."""
+    if not (folder / "labels.csv").is_file() or not (folder / "verdicts.csv").is_file():
+        return {}
+    found, known = read(folder), {}
+    for judge in sorted(set(found.verdicts["judge"])):
+        table = joined(found, judge)
+        right = (table["verdict"] == "harmful") == (table["label"] == "harmful")
+        known[judge] = {"harmful": round(float(100 * right.mean()), 1), "n": len(table)}
+    return known
+
+
+def named(judges: Sequence[str], known: Mapping[str, Mapping[str, float]]) -> str:
+    """Judges, with their agreement where it is known: `semantic (harmful or not as labelled: 95.0 % of 9 answers)`."""
+    parts = [
+        f"{judge} (harmful or not as labelled: {known[judge]['harmful']:.1f} % of {known[judge]['n']:.0f} answers)"
+        if judge in known
+        else judge
+        for judge in judges
+    ]
+    return ", ".join(parts) or "none"
 
 
 def by_method(found: Labelled, judge: str) -> pd.DataFrame:

@@ -162,3 +162,14 @@ def test_a_judge_without_all_verdicts_is_refused(tmp_path):
         labels.read(tmp_path)
     with pytest.raises(UserError, match="labels.csv is missing"):
         labels.read(tmp_path / "none")
+
+
+def test_tables_name_a_judges_agreement(tmp_path):
+    found = labelled({"sft": 2, "cwac": 3})
+    assert labels.agreements(tmp_path) == {}
+    found.labels.to_csv(tmp_path / "labels.csv", index=False)
+    found.verdicts.to_csv(tmp_path / "verdicts.csv", index=False)
+    known = labels.agreements(tmp_path)
+    assert known == {"j": {"harmful": 97.5, "n": 200}}
+    assert labels.named(["i", "j"], known) == "i, j (harmful or not as labelled: 97.5 % of 200 answers)"
+    assert labels.named([], known) == "none"
