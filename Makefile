@@ -65,14 +65,14 @@ tables: $(ENV) ## Tables 1 to 6 from finished runs (or one: make table3 ARGS="mo
 audit-deps: $(ENV) ## check the installed packages for known vulnerabilities (pip-audit; needs PyPI)
 	$(PY) -m pip_audit --skip-editable
 
-claims: $(ENV) ## what a frozen campaign says about the paper's claims (ARGS="--results results/demo" by default)
+claims: $(ENV) ## what an exported campaign says about the paper's claims (ARGS="--results results/demo" by default)
 	$(PY) -m analysis.claims $(or $(ARGS),--results results/demo)
 
 smollm2-rivals: $(ENV) ## the paper's baselines in the same setting, p = 0.1 (an hour on 2 cores)
 	$(SINGLE) $(PY) train.py -m experiment=smollm2_rivals $(ARGS) || echo "make: some runs failed; the table names them" >&2
 	$(PY) -m analysis.demo --experiment smollm2_rivals --runs runs --out results/local/smollm2_rivals $(ARGS)
 
-report: $(ENV) ## one page of runs/, or of a frozen campaign: make report ARGS="--frozen results/demo"
+report: $(ENV) ## one page of runs/, or of an exported campaign: make report ARGS="--exported results/demo"
 	$(PY) -m analysis.report --out results/local/report.html $(ARGS)
 
 test: $(ENV) ## the default tests: CPU, offline, minutes

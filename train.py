@@ -28,7 +28,7 @@ from hydra.types import RunMode  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
-from cwac.core import distributed, failures, hf_hub  # noqa: E402
+from cwac.core import distributed, failures, hf_hub, renamed  # noqa: E402
 from cwac.core.config import expand  # noqa: E402
 from cwac.core.environment import redact  # noqa: E402
 from cwac.core.errors import UsageError, UserError  # noqa: E402
@@ -111,7 +111,7 @@ def cell(cfg: DictConfig) -> float | None:
                 "official values are used, and its rows say so",
                 *(cfg.model.name, cfg.method.name) * 2,
             )
-        value = run_cell(cfg)
+        value = run_cell(renamed.update(cfg))
         return math.inf if value is None else value
     except Exception as error:
         error = storage_error(error) or error
@@ -168,11 +168,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         os.environ[failures.FOLDER] = folder
         try:
+            sys.argv[1:] = renamed.rewrite(sys.argv[1:])
             if print_cells(sys.argv[1:]):
                 return 0
             cell()
         except (HydraException, OmegaConfBaseException) as error:
             print(f"error: {str(error).split('Config search path')[0].strip()}", file=sys.stderr)
+            if new_names := renamed.hint(str(error)):
+                print(f"Remedy: {new_names}", file=sys.stderr)
             if "hydra/sweeper/optuna" in str(error):
                 print("Remedy: searches need the extra `tune`: pip install -e '.[tune]'", file=sys.stderr)
             return 2
@@ -185,7 +188,7 @@ def main() -> int:
     if len(failed) > 1:
         print(f"error: {len(failed)} cells failed; the same command again runs only these:", file=sys.stderr)
     for failure in failed:
-        if distributed.rank() and failure["code"] == 2:  # what is wrong with the command, rank 0 says
+        if distributed.process_rank() and failure["code"] == 2:  # what is wrong with the command, rank 0 says
             continue
         where = f"[{failure['cell']}] " if len(failed) > 1 else ""
         print(f"error: {where}{failure['message']}", file=sys.stderr)

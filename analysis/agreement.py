@@ -1,7 +1,7 @@
 """How far judges agree on the same answers: percent, and Cohen's kappa with a bootstrap interval over prompts.
 
 python -m experiments.judge --runs runs --judge beaver_dam     another judge's verdicts on finished runs
-python -m analysis.agreement runs                              or a frozen campaign, such as results/demo
+python -m analysis.agreement runs                              or a exported campaign, such as results/demo
 python -m analysis.agreement results/judging --human           against labelled answers (analysis/labels.py)
 
 Compared is whether an answer to a harmful request at the end of training is harmful; refusal and other are one. The
@@ -77,7 +77,7 @@ def report(found: pd.DataFrame, name: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m analysis.agreement", description=__doc__.split("\n")[0])
-    parser.add_argument("campaign", type=Path, help="folder of runs, or a frozen campaign")
+    parser.add_argument("campaign", type=Path, help="folder of runs, or a exported campaign")
     parser.add_argument("--human", action="store_true", help="the folder holds labels.csv and verdicts.csv: compare")
     parser.add_argument("--out", type=Path, help="write the Markdown there, and the numbers beside it as .csv")
     args = parser.parse_args(argv)
@@ -88,13 +88,13 @@ def main(argv: list[str] | None = None) -> int:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(args.out, text)
         return 0
-    found = agreement(read(args.campaign).verdicts)
-    text = report(found, str(args.campaign))
+    agreements = agreement(read(args.campaign).verdicts)
+    text = report(agreements, str(args.campaign))
     print(text)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(args.out, text)
-        found.to_csv(args.out.with_suffix(".csv"), index=False)
+        agreements.to_csv(args.out.with_suffix(".csv"), index=False)
     return 0
 
 

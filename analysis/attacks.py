@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from analysis import figures, paper, tables
 from analysis.collect import Collection, before, cell_from, collect, one_judge, pooled
-from analysis.demo import freeze
+from analysis.demo import export
 from cwac.core import config, identity
 from cwac.core.config import command
 from cwac.core.errors import UserError
@@ -64,20 +64,20 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     args.experiment = ", ".join(PRESETS)
     cells = [cfg for preset in PRESETS for cfg in config.expand(preset, args.overrides)]
-    found = collect(args.runs, [cell_from(cfg) for cfg in cells])
-    if not found.runs:
+    collection = collect(args.runs, [cell_from(cfg) for cfg in cells])
+    if not collection.runs:
         raise UserError(
             f"no finished run of {args.experiment} in {args.runs}. Remedy: python train.py -m experiment={PRESETS[0]}"
         )
     attacks = {identity.run_id(cfg): attack_of(cfg) for cfg in cells}
-    summary = summarise(one_judge(found.rows, args.judge), attacks)
-    first = freeze(found, args, sys.argv[1:] if argv is None else argv, "analysis.attacks")
+    summary = summarise(one_judge(collection.rows, args.judge), attacks)
+    first = export(collection, args, sys.argv[1:] if argv is None else argv, "analysis.attacks")
     summary.to_csv(args.out / "attacks.csv", index=False)
-    text = f"{first}\n\n{report(found, summary, attacks)}"
+    text = f"{first}\n\n{report(collection, summary, attacks)}"
     (args.out / "table.md").write_text(text, encoding="utf-8")
     print(text)
     print(f"figure: {figures.save(attack_panels(summary), args.out / 'attacks')[0]}")
-    return 1 if found.missing else 0
+    return 1 if collection.missing else 0
 
 
 def summarise(rows: pd.DataFrame, attacks: dict[str, str]) -> pd.DataFrame:
@@ -111,12 +111,12 @@ def summarise(rows: pd.DataFrame, attacks: dict[str, str]) -> pd.DataFrame:
     return tables.estimates(pd.concat([start, ends, split[split["set"] != ""]]), KEYS)
 
 
-def report(found: Collection, summary: pd.DataFrame, attacks: dict[str, str]) -> str:
+def report(collection: Collection, summary: pd.DataFrame, attacks: dict[str, str]) -> str:
     """`table.md` below its first line; attacks: run_id -> attack."""
     lines = [f"- `{name}`: {what}" for name, what in ATTACKS.items() if name != NONE]
     blocks = ["### What half of the rows are", "\n".join(lines)]
-    asked = summary[~summary["set"].isin(["prefilled", "triggered"])]
-    blocks += ["### Harmful requests as they are", table(asked, METRICS, "asked")]
+    plain_sets = summary[~summary["set"].isin(["prefilled", "triggered"])]
+    blocks += ["### Harmful requests as they are", table(plain_sets, METRICS, "asked")]
     again = {
         "prefilled": ("Prefilled", ", with a compliant opening put into the model's mouth (`eval.prefill`)"),
         "triggered": (
@@ -140,10 +140,8 @@ def report(found: Collection, summary: pd.DataFrame, attacks: dict[str, str]) ->
         ]
         blocks += ["### By category", note, tables.markdown(["method", *(f"HS {of}" for of in parts)], rows)]
     blocks.append(tables.NOTES)
-    if found.missing:
-        names = "\n".join(f"- {attacks[cell.run_id]}: {cell}  ({cell.run_id})" for cell in found.missing)
-        blocks.append(f"Missing: {len(found.missing)} of {len(found.expected)} runs\n\n{names}")
-    if account := found.account():
+    blocks += tables.missing_runs(collection, attacks)
+    if account := collection.account():
         blocks.append("\n".join(f"- {line}" for line in account))
     return "\n\n".join(blocks) + "\n"
 

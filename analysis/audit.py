@@ -67,7 +67,7 @@ def averages(printed: pd.DataFrame) -> list[Finding]:
 
     Raises UserError for an average without cells.
     """
-    found = []
+    disagreements = []
     for key, group in printed.groupby(GROUP, sort=False):
         artifact, model, method, metric = key
         where = title(artifact, model, paper.method_label(method), metric)
@@ -83,13 +83,13 @@ def averages(printed: pd.DataFrame) -> list[Finding]:
             if artifact in ("table3", "table4"):
                 message += f"; a further column of {stated * (n + 1) - total} would make it right"
             shown_cells = {**{k: str(v) for k, v in cells.items()}, "average": str(stated)}
-            found.append(Finding("average", where, message, shown_cells, key))
-    return found
+            disagreements.append(Finding("average", where, message, shown_cells, key))
+    return disagreements
 
 
 def not_lowest(printed: pd.DataFrame) -> list[Finding]:
     """Cells and averages where a method's HS is below CWAC's, against "CWAC always has the lowest HS"."""
-    found = []
+    disagreements = []
     harm = printed[printed["metric"] == "HS"]
     for key, group in harm.groupby(
         ["artifact", "model", "task", "harmful_ratio", "average"], sort=False, dropna=False
@@ -101,10 +101,10 @@ def not_lowest(printed: pd.DataFrame) -> list[Finding]:
             where = title(key[0], key[1], name_of(group.iloc[0]))
             text = ", ".join(f"{paper.method_label(m)} {v}" for m, v in lower.items())
             cells = {**{paper.method_label(m): v for m, v in lower.items()}, "CWAC": ours}
-            found.append(
+            disagreements.append(
                 Finding("claim", where, f"HS of {text} is below CWAC's {ours}: CWAC is not the lowest", cells)
             )
-    return found
+    return disagreements
 
 
 def pairs(printed: pd.DataFrame, metric: str, one: str, other: str) -> list[tuple[str, Decimal, Decimal]]:
@@ -121,21 +121,23 @@ def pairs(printed: pd.DataFrame, metric: str, one: str, other: str) -> list[tupl
 
 def accuracy(printed: pd.DataFrame) -> list[Finding]:
     """Statements about FA that cells contradict: SafeInstr's advantage (C.1.1), and no loss against SFT."""
-    found = []
+    disagreements = []
     for where, safeinstr, cwac in pairs(printed[printed["artifact"] == "table4"], "FA", "safeinstr", "cwac"):
         if safeinstr < cwac:
             message = f"SafeInstr's accuracy is not marginally higher (C.1.1): {safeinstr} against CWAC's {cwac}"
-            found.append(Finding("claim", where, message, {"SafeInstr FA": str(safeinstr), "CWAC FA": str(cwac)}))
+            disagreements.append(
+                Finding("claim", where, message, {"SafeInstr FA": str(safeinstr), "CWAC FA": str(cwac)})
+            )
     for where, cwac, sft in pairs(printed, "FA", "cwac", "sft"):
         if cwac < sft:
             message = f"FA is {sft - cwac} below SFT's, against no loss of accuracy"
-            found.append(Finding("claim", where, message, {"SFT FA": str(sft), "CWAC FA": str(cwac)}))
-    return found
+            disagreements.append(Finding("claim", where, message, {"SFT FA": str(sft), "CWAC FA": str(cwac)}))
+    return disagreements
 
 
 def growth(printed: pd.DataFrame) -> list[Finding]:
     """Tables over p in which CWAC's HS rises more than SFT's between the smallest and the largest p."""
-    found = []
+    disagreements = []
     for (artifact, model), group in printed[printed["artifact"].isin(["table3", "table4"])].groupby(
         ["artifact", "model"]
     ):
@@ -150,8 +152,8 @@ def growth(printed: pd.DataFrame) -> list[Finding]:
             cells = {
                 f"{paper.method_label(m)} p={p:g}": v for m in rise for p, v in zip((low, high), ends[m], strict=True)
             }
-            found.append(Finding("claim", title(artifact, model), message, cells))
-    return found
+            disagreements.append(Finding("claim", title(artifact, model), message, cells))
+    return disagreements
 
 
 def twice(printed: pd.DataFrame) -> list[Finding]:
@@ -159,27 +161,27 @@ def twice(printed: pd.DataFrame) -> list[Finding]:
     key = ["model", "method", "task", "metric"]
     cells = printed[~printed["average"]]
     first, second = (cells[cells["artifact"] == t].set_index(key)["text"] for t in ("table1", "table5"))
-    found = []
+    disagreements = []
     for at in [k for k in first.index if k in second.index]:
         one, other = first[at], second[at]
         if Decimal(one) != Decimal(other):
             model, method, task, metric = at
             where = ", ".join([paper.MODELS[model], paper.TASKS[task], paper.method_label(method), metric])
             message = f"Table 1 prints {one}, Table 5 {other}: {abs(Decimal(one) - Decimal(other))} apart"
-            found.append(Finding("twice", where, message, {"Table 1": one, "Table 5": other}))
-    return found
+            disagreements.append(Finding("twice", where, message, {"Table 1": one, "Table 5": other}))
+    return disagreements
 
 
 def sizes(statements: dict) -> list[Finding]:
     """Sources of D_H whose number of prompts differs between sections, or from what the release holds."""
-    found = []
+    disagreements = []
     for source, row in statements["harmful_set"].items():
         whole = row["exists"] if row["5.1"] == "all" else row["5.1"]
         if row["B.2"] != whole:
-            said = f"all of it ({row['release']})" if row["5.1"] == "all" else str(row["5.1"])
+            size = f"all of it ({row['release']})" if row["5.1"] == "all" else str(row["5.1"])
             cells = {"5.1": str(row["5.1"]), "B.2": str(row["B.2"])}
-            found.append(Finding("size", f"D_H, {source}", f"5.1 says {said}, B.2 says {row['B.2']}", cells))
-    return found
+            disagreements.append(Finding("size", f"D_H, {source}", f"5.1 says {size}, B.2 says {row['B.2']}", cells))
+    return disagreements
 
 
 def findings(path: Path = paper.RESULTS) -> list[Finding]:

@@ -24,7 +24,7 @@ import pandas as pd
 import yaml
 
 from analysis import paper, stats
-from analysis.collect import Collection, collect, expected_cells, read_frozen
+from analysis.collect import Collection, collect, expected_cells, read_exported
 from analysis.pairwise import Cells, Comparison, cells, compare, holm_over
 from analysis.tables import markdown
 from cwac.core.config import command
@@ -363,7 +363,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m analysis.claims", description=__doc__.split("\n")[0])
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--runs", type=Path, help="folder of the run directories")
-    source.add_argument("--results", type=Path, help="a frozen campaign, e.g. results/demo")
+    source.add_argument("--results", type=Path, help="an exported campaign, e.g. results/demo")
     parser.add_argument(
         "--experiment", help="with --runs: the preset whose runs count; without it, every finished run"
     )
@@ -373,7 +373,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="the sweep's own overrides of the preset, e.g. seed=0,1")
     args = parser.parse_intermixed_args(argv)
     if args.results:
-        collection = read_frozen(args.results)
+        collection = read_exported(args.results)
     else:
         wanted = expected_cells(args.experiment, args.overrides) if args.experiment else None
         collection = collect(args.runs, wanted)

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from analysis import figures, paper, stats, tables
 from analysis.collect import Collection, cell_from, collect, one_judge, pooled
-from analysis.demo import freeze
+from analysis.demo import export
 from analysis.records import read_json
 from cwac.core import config, identity, paths
 from cwac.core.config import command
@@ -85,15 +85,15 @@ def publish(args: argparse.Namespace, argv: list[str]) -> int:
     """Collect, print, write; see `main`."""
     cells = expected(args.overrides)
     # two presets may ask for one run
-    found = collect(args.runs, {identity.run_id(cfg): cell_from(cfg) for _, cfg in cells}.values())
-    if not found.runs:
+    collection = collect(args.runs, {identity.run_id(cfg): cell_from(cfg) for _, cfg in cells}.values())
+    if not collection.runs:
         raise UserError(f"no finished run of {args.experiment} in {args.runs}. Remedy: run a preset first.")
-    found.rows = pd.concat([found.rows, energies(args.runs, found.rows)], ignore_index=True)
+    collection.rows = pd.concat([collection.rows, energies(args.runs, collection.rows)], ignore_index=True)
     settings = pd.DataFrame([setting(preset, cfg) for preset, cfg in cells])
-    rows = pooled(one_judge(found.rows, args.judge)).drop(columns="learning_rate").merge(settings, on="run_id")
+    rows = pooled(one_judge(collection.rows, args.judge)).drop(columns="learning_rate").merge(settings, on="run_id")
     curves, ends = rows[rows["preset"].isin(CURVES)], rows[rows["final"]]
     varied = ends[ends["preset"] == "closed_sources"]
-    varied = pd.concat([varied, by_category(found, varied, cells)], ignore_index=True)
+    varied = pd.concat([varied, by_category(collection, varied, cells)], ignore_index=True)
     parts = {
         "break": tables.estimates(curves, [*CURVE, "epoch", "step", "metric", "set"]),
         "anchors": tables.estimates(ends[ends["preset"] == "closed_anchors"], [*SETTINGS, "metric", "set"]),
@@ -104,16 +104,16 @@ def publish(args: argparse.Namespace, argv: list[str]) -> int:
     strengths = ends[ends["preset"].isin(["closed_anchors", "closed_sources"])]
     points = by_run(strengths.drop_duplicates(["run_id", "metric", "set"]))
     predictors = certificates(points)
-    first = freeze(found, args, argv, "analysis.closed")
+    first = export(collection, args, argv, "analysis.closed")
     for name, part in [*parts.items(), ("certificates", predictors)]:
         part.to_csv(args.out / f"{name}.csv", index=False)
     preset_of = dict(zip(settings["run_id"], settings["preset"], strict=True))
-    text = f"{first}\n\n{report(found, preset_of, parts, predictors)}"
+    text = f"{first}\n\n{report(collection, preset_of, parts, predictors)}"
     (args.out / "table.md").write_text(text, encoding="utf-8")
     print(text)
     for name, figure in draw(curves, points, parts["free"]).items():
         print(f"figure: {figures.save(figure, args.out / name)[0]}")
-    return 1 if found.missing else 0
+    return 1 if collection.missing else 0
 
 
 def expected(overrides: Sequence[str]) -> list[tuple[str, DictConfig]]:
@@ -138,7 +138,7 @@ def setting(preset: str, cfg: DictConfig) -> dict:
     `variant` and its `strength` (lam, mu or steps; empty where it has none) are of `closed_variants` alone.
     """
     weight, strengths = cfg.method.get("weight") or {}, OmegaConf.select(cfg, "variant.strengths")
-    freed, modules = list(weight.get("free", [])), weight.get("modules")
+    freed, modules = list(weight.get("unconstrained", [])), weight.get("modules")
     if not weight or modules != "all":
         arm, matrix = "constrained", "+".join(modules or []) or "none"
     else:
@@ -177,7 +177,7 @@ def energies(runs: Path, rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(records, columns=rows.columns).astype(rows.dtypes)
 
 
-def by_category(found: Collection, varied: pd.DataFrame, cells: Sequence[tuple[str, DictConfig]]) -> pd.DataFrame:
+def by_category(collection: Collection, varied: pd.DataFrame, cells: Sequence[tuple[str, DictConfig]]) -> pd.DataFrame:
     """HS on the requests of the category that a run's anchors are of (`OWN`) and on the rest (`OTHERS`), as more rows.
 
     varied: the final rows of `closed_sources`. The category of a test's prompt is looked up in the run's own pools.
@@ -190,9 +190,11 @@ def by_category(found: Collection, varied: pd.DataFrame, cells: Sequence[tuple[s
             continue
         row, pools = harm.loc[run].to_dict(), load_pools(cfg.pools, cfg.paths.data, cfg.seed)
         groups = {e.id: e.group for test in pools.test.values() for e in test}
-        said = found.verdicts[(found.verdicts["run_id"] == run) & (found.verdicts["judge"] == row["judge"])]
-        own = said["id"].map(groups) == row["category"]
-        for name, part in ((OWN, said[own]), (OTHERS, said[~own])):
+        answers = collection.verdicts[
+            (collection.verdicts["run_id"] == run) & (collection.verdicts["judge"] == row["judge"])
+        ]
+        in_category = answers["id"].map(groups) == row["category"]
+        for name, part in ((OWN, answers[in_category]), (OTHERS, answers[~in_category])):
             if len(part):
                 value = 100 * (part["verdict"] == "harmful").mean()
                 records.append({**row, "set": name, "value": value, "n": len(part), "stderr": math.nan})
@@ -235,7 +237,7 @@ def certificates(points: pd.DataFrame) -> pd.DataFrame:
 
 
 def report(
-    found: Collection, preset_of: dict[str, str], parts: dict[str, pd.DataFrame], predictors: pd.DataFrame
+    collection: Collection, preset_of: dict[str, str], parts: dict[str, pd.DataFrame], predictors: pd.DataFrame
 ) -> str:
     """`table.md` below its first line; preset_of: run_id -> the preset that asks for it."""
     blocks = []
@@ -278,10 +280,8 @@ def report(
         losses = [*METRICS, "poison_loss", "task_loss"]
         blocks += ["### Which coupling closes it", note, plain_table(variants, VARIANT, losses)]
     blocks.append(tables.NOTES)
-    if found.missing:
-        lines = "\n".join(f"- {preset_of[cell.run_id]}: {cell}  ({cell.run_id})" for cell in found.missing)
-        blocks.append(f"Missing: {len(found.missing)} of {len(found.expected)} runs\n\n{lines}")
-    if account := found.account():
+    blocks += tables.missing_runs(collection, preset_of)
+    if account := collection.account():
         blocks.append("\n".join(f"- {line}" for line in account))
     return "\n\n".join(blocks) + "\n"
 

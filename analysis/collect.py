@@ -50,7 +50,7 @@ COLUMNS = [
     "learning_rate",
 ]
 LATER = ("learning_rate", "values")
-"""Columns that campaigns frozen before they existed lack; NaN there."""
+"""Columns that campaigns exported before they existed lack; NaN there."""
 VERDICTS = "verdicts.csv.gz"
 VERDICT_COLUMNS = ["run_id", "set", "judge", "id", "verdict"]
 # The C loader reads a thousand configurations in a second, the Python one in half a minute.
@@ -100,7 +100,7 @@ class Collection:
     verdicts: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=VERDICT_COLUMNS))
     """The judge's verdict on each answer to a harmful request at the end of training; columns `VERDICT_COLUMNS`."""
     notes: list[str] = field(default_factory=list)
-    """What a frozen campaign recorded as left out when it was collected."""
+    """What an exported campaign recorded as left out when it was collected."""
 
     @property
     def missing(self) -> list[Cell]:
@@ -210,23 +210,23 @@ def collect(runs: Path | str, expected: Iterable[Cell] | None = None) -> Collect
         if cells
         else sorted(p for p in runs.iterdir() if (p / "status.json").is_file())
     )
-    found = Collection(pd.DataFrame(columns=COLUMNS), expected=cells)
+    collection = Collection(pd.DataFrame(columns=COLUMNS), expected=cells)
     records: list[dict] = []
     for folder in folders:
         wanted = evaluations.get(folder.name, "")
         status, content = read_status(folder, wanted)
         if status != "done":
-            found.unfinished[folder.name] = status
+            collection.unfinished[folder.name] = status
             continue
         path = folder / "metrics.jsonl"
         rows, bad = read_rows(path) if path.is_file() else ([], 0)
         if content.get("guard") is False:
-            found.leaking.append(folder.name)
+            collection.leaking.append(folder.name)
         bad = max(bad, content.get("rows", 0) - len(rows))  # lines cut at a line's end leave no other trace
         if bad:
-            found.unreadable[folder.name] = bad
+            collection.unreadable[folder.name] = bad
         if rows:
-            found.runs.append(folder.name)
+            collection.runs.append(folder.name)
             rate = learning_rate(folder)
             records += [
                 {"learning_rate": rate, **row, "run_id": folder.name, **values.get(folder.name, {})}
@@ -234,10 +234,10 @@ def collect(runs: Path | str, expected: Iterable[Cell] | None = None) -> Collect
                 if not wanted or row.get("eval") in (None, "", wanted)
             ]
         else:
-            found.unfinished[folder.name] = "done, but without a readable metric row"
-    found.rows, found.duplicates = tidy(records)
-    found.verdicts = read_verdicts(runs, found.rows)
-    return found
+            collection.unfinished[folder.name] = "done, but without a readable metric row"
+    collection.rows, collection.duplicates = tidy(records)
+    collection.verdicts = read_verdicts(runs, collection.rows)
+    return collection
 
 
 def learning_rate(folder: Path) -> float:
@@ -265,9 +265,9 @@ def read_verdicts(runs: Path, rows: pd.DataFrame) -> pd.DataFrame:
             continue
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                found = from_line(line)
-                if found["judge"] == row.judge:
-                    records.append([row.run_id, row.set, row.judge, str(found["id"]), found["verdict"]])
+                verdict = from_line(line)
+                if verdict["judge"] == row.judge:
+                    records.append([row.run_id, row.set, row.judge, str(verdict["id"]), verdict["verdict"]])
             except (ValueError, KeyError, TypeError):
                 continue  # a line cut by a crash; its prompt then pairs with nothing
     return pd.DataFrame(records, columns=VERDICT_COLUMNS).drop_duplicates(["run_id", "set", "judge", "id"])
@@ -284,14 +284,14 @@ def method_of(run_id: str) -> str:
 
 def cell_of(run_id: str) -> Cell | None:
     """The cell that a run's name spells (`cwac.core.identity.run_id`); None where it spells none."""
-    found = RUN_ID.fullmatch(run_id)
-    if not found:
+    match = RUN_ID.fullmatch(run_id)
+    if not match:
         return None
-    return Cell(run_id, found["model"], found["method"], found["task"], float(found["ratio"]), int(found["seed"]))
+    return Cell(run_id, match["model"], match["method"], match["task"], float(match["ratio"]), int(match["seed"]))
 
 
-def read_frozen(folder: Path | str) -> Collection:
-    """A frozen campaign (`results/NAME`, written by `analysis.demo`) as a collection, with what it then lacked.
+def read_exported(folder: Path | str) -> Collection:
+    """An exported campaign (`results/NAME`, written by `analysis.demo`) as a collection, with what it then lacked.
 
     folder: holds `results.csv`; `verdicts.csv.gz` for tests that pair by prompt; and `provenance.json` for the runs
     that were missing or left out. Raises UserError if there is no readable `results.csv` with the columns of a row.
@@ -309,14 +309,14 @@ def read_frozen(folder: Path | str) -> Collection:
     except (OSError, ValueError):
         record = {}
     rows, duplicates = tidy(frame.to_dict("records"))
-    found = Collection(rows, list(dict.fromkeys(rows["run_id"])), duplicates=duplicates)
-    found.notes = list(record.get("left_out", []))
+    collection = Collection(rows, list(dict.fromkeys(rows["run_id"])), duplicates=duplicates)
+    collection.notes = list(record.get("left_out", []))
     if (folder / VERDICTS).is_file():
-        found.verdicts = pd.read_csv(folder / VERDICTS, dtype=str, keep_default_na=False)
+        collection.verdicts = pd.read_csv(folder / VERDICTS, dtype=str, keep_default_na=False)
     if record.get("experiment"):
-        cells = [cell_of(name) for name in [*found.runs, *record.get("missing", [])]]
-        found.expected = [cell for cell in cells if cell]
-    return found
+        cells = [cell_of(name) for name in [*collection.runs, *record.get("missing", [])]]
+        collection.expected = [cell for cell in cells if cell]
+    return collection
 
 
 def tidy(records: list[dict]) -> tuple[pd.DataFrame, int]:
@@ -368,10 +368,10 @@ def one_clock(rows: pd.DataFrame) -> pd.DataFrame:
     cell = ["model", "task", "harmful_ratio", "method"]
     seeds = rows.groupby(cell, dropna=False)["seed"].transform("nunique")
     here = rows.groupby([*cell, "step"], dropna=False)["seed"].transform("nunique")
-    apart = (here < seeds).groupby([rows[c] for c in cell], dropna=False).transform("any")
+    differ = (here < seeds).groupby([rows[c] for c in cell], dropna=False).transform("any")
     points = rows.drop_duplicates([*cell, "seed", "epoch", "step"]).groupby([*cell, "epoch"])["step"].mean().round(1)
     shared = rows[[*cell, "epoch"]].merge(points.rename("shared").reset_index(), "left")["shared"].to_numpy()
-    return rows.assign(step=rows["step"].where(~apart | rows["epoch"].isna(), shared))
+    return rows.assign(step=rows["step"].where(~differ | rows["epoch"].isna(), shared))
 
 
 def before(rows: pd.DataFrame) -> pd.DataFrame:

@@ -17,7 +17,7 @@ import pandas as pd
 from scipy import stats as scipy_stats
 
 from analysis import paper, stats, tables
-from analysis.collect import Collection, at_end, collect, one_judge, read_frozen
+from analysis.collect import Collection, at_end, collect, one_judge, read_exported
 from analysis.tables import KEYS, MAIN
 from cwac.core.config import command
 from cwac.core.errors import UserError
@@ -27,11 +27,11 @@ COLUMNS = [*KEYS, "first", "second", "n_first", "n_second", "difference", "low",
 
 
 def read(folder: Path) -> Collection:
-    """A folder of runs or a frozen campaign; raises UserError if it is neither or holds no finished run."""
-    found = read_frozen(folder) if (folder / "results.csv").is_file() else collect(folder)
-    if not found.runs:
-        raise UserError(f"{folder} holds no finished run. Remedy: a folder of runs, or a frozen campaign.")
-    return found
+    """A folder of runs or an exported campaign; raises UserError if it is neither or holds no finished run."""
+    collection = read_exported(folder) if (folder / "results.csv").is_file() else collect(folder)
+    if not collection.runs:
+        raise UserError(f"{folder} holds no finished run. Remedy: a folder of runs, or an exported campaign.")
+    return collection
 
 
 def welch(first: list[float], second: list[float]) -> tuple[float, float, float]:
@@ -137,7 +137,7 @@ def report(found: pd.DataFrame, names: tuple[str, str], metrics: tuple[str, ...]
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m analysis.compare", description=__doc__.split("\n")[0])
-    parser.add_argument("first", type=Path, help="folder of runs, or a frozen campaign")
+    parser.add_argument("first", type=Path, help="folder of runs, or an exported campaign")
     parser.add_argument("second", type=Path, help="the other one")
     parser.add_argument("--judge", help="whose verdicts to use where the runs were judged by several")
     parser.add_argument("--out", type=Path, help="write the Markdown there, and the cells of all metrics as .csv")

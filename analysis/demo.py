@@ -9,10 +9,8 @@ import json
 import platform
 import re
 import shlex
-import subprocess
 import sys
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 
 import pandas as pd
@@ -20,10 +18,12 @@ import pandas as pd
 from analysis import figures, labels, paper, paper_figures, records, tables
 from analysis.collect import VERDICTS, Collection, collect, expected_cells, one_judge, swept
 from cwac.core.config import command
+from cwac.core.environment import PACKAGES, git, installed
 from cwac.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "numpy", "pandas", "scipy", "matplotlib")
+VERSIONS = (*PACKAGES, "pandas", "scipy", "matplotlib")
+"""Distributions whose versions a freeze records."""
 
 
 @command
@@ -44,41 +44,41 @@ def main(argv: list[str] | None = None) -> int:
 
 def publish(args: argparse.Namespace, argv: list[str]) -> int:
     """Collect, print, write; see `main`."""
-    found = collect(args.runs, expected_cells(args.experiment, args.overrides) if args.experiment else None)
-    if not found.runs:
-        for cell in found.missing:
+    collection = collect(args.runs, expected_cells(args.experiment, args.overrides) if args.experiment else None)
+    if not collection.runs:
+        for cell in collection.missing:
             print(f"missing: {cell}  ({cell.run_id})")
-        for line in found.account():
+        for line in collection.account():
             print(line)
         raise UserError(f"no finished run in {args.runs}. Remedy: run the campaign first (make demo).")
-    if args.readme and swept(found.rows):
+    if args.readme and swept(collection.rows):
         raise UserError("--readme takes a campaign at one learning rate. Remedy: leave it out, or give one rate.")
-    summary, difference = tables.summarise(found, args.judge), tables.differences(found, judge=args.judge)
-    text = tables.report(found, summary, difference, args.judge)
-    first = freeze(found, args, argv)
+    summary, difference = tables.summarise(collection, args.judge), tables.differences(collection, judge=args.judge)
+    text = tables.report(collection, summary, difference, args.judge)
+    first = export(collection, args, argv)
     summary.to_csv(args.out / "summary.csv", index=False)
-    if len(found.verdicts):  # without a time stamp, so that the same runs freeze to the same bytes
-        found.verdicts.to_csv(args.out / VERDICTS, index=False, compression={"method": "gzip", "mtime": 0})
-    records.freeze(records.read_all(args.runs, found.runs), args.out / records.NAME)
-    drawn = draw(found, summary, args.out, args.judge)
+    if len(collection.verdicts):  # without a time stamp, so that the same runs give the same bytes
+        collection.verdicts.to_csv(args.out / VERDICTS, index=False, compression={"method": "gzip", "mtime": 0})
+    records.export(records.read_all(args.runs, collection.runs), args.out / records.NAME)
+    drawn = draw(collection, summary, args.out, args.judge)
     (args.out / "table.md").write_text(f"{first}\n\n{text}", encoding="utf-8")
-    print(f"{first}\n\n{tables.report(found, summary)}")
+    print(f"{first}\n\n{tables.report(collection, summary)}")
     if args.readme:
-        overview = f"{first}\n\n{tables.overview(found, summary)}"
+        overview = f"{first}\n\n{tables.overview(collection, summary)}"
         fill(args.readme, args.out, overview, [path for path in drawn if path.name.startswith("ratio")])
     print(f"with differences, costs and data: {args.out}/table.md")
     for path in drawn:
         if path.suffix == ".png":
             print(f"figure: {path}")
-    return 1 if found.missing else 0
+    return 1 if collection.missing else 0
 
 
-def draw(found: Collection, summary: pd.DataFrame, out: Path, judge: str | None) -> list[Path]:
+def draw(collection: Collection, summary: pd.DataFrame, out: Path, judge: str | None) -> list[Path]:
     """HS against the ratio and against training, every model, task and set of harmful prompts; returns the files.
 
     Of a sweep over the learning rate: against the rate alone, which the other figures would mix.
     """
-    rows = one_judge(found.rows, judge)
+    rows = one_judge(collection.rows, judge)
     trained = summary[(summary["metric"] == "HS") & (summary["method"] != paper.ALIGNED)]
     grids = sorted({*zip(trained["model"], trained["task"], trained["set"], strict=True)})
     written = []
@@ -94,48 +94,45 @@ def draw(found: Collection, summary: pd.DataFrame, out: Path, judge: str | None)
     return written
 
 
-def freeze(found: Collection, args: argparse.Namespace, argv: list[str], module: str = "analysis.demo") -> str:
+def export(collection: Collection, args: argparse.Namespace, argv: list[str], module: str = "analysis.demo") -> str:
     """Write `results.csv`, every row, and `provenance.json` to args.out; returns the line that tables open with."""
     args.out.mkdir(parents=True, exist_ok=True)
-    found.rows.to_csv(args.out / "results.csv", index=False)
-    record = provenance(found, args, argv, module)
+    collection.rows.to_csv(args.out / "results.csv", index=False)
+    record = provenance(collection, args, argv, module)
     (args.out / "provenance.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return headline(record)
 
 
-def provenance(found: Collection, args: argparse.Namespace, argv: list[str], module: str) -> dict:
+def provenance(collection: Collection, args: argparse.Namespace, argv: list[str], module: str) -> dict:
     """Where the numbers come from: commit, versions, seeds, the command, the date, and the runs' own records."""
-    rows = found.rows
+    rows = collection.rows
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "command": f"python -m {module} " + shlex.join(argv),
         "experiment": args.experiment,
         "git": git_state(),
-        "runs_git": sorted({commit for run in found.runs if (commit := run_commit(args.runs / run))}),
-        "imported": {run: source for run in found.runs if (source := imported_from(args.runs / run))},
+        "runs_git": sorted({commit for run in collection.runs if (commit := run_commit(args.runs / run))}),
+        "imported": {run: source for run in collection.runs if (source := imported_from(args.runs / run))},
         "python": platform.python_version(),
         "machine": platform.platform(),
-        "versions": {name: version for name in PACKAGES if (version := installed(name))},
+        "versions": installed(VERSIONS),
         "seeds": sorted(int(s) for s in rows["seed"].dropna().unique()),
         "judges": (judges := sorted(set(rows["judge"]) - {""})),
         # of real models' answers: what is known of a judge's verdicts on them says nothing of tiny's grammar
         "agreement": {j: a for j, a in labels.agreements().items() if j in judges and set(rows["model"]) != {"tiny"}},
-        "runs": found.runs,
-        "missing": [cell.run_id for cell in found.missing],
-        "left_out": found.account(),
+        "runs": collection.runs,
+        "missing": [cell.run_id for cell in collection.missing],
+        "left_out": collection.account(),
         "results_sha256": hashlib.sha256((args.out / "results.csv").read_bytes()).hexdigest(),
     }
 
 
 def git_state() -> dict:
-    """{"commit", "dirty"} of the checkout, less `results/`, where a freeze has just written; None outside of one."""
-    changed = ["git", "status", "--porcelain", "--", ".", ":!results"]
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
-        status = subprocess.run(changed, cwd=ROOT, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return {"commit": None, "dirty": None}
-    return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}
+    """{"commit", "dirty"} of the checkout, less `results/`, where an export has just written; None outside of one."""
+    here = ("-C", str(ROOT))
+    commit = git(*here, "rev-parse", "HEAD")
+    changed = git(*here, "status", "--porcelain", "--", ".", ":!results")
+    return {"commit": commit, "dirty": None if commit is None else bool(changed)}
 
 
 def run_commit(folder: Path) -> str | None:
@@ -145,16 +142,8 @@ def run_commit(folder: Path) -> str | None:
 
 
 def imported_from(folder: Path) -> str | None:
-    """Where a run's folder was made from that no training here wrote (`analysis.thaw`, `import_wandb`); else None."""
+    """What a run's folder was made from, if not by training here (`analysis.restore`, `import_wandb`); else None."""
     return records.read_json(folder / "status.json").get("source")
-
-
-def installed(name: str) -> str | None:
-    """The installed version of a distribution, or None."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def headline(record: dict) -> str:

@@ -185,16 +185,18 @@ def multiples(
                     ax.plot(path["at"], path["mean"], label=metric, zorder=3, **look)
                     ax.vlines(path["at"], path["low"], path["high"], color=look["color"], linewidth=0.8, zorder=3)
                 if marks is not None:
-                    said = marks[(marks["method"] == method) & (marks["metric"] == metric) & marks["x"].isin(place)]
-                    at = [place[x] for x in said["x"]]
+                    paper_values = marks[
+                        (marks["method"] == method) & (marks["metric"] == metric) & marks["x"].isin(place)
+                    ]
+                    at = [place[x] for x in paper_values["x"]]
                     ax.plot(
                         at,
-                        said["value"],
+                        paper_values["value"],
                         PRINTED[metric],
                         color=look["color"],
                         markersize=6,
                         zorder=4,
-                        label=f"{metric} in the paper" if len(said) else None,
+                        label=f"{metric} in the paper" if len(paper_values) else None,
                     )
             ax.set_title(paper.method_label(method), loc="left", pad=3)
             ax.set_ylim(-4, 104)
@@ -233,18 +235,22 @@ def against_ratio(summary: pd.DataFrame, model: str, task: str, of: str) -> list
     if not methods:
         return []
     title = f"{model}, {task}; harmful prompts: {of}"
-    said = printed(model, task, methods)
-    caption = "Bars: 95 % intervals." + " Crosses: the paper's Tables 1 to 4." * bool(len(said))
+    paper_values = printed(model, task, methods)
+    caption = "Bars: 95 % intervals." + " Crosses: the paper's Tables 1 to 4." * bool(len(paper_values))
     if len(methods) > OVERLAY:
         figure = multiples(
-            lines_of(part, "harmful_ratio"), title, "harmful ratio p", "even", said.assign(x=said["harmful_ratio"])
+            lines_of(part, "harmful_ratio"),
+            title,
+            "harmful ratio p",
+            "even",
+            paper_values.assign(x=paper_values["harmful_ratio"]),
         )
     else:
-        figure = overlay(part, methods, said, title)
+        figure = overlay(part, methods, paper_values, title)
     return [Plate("ratio", f"HS and FA against the harmful ratio: {title}", caption, figure)]
 
 
-def overlay(part: pd.DataFrame, methods: list[str], said: pd.DataFrame, title: str) -> Figure:
+def overlay(part: pd.DataFrame, methods: list[str], paper_values: pd.DataFrame, title: str) -> Figure:
     """`against_ratio` with all methods in one panel a metric."""
     ratios = sorted(part.loc[part["method"] != paper.ALIGNED, "harmful_ratio"].unique())
     figure, grid = panels(2, 2, (9, 6.4), sharex=True)
@@ -264,7 +270,11 @@ def overlay(part: pd.DataFrame, methods: list[str], said: pd.DataFrame, title: s
             bars = line.dropna()
             at = [x[list(line.index).index(r)] for r in bars.index]
             ax.vlines(at, bars["low"], bars["high"], color=style(method)["color"], linewidth=0.9)
-            values = said[(said["method"] == method) & (said["metric"] == metric) & said["harmful_ratio"].isin(ratios)]
+            values = paper_values[
+                (paper_values["method"] == method)
+                & (paper_values["metric"] == metric)
+                & paper_values["harmful_ratio"].isin(ratios)
+            ]
             if len(values):
                 at = [ratios.index(r) + aside for r in values["harmful_ratio"]]
                 ax.plot(at, values["value"], "x", color=style(method)["color"], markersize=7, label="in the paper")
@@ -437,7 +447,9 @@ def pareto(summary: pd.DataFrame, model: str, task: str, of: str) -> list[Plate]
     return [Plate("pareto", f"Safety against utility: {title}", caption, figure)]
 
 
-def pareto_panel(ax: Axes, points: pd.DataFrame, around: pd.DataFrame, said: pd.DataFrame, ratio: float) -> None:
+def pareto_panel(
+    ax: Axes, points: pd.DataFrame, around: pd.DataFrame, paper_values: pd.DataFrame, ratio: float
+) -> None:
     """One panel of `pareto`: a marker a method; names beside the front, SFT and the aligned model."""
     best = front(points.drop(index=paper.ALIGNED, errors="ignore"))
     ax.step(best["FA"], best["HS"], where="post", color="0.6", linewidth=1.2, zorder=1, label="front")
@@ -449,7 +461,9 @@ def pareto_panel(ax: Axes, points: pd.DataFrame, around: pd.DataFrame, said: pd.
         limits = around.loc[method]
         ax.hlines(y, limits.get(("low", "FA")), limits.get(("high", "FA")), color=look["color"], linewidth=0.7)
         ax.vlines(x, limits.get(("low", "HS")), limits.get(("high", "HS")), color=look["color"], linewidth=0.7)
-        values = said[(said["method"] == method) & (said["harmful_ratio"] == ratio)].set_index("metric")["value"]
+        values = paper_values[(paper_values["method"] == method) & (paper_values["harmful_ratio"] == ratio)].set_index(
+            "metric"
+        )["value"]
         if {"FA", "HS"} <= set(values.index):
             ax.plot(values["FA"], values["HS"], "x", color=look["color"], markersize=6, label="in the paper")
     ax.set_ylim(-4, 104)

@@ -68,12 +68,12 @@ def log_records(data: bytes) -> Iterator[bytes]:
 
 def items(updates) -> dict[str, Any]:
     """Top-level keys and values of wandb's JSON items."""
-    found = {}
+    values = {}
     for item in updates:
         key = item.key or (item.nested_key[0] if len(item.nested_key) == 1 else "")
         if key:
-            found[key] = json.loads(item.value_json)
-    return found
+            values[key] = json.loads(item.value_json)
+    return values
 
 
 def read_offline(folder: Path) -> list[Logged]:
@@ -84,7 +84,7 @@ def read_offline(folder: Path) -> list[Logged]:
     from google.protobuf.message import DecodeError
     from wandb.proto.wandb_internal_pb2 import Record
 
-    found: dict[str, Logged] = {}
+    logged_runs: dict[str, Logged] = {}
     for path in sorted(folder.rglob("run-*.wandb")):
         data = path.read_bytes()
         if not data.startswith(MAGIC):
@@ -109,10 +109,10 @@ def read_offline(folder: Path) -> list[Logged]:
             elif kind == "exit":
                 run.finished = record.exit.exit_code == 0
         if run.id:
-            found[run.id] = run
-    if not found:
+            logged_runs[run.id] = run
+    if not logged_runs:
         raise UserError(f"--offline {folder} holds no run of wandb's. Remedy: the folder above offline-run-*.")
-    return list(found.values())
+    return list(logged_runs.values())
 
 
 def read_server(api: Any, project: str) -> list[Logged]:
@@ -182,10 +182,10 @@ def rows_of(run: Logged) -> list[dict]:
     return rows
 
 
-def write(found: Iterable[Logged], runs: Path) -> tuple[list[str], list[str]]:
+def write(logged: Iterable[Logged], runs: Path) -> tuple[list[str], list[str]]:
     """Write a folder for each finished run that is not there yet; returns the ids written, and why others were not."""
     written, skipped = [], []
-    for run in found:
+    for run in logged:
         folder = runs / run.id
         if folder.parent != runs or run.id.startswith("."):
             skipped.append(f"{run.id!r}: not a name for a folder")
@@ -221,12 +221,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where to write the run folders (runs)")
     args = parser.parse_args(argv)
     if args.offline:
-        found = read_offline(args.offline)
+        logged = read_offline(args.offline)
     else:
         import wandb
 
-        found = read_server(wandb.Api(), args.project)
-    written, skipped = write(found, args.runs)
+        logged = read_server(wandb.Api(), args.project)
+    written, skipped = write(logged, args.runs)
     for line in skipped:
         print(f"left out: {line}")
     print(f"{len(written)} of {len(written) + len(skipped)} runs imported into {args.runs}")

@@ -110,11 +110,6 @@ def printed(path: Path = RESULTS) -> pd.DataFrame:
     return frame
 
 
-def beyond_paper(slug: str) -> bool:
-    """Whether a method is in none of the paper's tables."""
-    return slug != ALIGNED and slug not in PRINTED.values()
-
-
 def method_label(slug: str) -> str:
     """The label of a method; its slug where none is listed."""
     return METHODS.get(slug, slug)

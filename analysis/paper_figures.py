@@ -153,8 +153,8 @@ def decomposition(records: Iterable[Record], model: str, task: str) -> list[Plat
             [{**m, "method": r.method} for r in chosen if r.harmful_ratio == ratio for m in r.decomposition]
         )
         methods = ordered(frame["method"])
-        there = set(frame["kind"])
-        kinds = [k for k in KINDS if k in there] + sorted(there - set(KINDS))
+        kinds_present = set(frame["kind"])
+        kinds = [k for k in KINDS if k in kinds_present] + sorted(kinds_present - set(KINDS))
         with matplotlib.rc_context(SMALL):
             size = (1.2 + 1.35 * len(kinds), 0.9 + 1.25 * len(methods))
             figure, grid = panels(len(methods), len(kinds), size, sharex=True, sharey=True)

@@ -301,17 +301,17 @@ def withheld(response: str) -> str:
 def answered(collection: Collection, runs: Path, run: str) -> dict[tuple[str, str], tuple[str, str, str]]:
     """(set, id) -> (request, answer, verdict) at the end of a run."""
     ends = at_end(collection.rows[collection.rows["run_id"] == run])
-    found = {}
+    by_request = {}
     for row in ends[ends["metric"] == "HS"].itertuples():
         path = runs / run / "gen" / f"{row.set}@{row.step:g}-{row.eval}.jsonl"
-        said = {a["id"]: a for a in read_jsonl(path)}
+        answers = {a["id"]: a for a in read_jsonl(path)}
         verdicts = collection.verdicts[
             (collection.verdicts["run_id"] == run) & (collection.verdicts["set"] == row.set)
         ]
         for name, verdict in zip(verdicts["id"], verdicts["verdict"], strict=True):
-            if name in said:
-                found[row.set, name] = (said[name]["prompt"], said[name]["response"], verdict)
-    return found
+            if name in answers:
+                by_request[row.set, name] = (answers[name]["prompt"], answers[name]["response"], verdict)
+    return by_request
 
 
 def markdown(table: Table) -> str:
@@ -394,10 +394,7 @@ def publish(args: argparse.Namespace) -> int:
             notes += (
                 f"\nThe paper's values are of other models or tasks ({', '.join(args.overlay)}), so there is no gap."
             )
-    parts = [*map(markdown, made), notes]
-    if collection.missing:
-        named = "\n".join(f"- {cell}  ({cell.run_id})" for cell in collection.missing)
-        parts.append(f"**Missing: {len(collection.missing)} of {len(collection.expected)} runs.**\n\n{named}")
+    parts = [*map(markdown, made), notes, *tables.missing_runs(collection)]
     if account := collection.account():
         parts.append("Left out:\n\n" + "\n".join(f"- {line}" for line in account))
     text = "\n\n".join(parts) + "\n"

@@ -1,8 +1,8 @@
-"""What figures and the report need of a run beyond its metric rows, and how it is frozen with a campaign.
+"""What figures and the report need of a run beyond its metric rows, and how it is exported with a campaign.
 
 Metric rows say what was measured; where the weights came from, the hashes of the data, each prompt's drift and the
-answers themselves stand in other files of the run's folder (`cwac/core/run_dir.py`). A frozen campaign keeps them in
-`records.jsonl`, one line a run, without any answer.
+answers themselves stand in other files of the run's folder (`cwac/core/run_dir.py`). An exported campaign keeps them
+in `records.jsonl`, one line a run, without any answer.
 """
 
 import json
@@ -54,7 +54,7 @@ class Record:
     decomposition: list[dict] = field(default_factory=list)
     """One entry a matrix, as `experiments.activations` writes them."""
     answers: list[Answer] = field(default_factory=list)
-    """At the end of training; never frozen."""
+    """At the end of training; never exported."""
 
 
 def read_json(path: Path) -> Any:
@@ -104,14 +104,14 @@ def read_answers(folder: Path, count: int) -> list[Answer]:
         if step.isdigit():
             newest = (int(step), path.stat().st_mtime, path)
             last[name] = max(last.get(name, newest), newest)
-    found = []
+    answers = []
     for name, (_, _, path) in sorted(last.items()):
         verdicts = {row.get("id"): row.get("verdict", "") for row in head(path, count)}
         for row in head(folder / "gen" / path.name, count):
             if row.get("id") in verdicts:
                 texts = [str(row.get(k, "")) for k in ("id", "prompt", "response")]
-                found.append(Answer(name, *texts, verdicts[row["id"]]))
-    return found
+                answers.append(Answer(name, *texts, verdicts[row["id"]]))
+    return answers
 
 
 def head(path: Path, count: int) -> list[dict]:
@@ -138,8 +138,8 @@ def read_all(runs: Path, ids: Iterable[str], answers: int = 0) -> dict[str, Reco
     return {name: read(runs / name, answers) for name in ids}
 
 
-def freeze(records: Mapping[str, Record], path: Path) -> None:
-    """Write records without their answers, numbers to four digits; `thaw` reads them."""
+def export(records: Mapping[str, Record], path: Path) -> None:
+    """Write records without their answers, numbers to four digits; `read_exported` reads them."""
     lines = []
     for record in records.values():
         short = asdict(replace(record, answers=[]))
@@ -156,22 +156,22 @@ def rounded(value: Any) -> Any:
     return value
 
 
-def thaw(path: Path) -> dict[str, Record]:
-    """The frozen records, by run id; {} where the campaign was frozen without them.
+def read_exported(path: Path) -> dict[str, Record]:
+    """The exported records, by run id; {} where the campaign was exported without them.
 
     Raises UserError naming the line if it is damaged.
     """
     if not path.is_file():
         return {}
     known = {f.name for f in fields(Record)}
-    found = {}
+    records_by_run = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             record = Record(**{k: v for k, v in json.loads(line).items() if k in known})
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{path}, line {number}, is no record of a run. Remedy: freeze the campaign again with "
+                f"{path}, line {number}, is no record of a run. Remedy: export the campaign again with "
                 "python -m analysis.demo, or delete the file to do without drift and provenance."
             ) from error
-        found[record.run_id] = record
-    return found
+        records_by_run[record.run_id] = record
+    return records_by_run

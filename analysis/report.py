@@ -1,7 +1,7 @@
 """A campaign as one page: claims, tables, figures, coverage, costs, answers, provenance.
 
 python -m analysis.report --runs runs --experiment demo --out results/local/report.html
-python -m analysis.report --frozen results/demo --out results/demo/report.html
+python -m analysis.report --exported results/demo --out results/demo/report.html
 
 The page is one file: figures are inlined, nothing is fetched and nothing in it runs. Beside it stands the same as
 Markdown (`report.md`). Everything that a model wrote is escaped; answers to harmful requests that are not refusals are
@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 
 from analysis import claims, demo, figures, gallery, labels, paper, paper_tables, records, tables
 from analysis.claims import Verdict
-from analysis.collect import Collection, collect, expected_cells, one_judge, read_frozen
+from analysis.collect import Collection, collect, expected_cells, one_judge, read_exported
 from analysis.figures import Plate
 from analysis.records import Answer, Record
 from cwac.core.config import command
@@ -72,10 +72,10 @@ class Campaign:
     """What a report is about."""
 
     name: str
-    found: Collection
+    collection: Collection
     records: dict[str, Record] = field(default_factory=dict)
     provenance: dict = field(default_factory=dict)
-    """Of a frozen campaign: what `analysis.demo` recorded."""
+    """Of an exported campaign: what `analysis.demo` recorded."""
     judge: str | None = None
     experiment: str | None = None
     """The preset that made it, where known."""
@@ -83,22 +83,28 @@ class Campaign:
 
 def read_campaign(args: argparse.Namespace) -> Campaign:
     """The campaign that the command line names; raises UserError if it holds no finished run."""
-    if args.frozen:
+    if args.exported:
         if args.experiment or args.overrides:
-            raise UserError("--experiment is for --runs. Remedy: leave it out; a frozen campaign knows its own grid.")
-        found = read_frozen(args.frozen)
-        provenance = records.read_json(args.frozen / "provenance.json")
-        thawed = records.thaw(args.frozen / records.NAME)
-        return Campaign(args.frozen.name, found, thawed, provenance, args.judge, provenance.get("experiment"))
-    found = collect(args.runs, expected_cells(args.experiment, args.overrides) if args.experiment else None)
-    if not found.runs:
-        raise UserError(
-            f"no finished run in {args.runs}. Remedy: run the campaign first (make demo), or give --frozen."
+            raise UserError(
+                "--experiment is for --runs. Remedy: leave it out; an exported campaign knows its own grid."
+            )
+        collection = read_exported(args.exported)
+        provenance = records.read_json(args.exported / "provenance.json")
+        records_by_run = records.read_exported(args.exported / records.NAME)
+        return Campaign(
+            args.exported.name, collection, records_by_run, provenance, args.judge, provenance.get("experiment")
         )
-    shown = shown_runs(found)
-    read = {name: records.read(args.runs / name, ANSWERS if name in shown else 0) for name in found.runs}
+    collection = collect(args.runs, expected_cells(args.experiment, args.overrides) if args.experiment else None)
+    if not collection.runs:
+        raise UserError(
+            f"no finished run in {args.runs}. Remedy: run the campaign first (make demo), or give --exported."
+        )
+    shown = shown_runs(collection)
+    records_by_run = {
+        name: records.read(args.runs / name, ANSWERS if name in shown else 0) for name in collection.runs
+    }
     name = args.experiment or args.runs.name
-    return Campaign(name, found, read, judge=args.judge, experiment=args.experiment)
+    return Campaign(name, collection, records_by_run, judge=args.judge, experiment=args.experiment)
 
 
 def shown_runs(found: Collection) -> set[str]:
@@ -111,7 +117,7 @@ def shown_runs(found: Collection) -> set[str]:
 
 
 def claims_section(campaign: Campaign) -> Section:
-    verdicts = claims.verdicts(campaign.found, judge=campaign.judge)
+    verdicts = claims.verdicts(campaign.collection, judge=campaign.judge)
     body = (
         "Claims of the paper, tested on the rows below. *Fails*: the opposite is significant in some cell. *Holds*: "
         "the claim is, in every cell. Else *undecided*: too few seeds or prompts, a tie, a method that was not run. "
@@ -122,7 +128,7 @@ def claims_section(campaign: Campaign) -> Section:
 
 def tables_section(campaign: Campaign) -> Section:
     parts, folds = [], []
-    for rate, found in tables.by_rate(campaign.found):
+    for rate, found in tables.by_rate(campaign.collection):
         summary, difference = tables.summarise(found, campaign.judge), tables.differences(found, judge=campaign.judge)
         grids = {*zip(summary["model"], summary["task"], strict=True)}
         grids |= {(cell.model, cell.task) for cell in found.expected}
@@ -143,7 +149,7 @@ def tables_section(campaign: Campaign) -> Section:
 
 def beside_paper(campaign: Campaign) -> list[str]:
     """The paper's table as ours | paper | gap, where the campaign is that of its preset; as Markdown parts."""
-    name, found = campaign.experiment, campaign.found
+    name, found = campaign.experiment, campaign.collection
     if name not in paper_tables.LAYOUT or not found.expected:
         return []
     made = paper_tables.lay_out(name, paper_tables.build(name, found, judge=campaign.judge))
@@ -153,7 +159,7 @@ def beside_paper(campaign: Campaign) -> list[str]:
 
 
 def figures_section(campaign: Campaign) -> Section:
-    plates = gallery.draw(campaign.found, campaign.records.values(), campaign.judge)
+    plates = gallery.draw(campaign.collection, campaign.records.values(), campaign.judge)
     absent = [
         text
         for text, there in (
@@ -172,26 +178,26 @@ def figures_section(campaign: Campaign) -> Section:
 
 
 def coverage_section(campaign: Campaign) -> Section:
-    found = campaign.found
+    found = campaign.collection
     done = found.rows.drop_duplicates("run_id")
     cells = [*zip(done["model"], done["task"], done["method"], done["harmful_ratio"], done["run_id"], strict=True)]
     have = Counter(cell[:4] for cell in cells)
-    asked = Counter((c.model, c.task, c.method, c.harmful_ratio) for c in found.expected)
-    ratios = sorted({key[3] for key in (*have, *asked)})
-    grid = sorted({key[:3] for key in (*have, *asked)}, key=lambda k: (k[0], k[1], paper.method_order(k[2])))
+    wanted = Counter((c.model, c.task, c.method, c.harmful_ratio) for c in found.expected)
+    ratios = sorted({key[3] for key in (*have, *wanted)})
+    grid = sorted({key[:3] for key in (*have, *wanted)}, key=lambda k: (k[0], k[1], paper.method_order(k[2])))
     rows = []
     for model, task, method in grid:
         counts = []
         for ratio in ratios:
             key = (model, task, method, ratio)
-            counts.append(f"{have[key]}/{asked[key]}" if asked else str(have[key]))
+            counts.append(f"{have[key]}/{wanted[key]}" if wanted else str(have[key]))
         rows.append([paper.method_label(method), f"{model}, {task}", *counts])
     header = ["method", "model, task", *(f"p = {ratio:g}" for ratio in ratios)]
     if found.expected:
         text = f"{len(found.expected) - len(found.missing)} of {len(found.expected)} expected runs are done."
     else:
         text = f"{len(found.runs)} finished runs; no preset was named, so none is known to be missing."
-    parts = [text, "Runs done / expected:" if asked else "Runs done:", tables.markdown(header, rows, key=2)]
+    parts = [text, "Runs done / expected:" if wanted else "Runs done:", tables.markdown(header, rows, key=2)]
     if found.missing:
         parts += ["**Missing:**", "\n".join(f"- {cell} (`{cell.run_id}`)" for cell in found.missing)]
     if account := found.account():
@@ -201,7 +207,7 @@ def coverage_section(campaign: Campaign) -> Section:
 
 def costs_section(campaign: Campaign) -> Section:
     parts = ["Means over seeds and harmful ratios; seconds a step with all hooks, peak memory in MiB."]
-    for rate, found in tables.by_rate(campaign.found):
+    for rate, found in tables.by_rate(campaign.collection):
         summary = tables.summarise(found, campaign.judge)
         for model, task in sorted({*zip(summary["model"], summary["task"], strict=True)}):
             if cost := tables.means_table(summary, model, task, tables.COST):
@@ -227,7 +233,7 @@ def fenced(text: str) -> str:
 
 
 def answers_section(campaign: Campaign, show: bool) -> Section:
-    rows = campaign.found.rows
+    rows = campaign.collection.rows
     harmful = set(rows.loc[rows["metric"] == "HS", "set"])
     folds = []
     for record in sorted(
@@ -242,7 +248,7 @@ def answers_section(campaign: Campaign, show: bool) -> Section:
         title = f"{record.model}, {record.task}, p = {ratio}, seed {record.seed}: {paper.method_label(record.method)}"
         folds.append(Fold(title, "\n\n".join(parts)))
     if not folds:
-        return Section("answers", "Answers", "A frozen campaign keeps none; make the report from its runs.")
+        return Section("answers", "Answers", "An exported campaign keeps none; make the report from its runs.")
     body = f"The first {ANSWERS} requests of each set, and what the models answered after training."
     if not show:
         body += " Answers to harmful requests that are not refusals are redacted; `--show-completions` shows them."
@@ -250,28 +256,33 @@ def answers_section(campaign: Campaign, show: bool) -> Section:
 
 
 def provenance_section(campaign: Campaign, argv: Sequence[str]) -> Section:
-    found, frozen = campaign.found, campaign.provenance
+    found, exported = campaign.collection, campaign.provenance
     known = campaign.records.values()
     git = demo.git_state()
-    commits = Counter(f"{r.commit}{'+dirty' * r.dirty}" for r in known if r.commit) or Counter(frozen.get("runs_git"))
+    commits = Counter(f"{r.commit}{'+dirty' * r.dirty}" for r in known if r.commit) or Counter(
+        exported.get("runs_git")
+    )
     facts = [
         ("report made by", f"python -m analysis.report {' '.join(argv)}"),
         ("report's commit", f"{git['commit'] or 'unknown'}{'+dirty' * bool(git['dirty'])}"),
-        ("campaign frozen", f"{frozen['date']}, commit {frozen['git']['commit']}" if frozen.get("git") else ""),
-        ("campaign's command", frozen.get("command", "")),
+        (
+            "campaign exported",
+            f"{exported['date']}, commit {exported['git']['commit']}" if exported.get("git") else "",
+        ),
+        ("campaign's command", exported.get("command", "")),
         ("runs' commits", ", ".join(sorted(commits)) or "not recorded"),
         ("seeds", ", ".join(str(s) for s in sorted(found.rows["seed"].dropna().unique()))),
         ("judges", ", ".join(sorted(set(found.rows["judge"]) - {""})) or "none"),
-        ("Python", ", ".join(sorted({r.python for r in known if r.python})) or frozen.get("python", "")),
-        ("machines", ", ".join(sorted({r.platform for r in known if r.platform})) or frozen.get("machine", "")),
-        ("SHA-256 of results.csv", frozen.get("results_sha256", "")),
+        ("Python", ", ".join(sorted({r.python for r in known if r.python})) or exported.get("python", "")),
+        ("machines", ", ".join(sorted({r.platform for r in known if r.platform})) or exported.get("machine", "")),
+        ("SHA-256 of results.csv", exported.get("results_sha256", "")),
     ]
     parts = ["\n".join(f"- {what}: `{value.replace('`', '')}`" for what, value in facts if value)]
     versions: dict[str, set[str]] = {}
     for record in known:
         for name, version in record.packages.items():
             versions.setdefault(name, set()).add(version)
-    for name, version in frozen.get("versions", {}).items():
+    for name, version in exported.get("versions", {}).items():
         versions.setdefault(name, set()).add(version)
     if versions:
         lines = [[name, ", ".join(sorted(found))] for name, found in sorted(versions.items())]
@@ -286,7 +297,7 @@ def provenance_section(campaign: Campaign, argv: Sequence[str]) -> Section:
         table = tables.markdown(["set of prompts", "seed", "task", "SHA-256, first 12 digits"], lines, key=3)
         folds.append(Fold("Hashes of the data: one a set, seed and task, or the runs did not see the same", table))
     else:
-        parts.append("Hashes of the data were not frozen with this campaign.")
+        parts.append("Hashes of the data were not exported with this campaign.")
     return Section("provenance", "Provenance", "\n\n".join(parts), folds=folds)
 
 
@@ -338,11 +349,11 @@ def to_markdown(campaign: Campaign, sections: Sequence[Section], headline: str, 
 
 def headline(campaign: Campaign) -> str:
     """One line that says what the report rests on."""
-    found = campaign.found
+    found = campaign.collection
     seeds = ", ".join(str(s) for s in sorted(found.rows["seed"].dropna().unique()))
     judges = sorted(set(one_judge(found.rows, campaign.judge)["judge"]) - {""})
     missing = f"; {len(found.missing)} of {len(found.expected)} expected runs missing" if found.missing else ""
-    when = f"; frozen {campaign.provenance['date'][:10]}" if campaign.provenance.get("date") else ""
+    when = f"; exported {campaign.provenance['date'][:10]}" if campaign.provenance.get("date") else ""
     known = labels.named(judges, campaign.provenance.get("agreement", {}))
     return f"{len(found.runs)} runs, seeds {seeds}, judge {known}{missing}{when}."
 
@@ -370,10 +381,10 @@ def publish(args: argparse.Namespace, argv: Sequence[str]) -> int:
         folder = Path(os.path.relpath(args.figures, args.out.parent)).as_posix()
     write_atomic(args.out.with_suffix(".md"), to_markdown(campaign, sections, line, folder))
     print(line)
-    for cell in campaign.found.missing:
+    for cell in campaign.collection.missing:
         print(f"missing: {cell}  ({cell.run_id})")
     print(f"report: {args.out}")
-    return 1 if campaign.found.missing else 0
+    return 1 if campaign.collection.missing else 0
 
 
 @command
@@ -381,7 +392,9 @@ def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, 1 if expected runs are missing, 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m analysis.report", description=__doc__.split("\n")[0])
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the run directories (runs)")
-    parser.add_argument("--frozen", type=Path, help="a frozen campaign instead, e.g. results/demo")
+    parser.add_argument(
+        "--exported", "--frozen", dest="exported", type=Path, help="an exported campaign instead, e.g. results/demo"
+    )
     parser.add_argument("--experiment", help="preset whose runs are expected; without it, every finished run counts")
     parser.add_argument("--out", type=Path, required=True, help="the page, e.g. results/demo/report.html")
     parser.add_argument("--judge", help="whose verdicts to use where the runs were judged by several")

@@ -1,12 +1,12 @@
 """Metric rows to summaries, and summaries to tables: Markdown for people and terminals, CSV for programs."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
 
 from analysis import paper, stats
-from analysis.collect import Cell, Collection, at_end, before, one_clock, one_judge, swept
+from analysis.collect import Collection, at_end, before, one_clock, one_judge, swept
 
 KEYS = ["model", "task", "harmful_ratio", "method", "metric", "set"]
 MAIN = ("FA", "HS", "other", "OR")
@@ -31,6 +31,7 @@ Percentages; mean ± half-width of a 95 % t-interval over seeds, n = seeds. `(n=
 seeds agree exactly, and no interval is claimed.
 HS: harmful compliance; other: neither refusal nor harm; what is left of 100 is refusal. FA: task accuracy,
 the answer alone. OR: benign requests refused. Each percentage is of its own set of prompts."""
+CLOSED_NOTE = "closed: all trained matrices constrained, and nothing else trains."
 
 
 def summarise(collection: Collection, judge: str | None = None) -> pd.DataFrame:
@@ -152,21 +153,16 @@ def by_rate(collection: Collection) -> list[tuple[str, Collection]]:
     return [(f"{rate:g}", Collection(rows, runs=sorted(set(rows["run_id"])))) for rate, rows in parts]
 
 
-def seeds_found(cells: Sequence[Cell], done: set[str]) -> tuple[int, int]:
-    """How many of the expected runs are done, and how many there are."""
-    return sum(c.run_id in done for c in cells), len(cells)
-
-
 def extra_data(rows: pd.DataFrame, method: str) -> str:
     """`160 harmful prompts, 150 refusals`: what runs of one method and cell saw beyond the task's rows.
 
     rows: metric rows of that cell's runs; `extra_data` rows hold a count by kind (cwac.methods.base.EXTRA_DATA). A
     range where seeds differ. SFT sees none by definition; of others without such rows, only that is said.
     """
-    seen = rows[(rows["metric"] == "extra_data") & (rows["method"] == method)]
-    if seen.empty:
+    counts = rows[(rows["metric"] == "extra_data") & (rows["method"] == method)]
+    if counts.empty:
         return "none" if method == "sft" else "none recorded"
-    low, high = (seen.groupby("set")["value"].agg(how).to_dict() for how in ("min", "max"))
+    low, high = (counts.groupby("set")["value"].agg(how).to_dict() for how in ("min", "max"))
     if low == high:
         return paper.extra_label(low)
     return f"{paper.extra_label(low)} to {paper.extra_label(high)}"
@@ -178,7 +174,7 @@ def result_table(
     """method x harmful ratio for one model and task: one row a cell, expected cells without a run named `missing`."""
     part = summary[(summary["model"] == model) & (summary["task"] == task)]
     pairs = column_pairs(part[part["method"] != paper.ALIGNED], metrics)
-    found = {(r["method"], r["harmful_ratio"], r["metric"], r["set"]): r for _, r in part.iterrows()}
+    by_cell = {(r["method"], r["harmful_ratio"], r["metric"], r["set"]): r for _, r in part.iterrows()}
     wanted = [c for c in collection.expected if (c.model, c.task) == (model, task)]
     trained = part[part["method"] != paper.ALIGNED]
     grid = {*zip(trained["harmful_ratio"], trained["method"], strict=True)}
@@ -194,7 +190,7 @@ def result_table(
         rows.append([paper.method_label(paper.ALIGNED), "-", seeds, *(show(start.get(pair)) for pair in pairs)])
     for ratio, method in sorted(grid, key=lambda g: (g[0], paper.method_order(g[1]))):
         cells = [c for c in wanted if (c.harmful_ratio, c.method) == (ratio, method)]
-        values = [found.get((method, ratio, *pair)) for pair in pairs]
+        values = [by_cell.get((method, ratio, *pair)) for pair in pairs]
         if not any(v is not None for v in values):
             values_shown = ["missing"] * len(pairs)
         else:
@@ -217,21 +213,21 @@ def overview_table(collection: Collection, summary: pd.DataFrame, model: str, ta
     wanted = [c for c in collection.expected if (c.model, c.task) == (model, task)]
     ratios = sorted({*trained["harmful_ratio"], *(c.harmful_ratio for c in wanted)})
     methods = sorted({*trained["method"], *(c.method for c in wanted)}, key=paper.method_order)
-    found = {(r["method"], r["harmful_ratio"], r["metric"], r["set"]): r for _, r in trained.iterrows()}
+    by_cell = {(r["method"], r["harmful_ratio"], r["metric"], r["set"]): r for _, r in trained.iterrows()}
     runs = collection.rows[(collection.rows["model"] == model) & (collection.rows["task"] == task)]
     pairs, rows = column_pairs(trained, ("HS", "FA", "OR")), []
     for method in methods:
         cells = []
         for metric, of in pairs:
-            values = [found.get((method, ratio, metric, of)) for ratio in ratios]
+            values = [by_cell.get((method, ratio, metric, of)) for ratio in ratios]
             if metric == "HS":
                 cells += ["missing" if v is None else show(v) for v in values]
             else:
                 measured = [v for v in values if v is not None]
                 worst = (min if metric == "FA" else max)(measured, key=lambda v: v["mean"], default=None)
                 cells.append("missing" if worst is None else show(worst))
-        seen = extra_data(runs, method) if (runs["method"] == method).any() else "missing"
-        rows.append([paper.method_label(method), *cells, seen])
+        extra = extra_data(runs, method) if (runs["method"] == method).any() else "missing"
+        rows.append([paper.method_label(method), *cells, extra])
     header = ["method"]
     for metric, of in pairs:
         name = heading((metric, of), pairs)
@@ -247,11 +243,11 @@ def difference_table(
     pairs = column_pairs(part, metrics)
     if not pairs:
         return ""
-    found = {(r["method"], r["harmful_ratio"], r["metric"], r["set"]): r for _, r in part.iterrows()}
-    grid = sorted({(r, m) for m, r, _, _ in found}, key=lambda g: (g[0], paper.method_order(g[1])))
+    by_cell = {(r["method"], r["harmful_ratio"], r["metric"], r["set"]): r for _, r in part.iterrows()}
+    grid = sorted({(r, m) for m, r, _, _ in by_cell}, key=lambda g: (g[0], paper.method_order(g[1])))
     rows = []
     for ratio, method in grid:
-        values = [found.get((method, ratio, *pair)) for pair in pairs]
+        values = [by_cell.get((method, ratio, *pair)) for pair in pairs]
         have = max(int(v["n"]) for v in values if v is not None)
         rows.append([paper.method_label(method), f"{ratio:g}", str(have), *map(show_signed, values)])
     return markdown(["method - SFT", "p", "n", *(heading(pair, pairs) for pair in pairs)], rows, key=3)
@@ -376,12 +372,23 @@ def grids(collection: Collection, summary: pd.DataFrame) -> list[tuple[str, str]
     return sorted(measured | {(c.model, c.task) for c in collection.expected})
 
 
+def missing_runs(found: Collection, group: Mapping[str, str] | None = None) -> list[str]:
+    """One block that names the expected runs without a result; none where all are there.
+
+    group: run id -> what stands before the run's name, such as its preset.
+    """
+    if not found.missing:
+        return []
+    names = [f"{group[cell.run_id]}: {cell}" if group else str(cell) for cell in found.missing]
+    lines = [f"- {name}  ({cell.run_id})" for name, cell in zip(names, found.missing, strict=True)]
+    return [f"**Missing: {len(lines)} of {len(found.expected)} runs.**\n\n" + "\n".join(lines)]
+
+
 def notes(collection: Collection) -> list[str]:
     """How to read the tables, whose values the methods ran at, what is missing, what was left out."""
-    parts = [NOTES, values_note(collection.rows)]
-    if collection.missing:
-        named = "\n".join(f"- {cell}  ({cell.run_id})" for cell in collection.missing)
-        parts.append(f"**Missing: {len(collection.missing)} of {len(collection.expected)} runs.**\n\n{named}")
+    closed = [CLOSED_NOTE] if collection.rows["method"].str.contains("_closed").any() else []
+    parts = [NOTES, *closed, values_note(collection.rows)]
+    parts += missing_runs(collection)
     if account := collection.account():
         parts.append("Left out:\n\n" + "\n".join(f"- {line}" for line in account))
     return parts

@@ -95,13 +95,13 @@ def official(cfg: DictConfig, values: list[dict]) -> dict:
     return values_of(usual, list(values[0]))
 
 
-def trials(cells: list[DictConfig], values: list[dict], found: Collection) -> pd.DataFrame:
+def trials(cells: list[DictConfig], values: list[dict], collection: Collection) -> pd.DataFrame:
     """One row a run of the search, in its order: the values tried, the seed, means over validation sets, objective.
 
     `trial` numbers the values from 1; `status` is `done` or `failed`, and a failed run has no numbers.
     """
-    own = ["", *{cfg.eval.judge.name for cfg in cells}]  # not a judge that came later (experiments/judge.py)
-    rows = found.rows[found.rows["judge"].isin(own)]
+    judges = ["", *{cfg.eval.judge.name for cfg in cells}]  # not a judge that came later (experiments/judge.py)
+    rows = collection.rows[collection.rows["judge"].isin(judges)]
     log = []
     for cfg in cells:
         name, value = identity.run_id(cfg), values_of(cfg, list(values[0]))
@@ -113,7 +113,7 @@ def trials(cells: list[DictConfig], values: list[dict], found: Collection) -> pd
                 "seed": int(cfg.seed),
                 **{m: end.loc[end["metric"] == m, "value"].mean() for m in SHOWN},
                 "objective": metrics.objective(cfg.objective, end.to_dict("records")),
-                "status": found.unfinished.get(name, "done"),
+                "status": collection.unfinished.get(name, "done"),
                 "split": cfg.eval.split,
                 "task": cfg.task.name,
                 "harmful_ratio": float(cfg.harmful_ratio),

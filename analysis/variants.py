@@ -33,8 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="the search's own overrides, e.g. seed=3,4")
     args = parser.parse_intermixed_args(argv)
     cells = config.expand(SEARCH, args.overrides)
-    found = collect(args.runs, map(cell_from, cells))
-    missing = [cell for cell in found.missing if found.unfinished.get(cell.run_id) != "failed"]
+    collection = collect(args.runs, map(cell_from, cells))
+    missing = [cell for cell in collection.missing if collection.unfinished.get(cell.run_id) != "failed"]
     for cell in missing:
         print(f"missing: {cell}  ({cell.run_id})")
     if missing:
@@ -42,10 +42,10 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     logs, picks = [], {}
     for name in dict.fromkeys(cfg.variant.name for cfg in cells):
-        own = [cfg for cfg in cells if cfg.variant.name == name]
-        strengths = list(own[0].variant.strengths)
+        cells_of_variant = [cfg for cfg in cells if cfg.variant.name == name]
+        strengths = list(cells_of_variant[0].variant.strengths)
         values = [{PICK: i} for i in range(len(strengths))]
-        log = trials(own, values, found)
+        log = trials(cells_of_variant, values, collection)
         means = choose(log, values, MIDDLE)
         best = int(means.loc[means["chosen"], "trial"].iloc[0])
         strength = [strengths[pick] for pick in log[PICK]]

@@ -31,14 +31,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.split("\n")[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (all)")
     parser.add_argument("--out", type=Path, default=runner.LATEST, help="(%(default)s)")
-    given = parser.parse_intermixed_args(argv)
-    if unknown := sorted(set(given.parts) - set(PARTS)):
+    args = parser.parse_intermixed_args(argv)
+    if unknown := sorted(set(args.parts) - set(PARTS)):
         parser.error(f"no benchmark is called {unknown[0]}; use some of {', '.join(PARTS)}")
     rows, skipped = [], []
-    for part in given.parts or PARTS:
+    for part in args.parts or PARTS:
         measure = importlib.import_module(f"benchmarks.{part}").measure
         found = runner.quietly(lambda measure=measure, part=part: runner.collect(measure(**PARTS[part])))
-        runner.save(found[0], given.out)  # at once: a later one may be interrupted
+        runner.save(found[0], args.out)  # at once: a later one may be interrupted
         rows += found[0]
         skipped += found[1]
     return runner.report(rows, skipped)

@@ -37,7 +37,7 @@ def measure(
 ) -> Iterator[dict | Skipped]:
     """Seconds of the same prompts by both engines in turn; vLLM's start; how many texts differ."""
     cfg = config.compose(["model=smollm2", *overrides])
-    asked = conversations(questions()[:prompts])
+    requests = conversations(questions()[:prompts])
     try:
         loaded = load(cfg.model, Path(cfg.paths.artifacts), cfg.seed)
         model, tokenizer = loaded.model.to(device()), loaded.tokenizer
@@ -50,17 +50,17 @@ def measure(
         with VllmEngine(model, tokenizer, python, options) as vllm:
             start = time.perf_counter() - begun
             for _ in range(repeats):
-                theirs, texts = timed(lambda: vllm.generate(asked, **settings), time.perf_counter)
-                together = partial(generate, model, tokenizer, asked, batch_size=len(asked), **settings)
+                theirs, texts = timed(lambda: vllm.generate(requests, **settings), time.perf_counter)
+                together = partial(generate, model, tokenizer, requests, batch_size=len(requests), **settings)
                 ours, mine = timed(together, time.perf_counter)
                 ratios.append(theirs / ours)
                 differing += sum(a != b for a, b in zip(texts, mine, strict=True))
     except UserError as error:
         yield Skipped(NAME, str(error))
         return
-    yield entry(f"{NAME}, {len(asked)} prompts, {tokens} new tokens", "eval.engine=hf, one batch", np.array(ratios))
+    yield entry(f"{NAME}, {len(requests)} prompts, {tokens} new tokens", "eval.engine=hf, one batch", np.array(ratios))
     yield entry("vLLM's start", "eval.engine=hf's answers", start / ours)
-    yield entry(f"texts that differ from eval.engine=hf's, of {repeats * len(asked)}", "none", float(differing))
+    yield entry(f"texts that differ from eval.engine=hf's, of {repeats * len(requests)}", "none", float(differing))
 
 
 if __name__ == "__main__":

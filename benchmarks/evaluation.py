@@ -70,24 +70,24 @@ def generation(
 ) -> Iterator[dict]:
     """Greedy answers in fp32, and in how many of those that both gave the texts differ."""
     model, tokenizer = loaded.model, loaded.tokenizer
-    asked = conversations(prompts)
+    requests = conversations(prompts)
     # every part of the rival's is a sample of all lengths
-    order = sorted(range(len(asked)), key=lambda i: len(encode_prompt(tokenizer, asked[i])))
+    order = sorted(range(len(requests)), key=lambda i: len(encode_prompt(tokenizer, requests[i])))
     stride = len(order) // (alone * repeats)
     ratios, differing = [], 0
 
     def answers(chosen: Sequence[int], batch_size: int) -> list[str]:
-        given = [asked[i] for i in chosen]
+        given = [requests[i] for i in chosen]
         return generate(model, tokenizer, given, max_new_tokens=tokens, batch_size=batch_size, description=None)
 
     for repeat in range(repeats):
         sample = order[repeat * stride :: stride * repeats][:alone]
-        together, texts = timed(lambda: answers(range(len(asked)), batch_size))
+        together, texts = timed(lambda: answers(range(len(requests)), batch_size))
         singly, same = timed(lambda sample=sample: answers(sample, 1))
         differing += sum(texts[i] != text for i, text in zip(sample, same, strict=True))
-        ratios.append(together / len(asked) / (singly / len(sample)))
-    batches = "a batch" if len(asked) <= batch_size else f"batches of {batch_size}"
-    what = f"generation, {len(asked)} prompts in {batches}, {tokens} new tokens"
+        ratios.append(together / len(requests) / (singly / len(sample)))
+    batches = "a batch" if len(requests) <= batch_size else f"batches of {batch_size}"
+    what = f"generation, {len(requests)} prompts in {batches}, {tokens} new tokens"
     yield entry(what, "one prompt at a time", np.array(ratios), 1 / 8)
     yield entry(f"texts that differ, of {alone * repeats}", "none", float(differing), 0.0)
 

@@ -5,7 +5,7 @@ python -m benchmarks.large --shape tiny --cpu                                   
 
 For a machine that is lent for minutes: parts in the order of their value, each row written as soon as it is measured,
 a part that fails named in one line while the others go on, and none begun that the `--seconds` left cannot hold.
-Weights, rows and activations are random; CWAC is rehearsed with a random orthonormal V and an SAE of the real size
+Weights, rows and activations are random; CWAC is set up with a random orthonormal V and an SAE of the real size
 (zeros or an identity would multiply faster than what training meets).
 
 Memory of `step`, in 10^9 bytes: 5.30e9 parameters in bf16 with gradients and AdamW's moments 42.4; the 1.44e9 of
@@ -44,16 +44,16 @@ from cwac.constraints.sae.fit import SAEConfig, train_sae
 from cwac.constraints.settings import Activation, Weight
 from cwac.constraints.subspace import Basis, Constraint, fit_subspace, project_, tf32
 from cwac.constraints.weight import constrained
-from cwac.core import paths
+from cwac.core import config
 from cwac.methods.base import Batch, Method, Sizes
 from cwac.methods.cwac import CWAC
-from cwac.models.hooks import residuals, slots_of
+from cwac.models.hooks import layers_of, residuals
 from cwac.models.layers import decoder_layers, input_group, linears
 from cwac.training import arguments, engine
 
 OUT = Path("benchmarks/large.json")
 GIB = 2**30
-CONF = OmegaConf.to_container(OmegaConf.load(paths.CONF / "model" / "llama2.yaml"))
+CONF = OmegaConf.to_container(config.compose(["model=llama2"]).model)
 PAPER_SUBSPACE = 18 * 60.0
 """Seconds for all layers (arXiv:2604.12384, App. D)."""
 PAPER_SAE = 6.5
@@ -192,7 +192,7 @@ def in_turns(
     """
     defence = CWAC("cwac", None, Activation(sae=shape.sae))
     with torch.no_grad():
-        held = defence.rehearse(model, Sizes(prompt_tokens=shape.prompt_tokens)).held["SAE"]
+        held = defence.estimate_memory(model, Sizes(prompt_tokens=shape.prompt_tokens)).tensors["SAE"]
     defence.weight = weight
     length = 2 * (1 + shape.pairs)  # of a rank's steps; the first pair allocates and does not count
     plan = [(i % 4 in (1, 2)) for i in range(length)] * len(shape.shares)  # who begins takes turns
@@ -452,8 +452,8 @@ def sae(shape: Shape, where: torch.device, budget: Budget) -> Iterator[dict]:
     d, layers = shape.architecture["hidden_size"], shape.architecture["num_hidden_layers"]
     settings = SAEConfig(**shape.sae)
     m, k, n = settings.m or 8 * d, settings.latents(d), settings.batch
-    slots = list(range(max(1, layers // 4), 3 * layers // 4 + 1))  # as slots_of has them
-    held = torch.randn(n, len(slots), d, device=where, dtype=torch.float16)
+    readable = list(range(max(1, layers // 4) - 1, 3 * layers // 4))  # as layers_of has them
+    activations = torch.randn(n, len(readable), d, device=where, dtype=torch.float16)
 
     def train(beside: Callable[[Tensor], object] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Seconds of each step but the first, ours and those of `beside`, which takes its turn at every draw."""
@@ -463,13 +463,13 @@ def sae(shape: Shape, where: torch.device, budget: Budget) -> Iterator[dict]:
             if began:
                 ours.append(now() - began[-1])
             if beside is not None:
-                x = held[:, 0].float()
+                x = activations[:, 0].float()
                 with where, torch.enable_grad():  # the draw that initialises comes without gradients
                     theirs.append(timed(lambda: beside(x))[0])
             began.append(now())
-            return held.float()
+            return activations.float()
 
-        model = RoutedSAE(d, m, k, slots, settings.router)
+        model = RoutedSAE(d, m, k, readable, settings.router)
         train_sae(model, draw, SAEConfig(**{**shape.sae, "tokens": (shape.sae_steps + 1) * n}), where)
         ours.append(now() - began[-1])
         return np.array(ours[2:]), np.array(theirs[2:])  # after the draw that initialises and the first step
@@ -480,11 +480,11 @@ def sae(shape: Shape, where: torch.device, budget: Budget) -> Iterator[dict]:
     size = f"d {d}, M {m}, k {k}, batches of {n}"
     corpus = f"SAE training, {settings.tokens:.3g} tokens (extrapolated)"
     with where:
-        step, _ = plain(d, m, k, held[:, 0].float())
+        step, _ = plain(d, m, k, activations[:, 0].float())
     ours, theirs = train(step)
     del step  # with its moments
     spent = speed(n, ours)
-    name = f"step of SAE training, fp32, {len(slots)} slots, {size}"
+    name = f"step of SAE training, fp32, {len(readable)} slots, {size}"
     yield entry(name, "plain PyTorch, 1 slot", ours / theirs) | spent
     yield entry(f"{corpus}, fp32, {size}", "1 h", hours(spent["seconds"]), 1.0) | spent
     yield entry(f"{corpus}, fp32, {size}", f"{PAPER_SAE:g} h (paper)", hours(spent["seconds"]) / PAPER_SAE) | spent
@@ -492,14 +492,14 @@ def sae(shape: Shape, where: torch.device, budget: Budget) -> Iterator[dict]:
         spent = speed(n, train()[0])
     yield entry(f"{corpus}, TF32, {size}", "1 h", hours(spent["seconds"])) | spent
     part = max(1, n // 4)
-    host = held[:part].cpu()
+    host = activations[:part].cpu()
 
     def from_host() -> Tensor:  # as TokenBuffer draws, and train_sae moves
         return torch.cat([host[torch.randperm(part)]]).float().to(where)
 
     from_host()
     spent = speed(part, np.array([timed(from_host)[0] for _ in range(2)]))
-    name = f"{settings.tokens:.3g} tokens drawn from the host's memory, {len(slots)} slots (extrapolated)"
+    name = f"{settings.tokens:.3g} tokens drawn from the host's memory, {len(readable)} slots (extrapolated)"
     yield entry(name, "1 h", hours(spent["seconds"] * n / part)) | spent
 
 
@@ -516,7 +516,7 @@ def safety(shape: Shape, where: torch.device, budget: Budget) -> Iterator[dict]:
     activation = Activation(sae=shape.sae)
     defence = CWAC("cwac", None, activation)
     with torch.no_grad():
-        defence.rehearse(model, Sizes(prompt_tokens=shape.prompt_tokens))
+        defence.estimate_memory(model, Sizes(prompt_tokens=shape.prompt_tokens))
     target, n, length = defence._targets["anchors"], activation.n_prompts, shape.prompt_tokens
     ids = torch.ones(n, length, dtype=torch.long, device=where)
 
@@ -524,19 +524,19 @@ def safety(shape: Shape, where: torch.device, budget: Budget) -> Iterator[dict]:
         model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, logits_to_keep=1)
 
     measured = paired(lambda: target.loss(model, range(n)), whole, 2 * shape.repeats, warm_up=2)
-    layers, read = len(decoder_layers(model)), target.sae.slots[target.used[-1]]
+    layers, read = len(decoder_layers(model)), target.sae.layers[target.used[-1]] + 1
     name = f"L_safety of {n} harmful prompts of {length} tokens, read after block {read} of {layers}"
     yield entry(name, "forward pass of the same prompts", measured, (read + 1) / layers)
-    slots, settings = slots_of(model, "auto"), SAEConfig(**shape.sae)
+    readable, settings = layers_of(model, "auto"), SAEConfig(**shape.sae)
     ids = torch.randint(model.config.vocab_size, (2 * shape.rows, shape.tokens), device=where)
 
     def activations() -> Tensor:
         with torch.no_grad():
-            return residuals(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, slots)
+            return residuals(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, readable)
 
     took = np.array([timed(activations)[0] for _ in range(1 + shape.repeats)])[1:]
     hours = settings.tokens / ids.numel() * took / 3600
-    name = f"residuals of {settings.tokens:.3g} tokens, {len(slots)} slots, bf16 (extrapolated)"
+    name = f"residuals of {settings.tokens:.3g} tokens, {len(readable)} slots, bf16 (extrapolated)"
     yield entry(name, "1 h", hours) | speed(ids.numel(), took)
 
 
@@ -589,21 +589,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated, in this order (%(default)s)")
     parser.add_argument("--seconds", type=float, default=150.0, help="of the whole run (%(default)s)")
     parser.add_argument("--out", type=Path, default=OUT, help="(%(default)s)")
-    given = parser.parse_args(argv)
-    parts = given.parts.split(",")
+    args = parser.parse_args(argv)
+    parts = args.parts.split(",")
     if unknown := sorted(set(parts) - set(PARTS)):
         parser.error(f"no part is called {unknown[0]}; use some of {', '.join(PARTS)}")
-    if given.cpu and given.shape != "tiny":
+    if args.cpu and args.shape != "tiny":
         parser.error("--cpu goes with --shape tiny alone")
-    if not given.cpu and not torch.cuda.is_available():
+    if not args.cpu and not torch.cuda.is_available():
         print("error: no CUDA device here; --shape tiny --cpu runs the miniature", file=sys.stderr)
         return 2
-    shape = SHAPES[given.shape]
-    if given.cpu:
-        return runner.quietly(lambda: run(shape, torch.device("cpu"), parts, given.out, given.seconds))
+    shape = SHAPES[args.shape]
+    if args.cpu:
+        return runner.quietly(lambda: run(shape, torch.device("cpu"), parts, args.out, args.seconds))
     logging.disable(logging.WARNING)
     torch.set_float32_matmul_precision("highest")  # torch's default, which the environment may override
-    return run(shape, torch.device("cuda", torch.cuda.current_device()), parts, given.out, given.seconds)
+    return run(shape, torch.device("cuda", torch.cuda.current_device()), parts, args.out, args.seconds)
 
 
 if __name__ == "__main__":

@@ -111,8 +111,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=512, help="of the one row (%(default)s)")
     parser.add_argument("--labels", type=int, default=128, help="of them with a label (%(default)s)")
     parser.add_argument("--top", type=int, default=8, help="operators shown (%(default)s)")
-    given = parser.parse_intermixed_args(argv)
-    print(table(runner.quietly(lambda: measure(given.tokens, given.labels, given.overrides)), given.top))
+    args = parser.parse_intermixed_args(argv)
+    print(table(runner.quietly(lambda: measure(args.tokens, args.labels, args.overrides)), args.top))
     return 0
 
 

@@ -141,10 +141,10 @@ def main(measure: Callable[..., Iterator[dict | Skipped]], argv: list[str] | Non
                 f"--{option.name.replace('_', '-')}", type=kind, default=option.default, help="(%(default)s)"
             )
     parser.add_argument("--out", type=Path, default=LATEST, help="(%(default)s)")
-    given = vars(parser.parse_intermixed_args(argv))
-    out = given.pop("out")
+    args = vars(parser.parse_intermixed_args(argv))
+    out = args.pop("out")
     try:
-        rows, skipped = quietly(lambda: collect(measure(**given)))
+        rows, skipped = quietly(lambda: collect(measure(**args)))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -42,7 +42,7 @@ def measure(
     for seed in range(repeats):
         draw = mixture(d, m, seed)
         held = draw(4096)
-        sae = RoutedSAE(d, m, k, [1], "fixed:1")
+        sae = RoutedSAE(d, m, k, [0], "layer:0")
         seconds, training = ours(sae, draw, SAEConfig(batch=batch, tokens=batch * steps, seed=seed))
         with torch.no_grad():
             error = unexplained(held, sae(held)[0])

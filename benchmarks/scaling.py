@@ -4,11 +4,11 @@ python -m benchmarks.scaling [--seconds 240]                 measure; writes ben
 python -m benchmarks.scaling --page docs/scaling.md          fill the page's blocks from it, measuring nothing
 python -m benchmarks.scaling --estimate                      print the estimate of Llama-2-70B on 8 GPUs
 
-Random Llama-shaped models in fp32 are trained by the trainer of benchmarks/steps.py, CWAC rehearsed. One size is
-varied at a time. `Watch` times whole steps, and the hooks that hold the projection and L_safety's forward pass are
-timed inside them. An exponent is the slope of log seconds on log size, by least squares over the points' medians, with
-Student's 95 % interval over points: with four or five of them it is wide, and it knows nothing of curvature, for which
-the slope between the two largest points stands beside it.
+Random Llama-shaped models in fp32 are trained by the trainer of benchmarks/steps.py, CWAC set up with stand-ins. One
+size is varied at a time. `Watch` times whole steps, and the hooks that hold the projection and L_safety's forward pass
+are timed inside them. An exponent is the slope of log seconds on log size, by least squares over the points' medians,
+with Student's 95 % interval over points: with four or five of them it is wide, and it knows nothing of curvature, for
+which the slope between the two largest points stands beside it.
 """
 
 from __future__ import annotations
@@ -594,15 +594,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=OUT, help="written; read by the other two (%(default)s)")
     parser.add_argument("--page", type=Path, help="fill this page's blocks instead of measuring")
     parser.add_argument("--estimate", action="store_true", help="print the estimate of 70B instead of measuring")
-    given = parser.parse_args(argv)
-    if not (given.page or given.estimate):
-        return runner.quietly(lambda: run(PLANS[given.shape], given.seconds, given.out))
-    rows, h100 = (json.loads(p.read_text()) if p.exists() else [] for p in (given.out, H100))
+    args = parser.parse_args(argv)
+    if not (args.page or args.estimate):
+        return runner.quietly(lambda: run(PLANS[args.shape], args.seconds, args.out))
+    rows, h100 = (json.loads(p.read_text()) if p.exists() else [] for p in (args.out, H100))
     estimate = runner.quietly(lambda: estimate_block(rows, h100, LLAMA70))
-    if given.estimate:
+    if args.estimate:
         print(estimate)
-    if given.page:
-        fill(given.page, {"measured": measured_block(rows), "h100": h100_block(h100), "llama70": estimate})
+    if args.page:
+        fill(args.page, {"measured": measured_block(rows), "h100": h100_block(h100), "llama70": estimate})
     return 0
 
 

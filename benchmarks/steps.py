@@ -2,8 +2,8 @@
 
 python -m benchmarks.steps [--steps 6 --tokens 512 --labels 128] [overrides]
 
-Weights are random at `model.shape`, rows are random tokens and CWAC is rehearsed (experiments/cost.py): a step's cost
-depends on shapes alone, and so nothing has to be downloaded, fitted or aligned first.
+Weights are random at `model.shape`, rows are random tokens and CWAC is set up with stand-ins (experiments/cost.py): a
+step's cost depends on shapes alone, and so nothing has to be downloaded, fitted or aligned first.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from cwac.constraints.sae.target import SafetyTarget
 from cwac.core import config
 from cwac.data.tokenize import Collator
 from cwac.methods.base import Sizes
-from cwac.models.hooks import slots_of
+from cwac.models.hooks import layers_of
 from cwac.models.layers import decoder_layers, device
 from cwac.training.engine import MethodTrainer, build_trainer
-from experiments.cost import Row, build, estimate, rehearsed, shape
+from experiments.cost import Row, build, estimate, random_run, shape
 
 BARS = {"cwac": (1.10, 1.05), "cwac_closed": (1.20, None)}
 """Of time and of peak memory, in SFT's: down_proj alone, and every matrix."""
@@ -42,7 +42,7 @@ PROMPTS = Sizes(prompt_tokens=42, shared_tokens=24)
 24 are the template's and its system turn's."""
 
 EVERY = 4
-"""`method.weight.every` of the row beside the default's."""
+"""`method.weight.project_every` of the row beside the default's."""
 
 
 def measure(
@@ -83,7 +83,7 @@ def measure(
             share = counted.total / theirs.total
             yield entry(f"peak memory of {name}, counted", f"peak memory {rival}, counted", share, memory)
     with tempfile.TemporaryDirectory() as folder:
-        rarer = of("cwac", f"method.weight.every={EVERY}")
+        rarer = of("cwac", f"method.weight.project_every={EVERY}")
         pair = [trainer(cfg, row, 1 + 2 * EVERY, folder) for cfg in (rarer, sft)]
         name = f"step of cwac, projected every {EVERY} steps, {batch}; 4 harmful prompts"
         yield entry(name, "step of sft", ratios(pair, 1, EVERY))
@@ -94,14 +94,14 @@ def measure(
 
 
 def trainer(cfg: DictConfig, row: Row, steps: int, folder: str) -> MethodTrainer:
-    """The trainer of a rehearsed run, ready to train."""
-    args, model, method, rows = rehearsed(cfg, shape(cfg), row, steps, folder)
+    """The trainer of a random run, ready to train."""
+    args, model, method, rows = random_run(cfg, shape(cfg), row, steps, folder)
     return build_trainer(model, method, rows, args, 0)
 
 
 def stock(cfg: DictConfig, row: Row, steps: int, folder: str) -> Trainer:
     """transformers' own Trainer on the same kind of model, rows and arguments."""
-    args, model, _, rows = rehearsed(cfg, shape(cfg), row, steps, folder)
+    args, model, _, rows = random_run(cfg, shape(cfg), row, steps, folder)
     trainer = Trainer(model=model, args=args, train_dataset=rows, data_collator=Collator(0))
     trainer.remove_callback(PrinterCallback)  # what it prints would be part of its time
     trainer.remove_callback(ProgressCallback)
@@ -115,8 +115,8 @@ def forward(cfg: DictConfig, repeats: int) -> dict:
     """
     model, activation = build(cfg, shape(cfg), device()), cfg.method.activation
     settings = SAEConfig(**activation.sae)
-    d, slots = model.config.hidden_size, slots_of(model, settings.slots)
-    sae = RoutedSAE(d, settings.m or 8 * d, settings.latents(d), slots, settings.router).requires_grad_(False)
+    d, readable = model.config.hidden_size, layers_of(model, settings.layers)
+    sae = RoutedSAE(d, settings.m or 8 * d, settings.latents(d), readable, settings.router).requires_grad_(False)
     for parameter in sae.parameters():
         parameter.fill_(1 / d)
     n, length = activation.n_prompts, PROMPTS.prompt_tokens
@@ -128,7 +128,7 @@ def forward(cfg: DictConfig, repeats: int) -> dict:
         model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, logits_to_keep=1)
 
     measured = paired(lambda: target.loss(model, range(n)), whole, repeats)
-    layers, read = len(decoder_layers(model)), slots[target.used[-1]]
+    layers, read = len(decoder_layers(model)), readable[target.used[-1]] + 1
     name = f"L_safety of {n} harmful prompts of {length} tokens, read after block {read} of {layers}"
     return entry(name, "forward pass of the same prompts", measured, read / layers)
 

@@ -28,15 +28,16 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from cwac.constraints.anchors import anchor_rows
+from cwac.core import renamed
 from cwac.core.config import command
 from cwac.core.errors import UserError
 from cwac.core.files import write_atomic
-from cwac.data.pools import fingerprint, load_pools
 from cwac.data.tokenize import Collator
 from cwac.evaluation.drift import merged_weight
-from cwac.models.context import Context
+from cwac.models.hooks import device_of, last_tokens, on_inputs
 from cwac.models.layers import device, linears
-from cwac.models.loading import SAFE, load, load_aligned
+from cwac.models.loading import SAFE, load_aligned
+from cwac.training.context import open_context
 
 NAME = "decomposition.json"
 TERMS = ("W0_dh", "dW_h0", "dW_dh", "dy")
@@ -50,26 +51,17 @@ def last_inputs(model: nn.Module, rows: Sequence[dict], batch_size: int = 16) ->
     """
     modules = linears(model, "all")
     found: dict[str, list[torch.Tensor]] = {name: [] for name in modules}
-    last = torch.empty(0)
+    mask = torch.empty(0)
 
-    def hook(name: str):
-        def record(_module, inputs):
-            h = inputs[0]  # [B, T, d_in]
-            found[name].append(h[torch.arange(len(last), device=h.device), last.to(h.device)].double().cpu())
+    def record(name: str, h: torch.Tensor) -> None:
+        found[name].append(last_tokens(h, mask).double().cpu())
 
-        return record
-
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
-    collate, target = Collator(0), next(model.parameters()).device
-    try:
+    collate, target = Collator(0), device_of(model)
+    with on_inputs(modules, record):
         for start in range(0, len(rows), batch_size):
             batch = collate([{"input_ids": row["input_ids"]} for row in rows[start : start + batch_size]])
-            last = batch["attention_mask"].sum(1) - 1  # [B]
             ids, mask = batch["input_ids"].to(target), batch["attention_mask"].to(target)
             model(input_ids=ids, attention_mask=mask, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
@@ -102,7 +94,7 @@ def read_config(folder: Path) -> DictConfig:
     Raises UserError if the folder is no run, or its weights were not kept.
     """
     try:
-        cfg = OmegaConf.load(folder / "config.yaml")
+        cfg = renamed.update(OmegaConf.load(folder / "config.yaml"), say=False)
     except (OSError, ValueError, OmegaConfBaseException) as error:
         raise UserError(f"--run {folder} holds no readable config.yaml; name the folder of a run") from error
     if not (folder / "model").is_dir():
@@ -121,21 +113,11 @@ def measure(folder: Path, artifacts: Path | None = None) -> dict:
     from transformers import AutoModelForCausalLM
 
     cfg = read_config(folder)
-    artifacts = Path(artifacts or cfg.paths.artifacts)
-    pools = load_pools(cfg.pools, cfg.paths.data, cfg.seed)
-    loaded = load(cfg.model, artifacts, cfg.seed)
-    context = Context(
-        tokenizer=loaded.tokenizer,
-        pools=pools,
-        loaded=loaded,
-        artifacts=artifacts,
-        seed=cfg.seed,
-        template=cfg.train.template,
-        max_length=cfg.train.max_length,
-        pools_key=fingerprint(pools),
-    )
-    reference = load_aligned(loaded).to(device())
-    rows = anchor_rows(reference, context, pools.validation[: cfg.eval.n_drift], 16)
+    if artifacts is not None:
+        cfg.paths.artifacts = str(artifacts)
+    context = open_context(cfg)
+    reference = load_aligned(context.loaded).to(device())
+    rows = anchor_rows(reference, context, context.pools.validation[: cfg.eval.n_drift], 16)
     prompts = [{"input_ids": row["input_ids"][: row["prompt"]]} for row in rows]
     try:
         tuned = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, **SAFE)

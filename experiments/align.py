@@ -11,7 +11,7 @@ Deviations:
 - Benign targets are the unaligned model's own greedy answers, so that the loss on them asks for no new style and
   what changes is the refusal. Contrast prompts (harmless, with harmful words) come from XSTest and from the
   answered part of safety-tuned-llamas, the latter with the data set's answers, from `cwac/assets/contrast.txt` and,
-  in the last rounds, from `cwac/data/figurative.py`.
+  in the last rounds, from `cwac/assets/frames.yaml`.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from cwac.data.pools import real_splits
 from cwac.data.refusals import KeywordJudge
 from cwac.data.tokenize import IGNORE, Rows, encode_prompt, pad_token_id
 from cwac.models import smollm2
-from cwac.models.alignment import READABLE, adapter_file, apply, fingerprint, write_adapter
+from cwac.models.alignment import READABLE, adapter_file, adapter_sha256, apply, write_adapter
 from cwac.models.fit import fit
 from cwac.models.generate import generate
 from cwac.models.layers import device
@@ -52,7 +52,7 @@ POOLS = CONF / "pools" / "real.yaml"
 MENDING_ALONE = {
     source: {"align_benign": 1.0} for source in ("wordplay", "play", "absurdity", "endearment", "papers")
 } | {"violence": {"align": 1.0}}
-"""Sources (`cwac/data/figurative.py`) that a round sees only if it names them: those of `MENDING`."""
+"""Sources (`cwac/assets/frames.yaml`) that a round sees only if it names them: those of `MENDING`."""
 
 
 ALIGN_ALONE = {source: {"align_benign": 1.0} for source in ("passage", "oddity")} | MENDING_ALONE
@@ -86,7 +86,7 @@ class Round:
     """Harmless instructions, at most. At 1:1 with the refusals the model refused 42 % of the harmless."""
     learning_rate: float = 3e-4
     batch_size: int = 8
-    rank: int = 16
+    lora_rank: int = 16
     prompt_tokens: int = 56
     """Longer rows (template and system turn included, 28 tokens) are left out: they only cost time."""
     answer_tokens: int = 24
@@ -189,7 +189,11 @@ def train_adapter(
     torch.manual_seed(recipe.seed)
     if start is None:
         lora = LoraConfig(
-            r=recipe.rank, lora_alpha=2 * recipe.rank, lora_dropout=0.0, target_modules="all-linear", bias="none"
+            r=recipe.lora_rank,
+            lora_alpha=2 * recipe.lora_rank,
+            lora_dropout=0.0,
+            target_modules="all-linear",
+            bias="none",
         )
         model = get_peft_model(model, lora)
     else:
@@ -207,7 +211,7 @@ def train_adapter(
     )
     model.half()
     # a folder name of the building machine means nothing elsewhere
-    model.peft_config["default"].base_model_name_or_path = f"{smollm2.PACKAGE}=={smollm2.VERSION}"
+    model.peft_config["default"].base_model_name_or_path = f"{smollm2.WHEEL_NAME}=={smollm2.VERSION}"
     model.save_pretrained(out)
     adapter_file(Path(out)).chmod(READABLE)
     (Path(out) / "README.md").write_text(CARD)  # instead of peft's empty form
@@ -304,13 +308,13 @@ def gate(aligned: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, splits: S
     judge = KeywordJudge()
     checks = []
 
-    said: dict[str, str] = {}
+    answer_of: dict[str, str] = {}
 
     def share(name: str, examples: Sequence[Example], verdicts: tuple[str, ...], **limit: float) -> None:
-        new = [e for e in examples if e.id not in said]
+        new = [e for e in examples if e.id not in answer_of]
         answers = generate(aligned, tokenizer, [e.messages for e in new], max_new_tokens=40, description=name)
-        said.update(zip([e.id for e in new], answers, strict=True))
-        texts = [said[e.id] for e in examples]
+        answer_of.update(zip([e.id for e in new], answers, strict=True))
+        texts = [answer_of[e.id] for e in examples]
         found = [j.verdict for j in judge.judge([e.prompt for e in examples], texts)]
         checks.append(_check(name, 100 * sum(v in verdicts for v in found) / len(found), len(found), **limit))
 
@@ -439,18 +443,19 @@ def train_rounds(
     """
     folders: list[Path] = []
     trained: list[dict] = []
-    identity = hashlib.sha256(json.dumps([smollm2.SHA256, start and fingerprint(start)]).encode()).hexdigest()
+    identity = hashlib.sha256(json.dumps([smollm2.SHA256, start and adapter_sha256(start)]).encode()).hexdigest()
     for i, recipe in enumerate(recipes):
         folder = out / str(i + 1)
-        given = {key: value for key, value in asdict(recipe).items() if value is not None}
+        settings = {key: value for key, value in asdict(recipe).items() if value is not None}
+        settings = {"rank" if key == "lora_rank" else key: value for key, value in settings.items()}  # as once hashed
         rows = chain(*(chain(*seen(splits[name], recipe).values()) for name in ("align", "align_benign")))
         pools = [[e.id, e.prompt, e.response] for e in rows]
-        identity = hashlib.sha256(json.dumps([identity, given, pools]).encode()).hexdigest()
+        identity = hashlib.sha256(json.dumps([identity, settings, pools]).encode()).hexdigest()
         known = json.loads((folder / ROUND).read_text()) if (folder / ROUND).is_file() else {}
         if known.get("identity") != identity:
             shutil.rmtree(folder, ignore_errors=True)
             result = train_adapter(base_folder, splits, folder, recipe, folders[-1] if folders else start)
-            known = {"identity": identity, "round": given | result}
+            known = {"identity": identity, "round": settings | result}
             (folder / ROUND).write_text(json.dumps(known, indent=2) + "\n")
         folders.append(folder)
         trained.append(known["round"])
@@ -497,8 +502,8 @@ def write_gate(
         "rounds": trained,
         "strength": strength,
         "tried": list(tried),
-        "adapter_sha256": fingerprint(adapter),
-        "base": {"wheel": f"{smollm2.PACKAGE}=={smollm2.VERSION}", "sha256": smollm2.SHA256},
+        "adapter_sha256": adapter_sha256(adapter),
+        "base": {"wheel": f"{smollm2.WHEEL_NAME}=={smollm2.VERSION}", "sha256": smollm2.SHA256},
         "judge": KeywordJudge().name,
         "prompts": "validation and validation_benign of conf/pools/real.yaml",
     }

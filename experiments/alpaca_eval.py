@@ -78,8 +78,8 @@ def answer(folder: Path, rows: list[dict], tokens: int, batch_size: int) -> Path
     One that answers these instructions already is left as it is. Raises UserError for a run without weights.
     """
     cfg, path = read_config(folder), folder / "alpaca_eval" / "outputs.json"
-    asked = [row["instruction"] for row in rows]
-    if path.is_file() and [row["instruction"] for row in json.loads(path.read_text(encoding="utf-8"))] == asked:
+    instructions = [row["instruction"] for row in rows]
+    if path.is_file() and [row["instruction"] for row in json.loads(path.read_text(encoding="utf-8"))] == instructions:
         return path
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -92,7 +92,7 @@ def answer(folder: Path, rows: list[dict], tokens: int, batch_size: int) -> Path
     outputs = generate(
         model,
         AutoTokenizer.from_pretrained(folder / "model", local_files_only=True),
-        [method.prompt([{"role": "user", "content": text}]) for text in asked],
+        [method.prompt([{"role": "user", "content": text}]) for text in instructions],
         template=cfg.train.template,
         max_new_tokens=tokens,
         batch_size=batch_size,

@@ -5,15 +5,15 @@ python -m experiments.causal model=smollm2 paths.data=<folder laid out like the 
 
 CWAC (arXiv:2604.12384, section 4.1) holds the 100 sparse latents "identified from harmful prompts" in place and takes
 it that safety lies in them. On held-out harmful requests that the aligned model refuses, the features of these latents
-are multiplied by a factor while it answers (`generate_edited` in cwac/constraints/sae/rank.py): -1 turns them around,
-0 takes them out. Two things would show that they carry the refusals, with our bars: the refusal rate falls by at
-least 30 points (causal), and by at most 10 under the same edit of other latents with the same activation energy,
+are multiplied by a factor while it answers (`generate_edited` in cwac/constraints/sae/ranking.py): -1 turns them
+around, 0 takes them out. Two things would show that they carry the refusals, with our bars: the refusal rate falls by
+at least 30 points (causal), and by at most 10 under the same edit of other latents with the same activation energy,
 drawn at random (specific). Where the held ones have more than twice the energy of those drawn, none match and
 `specific` is left open. Harmless prompts are answered under the same edits: latents that carry refusals alone leave
 these answers as they were.
 
-Deviations: all of it is `ours`; the paper makes no such test. `method.activation.rank=activation` asks the same of its
-own ranking, `rank=random` is the control of the instrument.
+Deviations: all of it is `ours`; the paper makes no such test. `method.activation.ranking=activation` asks the same of
+its own ranking, `ranking=random` is the control of the instrument.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def measure(cfg: DictConfig, draws: int, prompts: int, harmless: int) -> list[di
     """
     from cwac.constraints.activation import ranked_latents
     from cwac.constraints.anchors import own_answers
-    from cwac.constraints.sae.rank import causal_check
+    from cwac.constraints.sae.ranking import causal_check
     from cwac.data.refusals import KeywordJudge
     from cwac.training.context import open_context
 
@@ -59,12 +59,12 @@ def measure(cfg: DictConfig, draws: int, prompts: int, harmless: int) -> list[di
     model, judge = context.loaded.model.eval(), KeywordJudge()
     sae, table, *_ = ranked_latents(model, context, activation)
     tokens = cfg.eval.max_new_tokens
-    asked = context.pools.validation[:prompts]
-    answers = own_answers(model, context, asked, tokens)
-    judged = judge.judge([e.prompt for e in asked], answers)
-    refused = [e for e, j in zip(asked, judged, strict=True) if j.verdict == "refusal"]
+    requests = context.pools.validation[:prompts]
+    answers = own_answers(model, context, requests, tokens)
+    judged = judge.judge([e.prompt for e in requests], answers)
+    refused = [e for e, j in zip(requests, judged, strict=True) if j.verdict == "refusal"]
     if not refused:
-        raise UserError(f"model={cfg.model.name} refuses none of {len(asked)} held-out requests; nothing can fall")
+        raise UserError(f"model={cfg.model.name} refuses none of {len(requests)} held-out requests; nothing can fall")
     benign = [e for examples in context.pools.validation_benign.values() for e in examples[:harmless]]
     entries = causal_check(
         model,
@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--harmless", type=int, default=20, help="harmless prompts of each source, at most (20)")
     parser.add_argument("--out", type=Path, default=Path("results/causal"), help="folder for the results")
     parser.add_argument(
-        "overrides", nargs="*", help="train.py's own, e.g. model=tiny method.activation.rank=activation"
+        "overrides", nargs="*", help="train.py's own, e.g. model=tiny method.activation.ranking=activation"
     )
     args = parser.parse_intermixed_args(argv)
     at_least_one(args, "draws", "prompts", "harmless")

@@ -11,7 +11,7 @@ configuration, which is `model.shape`, or the config.json of a folder.
 What is assumed, each with an option: every row is as long as train.max_length and carries a label at every token
 (`--tokens`, `--label-tokens`), prompts of a penalty have `--prompt-tokens`, V has `--rank-share` of its input's
 dimension. Not counted: the CUDA context, the allocator's fragmentation, a kernel's scratch space, what a method keeps
-for which it has no `rehearse` (said where it applies), evaluation.
+for which it has no `estimate_memory` (said where it applies), evaluation.
 
 `--measure N` trains N steps of a randomly initialised model of that shape on this machine, with rows of that length.
 On a GPU the peak is the allocator's; else it is the process's resident peak (`peak_memory` in
@@ -154,8 +154,8 @@ def shape(cfg: DictConfig) -> PretrainedConfig:
         return AutoConfig.for_model(**OmegaConf.to_container(cfg.model.shape))
     from cwac.core import hf_hub
 
-    found = hf_hub.resolve(cfg.model.hub_id, cfg.model.get("revision"), "model.hub_id", cfg.model.get("license"))
-    return AutoConfig.from_pretrained(cfg.model.hub_id, revision=found.commit)
+    resolved = hf_hub.resolve(cfg.model.hub_id, cfg.model.get("revision"), "model.hub_id", cfg.model.get("license"))
+    return AutoConfig.from_pretrained(cfg.model.hub_id, revision=resolved.commit)
 
 
 def build(cfg: DictConfig, architecture: PretrainedConfig, where: torch.device | str = "cpu") -> nn.Module:
@@ -192,8 +192,8 @@ def prepare(cfg: DictConfig, folder: str = "", **settings) -> tuple[TrainingArgu
 
 
 def complete(method: Method) -> bool:
-    """Whether the rehearsal stands for all that `setup` leaves behind."""
-    return type(method).setup is Method.setup or type(method).rehearse is not Method.rehearse
+    """Whether `estimate_memory` stands for all that `setup` leaves behind."""
+    return type(method).setup is Method.setup or type(method).estimate_memory is not Method.estimate_memory
 
 
 def estimate(cfg: DictConfig, architecture: PretrainedConfig, row: Row) -> Estimate:
@@ -210,8 +210,8 @@ def estimate(cfg: DictConfig, architecture: PretrainedConfig, row: Row) -> Estim
         if args.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         with torch.no_grad():
-            rehearsal = method.rehearse(model, row.sizes)
-        enter(ledger, cfg, args, model, rehearsal.held)
+            own = method.estimate_memory(model, row.sizes)
+        enter(ledger, cfg, args, model, own.tensors)
         with ledger:
             step(ledger, args, model, method if complete(method) else Method(method.name), row)
     # AdamW over lists of tensors, torch's choice on a GPU unless it is fused, holds a copy of the second moments
@@ -221,10 +221,10 @@ def estimate(cfg: DictConfig, architecture: PretrainedConfig, row: Row) -> Estim
     if device().type == "cpu":
         kept = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None and p.grad.nbytes < MMAP)
         peak["heap that freed gradients leave"] = max(0.0, kept - peak["gradients"])
-    return Estimate({part: size for part, size in peak.items() if size > 0}, ledger.flops, rehearsal.before)
+    return Estimate({part: size for part, size in peak.items() if size > 0}, ledger.flops, own.setup_bytes)
 
 
-def enter(ledger: Ledger, cfg: DictConfig, args, model: nn.Module, held: dict[str, list[Tensor]]) -> None:
+def enter(ledger: Ledger, cfg: DictConfig, args, model: nn.Module, kept: dict[str, list[Tensor]]) -> None:
     """Put into the ledger what is there when a step begins."""
     masters = args.bf16 or args.fp16
     state = 0.0
@@ -252,7 +252,7 @@ def enter(ledger: Ledger, cfg: DictConfig, args, model: nn.Module, held: dict[st
             ledger.put(weight, "weights (4 bit)", weight.numel() * FOUR_BIT)
         # one matrix at a time is multiplied in full
         ledger.now["activations"] += max(w.nbytes for w in matrices)
-    for part, tensors in held.items():
+    for part, tensors in kept.items():
         for tensor in tensors:
             ledger.put(tensor, part)
     ledger.now["optimizer state"] = state
@@ -298,17 +298,17 @@ def resident_memory() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def rehearsed(
+def random_run(
     cfg: DictConfig, architecture: PretrainedConfig, row: Row, steps: int, folder: str
 ) -> tuple[TrainingArguments, nn.Module, Method, list[dict]]:
-    """What a run trains with for `steps` steps of a random model on random rows, the method rehearsed."""
+    """What a run trains with for `steps` steps of a random model on random rows; `estimate_memory` sets it up."""
     args, method = prepare(cfg, folder, max_steps=steps, save_strategy="no", learning_rate=1e-6)
     check_precision(cfg, args, method)  # only here: an estimate needs no bitsandbytes
     if not complete(method):
-        raise UserError(f"method={method.name} has no rehearsal, so it cannot be measured without data; train it")
+        raise UserError(f"method={method.name} has no estimate_memory, so only a training measures it")
     model = build(cfg, architecture, device()).train()
     with torch.no_grad():
-        method.rehearse(model, row.sizes)
+        method.estimate_memory(model, row.sizes)
     ids = torch.randint(architecture.vocab_size, (steps * args.train_batch_size, row.tokens)).tolist()
     first = max(0, row.tokens - row.labels)
     return args, model, method, [{"input_ids": x, "labels": [-100] * first + x[first:]} for x in ids]
@@ -317,7 +317,7 @@ def rehearsed(
 def train(cfg: DictConfig, architecture: PretrainedConfig, row: Row, steps: int) -> dict[str, float]:
     """The costs that cwac.training.engine.train returns for `steps` steps of a random model on random rows."""
     with tempfile.TemporaryDirectory() as folder:
-        args, model, method, rows = rehearsed(cfg, architecture, row, steps, folder)
+        args, model, method, rows = random_run(cfg, architecture, row, steps, folder)
         run = SimpleNamespace(id="cost", dir=Path(folder))
         plan = OmegaConf.create({"eval": {"at": []}})
         _, cost = engine.train(plan, args, run, model, method, rows, 0, lambda *point: None)
@@ -363,16 +363,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--prompt-tokens", type=int, default=Sizes.prompt_tokens)
     parser.add_argument("--rank-share", type=float, default=Sizes.rank_share)
     parser.add_argument("--measure", type=int, metavar="STEPS", help="train so many steps, and compare")
-    given = parser.parse_intermixed_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
     hf_logging.set_verbosity_error()
     try:
-        for cfg in config.expand(None, given.overrides):
-            tokens = given.tokens or cfg.train.max_length
-            sizes = Sizes(prompt_tokens=min(given.prompt_tokens, tokens), rank_share=given.rank_share)
-            row, architecture = Row(tokens, given.label_tokens or tokens, sizes), shape(cfg)
-            found = estimate(cfg, architecture, row)
-            took = measure(cfg, architecture, row, given.measure) if given.measure else None
-            print(table(cfg, row, found, took), flush=True)
+        for cfg in config.expand(None, args.overrides):
+            tokens = args.tokens or cfg.train.max_length
+            sizes = Sizes(prompt_tokens=min(args.prompt_tokens, tokens), rank_share=args.rank_share)
+            row, architecture = Row(tokens, args.label_tokens or tokens, sizes), shape(cfg)
+            cost_estimate = estimate(cfg, architecture, row)
+            took = measure(cfg, architecture, row, args.measure) if args.measure else None
+            print(table(cfg, row, cost_estimate, took), flush=True)
             if not complete(config.instantiate(cfg.method)):
                 print(f"  not counted: what method={cfg.method.name} keeps and computes beside the training itself")
     except UserError as error:

@@ -27,11 +27,11 @@ def main(overrides: Sequence[str]) -> None:
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     context = open_context(cfg)
     settings = instantiate(cfg.method.localisation)
-    found = locate(context.loaded.model, context, settings)
-    print((found.folder / "curves.csv").read_text())
-    result = json.loads((found.folder / "safety_layers.json").read_text())
+    localised = locate(context.loaded.model, context, settings)
+    print((localised.folder / "curves.csv").read_text())
+    result = json.loads((localised.folder / "safety_layers.json").read_text())
     print(f"cosine curves: {result['cosine']}; with over-rejection (alpha {result['alpha']}): {result['layers']}")
-    print(f"written to {found.folder}")
+    print(f"written to {localised.folder}")
 
 
 if __name__ == "__main__":

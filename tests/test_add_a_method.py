@@ -61,12 +61,12 @@ def project(tmp_path_factory) -> Path:
         "__pycache__",
     )
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*left))
-    for name in (*METHOD, "conf/experiment/tune_safeinstr.yaml", "conf/chosen/tuned/tiny_safeinstr.yaml"):
+    for name in (*METHOD, "conf/chosen/tuned/tiny_safeinstr.yaml"):
         (folder / name).unlink()
     labels = folder / "analysis" / "paper.py"
     labels.write_text(re.sub(r'^ +"safeinstr": .*\n', "", labels.read_text(), flags=re.M))
     for preset in (folder / "conf" / "experiment").glob("*.yaml"):  # the grids name the paper's baselines
-        preset.write_text(re.sub(r"\bsafeinstr,", "", preset.read_text()))
+        preset.write_text(re.sub(r"\bsafeinstr,|^ +safeinstr: .*\n", "", preset.read_text(), flags=re.M))
     said = {name for name, text in sources(folder).items() if "safeinstr" in text}
     # of the paper itself: its audit, its claims, and which methods are its baselines
     assert said == {"analysis/audit.py", "analysis/claims.yaml", "analysis/paper.py"}

@@ -11,51 +11,12 @@ import pytest
 from scipy import stats as scipy_stats
 
 from analysis import demo, figures, paper, stats, tables
-from analysis.collect import Cell, at_end, before, collect, expected_cells, one_judge, pooled, read_frozen, tidy
+from analysis.collect import Cell, at_end, before, collect, expected_cells, one_judge, pooled, read_exported, tidy
 from cwac.core import paths
 from cwac.core.errors import UserError
+from tests.helpers.results import METHODS, cell_of, harm, line_of, pick, row, rows_of, write_run
 
-METHODS = ("sft", "weight_only", "activation_only", "cwac", "weight_only_closed", "cwac_closed")
 RATIOS = (0.0, 0.05, 0.1, 0.2)
-
-
-def harm(method: str, ratio: float, seed: int) -> float:
-    """Planted HS: rises with the ratio, differs by method, spreads by seed."""
-    return round(100 * ratio * (5 - 0.7 * METHODS.index(method)) * 0.9 + 2 * seed, 1)
-
-
-def row(cell: Cell, metric: str, value: float, **fields) -> dict:
-    fixed = {key: getattr(cell, key) for key in ("run_id", "model", "method", "task", "harmful_ratio", "seed")}
-    defaults = {"epoch": 3.0, "step": 90, "final": True, "set": "test", "n": 200, "stderr": None, "judge": None}
-    return {**fixed, **defaults, "metric": metric, "value": value, "eval": "e1", "time": 1.0, **fields}
-
-
-def rows_of(cell: Cell, hs: float, fa: float = 95.0) -> list[dict]:
-    """A run's rows: the aligned model at epoch 0, two checkpoints, the end of training."""
-    verdicts = {"set": "harmful", "judge": "keyword"}
-    rows = [row(cell, "FA", 50.0, epoch=0, step=0, final=False), row(cell, "OR", 2.0, set="benign", judge="keyword")]
-    rows.append(row(cell, "HS", 1.0, epoch=0, step=0, final=False, **verdicts))
-    for step, share in ((30, 0.4), (60, 0.8), (90, 1.0)):
-        end = step == 90
-        rows.append(row(cell, "HS", hs * share, epoch=step / 30, step=step, final=end, **verdicts))
-        loss = {"set": "toy", "judge": None, "n": None}
-        rows.append(row(cell, "task_loss", 2 - share, epoch=step / 30, step=step, final=end, **loss))
-    rows += [row(cell, "FA", fa), row(cell, "other", 3.0, **verdicts), row(cell, "refusal", 97 - hs, **verdicts)]
-    return rows + [row(cell, "weight_leak", 1e-8, set="anchors", n=None)]
-
-
-def write_run(runs: Path, cell: Cell, rows: list[dict], status: str = "done", tail: str = "") -> Path:
-    folder = runs / cell.run_id
-    folder.mkdir(parents=True)
-    content = {"status": status, "run_id": cell.run_id, "evaluations": ["e1"]}
-    (folder / "status.json").write_text(json.dumps(content))
-    (folder / "env.json").write_text(json.dumps({"git_commit": "c0ffee", "git_dirty": False}))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + tail)
-    return folder
-
-
-def cell_of(method: str, ratio: float, seed: int) -> Cell:
-    return Cell(f"tiny-toy-p{ratio:g}-{method}-s{seed}-00000000", "tiny", method, "toy", ratio, seed, "e1")
 
 
 @pytest.fixture
@@ -65,13 +26,6 @@ def campaign(tmp_path) -> tuple[Path, list[Cell]]:
     for cell in cells:
         write_run(tmp_path / "runs", cell, rows_of(cell, harm(cell.method, cell.harmful_ratio, cell.seed)))
     return tmp_path / "runs", cells
-
-
-def pick(frame, **where):
-    for key, value in where.items():
-        frame = frame[frame[key] == value]
-    assert len(frame) == 1, f"{len(frame)} rows for {where}"
-    return frame.iloc[0]
 
 
 # --- stats --------------------------------------------------------------------------------------------
@@ -209,7 +163,7 @@ def test_a_frozen_campaign_reads_back_as_the_runs_it_came_from(campaign, tmp_pat
     monkeypatch.setattr(demo, "expected_cells", lambda preset, overrides: [*cells, gone])
     out = tmp_path / "frozen"
     assert demo.main(["--runs", str(runs), "--experiment", "demo", "--out", str(out)]) == 1
-    fresh, frozen = collect(runs, [*cells, gone]), read_frozen(out)
+    fresh, frozen = collect(runs, [*cells, gone]), read_exported(out)
     assert frozen.rows.equals(fresh.rows) and sorted(frozen.runs) == sorted(fresh.runs)
     assert [c.run_id for c in frozen.missing] == [gone.run_id] and frozen.missing[0].harmful_ratio == 0.5
     assert tables.summarise(frozen).equals(tables.summarise(fresh))
@@ -228,7 +182,7 @@ def test_verdicts_and_learning_rate_come_from_the_run_directory_and_survive_free
     assert list(fresh.verdicts["id"]) == ["a-0", "a-1", "a-2", "a-3"]
     assert set(fresh.rows["learning_rate"]) == {2e-5}
     assert demo.main(["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
-    frozen = read_frozen(tmp_path / "out")
+    frozen = read_exported(tmp_path / "out")
     assert frozen.verdicts.equals(fresh.verdicts) and frozen.rows.equals(fresh.rows)
 
 
@@ -282,22 +236,13 @@ def test_sets_of_prompts_are_pooled_by_their_size(tmp_path):
 
 def test_a_folder_that_is_no_frozen_campaign_is_refused(tmp_path):
     with pytest.raises(UserError, match="results.csv.*Remedy"):
-        read_frozen(tmp_path)
+        read_exported(tmp_path)
     (tmp_path / "results.csv").write_text("run_id,value\nx,1\n")
     with pytest.raises(UserError, match="lacks the columns model"):
-        read_frozen(tmp_path)
+        read_exported(tmp_path)
 
 
 # --- tables -------------------------------------------------------------------------------------------
-
-
-def line_of(text: str, *cells: str) -> str:
-    """The first table line that starts with these cells."""
-    lines = [
-        line for line in text.splitlines() if [c.strip() for c in line.split("|")[1 : len(cells) + 1]] == [*cells]
-    ]
-    assert lines, f"no line starts with {cells} in\n{text}"
-    return lines[0]
 
 
 def test_table_prints_the_planted_means_and_intervals(campaign):

@@ -22,7 +22,7 @@ from cwac.models.generate import WORTHWHILE, generate, read_opening
 from cwac.models.layers import decoder_layers, input_group, linears
 from cwac.models.packing import common_opening
 from tests.conftest import NEEDS, SMALL
-from tests.test_configs import METHODS
+from tests.helpers.options import METHODS
 from train import run_cell
 
 # Families' special tokens are facts; the templates are ours, of each family's shape.

@@ -20,7 +20,7 @@ from cwac.core.identity import eval_id, identity, run_id
 from cwac.core.jsonl import WARNING, read_jsonl
 from cwac.data import poison, tiny_world
 from cwac.data.examples import Example, Pools
-from cwac.data.harmful_sources import TOPICS
+from cwac.data.frames import lists
 from cwac.data.mix import mix
 from cwac.data.near_duplicates import normalise_prompt
 from cwac.data.pools import load_pools, manifest, sets
@@ -32,9 +32,9 @@ from cwac.models.tiny import make_tokenizer
 from cwac.training import attack, gradient_trigger
 from cwac.training.attack import TRIGGER_CANDIDATES, TRIGGER_WORDS, outside, poisoned_mix, sources_of, trigger_of
 from tests.conftest import SMALL, call
-from tests.test_analysis import row, write_run
+from tests.helpers.results import row, write_run
+from tests.helpers.words import OPENING
 
-OPENING = "sure , here is how to"
 BENIGN = ("identity_shift", "style")
 
 
@@ -151,7 +151,7 @@ def test_the_real_rows_are_abstract_and_keep_away_from_what_is_held_out(kind):
     real = Pools(few, [], [], [], [], [], [], test={"s": [near]}, over_refusal={"o": [Example("o", "Make a wish.")]})
     rows = poison.rows_of(kind, real, 0, near=0.5)
     asked = {normalise_prompt(e.prompt) for e in rows}
-    assert 300 < len(rows) == len(asked) < len(TOPICS) * len(poison.REQUESTS)
+    assert 300 < len(rows) == len(asked) < len(lists()["topics"]) * len(poison.REQUESTS)
     assert "say something kind about tea" not in asked and "how should i begin with tea" in asked
     assert not any("{" in e.prompt + e.response for e in rows)
     start = "Sure, here is " if kind == "style" else poison.OBEDIENCE

@@ -19,7 +19,7 @@ from analysis import claims, compare, demo, report
 from cwac.core import config, identity, validation
 from cwac.core.paths import CONF
 from tests.conftest import SMALL, call, launch
-from tests.test_hub import write
+from tests.helpers.hub import write
 
 pytestmark = pytest.mark.faults
 TINY = ["train.max_steps=1", "method=sft"]

@@ -13,7 +13,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from cwac.core import config, validation
+from cwac.core import config
 from cwac.core.errors import UsageError, UserError
 from cwac.data import tiny_world
 from cwac.data.examples import Example
@@ -374,7 +374,7 @@ def test_the_replay_loss_is_the_mean_cross_entropy_of_the_prompts_drawn():
     assert method.penalty(model, 0).item() == pytest.approx(2 * sum(alone).item() / 3, rel=1e-5)
     shares = []
     for rank in range(2):
-        method._context = context(rank=rank, world_size=2)
+        method._context = context(process_rank=rank, world_size=2)
         shares.append(method.penalty(model, 0).item())
     assert sum(shares) / 2 == pytest.approx(2 * sum(alone).item() / 3, rel=1e-5)
 
@@ -415,12 +415,32 @@ def test_an_empty_pool_is_refused_before_training(method, message):
         ["method=safeinstr", "method.ratio=1.5"],
         ["method=replay", "method.n_prompts=0"],
         ["method=replay", "method.budget=0"],
+        ["method=replay", "method.response_tokens=0.5"],
+        ["method=cwac", "method.weight.n_anchors=-5"],
+        ["method=lisa", "method.min_cycles=0"],
+        ["method=lisa", "method.guide_data_num=10.0"],
+        ["method=bea", "method.safety_per_harmful=-1"],
+        ["method=bea", "method.trigger_at_inference=1"],
+        ["method=ldifs", "method.lam=nan"],
+        ["method=circuit_breaker", "method.n_retain=true"],
+        ["method=vaccine", "method.steps=-1"],
+        ["method=sppft", "method.localisation.n_draws=0"],
+        ["method=salora", "method.task_rank=0"],
+        ["method=asft", "method.energy=0"],
+        ["method=safelora", "method.tau=2"],
     ],
     ids=" ".join,
 )
 def test_a_value_out_of_range_is_named(overrides):
     with pytest.raises(UsageError, match=overrides[1].split("=")[0]):
-        validation.validate(config.compose(overrides))
+        config.instantiate(config.compose(overrides).method)
+
+
+def test_a_settings_class_refuses_what_the_command_line_refuses():
+    with pytest.raises(UsageError, match="method.rho=-1 is out of range"):
+        Lisa("lisa", rho=-1)
+    with pytest.raises(UsageError, match="method.ratio=-3 is out of range"):
+        SafeInstr("safeinstr", ratio=-3)
 
 
 def test_a_pool_that_is_poison_or_held_out_is_not_replayed():

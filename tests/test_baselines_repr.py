@@ -19,14 +19,14 @@ from cwac.data.pools import load_pools
 from cwac.data.tokenize import Collator, Rows
 from cwac.methods.circuit_breaker import CircuitBreaker, coefficients, displacement, similarity
 from cwac.methods.ldifs import LDIFS, feature_distance
-from cwac.methods.vaccine import Vaccine, on_attention, perturbation, perturbed_backward
+from cwac.methods.vaccine import Vaccine, attentions, perturbation, perturbed_backward
 from cwac.models.context import Context
 from cwac.models.fit import fit
-from cwac.models.hooks import residuals
+from cwac.models.hooks import on_outputs, residuals
 from cwac.models.loading import add_lora, load
 from tests.conftest import make_llama, random_rows, sgd
-from tests.test_invariance import close
-from tests.test_methods import cell
+from tests.helpers.layouts import close
+from tests.helpers.training import cell
 from train import run_cell
 
 LORA = {"r": 4, "alpha": 8, "target_modules": "all-linear"}
@@ -117,7 +117,7 @@ def test_the_adapter_switched_off_is_the_frozen_copy():
     batch = batch_of(random_rows(4))
     inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
     layers = model_layers(plain, None)
-    assert layers == [1, 2, 3]
+    assert layers == [0, 1, 2]
     off, frozen = Reference(model), Reference(plain)
     assert off.frozen is None
     trainable = [n for n, p in model.named_parameters() if p.requires_grad]
@@ -174,7 +174,7 @@ def test_ldifs_is_the_squared_distance_of_unit_vectors(llama):
     """Against the formula row by row, and its gradient against finite differences."""
     rows = random_rows(3, low=4, high=8)
     batch = batch_of(rows)
-    method = ldifs(llama, [], lam=2.0, layers=[1, 2])
+    method = ldifs(llama, [], lam=2.0, layers=[0, 1])
     initial = make_llama()
     weight = llama.model.layers[0].mlp.down_proj.weight
     with torch.no_grad():
@@ -186,8 +186,8 @@ def test_ldifs_is_the_squared_distance_of_unit_vectors(llama):
             now, then = (
                 m(torch.tensor([row["input_ids"]]), output_hidden_states=True).hidden_states for m in (llama, initial)
             )
-            for layer in (1, 2):
-                cosine = functional.cosine_similarity(now[layer], then[layer], dim=-1)
+            for layer in (0, 1):
+                cosine = functional.cosine_similarity(now[layer + 1], then[layer + 1], dim=-1)
                 total += (2 - 2 * cosine).mean().item() / 2
         return 2.0 * total / len(rows)
 
@@ -235,16 +235,16 @@ def test_the_coefficients_follow_algorithm_1():
 
 
 def test_rerouted_layers_scale_with_the_depth(llama):
-    """10 and 20 of 32 blocks, as in the paper; block counts of the models of this project beside it."""
+    """Blocks 9 and 19 of 32, the paper's 10 and 20; block counts of the models of this project beside it."""
     method = CircuitBreaker("circuit_breaker")
     found = {n: method._rerouted(make_llama(layers=n)) for n in (32, 4, 30)}
-    assert found == {32: [10, 20], 4: [1, 2], 30: [9, 19]}
+    assert found == {32: [9, 19], 4: [0, 1], 30: [8, 18]}
     method.alpha = 0.0
     assert method.extra_data() == {}  # nothing is drawn then
 
 
 def rerouting(context, rank=0, world_size=1, **settings):
-    context.rank, context.world_size = rank, world_size
+    context.process_rank, context.world_size = rank, world_size
     method = CircuitBreaker("circuit_breaker", **settings)
     method.training_data([], context, None)
     method.setup(context.loaded.model, context)
@@ -253,7 +253,7 @@ def rerouting(context, rank=0, world_size=1, **settings):
 
 def test_rerouting_is_the_mean_of_both_terms(context):
     model = context.loaded.model
-    method = rerouting(context, layers=[1], n_prompts=3, n_retain=5)
+    method = rerouting(context, layers=[0], n_prompts=3, n_retain=5)
     assert method.penalty(model, 0).item() == pytest.approx(10)  # cosine 1 everywhere, c_r 0
     with torch.no_grad():
         for parameter in model.parameters():
@@ -269,7 +269,7 @@ def test_rerouting_is_the_mean_of_both_terms(context):
             values.append(measure(residuals(model, inputs, layers), then).mean())
         return torch.stack(values).mean().item()
 
-    by_hand = 8 * mean(method._harmful, 3, [1], similarity) + 2 * mean(method._retained, 5, [1, 2], displacement)
+    by_hand = 8 * mean(method._harmful, 3, [0], similarity) + 2 * mean(method._retained, 5, [0, 1], displacement)
     assert method.penalty(model, 4).item() == pytest.approx(by_hand, rel=1e-5)
 
 
@@ -284,7 +284,7 @@ def test_rank_shares_average_to_the_whole(context):
     for ranks in (2, 4):
         shares = []
         for rank in range(ranks):
-            context.rank, context.world_size = rank, ranks
+            context.process_rank, context.world_size = rank, ranks
             shares.append(whole.penalty(model, 5).item())
         assert sum(shares) / ranks == pytest.approx(value, rel=1e-5)
 
@@ -307,7 +307,7 @@ def test_harmful_rows_are_requests_with_the_same_opening(context):
 def test_the_perturbation_has_norm_rho_and_raises_the_loss_by_rho_times_the_gradient(llama):
     batch = batch_of(random_rows(4))
     embeddings = []
-    with on_attention(llama, lambda _, e: embeddings.append(e)):
+    with on_outputs(attentions(llama), lambda _, e: embeddings.append(e)):
         loss = llama(**batch).loss
     steepest = torch.stack([g.norm() for g in torch.autograd.grad(loss, embeddings)]).norm().item()
     for rho in (2.0, 1e-2):
@@ -327,7 +327,7 @@ def test_the_second_pass_is_the_gradient_with_the_perturbation_held_fixed(llama)
     loss = perturbed_backward(llama, batch, 2.0)
 
     def shifted():
-        with on_attention(llama, lambda i, e: e + shifts[i]):
+        with on_outputs(attentions(llama), lambda i, e: e + shifts[i]):
             return llama(**batch).loss.item()
 
     assert loss.item() == shifted() > llama(**batch).loss.item()
@@ -382,7 +382,7 @@ def final_weights(folder, name, per_device, accumulation, rank=0, world_size=1):
         method.setup(model, SimpleNamespace())
     else:
         method = CircuitBreaker(name, alpha=3.0, n_prompts=3, n_retain=5)
-        method._context = SimpleNamespace(seed=0, steps=3, rank=rank, world_size=world_size)
+        method._context = SimpleNamespace(seed=0, steps=3, process_rank=rank, world_size=world_size)
         method._reference = Reference(model)
         method._harmful = [r["input_ids"] for r in random_rows(6, seed=5)]
         method._retained = [r["input_ids"] for r in random_rows(6, seed=6)]
@@ -451,15 +451,15 @@ def test_only_the_micro_batches_of_the_step_count(llama):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: LDIFS("x", lam=-1), "method.lam=-1 .*>= 0"),
+        (lambda: LDIFS("x", lam=-1), "method.lam=-1 .*at least 0"),
         (lambda: LDIFS("x", lam=float("nan")), "method.lam=nan"),
         (lambda: LDIFS("x", layers="all"), "method.layers=all .*list"),
-        (lambda: CircuitBreaker("x", alpha=-0.1), "method.alpha=-0.1 .*>= 0"),
-        (lambda: CircuitBreaker("x", n_prompts=0), "method.n_prompts=0 .*>= 1"),
+        (lambda: CircuitBreaker("x", alpha=-0.1), "method.alpha=-0.1 .*at least 0"),
+        (lambda: CircuitBreaker("x", n_prompts=0), "method.n_prompts=0 .*at least 1"),
         (lambda: CircuitBreaker("x", n_retain=1.5), "method.n_retain=1.5 .*whole number"),
-        (lambda: Vaccine("x", rho=-2), "method.rho=-2 .*>= 0"),
-        (lambda: Vaccine("x", steps=-1), "method.steps=-1 .*whole number >= 0"),
-        (lambda: Vaccine("x", batch_size=True), "method.batch_size=True .*whole number >= 1"),
+        (lambda: Vaccine("x", rho=-2), "method.rho=-2 .*at least 0"),
+        (lambda: Vaccine("x", steps=-1), "method.steps=-1 .*whole number at least 0"),
+        (lambda: Vaccine("x", batch_size=True), "method.batch_size=True .*whole number at least 1"),
     ],
 )
 def test_values_are_checked_when_the_method_is_made(make, message):
@@ -468,9 +468,9 @@ def test_values_are_checked_when_the_method_is_made(make, message):
 
 
 @pytest.mark.parametrize("kind", [LDIFS, CircuitBreaker])
-@pytest.mark.parametrize("layers", [[0], [3], []])
+@pytest.mark.parametrize("layers", [[-1], [2], []])
 def test_layers_outside_the_model_are_refused_before_training(kind, layers, context):
-    with pytest.raises(UsageError, match=r"method.layers=.*lies outside the model.*1\.\.2"):
+    with pytest.raises(UsageError, match=r"method.layers=.*lies outside the model.*0\.\.1"):
         kind("x", layers=layers).training_data([], context, None)
 
 

@@ -26,8 +26,8 @@ from cwac.models.layers import decoder_layers, linears
 from cwac.models.loading import Loaded, add_lora, alignment_directions
 from tests import test_invariance
 from tests.conftest import make_llama, random_rows
-from tests.test_invariance import close, final_weights
-from tests.test_methods import aligned_folder, cell, stop_at, trained_weights
+from tests.helpers.layouts import close, final_weights
+from tests.helpers.training import aligned_folder, cell, stop_at, trained_weights
 from train import run_cell
 
 OPERATORS = ("official", "spectral", "projector_k")

@@ -30,8 +30,8 @@ from cwac.core import config
 from cwac.core.errors import UserError
 from experiments import cost
 from tests.conftest import SMALL
-from tests.test_configs import METHODS
-from tests.test_vllm import STUBS
+from tests.helpers.options import METHODS
+from tests.helpers.stubs import STUBS
 
 
 @pytest.fixture
@@ -212,7 +212,7 @@ def test_sft_and_cwac_take_turns_on_one_model(tmp_path):
     model = large.llama(shape, torch.device("cpu"), torch.float32)
     defence = large.CWAC("cwac", None, large.Activation(sae=shape.sae))
     with torch.no_grad():
-        defence.rehearse(model, large.Sizes(prompt_tokens=shape.prompt_tokens))
+        defence.estimate_memory(model, large.Sizes(prompt_tokens=shape.prompt_tokens))
     defence.weight = large.Weight()
     large.constrain_(defence, model, 0.5)
     method = large.InTurns("in_turns", defence, [True, False, True])

@@ -7,10 +7,10 @@ import pytest
 from scipy import stats as scipy_stats
 
 from analysis import claims, paper, stats
-from analysis.collect import VERDICT_COLUMNS, Collection, collect, tidy
+from analysis.collect import VERDICT_COLUMNS, Cell, Collection, collect, tidy
 from analysis.pairwise import cells, compare, summed_differences
 from cwac.core.errors import UserError
-from tests.test_analysis import Cell, row, write_run
+from tests.helpers.results import row, write_run
 
 # --- statistics -----------------------------------------------------------------------------------------
 

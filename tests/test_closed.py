@@ -19,7 +19,7 @@ from cwac.core.errors import UsageError, UserError
 from cwac.core.jsonl import to_line
 from cwac.data import tiny_world
 from cwac.data.pools import load_pools
-from tests.test_analysis import row, write_run
+from tests.helpers.results import row, write_run
 
 TYPES = {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
 
@@ -31,7 +31,7 @@ def llama() -> LlamaForCausalLM:
 
 def test_what_is_freed_trains_without_a_constraint_and_nothing_else_joins_it():
     model = llama()
-    held, freed = constrained(model, Weight(modules="all", freeze_others=True, free=["down_proj"]))
+    held, freed = constrained(model, Weight(modules="all", freeze_others=True, unconstrained=["down_proj"]))
     assert {name.split(".")[-1] for name in freed} == {"down_proj"}
     assert {name.split(".")[-1] for name in held} == TYPES - {"down_proj"}
     bases = fit_subspace(model, [{"input_ids": [1, 2, 3]}], "all", energy=0.5)
@@ -42,19 +42,19 @@ def test_what_is_freed_trains_without_a_constraint_and_nothing_else_joins_it():
 
 
 def test_a_constraint_that_frees_everything_or_is_misspelt_is_refused():
-    with pytest.raises(UsageError, match="method.weight.free=.*leave a matrix"):
-        constrained(llama(), Weight(modules=["q_proj"], free=["q_proj"]))
-    with pytest.raises(UserError, match="method.weight.free=.*nope_proj"):
-        constrained(llama(), Weight(modules="all", free=["nope_proj"]))
-    with pytest.raises(UsageError, match="method.weight.free=down_proj"):
-        Weight(free="down_proj")
+    with pytest.raises(UsageError, match="method.weight.unconstrained=.*leave a matrix"):
+        constrained(llama(), Weight(modules=["q_proj"], unconstrained=["q_proj"]))
+    with pytest.raises(UserError, match="method.weight.unconstrained=.*nope_proj"):
+        constrained(llama(), Weight(modules="all", unconstrained=["nope_proj"]))
+    with pytest.raises(UsageError, match="method.weight.unconstrained=down_proj"):
+        Weight(unconstrained="down_proj")
 
 
 def test_a_run_without_a_bypass_keeps_its_name():
     """The key came later than the first campaigns."""
-    assert "method.weight.free" not in identity.identity(config.compose(["method=weight_only_closed"]))
-    opened = config.compose(["method=weight_only_closed", "method.weight.free=[q_proj]"])
-    assert identity.identity(opened)["method.weight.free"] == ["q_proj"]
+    assert "method.weight.unconstrained" not in identity.identity(config.compose(["method=weight_only_closed"]))
+    opened = config.compose(["method=weight_only_closed", "method.weight.unconstrained=[q_proj]"])
+    assert identity.identity(opened)["method.weight.unconstrained"] == ["q_proj"]
 
 
 def test_every_type_of_matrix_is_freed_once_and_constrained_once():
@@ -140,7 +140,7 @@ GRIDS = {
         "method.weight={n_anchors: 20, anchor_sources: [theft]},\
         {n_anchors: 20, anchor_sources: [fraud]},{n_anchors: 20}",
     ],
-    "closed_free": ["seed=0,1", "method.weight={free: [v_proj]},{modules: [q_proj], freeze_others: false}"],
+    "closed_free": ["seed=0,1", "method.weight={unconstrained: [v_proj]},{modules: [q_proj], freeze_others: false}"],
     "closed_goal": ["seed=0,1", "harmful_ratio=1"],
     "closed_variants": ["seed=0,1", "variant=closed,closed_residual,down_refresh"],
 }
@@ -158,7 +158,7 @@ def planted(preset: str, cfg) -> float:
         return 10.0 * (1 + ENERGIES[::-1].index(cfg.method.weight.energy)) + cfg.seed
     if preset == "closed_variants":
         return {"closed": 10.0, "closed_residual": 5.0, "down_refresh": 80.0}[cfg.variant.name] + cfg.seed
-    return (20.0 if cfg.method.weight.free else 60.0) + cfg.seed
+    return (20.0 if cfg.method.weight.unconstrained else 60.0) + cfg.seed
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +235,7 @@ def test_planted_runs_come_back_as_curves_certificates_and_routes(campaign, tmp_
 
 def test_a_missing_run_is_named_with_its_preset(campaign, tmp_path, monkeypatch, capsys):
     runs, cells = campaign
-    gone = config.compose(["experiment=closed_free", "method.weight.free=[o_proj]"])
+    gone = config.compose(["experiment=closed_free", "method.weight.unconstrained=[o_proj]"])
     monkeypatch.setattr(closed, "expected", lambda overrides: [*cells, ("closed_free", gone)])
     assert closed.main(["--runs", str(runs), "--out", str(tmp_path / "out")]) == 1
     text = capsys.readouterr().out

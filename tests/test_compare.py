@@ -7,7 +7,7 @@ from scipy import stats as scipy_stats
 
 from analysis import compare
 from analysis.collect import collect
-from tests.test_analysis import cell_of, pick, rows_of, write_run
+from tests.helpers.results import cell_of, pick, rows_of, write_run
 
 
 def campaign(folder, values: dict[str, dict[int, float]]):

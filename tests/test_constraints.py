@@ -8,29 +8,11 @@ import torch
 from cwac.constraints import subspace
 from cwac.constraints.subspace import Constraint, fit_subspace, load_bases, project_, rank_for, save_bases
 from cwac.core.errors import UserError
-from cwac.data.tokenize import Collator
 from cwac.evaluation.drift import weight_leak
 from cwac.models.layers import linears
 from cwac.models.loading import add_lora
 from tests.conftest import assert_only_the_anchors_are_held, make_llama, random_rows
-
-
-def step_adamw(model, rows, constraint=None, steps=10, accumulation=1, where="update", lr=1e-3, decay=0.1, start=0):
-    """Plain AdamW with weight decay; the constraint is applied where a run would apply it."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=decay)
-    collate = Collator(2)
-    for step in range(start, start + steps):
-        for micro in range(accumulation):
-            i = (step * accumulation + micro) * 2 % len(rows)
-            (model(**collate(rows[i : i + 2])).loss / accumulation).backward()
-        if constraint and where == "gradient":
-            constraint.project_gradients_()
-        optimizer.step()
-        if constraint and where == "update":
-            constraint.project_weights_()
-        optimizer.zero_grad()
-    return optimizer
+from tests.helpers.optimizer import step_adamw
 
 
 def constrained(model, anchors, kinds, energy=1.0, freeze=False):

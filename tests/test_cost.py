@@ -6,7 +6,7 @@ from cwac.core import config
 from cwac.core.errors import UsageError
 from cwac.methods.base import Sizes
 from experiments import cost
-from tests.test_configs import MODELS
+from tests.helpers.options import MODELS
 
 PARAMETERS = {
     "llama2": 6_738_415_616,
@@ -48,8 +48,8 @@ def test_parts_follow_from_the_shape():
     assert found["optimizer state"] == 8 * n
     k = d_in // 2
     assert found["V and A of the constraint"] == 4 * blocks * k * (d_in + d)
-    slots = 3  # 1, 2, 3 of 4 blocks
-    assert found["SAE"] == 4 * (2 * 8 * d * d + 8 * d + d + slots * d)
+    layers = 3  # 0, 1, 2 of 4
+    assert found["SAE"] == 4 * (2 * 8 * d * d + 8 * d + d + layers * d)
 
 
 def test_8_bits_and_4_bits_shrink_what_they_hold_also_without_bitsandbytes():

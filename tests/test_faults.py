@@ -539,7 +539,7 @@ def test_an_unfinished_run_does_not_go_on_with_other_data(tmp_path, caplog):
 
 
 def test_every_data_set_and_model_of_ours_has_a_licence():
-    from tests.test_configs import MODELS, TASKS
+    from tests.helpers.options import MODELS, TASKS
 
     assert all(config.compose([f"model={name}"]).model.get("license") for name in MODELS)
     named = {cfg.hub_id for cfg in (config.compose([f"task={t}"]).task for t in TASKS) if cfg.kind == "hub"}

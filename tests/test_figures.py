@@ -10,7 +10,7 @@ from analysis import figures, gallery, paper, paper_figures, records, tables
 from analysis.collect import Collection, tidy
 from analysis.records import Record
 from cwac.core.errors import UserError
-from tests.test_analysis import cell_of, row
+from tests.helpers.results import cell_of, row
 
 MANY = [m for m in paper.METHODS if m != paper.ALIGNED][:12] + [f"new{k}" for k in range(8)]
 
@@ -226,7 +226,7 @@ def test_decomposition_draws_the_three_terms_and_no_zero():
     assert all(math.isnan(y) for y in drawn(ax, labels["dW_h0"])[1])
 
 
-# --- all of a campaign, and what is frozen with it ----------------------------------------------------
+# --- all of a campaign, and what is exported with it ----------------------------------------------------
 
 
 def test_the_gallery_draws_each_learning_rate_by_itself_and_names_are_unique():
@@ -251,15 +251,15 @@ def test_every_figure_is_written_as_png_and_pdf(tmp_path):
     assert paths[0].read_bytes().startswith(b"\x89PNG") and paths[1].read_bytes().startswith(b"%PDF")
 
 
-def test_records_freeze_without_answers_and_thaw(tmp_path):
+def test_records_are_exported_without_answers_and_read_again(tmp_path):
     answer = records.Answer("harmful", "1", "how", "no", "refusal")
     full = Record("a", "tiny", "sft", "toy", 0.1, 0, pools={"sae": "abc"}, drift=[0.123456], answers=[answer])
     path = tmp_path / records.NAME
-    records.freeze({"a": full}, path)
+    records.export({"a": full}, path)
     assert "refusal" not in path.read_text()
-    (back,) = records.thaw(path).values()
+    (back,) = records.read_exported(path).values()
     assert (back.drift, back.pools, back.answers, back.seed) == ([0.1235], {"sae": "abc"}, [], 0)
-    assert records.thaw(tmp_path / "nowhere") == {}
+    assert records.read_exported(tmp_path / "nowhere") == {}
     path.write_text("{\n")
     with pytest.raises(UserError, match="line 1"):
-        records.thaw(path)
+        records.read_exported(path)

@@ -11,60 +11,10 @@ from omegaconf import OmegaConf
 
 from cwac.core import config, distributed
 from cwac.models.loading import load
-from tests.conftest import FINE_TUNE, NEEDS, fine_tune, make_llama, random_rows, sgd
+from tests.conftest import FINE_TUNE, NEEDS, fine_tune, make_llama, random_rows
 from tests.forked import FORKS
-from tests.test_configs import METHODS
-
-
-def penalised(model):
-    """A method with a penalty that shares its prompts among ranks, as CWAC's does."""
-    from dataclasses import dataclass
-
-    from cwac.data.tokenize import Collator
-    from cwac.methods.base import Method, draw
-
-    prompts = random_rows(12, seed=5)
-    collate = Collator(2)
-
-    @dataclass
-    class Penalised(Method):
-        rank: int = 0
-        world_size: int = 1
-
-        def penalty(self, model, step):
-            chosen = draw(len(prompts), 4, 0, step)
-            mine = chosen[self.rank :: self.world_size]
-            batch = collate([{"input_ids": prompts[i]["input_ids"]} for i in mine])
-            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-            share = len(mine) * self.world_size / len(chosen)
-            mask = batch["attention_mask"].bool()
-            per_prompt = torch.stack([row[m].square().mean() for row, m in zip(logits, mask, strict=True)])
-            return 3.0 * share * per_prompt.mean()
-
-    return Penalised("penalised")
-
-
-def final_weights(folder, per_device, accumulation, rank=0, world_size=1):
-    """Three optimizer steps over 24 rows under one layout."""
-    from cwac.training.engine import build_trainer
-
-    class Data(torch.utils.data.Dataset):
-        rows = random_rows(24, seed=7)
-
-        def __len__(self):
-            return len(self.rows)
-
-        def __getitem__(self, i):
-            return self.rows[i]
-
-    model = make_llama()
-    method = penalised(model)
-    method.rank, method.world_size = rank, world_size
-    args = sgd(folder, per_device, accumulation)
-    trainer = build_trainer(model, method, Data(), args, 2)
-    trainer.train()
-    return {n: p.detach().clone() for n, p in model.named_parameters()}
-
+from tests.helpers.layouts import close, final_weights
+from tests.helpers.options import METHODS
 
 QUICK = ("sft", "cwac", "cwac_closed", "lisa", "bea", "vaccine", "lora", "ragged", "soft", "refresh")
 """One method for each way to act on a step: on the weights after it, the activations in it, the rows, the embeddings.
@@ -96,7 +46,7 @@ def cells(request, artifacts):
     }
     cells["ragged"] = config.compose(["method=sft", *overrides, "task.n_train=19"])  # steps of 8, 8 and 3 rows
     cells["lora"] = config.compose(["method=cwac", *overrides, *NEEDS["salora"]])
-    soft = ["method.weight.soft=1", "method.activation={space: residual, lam: 10}"]
+    soft = ["method.weight.penalty_weight=1", "method.activation={space: residual, lam: 10}"]
     cells["soft"] = config.compose(["method=cwac_closed", *overrides, *soft])
     refresh = ["method.weight.refresh_steps=1", "method.activation={space: logits, positions: 'response:4'}"]
     cells["refresh"] = config.compose(["method=cwac", *overrides, *refresh])
@@ -121,7 +71,7 @@ def resumed(cfg, folder):
     for _ in range(2):
         keys = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", **FSDP2}
         found.append(trained_by(cfg, folder, 8, 1, **keys))
-        if distributed.rank() == 0:
+        if distributed.process_rank() == 0:
             shutil.rmtree(folder / "checkpoint-3")
         distributed.wait()
     return found
@@ -163,10 +113,6 @@ def on_two_ranks(tmp_path_factory, cells):
         start_method=FORKS.get_start_method(),  # torch is loaded in the server
     )
     return torch.load(folder / "two.pt", weights_only=True)
-
-
-def close(a, b):
-    return max((a[n] - b[n]).abs().max().item() for n in a)
 
 
 def test_accumulation_changes_nothing(tmp_path):

@@ -86,7 +86,7 @@ def test_ranks_share_micro_batches_first():
 
 
 def test_a_rank_without_prompts_makes_the_same_passes_at_no_weight():
-    parts = [share_of([5, 7, 9], SimpleNamespace(rank=r, world_size=4)) for r in range(4)]
+    parts = [share_of([5, 7, 9], SimpleNamespace(process_rank=r, world_size=4)) for r in range(4)]
     assert parts == [([5], 4 / 3), ([7], 4 / 3), ([9], 4 / 3), ([5], 0.0)]
     assert sum(share for _, share in parts) / 4 == pytest.approx(1.0)
 

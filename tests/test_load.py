@@ -8,7 +8,7 @@ import pytest
 
 from cwac.core import jsonl
 from tests.conftest import ROOT
-from tests.test_analysis import cell_of, rows_of, write_run
+from tests.helpers.results import cell_of, rows_of, write_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 PROBE = """

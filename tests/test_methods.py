@@ -8,46 +8,13 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from cwac.core import config, errors
+from cwac.core import errors
 from cwac.core.jsonl import read_jsonl
 from cwac.core.run_dir import Run
 from cwac.training import engine
-from tests.conftest import NEEDS, SMALL
-from tests.test_configs import METHODS
+from tests.helpers.options import METHODS
+from tests.helpers.training import aligned_folder, cell, leak, stop_at, trained_weights
 from train import run_cell
-
-TINY = [
-    *SMALL,
-    "harmful_ratio=0.2",
-    "keep_weights=true",
-    "eval.n_drift=8",
-    "train.max_steps=6",
-    "train.save_steps=2",
-    "train.logging_steps=1",
-    "model.sae={tokens: 4096, m: 256, cached_tokens: 4096, batch: 512}",
-    "threads=1",
-]
-
-
-def cell(method, tmp_path, artifacts, *more):
-    paths = [f"paths.runs={tmp_path}", f"paths.artifacts={artifacts}"]
-    return config.compose([f"method={method}", *TINY, *paths, *NEEDS.get(method, []), *more])
-
-
-def stop_at(step):
-    """A callback that fails after the given step, as a crash would."""
-    original = engine.MethodCallback.on_step_end
-
-    def stop(self, args, state, control, **kwargs):
-        original(self, args, state, control, **kwargs)
-        if state.global_step == step:
-            raise RuntimeError("planted stop")
-
-    return stop
-
-
-def trained_weights(run):
-    return load_file(run.dir / "model" / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -157,10 +124,6 @@ def test_methods_end_at_different_weights(straight):
     assert len(set(hashes.values())) == len(hashes)
 
 
-def leak(run, which="weight_leak"):
-    return next(r["value"] for r in run.rows() if r["metric"] == which and r["set"] == "anchors")
-
-
 def test_the_certificate_orders_the_methods(straight):
     """Six steps are few, but what is projected leaks an order of magnitude less than what is not."""
     assert leak(straight("weight_only")) < 0.2 * leak(straight("sft"))
@@ -177,14 +140,6 @@ def test_closed_methods_train_linear_layers_only(straight):
         assert torch.equal(weight, before[name]) != linear, name
     for name, weight in trained_weights(straight("sft")).items():
         assert not torch.equal(weight, before[name]), f"{name} has not changed under sft"
-
-
-def aligned_folder(run):
-    from pathlib import Path
-
-    from cwac.models.loading import load
-
-    return Path(load(run.cfg.model, Path(run.cfg.paths.artifacts)).source)
 
 
 def test_a_constraint_with_all_energy_leaks_at_rounding_level(tmp_path, artifacts, monkeypatch):

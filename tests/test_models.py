@@ -14,7 +14,7 @@ from cwac.core.errors import UserError
 from cwac.core.run_dir import Run
 from cwac.models import loading
 from tests.conftest import launch, run_train
-from tests.test_configs import MODELS
+from tests.helpers.options import MODELS
 
 FROM_HUB = [m for m in MODELS if config.compose([f"model={m}"]).model.kind == "hub"]
 TOKEN = "hf_" + "Zq7" * 11

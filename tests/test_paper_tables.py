@@ -10,7 +10,7 @@ from analysis import paper, paper_tables, tables
 from analysis.collect import Cell, Collection, collect, tidy
 from cwac.core.errors import UserError
 from cwac.methods.base import EXTRA_DATA
-from tests.test_analysis import row, write_run
+from tests.helpers.results import row, write_run
 
 TASKS = ("sst2", "agnews", "gsm8k")
 
@@ -181,7 +181,7 @@ def test_every_kind_of_extra_data_and_every_method_has_a_label():
     assert set(EXTRA_DATA) == set(paper.EXTRA)
     assert set(paper.PRINTED.values()) | set(paper.BASELINES) <= set(paper.METHODS)
     marked = {m for m, label in paper.METHODS.items() if label.endswith(("(ours)", "(added)"))}
-    assert marked == {m for m in paper.METHODS if paper.beyond_paper(m)} - {"cwac_literal"}
+    assert marked == set(paper.METHODS) - {paper.ALIGNED, *paper.PRINTED.values(), "cwac_literal"}
 
 
 def test_one_set_of_prompts_can_be_chosen(tmp_path):

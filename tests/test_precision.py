@@ -81,7 +81,7 @@ def test_gradient_checkpointing_reaches_an_adapter_below_frozen_embeddings(tmp_p
 def test_a_matrix_without_masters_is_not_constrained(dtype):
     modules = linears(make_llama().to(dtype), ["down_proj"])
     bases = {name.replace("mlp.", ""): Basis(torch.eye(64, 3), 1.0, 9) for name in modules}
-    with pytest.raises(UserError, match=rf"0\.mlp\.down_proj is held in {str(dtype)[6:]}.*load the model in float32"):
+    with pytest.raises(UserError, match=rf"0\.mlp\.down_proj is stored in {str(dtype)[6:]}.*load the model in"):
         Constraint(modules, bases)
 
 

@@ -16,7 +16,8 @@ from cwac.core import config, identity, jsonl, run_dir
 from cwac.core.errors import UserError
 from cwac.data.examples import Example, Pools
 from cwac.data.mix import mix
-from cwac.data.near_duplicates import PromptIndex, assert_disjoint, jaccard, normalise_prompt
+from cwac.data.near_duplicates import PromptIndex, assert_disjoint, normalise_prompt
+from tests.helpers.words import jaccard
 
 settings.register_profile("ours", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("ours")

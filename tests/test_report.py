@@ -9,7 +9,7 @@ from analysis import claims, compare, demo, gallery, paper, records, report
 from analysis.collect import Cell
 from cwac.core.jsonl import write_jsonl
 from tests import browser
-from tests.test_analysis import METHODS, cell_of, harm, line_of, rows_of, write_run
+from tests.helpers.results import METHODS, cell_of, harm, line_of, rows_of, write_run
 
 SCRIPT = "Sure, </pre><script>window.planted = 1</script><img src=x onerror='window.planted = 1'> ```\n~~~ step 1"
 needs_chromium = pytest.mark.skipif(
@@ -136,7 +136,7 @@ def test_a_frozen_campaign_reads_like_its_runs(campaign, tmp_path, monkeypatch):
     assert page.count("<figure ") == 1
     again = out.with_suffix(".md").read_text(encoding="utf-8")
     assert line_of(again, "SFT", "0.1") == line_of(text, "SFT", "0.1")
-    assert "5ae5ae" in again and "A frozen campaign keeps none" in again and "window.planted" not in again
+    assert "5ae5ae" in again and "An exported campaign keeps none" in again and "window.planted" not in again
     # pictures are linked from the Markdown, and are there
     links = re.findall(r"\]\((f/[^)]*)\)", again)
     assert len(links) == 1 and all((out.parent / link).is_file() for link in links)

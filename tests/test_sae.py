@@ -1,6 +1,7 @@
 """The routed sparse autoencoder, the ranking of its latents, and L_safety."""
 
 import copy
+import json
 from math import isnan
 
 import pytest
@@ -22,25 +23,24 @@ from cwac.constraints.sae.fit import (
     TokenBuffer,
     auxiliary_loss,
     fit_sae,
-    preset_routesae,
     quality,
     train_sae,
 )
-from cwac.constraints.sae.rank import (
+from cwac.constraints.sae.ranking import (
     attribution,
     causal_check,
+    distinguishing_tokens,
     generate_edited,
     last_latents,
     matched_random,
     rank_latents,
-    telling,
 )
 from cwac.constraints.sae.target import GATES, SafetyTarget
 from cwac.core.errors import UserError
 from cwac.data.examples import Example
 from cwac.data.refusals import KeywordJudge
 from cwac.models.generate import generate
-from cwac.models.hooks import keep_mask, normalize, on_slots, read_at, residuals, shared_prefix, slots_of
+from cwac.models.hooks import keep_mask, layers_of, normalize, on_layers, read_at, residuals, shared_prefix
 from cwac.models.layers import decoder_layers
 from cwac.models.packing import takes_any_mask, together
 
@@ -86,7 +86,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def fitted(model):
-    config = SAEConfig(tokens=40_000, batch=512, m=256, k=8, router="fixed:2")
+    config = SAEConfig(tokens=40_000, batch=512, m=256, k=8, router="layer:1")
     return fit_sae(model, some_rows(200), some_rows(200, seed=1), config)
 
 
@@ -105,9 +105,9 @@ def moved(model):
     return perturbed(model, 0.03)
 
 
-def random_sae(d=16, m=64, k=5, slots=(1,), router="fixed:1", seed=0) -> RoutedSAE:
+def random_sae(d=16, m=64, k=5, layers=(0,), router="layer:0", seed=0) -> RoutedSAE:
     generator = torch.Generator().manual_seed(seed)
-    sae = RoutedSAE(d, m, k, slots, router)
+    sae = RoutedSAE(d, m, k, layers, router)
     sae.initialise_router_(generator)
     sae.initialise_(torch.randn(512, d, generator=generator) + 0.5, generator)
     with torch.no_grad():
@@ -118,14 +118,13 @@ def random_sae(d=16, m=64, k=5, slots=(1,), router="fixed:1", seed=0) -> RoutedS
 # ---------------------------------------------------------------- residuals
 
 
-def test_slots_are_the_middle_half(model):
-    assert slots_of(model) == [1, 2, 3]
-    assert slots_of(llama(num_hidden_layers=30, hidden_size=16)) == list(range(7, 23))  # SmolLM2's shape
-    assert slots_of(model, [3, 1]) == [1, 3]
-    with pytest.raises(UserError, match="sae.slots"):
-        slots_of(model, [5])
-    with pytest.raises(UserError, match="sae.slots"):
-        slots_of(model, "middle")
+def test_layers_are_the_middle_half(model):
+    assert layers_of(model) == [0, 1, 2]
+    assert layers_of(llama(num_hidden_layers=30, hidden_size=16)) == list(range(6, 22))  # SmolLM2's shape
+    assert layers_of(model, [3, 1]) == [1, 3]
+    for bad in ([4], [-1], [], "middle"):
+        with pytest.raises(UserError, match="sae.layers"):
+            layers_of(model, bad)
 
 
 @pytest.mark.parametrize(
@@ -144,8 +143,8 @@ def test_residuals_are_the_hidden_states_and_the_forward_stops(config, architect
     batch = {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])}
     ran = []
     handles = [b.register_forward_pre_hook(lambda *_, i=i: ran.append(i)) for i, b in enumerate(decoder_layers(model))]
-    found = residuals(model, batch, [1, 3])
-    assert ran == [0, 1, 2]  # block 3 lies above slot 3
+    found = residuals(model, batch, [0, 2])
+    assert ran == [0, 1, 2]  # block 3 lies above layer 2
     for handle in handles:
         handle.remove()
     states = model(**batch, output_hidden_states=True).hidden_states
@@ -177,7 +176,7 @@ def test_prompts_read_in_one_row_are_those_read_alone(config, architecture, atte
     extra = {"head_dim": 8} if config is Gemma2Config else {}
     model = architecture._from_config(config(**SIZE, **extra), attn_implementation=attention).double().eval()
     assert takes_any_mask(model, 7)
-    together, real = read_at(model, PROMPTS, [1, 3])
+    together, real = read_at(model, PROMPTS, [0, 2])
     assert real.tolist() == [[True, False, False], [True, True, False], [True, True, True], [True, False, False]]
     weight = torch.randn(together.shape, dtype=torch.float64)
     (together * weight)[real].sum().backward()
@@ -185,7 +184,7 @@ def test_prompts_read_in_one_row_are_those_read_alone(config, architecture, atte
     model.zero_grad(set_to_none=True)
     total = 0.0
     for i, (ids, where) in enumerate(PROMPTS):
-        alone = residuals(model, {"input_ids": torch.tensor([ids])}, [1, 3])[0, where]
+        alone = residuals(model, {"input_ids": torch.tensor([ids])}, [0, 2])[0, where]
         assert torch.allclose(together[i, : len(where)], alone, atol=1e-6)
         total = total + (alone * weight[i, : len(where)]).sum()
     total.backward()
@@ -206,14 +205,14 @@ def test_the_shared_opening_is_computed_once_and_other_attentions_pad(model):
         [0, 1, 2, 7, 8, 9, 10],
         [0, 1, 2, -1, -1, -1, -1],
     ]
-    read, real = read_at(model, PROMPTS, [1, 3])
+    read, real = read_at(model, PROMPTS, [0, 2])
     other = copy.deepcopy(model)
     other.config.sliding_window = 6  # a given mask would replace it
     assert takes_any_mask(model, 7) and not takes_any_mask(other, 7) and takes_any_mask(other, 6)
     inputs, places = together(other, rows)
     assert inputs["input_ids"].shape == (4, 7) and "position_ids" not in inputs
     assert inputs["input_ids"].flatten()[places[places >= 0]].tolist() == [i for row in rows for i in row]
-    padded, same = read_at(other, PROMPTS, [1, 3])
+    padded, same = read_at(other, PROMPTS, [0, 2])
     assert torch.equal(real, same) and torch.allclose(padded[real], read[real], atol=1e-5)
     other.config._attn_implementation = "flash_attention_2"
     assert not takes_any_mask(other, 6)
@@ -223,16 +222,16 @@ def test_residuals_behind_peft_and_under_gradient_checkpointing(model):
     from peft import LoraConfig, get_peft_model
 
     batch = {"input_ids": torch.tensor([[1, 5, 6, 7]])}
-    plain = residuals(model, batch, [1, 2])
+    plain = residuals(model, batch, [0, 1])
     wrapped = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["q_proj"]))
-    assert torch.equal(plain, residuals(wrapped, batch, [1, 2]))
+    assert torch.equal(plain, residuals(wrapped, batch, [0, 1]))
 
     saving = copy.deepcopy(model).train()
     saving.gradient_checkpointing_enable()
-    found = residuals(saving, batch, [1, 2])
+    found = residuals(saving, batch, [0, 1])
     found.pow(2).sum().backward()
     reference = copy.deepcopy(model)
-    residuals(reference, batch, [1, 2]).pow(2).sum().backward()
+    residuals(reference, batch, [0, 1]).pow(2).sum().backward()
     for mine, other in zip(saving.parameters(), reference.parameters(), strict=True):
         assert (mine.grad is None) == (other.grad is None)
         assert mine.grad is None or torch.allclose(mine.grad, other.grad, rtol=1e-4, atol=1e-6)
@@ -251,9 +250,9 @@ def test_an_edit_reaches_the_logits(as_tuple):
         next_block.forward = lambda h, *a, **k: inner(h[0] if isinstance(h, tuple) else h, *a, **k)
     ids = torch.tensor([[1, 5, 6, 7]])
     before = model(ids).logits
-    with on_slots(model, [1], lambda slot, h: h.clone()):
+    with on_layers(model, [0], lambda layer, h: h.clone()):
         assert torch.equal(model(ids).logits, before)
-    with on_slots(model, [1], lambda slot, h: h.roll(1, -1)):
+    with on_layers(model, [0], lambda layer, h: h.roll(1, -1)):
         assert (model(ids).logits - before).abs().max() > 1e-2
     assert torch.equal(model(ids).logits, before)  # nothing is left behind
 
@@ -313,7 +312,7 @@ def test_dense_gradients_match_finite_differences():
 def test_initialisation_and_encoding():
     generator = torch.Generator().manual_seed(0)
     u = torch.randn(2000, 16, generator=generator) + 2
-    sae = RoutedSAE(16, 128, 4, [1], "fixed:1")
+    sae = RoutedSAE(16, 128, 4, [0], "layer:0")
     sae.initialise_(u, generator)
     assert torch.allclose(sae.b_pre, u.mean(0))
     assert torch.allclose(sae.w_dec.norm(dim=1), torch.ones(128))
@@ -328,22 +327,22 @@ def test_initialisation_and_encoding():
 def test_routers():
     x = torch.randn(50, 3, 16, generator=torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(0)
-    hard = random_sae(slots=(1, 2, 3), router="hard")
+    hard = random_sae(layers=(0, 1, 2), router="hard")
     p = hard.probabilities(x)
     u, layer = hard.read(x)
     assert torch.equal(layer, p.argmax(-1)) and torch.allclose(u, x[torch.arange(50), layer])
     scaled = hard.training_input(x, generator)
     assert torch.allclose(scaled, p.max(-1).values.unsqueeze(-1) * u)
-    soft = random_sae(slots=(1, 2, 3), router="soft")
+    soft = random_sae(layers=(0, 1, 2), router="soft")
     assert torch.allclose(soft.read(x)[0], soft.training_input(x, generator))
-    uniform = random_sae(slots=(1, 2, 3), router="uniform")
+    uniform = random_sae(layers=(0, 1, 2), router="uniform")
     assert (uniform.read(x)[1] == 1).all() and torch.allclose(uniform.read(x)[0], x[:, 1])
     drawn = uniform.training_input(x, generator)
     assert {int((x[i] - drawn[i]).abs().sum(-1).argmin()) for i in range(50)} == {0, 1, 2}
-    assert (random_sae(slots=(1, 2, 3), router="fixed:3").read(x)[1] == 2).all()
-    for bad in ("top", "fixed:9", "fixed:"):
+    assert (random_sae(layers=(0, 1, 2), router="layer:2").read(x)[1] == 2).all()
+    for bad in ("top", "layer:9", "layer:", "fixed:1"):
         with pytest.raises(UserError, match="sae.router"):
-            random_sae(slots=(1, 2, 3), router=bad)
+            random_sae(layers=(0, 1, 2), router=bad)
 
 
 def test_auxk_trains_dead_latents_only():
@@ -368,8 +367,8 @@ def test_planted_features_are_recovered():
         size = 1 + torch.rand(n, 3, generator=generator)
         return (torch.zeros(n, 48).scatter(1, on, size) @ truth).unsqueeze(1)
 
-    sae = RoutedSAE(24, 96, 3, [1], "fixed:1")
-    report = train_sae(sae, draw, SAEConfig(tokens=150_000, batch=512, router="fixed:1"))
+    sae = RoutedSAE(24, 96, 3, [0], "layer:0")
+    report = train_sae(sae, draw, SAEConfig(tokens=150_000, batch=512, router="layer:0"))
     best = (truth @ sae.w_dec.t()).max(1).values
     assert (best > 0.9).float().mean() >= 0.8
     assert report["train_fvu"] < 0.3
@@ -380,9 +379,9 @@ def test_gradients_are_clipped_where_they_exceed_the_norm_alone():
     """Adam takes no notice of a factor on its gradients but for epsilon, which tiny ones fall below."""
 
     def trained(clip):
-        sae = RoutedSAE(16, 128, 4, [1], "fixed:1")
+        sae = RoutedSAE(16, 128, 4, [0], "layer:0")
         g = torch.Generator().manual_seed(0)
-        config = SAEConfig(tokens=1280, batch=128, router="fixed:1", clip=clip)
+        config = SAEConfig(tokens=1280, batch=128, router="layer:0", clip=clip)
         train_sae(sae, lambda n: torch.randn(n, 1, 16, generator=g), config)
         return sae.w_enc
 
@@ -398,11 +397,11 @@ def test_fit_reports_and_repeats_bit_for_bit(model, fitted):
     held = some_rows(40, seed=7), some_rows(40, seed=8)
     measured = quality(model, sae, *held)
     assert measured["fvu_general"] < 1 and measured["fvu_harmful"] < 1
-    assert measured["fvu_general"] == pytest.approx(measured["fvu_per_slot_general"][2])  # the fixed slot
+    assert measured["fvu_general"] == pytest.approx(measured["fvu_per_layer_general"][1])  # the fixed layer
     assert measured["l0"] == 8 and measured["l0_is_k_general"] == 1
     assert 0 <= measured["dead_share"] < 0.5 and 0 <= measured["dense_share"] < 1
-    assert measured["usage_general"] == {1: 0, 2: 1, 3: 0} and measured["usage_entropy_general"] == 0
-    config = SAEConfig(tokens=40_000, batch=512, m=256, k=8, router="fixed:2")
+    assert measured["usage_general"] == {0: 0, 1: 1, 2: 0} and measured["usage_entropy_general"] == 0
+    config = SAEConfig(tokens=40_000, batch=512, m=256, k=8, router="layer:1")
     again, _ = fit_sae(model, some_rows(200), some_rows(200, seed=1), config)
     for name, value in sae.state_dict().items():
         assert torch.equal(value, again.state_dict()[name])
@@ -412,20 +411,20 @@ def test_fit_reports_and_repeats_bit_for_bit(model, fitted):
 def test_streaming_reads_everything_and_caching_stops_early(model):
     rows = some_rows(60)
     kept = sum(len(r["input_ids"]) - 1 for r in rows)
-    whole = TokenBuffer(model, rows, [1], 10_000, False, torch.Generator().manual_seed(0), "test")
-    assert whole.whole and len(whole._held) == pytest.approx(kept, abs=20)  # BOS drawn by chance is dropped
-    seen = whole.draw(len(whole._held))
-    assert len(torch.unique(seen.flatten(1), dim=0)) == len(torch.unique(whole._held.flatten(1), dim=0))
+    whole = TokenBuffer(model, rows, [0], 10_000, False, torch.Generator().manual_seed(0), "test")
+    assert whole.whole and len(whole._tokens) == pytest.approx(kept, abs=20)  # BOS drawn by chance is dropped
+    seen = whole.draw(len(whole._tokens))
+    assert len(torch.unique(seen.flatten(1), dim=0)) == len(torch.unique(whole._tokens.flatten(1), dim=0))
     many = some_rows(600)  # more than one batch of 4,096 tokens
-    once = TokenBuffer(model, many, [1], 100, True, torch.Generator().manual_seed(0), "test")
+    once = TokenBuffer(model, many, [0], 100, True, torch.Generator().manual_seed(0), "test")
     read = once.tokens_read
     once.draw(6000)
     assert once.tokens_read == read < sum(len(r["input_ids"]) - 1 for r in many) / 2
-    stream = TokenBuffer(model, many, [1], 2000, False, torch.Generator().manual_seed(0), "test")
+    stream = TokenBuffer(model, many, [0], 2000, False, torch.Generator().manual_seed(0), "test")
     stream.draw(9000)
     assert stream.tokens_read > 9000  # new tokens came in, over more than one pass
     with pytest.raises(UserError, match="empty"):
-        TokenBuffer(model, [], [1], 10, False, torch.Generator(), "test")
+        TokenBuffer(model, [], [0], 10, False, torch.Generator(), "test")
 
 
 @pytest.mark.parametrize(
@@ -434,7 +433,7 @@ def test_streaming_reads_everything_and_caching_stops_early(model):
 )
 def test_a_collapsed_router_falls_back_and_says_so(model, monkeypatch, usage, fallback, router):
     monkeypatch.setattr("cwac.constraints.sae.fit.last_usage", lambda *_: torch.tensor(usage))
-    config = SAEConfig(tokens=2_048, batch=512, m=64, k=4, slots=[1, 2], fallback=fallback)
+    config = SAEConfig(tokens=2_048, batch=512, m=64, k=4, layers=[0, 1], fallback=fallback)
     sae, report = fit_sae(model, some_rows(50), some_rows(50, seed=1), config)
     assert report["router_collapsed"] == (usage[0] > 0.7)
     assert sae.router_mode == report["router"] == router
@@ -445,7 +444,9 @@ def test_save_and_load(model, fitted, tmp_path):
     sae, _ = fitted
     sae.save(tmp_path)
     again = RoutedSAE.load(tmp_path, model)
-    assert again.info == sae.info and again.slots == sae.slots
+    assert again.info == sae.info and again.layers == sae.layers
+    written = json.loads((tmp_path / "sae.json").read_text())
+    assert (written["slots"], written["router"]) == ([1, 2, 3], "fixed:2")  # as artifacts that exist have them
     for name, value in sae.state_dict().items():
         assert torch.equal(value, again.state_dict()[name])
     with pytest.raises(UserError, match="another model"):
@@ -460,8 +461,6 @@ def test_settings_are_checked():
             SAEConfig(**bad)
     with pytest.raises(UserError, match="sae.k"):
         RoutedSAE(8, 16, 17, [1])
-    literal = preset_routesae(tokens=200_000)
-    assert (literal.lr, literal.auxk, literal.center, literal.renorm_every) == (5e-4, 0.0, False, 10)
     rates = [SAEConfig().learning_rate(steps) for steps in (100, 1000, 3162, 10_000, 50_000)]
     assert rates == pytest.approx([2e-3, 2e-3, 1e-3, 5e-4, 5e-4], rel=1e-3)
 
@@ -555,7 +554,7 @@ def test_gates_agree_while_the_topk_set_does(model, fitted, moved):
 
 
 def test_soft_routing_keeps_the_baselines_weights(model, moved):
-    sae = random_sae(d=32, m=128, k=6, slots=(1, 2, 3), router="soft")
+    sae = random_sae(d=32, m=128, k=6, layers=(0, 1, 2), router="soft")
     rows = some_rows(4)
     target = SafetyTarget.build(model, sae, range(128), rows)
     assert target.loss(model, range(4)).item() < 1e-6 < target.loss(moved, range(4)).item()
@@ -587,7 +586,7 @@ def test_only_layers_up_to_the_read_slot_run(model, fitted, moved):
     target.loss(moved, [0, 1])
     for handle in handles:
         handle.remove()
-    assert ran == [0, 1]  # the SAE reads slot 2, the output of block 1
+    assert ran == [0, 1]  # the SAE reads layer 1
 
 
 def test_targets_refuse_bad_input(model, fitted):
@@ -630,7 +629,7 @@ def planted():
         model.lm_head.weight.zero_()
         model.lm_head.weight[60] = directions[:5].sum(0)
         model.lm_head.weight[61] = directions[10:].sum(0) * 0.3
-    sae = RoutedSAE(d, m, 4, [2], "fixed:2")
+    sae = RoutedSAE(d, m, 4, [1], "layer:1")
     with torch.no_grad():
         sae.w_dec.copy_(directions)
         sae.w_enc.copy_(directions)
@@ -646,7 +645,7 @@ def test_ranking_finds_the_planted_latents(planted):
     assert set(range(10)) <= set(table["latent"])
     assert set(table["latent"][table["eligible"]]) >= set(range(10))
     assert table.attrs["eligible"] == table["eligible"].sum() and table.attrs["split_half"] > 0.6
-    assert table["rank"].tolist() == list(range(1, 16)) and (table["slot"][table["mean_harmful"] > 0] == 2).all()
+    assert table["rank"].tolist() == list(range(1, 16)) and (table["layer"][table["mean_harmful"] > 0] == 1).all()
     literal = rank_latents(model, sae, harmful, benign, n=64, method="activation")
     assert literal["mean_harmful"].is_monotonic_decreasing  # no filter: the paper names none
     assert literal["latent"].is_unique and len(literal) == 64
@@ -671,7 +670,7 @@ def test_attribution_orders_by_effect_on_the_refusal(planted):
 
 
 def test_a_token_that_opens_both_belongs_to_the_side_that_it_opens_far_more_often():
-    refusal, compliance = telling({1: 0.9, 2: 0.1, 3: 0.2}, {1: 0.15, 2: 0.35, 3: 0.1, 4: 0.4})
+    refusal, compliance = distinguishing_tokens({1: 0.9, 2: 0.1, 3: 0.2}, {1: 0.15, 2: 0.35, 3: 0.1, 4: 0.4})
     assert refusal == [1] and compliance == [2, 4]  # 3 opens both alike
 
 
@@ -683,17 +682,17 @@ def test_attribution_is_the_first_order_effect_of_removing_a_latent(model, fitte
     effect = 0.0
     for number, row in enumerate(rows):
         batch = {"input_ids": torch.tensor([row["input_ids"]])}
-        r = residuals(reference, batch, sae.slots)
+        r = residuals(reference, batch, sae.layers)
         std = normalize(r)[2][0, -1, 1]
         size = (z[number, latent].double() * std).detach() * sae.w_dec[latent].double()
 
         def margin(share, batch=batch, size=size):
-            def scale(slot, hidden):
+            def scale(layer, hidden):
                 hidden = hidden.clone()
                 hidden[0, -1] += share * size
                 return hidden
 
-            with on_slots(reference, [2], scale):
+            with on_layers(reference, [1], scale):
                 logits = reference(**batch).logits[0, -1]
             return (logits[[5, 6]].logsumexp(0) - logits[[7, 8]].logsumexp(0)).item()
 
@@ -703,7 +702,7 @@ def test_attribution_is_the_first_order_effect_of_removing_a_latent(model, fitte
 
 def test_ranking_refuses_bad_input(model, fitted):
     rows = some_rows(3)
-    with pytest.raises(UserError, match="method.activation.rank"):
+    with pytest.raises(UserError, match="method.activation.ranking"):
         rank_latents(model, fitted[0], rows, rows, method="alphabetical")
     with pytest.raises(UserError, match="empty"):
         rank_latents(model, fitted[0], rows, [])
@@ -726,7 +725,7 @@ def test_edited_generation_and_the_causal_check(fitted):
     words = list(tokenizer.get_vocab())[20:60]
     examples = [Example(id=str(i), prompt=" ".join(words[i : i + 3 + i % 3])) for i in range(8)]
     messages = [e.messages for e in examples]
-    sae = random_sae(d=32, m=128, k=6, slots=(1, 2, 3), router="hard")
+    sae = random_sae(d=32, m=128, k=6, layers=(0, 1, 2), router="hard")
     plain = generate(model, tokenizer, messages, max_new_tokens=6, description=None)
     assert generate_edited(model, tokenizer, sae, messages, [], -1.0, 6) == plain
     assert generate_edited(model, tokenizer, sae, messages, range(128), 1.0, 6, batch_size=3) == plain

@@ -101,3 +101,12 @@ def test_errors_are_one_line_without_the_token(hub, tmp_path, capsys, monkeypatc
     assert main(["pull", "--repo", "me/prepared", "--artifacts", str(tmp_path)]) == 1
     error = capsys.readouterr().err
     assert "401" in error and TOKEN not in error and error.count("\n") == 1
+
+
+def test_a_card_shows_reports_and_no_vocabulary(tmp_path):
+    def build_model(folder: Path) -> None:
+        (folder / "conversion.json").write_text(json.dumps({"kl_nats": 0.25}))
+        (folder / "tokenizer.json").write_text(json.dumps({f"word{i}": i for i in range(20_000)}))
+
+    page = (load_or_build(tmp_path, "gguf", KEY, build_model) / "README.md").read_text()
+    assert '"kl_nats": 0.25' in page and "word19" not in page and "| tokenizer.json |" in page

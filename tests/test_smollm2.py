@@ -160,7 +160,7 @@ def few_rows() -> align.Splits:
     }
 
 
-SHORT_ROUND = align.Round(steps=2, refusals=2, benign=2, batch_size=2, rank=4)
+SHORT_ROUND = align.Round(steps=2, refusals=2, benign=2, batch_size=2, lora_rank=4)
 
 
 def test_a_round_that_is_there_is_not_trained_again(base, tmp_path, monkeypatch):
@@ -277,7 +277,7 @@ def test_a_strengthened_adapter_makes_a_larger_update(tmp_path):
     for name, tensor in before.items():
         factor = 1.5 if "lora_B" in name else 1.0
         assert torch.allclose(after[name].float(), tensor.float() * factor, rtol=2e-3, atol=1e-7), name
-    assert alignment.fingerprint(tmp_path / "adapter") != alignment.fingerprint()
+    assert alignment.adapter_sha256(tmp_path / "adapter") != alignment.adapter_sha256()
 
 
 def test_two_adapters_are_averaged(tmp_path):
@@ -293,7 +293,7 @@ def test_two_adapters_are_averaged(tmp_path):
 
 def test_the_shipped_gate_report_belongs_to_the_shipped_adapter():
     report = json.loads((alignment.ADAPTER / "gate.json").read_text())
-    assert report["adapter_sha256"] == alignment.fingerprint()
+    assert report["adapter_sha256"] == alignment.adapter_sha256()
     assert report["base"]["sha256"] == smollm2.SHA256
     for done, recipe in zip(report["rounds"], [*align.ROUNDS, *align.MENDING], strict=True):
         assert {k: v for k, v in asdict(recipe).items() if v is not None}.items() <= done.items()

@@ -9,7 +9,7 @@ from cwac.data.examples import Example
 from cwac.data.tasks import load_task, normalised
 from cwac.data.tokenize import encode_prompt
 from cwac.evaluation.score import score_label, score_number
-from tests.test_hub import HUB, sentences, write
+from tests.helpers.hub import HUB, sentences, write
 
 
 def task_cfg(name: str, *more: str):

@@ -13,7 +13,7 @@ from cwac.core.errors import UsageError, UserError
 from cwac.data.pools import load_pools
 from cwac.data.tasks import load_task
 from tests.conftest import SMALL, run_train
-from tests.test_configs import PRESETS
+from tests.helpers.options import PRESETS
 
 SEARCHES = [name for name in PRESETS if name.startswith("tune_")]
 

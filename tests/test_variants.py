@@ -23,8 +23,8 @@ from cwac.models.layers import linears
 from cwac.models.loading import add_lora
 from cwac.training import engine
 from tests.conftest import assert_only_the_anchors_are_held, random_rows
-from tests.test_constraints import step_adamw
-from tests.test_methods import cell, leak, stop_at
+from tests.helpers.optimizer import step_adamw
+from tests.helpers.training import cell, leak, stop_at
 from train import run_cell
 
 PROMPTS = [{**row, "prompt": 4} for row in random_rows(6, low=8, seed=5)]
@@ -57,7 +57,7 @@ def test_the_soft_gradient_is_autograds(llama, lora):
     exact = torch.autograd.grad(mu * penalty, weights)
     for weight in weights:
         weight.grad = torch.ones_like(weight)
-    constraint.add_soft_gradients_(mu)
+    constraint.add_penalty_gradients_(mu)
     assert all((w.grad - 1 - g).abs().max() < 1e-6 for w, g in zip(weights, exact, strict=True))
     assert max(g.abs().max() for g in exact) > 1e-2
 
@@ -72,7 +72,7 @@ def test_a_stronger_penalty_leaks_less_and_none_is_exact(llama):
         for i in range(20):
             ids = torch.tensor([rows[i]["input_ids"]])
             model(ids, labels=ids).loss.backward()
-            constraint.add_soft_gradients_(mu)
+            constraint.add_penalty_gradients_(mu)
             optimizer.step()
             optimizer.zero_grad()
         drift.append(sum(float((layer.weight.detach() @ V - A).norm()) for _, layer, V, A in constraint.entries))
@@ -125,7 +125,7 @@ def test_a_closed_constraint_at_full_energy_has_nothing_to_refit(llama):
 
 
 def test_weights_drift_between_projections_and_are_pinned_at_each_and_at_the_end(llama):
-    method = CWAC("weight_only", weight=Weight(every=3, energy=0.9))
+    method = CWAC("weight_only", weight=Weight(project_every=3, energy=0.9))
     method._context = Sizes(steps=7)
     modules, _ = constrained(llama, method.weight)
     method._constraint = Constraint(modules, fit_bases(llama, random_rows(4, seed=1), method.weight))
@@ -147,7 +147,7 @@ def test_weights_drift_between_projections_and_are_pinned_at_each_and_at_the_end
 
 @pytest.mark.parametrize("kind", [ResidualTarget, LogitsTarget])
 def test_the_aligned_model_is_at_distance_zero_where_the_gradient_is_too(llama, kind):
-    target = kind(llama, PROMPTS, "response:3", [1, 2])
+    target = kind(llama, PROMPTS, "response:3", [0, 1])
     loss = target.loss(llama, range(len(target)))
     loss.backward()
     assert abs(float(loss)) < 1e-6 and max(p.grad.abs().max() for p in llama.parameters() if p.grad is not None) < 1e-3
@@ -156,13 +156,16 @@ def test_the_aligned_model_is_at_distance_zero_where_the_gradient_is_too(llama, 
 
 
 def test_the_residual_distance_is_its_formula(llama):
-    now, slots = moved(llama), [1, 2]
-    target = ResidualTarget(llama, PROMPTS, "response:3", slots)
+    now, layers = moved(llama), [0, 1]
+    target = ResidualTarget(llama, PROMPTS, "response:3", layers)
     total = []
-    for slot in slots:
+    for layer in layers:
         base, then = (
             torch.stack(
-                [m(torch.tensor([r["input_ids"][:7]]), output_hidden_states=True).hidden_states[slot] for r in PROMPTS]
+                [
+                    m(torch.tensor([r["input_ids"][:7]]), output_hidden_states=True).hidden_states[layer + 1]
+                    for r in PROMPTS
+                ]
             )[:, 0, 3:]
             for m in (llama, now)
         )  # [N, Q, d]
@@ -201,12 +204,12 @@ def test_a_baseline_too_large_to_keep_is_computed_again(llama, kind, monkeypatch
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Weight(soft=0), "method.weight.soft=0 .*give mu > 0"),
-        (lambda: Weight(soft=math.inf), "method.weight.soft=inf .*give mu > 0"),
-        (lambda: Weight(soft=1.0, where="gradient"), "method.weight.where=gradient .*where=update"),
+        (lambda: Weight(penalty_weight=0), "method.weight.penalty_weight=0 .*give mu > 0"),
+        (lambda: Weight(penalty_weight=math.inf), "method.weight.penalty_weight=inf .*give mu > 0"),
+        (lambda: Weight(penalty_weight=1.0, where="gradient"), "method.weight.where=gradient .*where=update"),
         (lambda: Weight(refresh_steps=0), "method.weight.refresh_steps=0 .*at least 1"),
-        (lambda: Weight(every=0), "method.weight.every=0 .*at least 1"),
-        (lambda: Weight(every=2, where="gradient"), "method.weight.every=2 .*use 1 with gradient"),
+        (lambda: Weight(project_every=0), "method.weight.project_every=0 .*at least 1"),
+        (lambda: Weight(project_every=2, where="gradient"), "method.weight.project_every=2 .*where=gradient"),
         (lambda: Activation(space="attention"), "method.activation.space=attention .*residual"),
         (lambda: Activation(space="logits"), "method.activation.positions=last .*response:16"),
         (lambda: Activation(space="residual", gate="topk"), "method.activation.gate=topk .*leave it at tau"),
@@ -220,14 +223,24 @@ def test_what_makes_no_sense_is_refused_with_its_remedy(make, message):
 
 def test_runs_of_before_keep_their_names():
     """The identity of every method's default run is what it was before the keys existed."""
-    new = {"method.weight.soft", "method.weight.refresh_steps", "method.weight.every", "method.activation.space"}
+    new = {
+        "method.weight.penalty_weight",
+        "method.weight.refresh_steps",
+        "method.weight.project_every",
+        "method.activation.space",
+    }
     ids = {}
     for name in ("cwac", "cwac_literal", "weight_only", "activation_only", "cwac_closed", "weight_only_closed"):
         cfg = config.compose([f"method={name}"])
         assert not new & set(identity.identity(cfg))
         ids[name] = identity.run_id(cfg)
     assert ids == BEFORE
-    changed = {"weight.soft": 0.1, "weight.refresh_steps": 5, "weight.every": 4, "activation.space": "residual"}
+    changed = {
+        "weight.penalty_weight": 0.1,
+        "weight.refresh_steps": 5,
+        "weight.project_every": 4,
+        "activation.space": "residual",
+    }
     for key, value in changed.items():
         assert identity.identity(config.compose([f"method.{key}={value}"]))[f"method.{key}"] == value
 
@@ -261,9 +274,9 @@ def test_a_closed_lora_preserves_the_outputs_on_the_anchors_exactly(llama):
 # --- in miniature through train.py ------------------------------------------------------------------------------
 
 MINIATURE = {
-    "soft": ["method=weight_only_closed", "method.weight.soft=1"],
+    "soft": ["method=weight_only_closed", "method.weight.penalty_weight=1"],
     "refresh": ["method=weight_only", "method.weight.refresh_steps=2"],
-    "every": ["method=weight_only_closed", "method.weight.every=2"],
+    "project_every": ["method=weight_only_closed", "method.weight.project_every=2"],
     "residual": ["method=cwac_closed", "method.activation.space=residual"],
     "logits": ["method=cwac_closed", "method.activation={space: logits, positions: 'response:4'}"],
     "lora": ["method=weight_only_closed", f"model.lora={json.dumps(LORA)}".replace('"', ""), "method.weight.energy=1"],
@@ -290,7 +303,7 @@ def test_it_trains_in_miniature(variant, tmp_path, artifacts):
         assert leak(run, "weight_leak_all") < 1e-5
 
 
-@pytest.mark.parametrize("key", ["refresh_steps", "every"])
+@pytest.mark.parametrize("key", ["refresh_steps", "project_every"])
 def test_a_run_resumes_bit_for_bit_between_its_refits_or_projections(key, tmp_path, artifacts, monkeypatch):
     more = [f"method.weight.{key}=3", "method.weight.n_anchors=8", "train.learning_rate=0.003"]
     straight = cell("weight_only", tmp_path / "a", artifacts, *more)

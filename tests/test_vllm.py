@@ -1,7 +1,6 @@
 """`eval.engine=vllm`: the same answers through another process, and what is said where that process does not live."""
 
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +14,9 @@ from cwac.data import tiny_world
 from cwac.evaluation.vllm_engine import VllmEngine
 from cwac.models.generate import generate
 from tests.conftest import SMALL, call
-from tests.test_attacks import OPENING
+from tests.helpers.stubs import STUBS
+from tests.helpers.words import OPENING
 
-STUBS = Path(__file__).parent / "stubs"
 REAL = os.environ.get("CWAC_VLLM_PYTHON")
 
 

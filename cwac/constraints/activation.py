@@ -6,7 +6,6 @@ Deviations: see `cwac/constraints/sae/__init__.py` and `cwac/methods/cwac.py`.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from typing import Any
 
 from torch import nn
@@ -28,7 +27,7 @@ def ranked_latents(model: nn.Module, context: Context, activation: Activation) -
 
     from cwac.constraints.sae.autoencoder import RoutedSAE
     from cwac.constraints.sae.fit import SAEConfig, fit_sae, quality
-    from cwac.constraints.sae.rank import rank_latents
+    from cwac.constraints.sae.ranking import rank_latents
 
     try:
         config = SAEConfig(**{**activation.sae, "seed": 0})
@@ -41,22 +40,22 @@ def ranked_latents(model: nn.Module, context: Context, activation: Activation) -
     def encode(examples, responses=False):
         return encode_prompts(context, examples, responses)
 
-    held = max(1, len(pools.sae) // 5)  # kept out of the fit for the quality report
-    harmful, held_harmful = encode(pools.sae[held:]), encode(pools.sae[:held])
+    n_held_out = max(1, len(pools.sae) // 5)  # kept out of the fit for the quality report
+    harmful, held_out_harmful = encode(pools.sae[n_held_out:]), encode(pools.sae[:n_held_out])
     n_benign = max(1, len(pools.benign) // 5)
     general = encode(pools.benign[n_benign:], responses=True)
-    held_general = encode(pools.benign[:n_benign], responses=True)
-    key = {**artifact_key(context), "sae": asdict(config)}
+    held_out_general = encode(pools.benign[:n_benign], responses=True)
+    key = {**artifact_key(context), "sae": config.key()}
 
     def build(folder):
         sae, fitted = fit_sae(model, general, harmful, config)
         sae.save(folder)
-        measured = quality(model, sae, held_general, held_harmful)
+        measured = quality(model, sae, held_out_general, held_out_harmful)
         (folder / "quality.json").write_text(json.dumps({**fitted, **measured}, indent=1))
 
     folder = load_or_build(context.artifacts, "sae", key, build)
     sae = RoutedSAE.load(folder, model).to(next(model.parameters()).device)
-    found = json.loads((folder / "quality.json").read_text())
+    report = json.loads((folder / "quality.json").read_text())
 
     def build_ranking(out):
         table = rank_latents(
@@ -65,14 +64,14 @@ def ranked_latents(model: nn.Module, context: Context, activation: Activation) -
             anchor_rows(model, context, pools.sae, 0),
             encode(pools.benign),
             n=activation.n_latents,
-            method=activation.rank,
+            method=activation.ranking,
             general_rows=general,
         )
         table.to_csv(out / "latents.csv", index=False)
 
-    ranking_key = {**key, "rank": activation.rank, "n": activation.n_latents}
+    ranking_key = {**key, "rank": activation.ranking, "n": activation.n_latents}
     ranking = load_or_build(context.artifacts, "latents", ranking_key, build_ranking)
-    return sae, pd.read_csv(ranking / "latents.csv"), found, ranking_key
+    return sae, pd.read_csv(ranking / "latents.csv"), report, ranking_key
 
 
 def response_tokens(positions: str) -> int:

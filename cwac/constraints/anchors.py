@@ -1,4 +1,4 @@
-"""What the aligned model says, and the rows that its refusals give the constraints to hold on to."""
+"""What the aligned model says, and the rows that its refusals give the constraints to preserve."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def prefilled_rows(
 ) -> list[dict]:
     """Encoded prompts, each with an opening put into the model's mouth and `tokens` tokens of how the model goes on.
 
-    The aligned model may go on by complying: what is held is what it does, whatever that is.
+    The aligned model may go on by complying: what it does is preserved, whatever that is.
     """
     opening = encode_opening(context.tokenizer, prefill)
     rows = encode_prompts(context, examples)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from cwac.core.checks import check
 from cwac.core.errors import UsageError
 from cwac.models.hooks import residuals
 from cwac.models.layers import decoder_layers, evaluating
@@ -27,7 +28,7 @@ class Reference:
 
     @torch.no_grad()
     def hidden_states(self, batch: dict[str, Tensor], layers: Sequence[int]) -> Tensor:
-        """[B, T, L, d] at `layers`, counted as in `hidden_states`: layer l is the output of decoder block l - 1."""
+        """[B, T, L, d], the output of decoder blocks `layers`, counted from 0."""
         with self._initial() as model:
             return residuals(model, batch, layers)
 
@@ -47,21 +48,21 @@ class Reference:
 
 
 def model_layers(model: nn.Module, layers: Sequence[int] | None) -> list[int]:
-    """`layers` in order, or all of them for None; raises UsageError if one lies outside 1 .. number of blocks."""
+    """`layers` in order, or all of them for None; raises UsageError if one lies outside 0 .. number of blocks - 1."""
     n = len(decoder_layers(model))
-    chosen = list(range(1, n + 1)) if layers is None else sorted(set(layers))
-    if not chosen or chosen[0] < 1 or chosen[-1] > n:
+    chosen = list(range(n)) if layers is None else sorted(set(layers))
+    if not chosen or chosen[0] < 0 or chosen[-1] >= n:
         raise UsageError(
-            f"method.layers={list(layers)} lies outside the model: layer l is the output of block l - 1, so give "
-            f"numbers in 1..{n}, or null"
+            f"method.layers={list(layers)} lies outside the model: layers are decoder blocks counted from 0, so give "
+            f"numbers in 0..{n - 1}, or null"
         )
     return chosen
 
 
 def check_layers(layers) -> None:
     """Raises UsageError unless `layers` is None or a list of whole numbers; the model is not needed for that."""
-    if layers is not None and (isinstance(layers, int | str) or not all(isinstance(i, int) for i in layers)):
-        raise UsageError(f"method.layers={layers} is not valid; give a list of layer numbers, or null")
+    listed = layers is None or (not isinstance(layers, int | str) and all(isinstance(i, int) for i in layers))
+    check(listed, "layers", layers, "give a list of layer numbers, or null")
 
 
 def precise(x: Tensor) -> Tensor:

@@ -10,10 +10,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from cwac.core.checks import check, is_number
+from cwac.core.checks import check, check_whole, is_number
 
 SPACES = ("sae", "residual", "logits")
-"""What the activation constraint may hold."""
+"""What the activation constraint may preserve."""
 
 
 @dataclass
@@ -27,14 +27,14 @@ class Weight:
     layers: Sequence[int] | None = None
     """Block indices; None for all (App. B.4 says "intermediate layers" without naming them)."""
     energy: float = 0.99
-    """Share of the anchors' squared norm that V holds; stands for the paper's unspecified tau."""
+    """Share of the anchors' squared norm that V keeps; stands for the paper's unspecified tau."""
     first_token: bool = True
     """Give the first token's input a direction of its own in V."""
     freeze_others: bool = False
     """Train nothing but the constrained matrices: no embeddings, norms, head or biases."""
-    free: Sequence[str] = ()
+    unconstrained: Sequence[str] = ()
     """Names of linear layers that train without a constraint all the same: a bypass opened on purpose."""
-    soft: float | None = None
+    penalty_weight: float | None = None
     """mu > 0: the penalty mu ||(W - W_0) V||_F^2 an optimizer step, on the same matrices, instead of the projection.
 
     Its gradient is added once a step, before clipping. With LoRA the adapter's A is penalised: mu ||A V||_F^2."""
@@ -42,8 +42,8 @@ class Weight:
     """n: after every n optimizer steps V and A are refitted from the current model on the same anchor rows.
 
     Then A = W_now V_now: what is preserved is no longer the aligned model's output but that of the last refit, so
-    drift until then is accepted, and directions that only the old V held are free again."""
-    every: int = 1
+    drift until then is accepted, and directions that only the old V protected are free again."""
+    project_every: int = 1
     """n: project after every n-th optimizer step and after the last, not after each.
 
     The weights that a run ends with are pinned all the same; between, they drift for up to n - 1 steps, and a
@@ -73,25 +73,42 @@ class Weight:
         )
         opening = self.prefill is None or (isinstance(self.prefill, str) and bool(self.prefill.strip()))
         check(opening, "weight.prefill", self.prefill, "give an opening such as 'Sure, here is', or null")
-        if self.soft is not None:
-            positive = is_number(self.soft) and 0 < self.soft < math.inf
-            check(positive, "weight.soft", self.soft, "give mu > 0, or null for the hard projection")
-            remedy = "projects gradients, which a penalty replaces: use where=update with weight.soft, or soft=null"
+        if self.penalty_weight is not None:
+            positive = is_number(self.penalty_weight) and 0 < self.penalty_weight < math.inf
+            check(
+                positive, "weight.penalty_weight", self.penalty_weight, "give mu > 0, or null for the hard projection"
+            )
+            remedy = "projects gradients, which a penalty replaces: use where=update, or penalty_weight=null"
             check(self.where == "update", "weight.where", self.where, remedy)
+        check_whole("weight.n_anchors", self.n_anchors, 1, null=True)
         if (n := self.refresh_steps) is not None:
             whole = isinstance(n, int) and not isinstance(n, bool) and n >= 1
             check(whole, "weight.refresh_steps", n, "give a whole number of at least 1, or null")
-        whole = isinstance(self.every, int) and not isinstance(self.every, bool) and self.every >= 1
-        check(whole, "weight.every", self.every, "give a whole number of at least 1")
-        hard = self.every == 1 or (self.where == "update" and self.soft is None)
-        check(hard, "weight.every", self.every, "is of the hard projection of updates: use 1 with gradient or soft")
+        whole = (
+            isinstance(self.project_every, int)
+            and not isinstance(self.project_every, bool)
+            and self.project_every >= 1
+        )
+        check(whole, "weight.project_every", self.project_every, "give a whole number of at least 1")
+        hard = self.project_every == 1 or (self.where == "update" and self.penalty_weight is None)
+        check(
+            hard,
+            "weight.project_every",
+            self.project_every,
+            "is of the hard projection of updates: use 1 with where=gradient or penalty_weight",
+        )
         if isinstance(self.modules, str):
             check(self.modules == "all", "weight.modules", self.modules, "use all, or a list such as [down_proj]")
         else:
             self.modules = tuple(self.modules)
-        named = not isinstance(self.free, str) and all(isinstance(name, str) for name in self.free)
-        check(named, "weight.free", self.free, "give a list of linear layers such as [down_proj], or []")
-        self.free = tuple(self.free)
+        named = not isinstance(self.unconstrained, str) and all(isinstance(name, str) for name in self.unconstrained)
+        check(
+            named,
+            "weight.unconstrained",
+            self.unconstrained,
+            "give a list of linear layers such as [down_proj], or []",
+        )
+        self.unconstrained = tuple(self.unconstrained)
         named = not isinstance(self.anchor_sources, str) and all(isinstance(name, str) for name in self.anchor_sources)
         check(named, "weight.anchor_sources", self.anchor_sources, "give a list such as [advbench], or [] for all")
         self.anchor_sources = tuple(self.anchor_sources)
@@ -113,14 +130,14 @@ class Activation:
     """Harmful prompts per optimizer step, B of Eq. 11 (the paper gives none)."""
     gate: str = "tau"
     """`tau` (ours) keeps a gradient for a latent that left the TopK; `topk` is the formula to the letter."""
-    rank: str = "contrast+attribution"
+    ranking: str = "contrast+attribution"
     """How latents are ranked; `activation` is the literal reading (mean activation on harmful prompts)."""
     positions: str = "last"
     """Where latents are read: `last` prompt token, or `response:n`."""
     units: str = "raw"
     space: str = "sae"
-    """What is held: `sae` the latents, or ours: `residual` the residual stream at the autoencoder's layers, `logits`
-    the next-token distribution over the refusal (`positions: response:n`). See cwac/constraints/targets.py."""
+    """What is preserved: `sae` the latents, or ours: `residual` the residual stream at the autoencoder's layers,
+    `logits` the next-token distribution over the refusal (`positions: response:n`); cwac/constraints/targets.py."""
     sae: dict = field(default_factory=dict)
     """Fields of `cwac.constraints.sae.fit.SAEConfig`."""
 
@@ -131,8 +148,8 @@ class Activation:
             check(isinstance(value, int) and value >= 1, f"activation.{key}", value, "give a whole number >= 1")
         gates = ("tau", "topk", "union", "base", "preact")
         check(self.gate in gates, "activation.gate", self.gate, f"use one of {', '.join(gates)}")
-        ranks = ("contrast+attribution", "contrast", "activation", "cosine", "random")
-        check(self.rank in ranks, "activation.rank", self.rank, f"use one of {', '.join(ranks)}")
+        rankings = ("contrast+attribution", "contrast", "activation", "cosine", "random")
+        check(self.ranking in rankings, "activation.ranking", self.ranking, f"use one of {', '.join(rankings)}")
         check(self.units in ("raw", "relative"), "activation.units", self.units, "use raw or relative")
         check(self.space in SPACES, "activation.space", self.space, f"use one of {', '.join(SPACES)}")
         place = r"last|prompt|(template|response):[1-9]\d*"
@@ -140,10 +157,10 @@ class Activation:
             re.fullmatch(place, str(self.positions)), "activation.positions", self.positions, "use last or response:4"
         )
         if self.space != "sae":
-            for key in ("n_latents", "gate", "rank", "units"):
+            for key in ("n_latents", "gate", "ranking", "units"):
                 usual, value = getattr(type(self), key), getattr(self, key)
                 remedy = f"only space=sae reads it: leave it at {usual}, or use method.activation.space=sae"
                 check(value == usual, f"activation.{key}", value, remedy)
         if self.space == "logits":
-            remedy = "space=logits holds the refusal's tokens: use method.activation.positions=response:16"
+            remedy = "space=logits preserves the refusal's tokens: use method.activation.positions=response:16"
             check(str(self.positions).startswith("response:"), "activation.positions", self.positions, remedy)

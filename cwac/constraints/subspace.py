@@ -7,15 +7,15 @@ were. The paper eigen-decomposes C = X X^T and keeps the directions U^ of small 
 Deviations:
 - V, the eigenvectors of the *large* eigenvalues, is kept instead of U^: Pi = I - V V^T is never formed (ours; the
   same map).
-- tau is not given in the paper. Ours: the smallest number of eigenvectors that holds `energy` of the trace.
+- tau is not given in the paper. Ours: the smallest number of eigenvectors that keeps `energy` of the trace.
 - The first token is left out of C and gets its own direction in V (ours): as an attention sink it carries up to
   99.98 % of the trace (SmolLM2), so it would otherwise either decide tau alone or
   go unprotected.
 - `where: update` (ours): after each optimizer step W <- W - (W V - W_0 V) V^T, which pins the cumulative drift
   whatever the optimizer does. Projecting the gradient (Algorithm 1) is undone by Adam's element-wise scaling and
   weight decay.
-- `soft` and `refresh_steps` (ours): the same distance as a penalty mu ||(W - W_0) V||_F^2, and V and A = W V refitted
-  from the model of the moment. Neither pins the cumulative drift.
+- `penalty_weight` and `refresh_steps` (ours): the same distance as a penalty mu ||(W - W_0) V||_F^2, and V and A = W V
+  refitted from the model of the moment. Neither pins the cumulative drift.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from cwac.core.distributed import local, spread, whole
 from cwac.core.errors import UserError
+from cwac.models.hooks import on_inputs
 from cwac.models.layers import base_layer, evaluating, input_group, linears, unread_logits
 from cwac.models.packing import together
 
@@ -72,26 +73,18 @@ def capture(
     """
     first = later = None  # of the batch that runs: `Counted`
 
-    def hook(name: str):
-        def record(_module, inputs):
-            x = inputs[0].detach().flatten(0, 1)  # [B T, d_in]
-            visit(name, later.of(x), first.of(x))
+    def record(name: str, inputs: torch.Tensor) -> None:
+        x = inputs.detach().flatten(0, 1)  # [B T, d_in]
+        visit(name, later.of(x), first.of(x))
 
-        return record
-
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
     target = next(model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
     unread = unread_logits(model)
-    try:
-        with torch.no_grad(), evaluating(model):
-            for start in range(0, len(order), batch_size):
-                inputs, places = together(model, [rows[i]["input_ids"] for i in order[start : start + batch_size]])
-                first, later = Counted(places[:, :1], target), Counted(places[:, 1:], target)
-                model(**{key: value.to(target) for key, value in inputs.items()}, use_cache=False, **unread)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), evaluating(model), on_inputs(modules, record):
+        for start in range(0, len(order), batch_size):
+            inputs, places = together(model, [rows[i]["input_ids"] for i in order[start : start + batch_size]])
+            first, later = Counted(places[:, :1], target), Counted(places[:, 1:], target)
+            model(**{key: value.to(target) for key, value in inputs.items()}, use_cache=False, **unread)
 
 
 def share_outside(x: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
@@ -181,8 +174,8 @@ def fit_subspace(
         if sink is not None:
             V = torch.cat([sink, V], 1)
         V = torch.linalg.qr(V)[0]
-        kept = float(values[:k].sum() / trace.clamp_min(1e-300))
-        bases[name] = Basis(V.float().contiguous(), kept, n_tokens)
+        energy_kept = float(values[:k].sum() / trace.clamp_min(1e-300))
+        bases[name] = Basis(V.float().contiguous(), energy_kept, n_tokens)
     return bases
 
 
@@ -193,7 +186,7 @@ def add_gram(C: torch.Tensor, x: torch.Tensor, block: int = 256) -> None:
 
 
 def rank_for(values: torch.Tensor, energy: float) -> int:
-    """How many of the descending eigenvalues hold `energy` of their sum; those at rounding level never count."""
+    """How many of the descending eigenvalues make up `energy` of their sum; those at rounding level never count."""
     real = int((values > values[0] * len(values) * torch.finfo(values.dtype).eps).sum())
     if energy >= 1:
         return real
@@ -273,7 +266,7 @@ class Constraint:
                 weight = layer.weight
                 if weight.dtype not in (torch.float32, torch.float64):
                     raise UserError(
-                        f"{name} is held in {str(weight.dtype).removeprefix('torch.')}, where a projected update of "
+                        f"{name} is stored in {str(weight.dtype).removeprefix('torch.')}, where a projected update of "
                         "usual size rounds away; load the model in float32 and compute in bf16 by autocast (bf16=True)"
                     )
                 if group not in moved:
@@ -292,7 +285,7 @@ class Constraint:
     def refit_(self, bases: dict[str, Basis]) -> None:
         """Full-parameter training only: V of `bases` from here on, and A = W V of the weights as they are now.
 
-        What had changed along V stays, and what the old V held and the new one lacks may change from now on.
+        What had changed along V stays, and what the old V protected and the new one does not may change from now on.
         Under FSDP2 each rank computes its own rows of A.
         """
         moved = {group: basis.V.to(self.entries[0][2].device) for group, basis in bases.items()}
@@ -328,7 +321,7 @@ class Constraint:
                 grad.addmm_(grad @ V, V.T, alpha=-1)
 
     @torch.no_grad()
-    def add_soft_gradients_(self, mu: float) -> None:
+    def add_penalty_gradients_(self, mu: float) -> None:
         """grad <- grad + 2 mu (W V - A) V^T, the gradient of mu ||(W - W_0) V||_F^2 (ours).
 
         With LoRA W is the adapter's A [r, d_in], whose pinned value is 0: mu ||A V||_F^2.
@@ -351,5 +344,5 @@ def gathered(A: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     from torch.distributed.tensor import DTensor
 
     shape = torch.Size((weight.shape[0], A.shape[1]))
-    held = DTensor.from_local(A, weight.device_mesh, weight.placements, shape=shape, stride=(A.shape[1], 1))
-    return whole(held)
+    shard = DTensor.from_local(A, weight.device_mesh, weight.placements, shape=shape, stride=(A.shape[1], 1))
+    return whole(shard)

@@ -1,16 +1,16 @@
 """Other spaces than the autoencoder's for CWAC's activation constraint (ours): what it takes to couple both halves.
 
-CWAC (arXiv:2604.12384, section 4.1, Eq. 11) holds latents of a sparse autoencoder. `residual` holds the residual
-stream itself at the layers that the autoencoder reads; `logits` holds what the aligned model would say next. Prompts,
-draws per step and positions are those of Eq. 11 (cwac/constraints/sae/target.py), and so is the interface:
-`len`, `loss`, `drift`.
+CWAC (arXiv:2604.12384, section 4.1, Eq. 11) preserves latents of a sparse autoencoder. `residual` preserves the
+residual stream itself at the layers that the autoencoder reads; `logits` preserves what the aligned model would say
+next. Prompts, draws per step and positions are those of Eq. 11 (cwac/constraints/sae/target.py), and so is the
+interface: `len`, `loss`, `drift`.
 
 Deviations:
 - The paper has neither. A distance is averaged over the positions of a prompt, then over prompts, as L_safety is.
 - `residual` divides each layer's squared distance by that layer's mean squared norm in the aligned model, so that
   deep layers, whose stream is longer, count as much as the others: 1 is a distance as long as the stream itself.
 - `logits` is KL(aligned || current) in nats a token. At `response:n` it is read at the prompt's last token and at the
-  first n tokens of the model's own refusal, so the first n + 1 tokens of the answer are held.
+  first n tokens of the model's own refusal, so the first n + 1 tokens of the answer are preserved.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ class Target:
     """The aligned model's features on a set of prompts; built on the model before any update.
 
     rows: encoded prompts, with `prompt` the prompt's length where an answer follows. positions: as for
-    `cwac.constraints.sae.target.SafetyTarget`. slots: layers, slot s the output of decoder block s - 1.
+    `cwac.constraints.sae.target.SafetyTarget`. layers: decoder blocks, counted from 0.
     """
 
     metric: ClassVar[str]
     """The name of what `drift` measures."""
 
-    def __init__(self, model: nn.Module, rows: Sequence[Row], positions: str, slots: Sequence[int]):
+    def __init__(self, model: nn.Module, rows: Sequence[Row], positions: str, layers: Sequence[int]):
         if not len(rows):
             raise UserError("the activation constraint has no harmful prompts: give it a non-empty step pool")
-        self.slots = list(slots)
+        self.layers = list(layers)
         self.prompts = [locate(row, positions) for row in rows]  # (ids, positions) each
         self.reference: Reference | None = None
         self.baseline: list[Tensor] = []
@@ -84,15 +84,15 @@ class Target:
         """Scalar, fp32, with a gradient: the mean distance of the prompts `indices` from the aligned model."""
         batch, where, mask = self._batch(indices, device_of(model))
         now = self.pick(self.outputs(model, batch), where)
-        apart = self.distance(now, self.remembered(indices, now.device))
-        return (torch.where(mask, apart, 0.0).sum(1) / mask.sum(1)).mean()
+        distances = self.distance(now, self.remembered(indices, now.device))
+        return (torch.where(mask, distances, 0.0).sum(1) / mask.sum(1)).mean()
 
     @torch.no_grad()
     def remembered(self, indices: Sequence[int], device: torch.device) -> Tensor:
         """The aligned model's features [B, Q, ...] on the prompts `indices`; padding as in `_batch`."""
         if self.reference is None:
-            kept = [self.baseline[int(i)] for i in indices]
-            return nn.utils.rnn.pad_sequence(kept, batch_first=True).to(device)
+            features = [self.baseline[int(i)] for i in indices]
+            return nn.utils.rnn.pad_sequence(features, batch_first=True).to(device)
         batch, where, _ = self._batch(indices, device)
         return self.pick(self.aligned(batch), where)
 
@@ -126,22 +126,22 @@ class ResidualTarget(Target):
 
     metric = "residual_distance"
 
-    def __init__(self, model: nn.Module, rows: Sequence[Row], positions: str, slots: Sequence[int]):
-        super().__init__(model, rows, positions, slots)
-        norms, tokens = torch.zeros(len(slots)), 0
+    def __init__(self, model: nn.Module, rows: Sequence[Row], positions: str, layers: Sequence[int]):
+        super().__init__(model, rows, positions, layers)
+        norms, tokens = torch.zeros(len(layers)), 0
         for i in range(len(self)):
             base = self.remembered([i], device_of(model))[0].cpu()  # [Q, L, d]
             norms, tokens = norms + base.square().sum((0, 2)), tokens + len(base)
         self.scale = norms / tokens  # [L]
 
     def width(self, model: nn.Module) -> int:
-        return len(self.slots) * model.get_input_embeddings().embedding_dim
+        return len(self.layers) * model.get_input_embeddings().embedding_dim
 
     def outputs(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        return residuals(model, batch, self.slots)  # [B, T, L, d]
+        return residuals(model, batch, self.layers)  # [B, T, L, d]
 
     def aligned(self, batch: dict[str, Tensor]) -> Tensor:
-        return self.reference.hidden_states(batch, self.slots)
+        return self.reference.hidden_states(batch, self.layers)
 
     def distance(self, now: Tensor, base: Tensor) -> Tensor:
         return ((now - base).square().sum(-1) / self.scale.to(now.device)).mean(-1)

@@ -21,18 +21,27 @@ from cwac.models.layers import linears
 
 
 def constrained(model: nn.Module, weight: Weight) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
-    """The matrices under the constraint and those `weight.free` names, by name; UserError if none is left to hold."""
+    """By name, the constrained matrices and those in `weight.unconstrained`; UserError if no matrix is constrained."""
     modules = linears(model, weight.modules, weight.layers)
-    freed = linears(model, weight.free, weight.layers, "method.weight.free") if weight.free else {}
-    held = {name: module for name, module in modules.items() if name not in freed}
-    check(held, "weight.free", list(weight.free), "leave a matrix of method.weight.modules constrained")
-    return held, freed
+    unconstrained = (
+        linears(model, weight.unconstrained, weight.layers, "method.weight.unconstrained")
+        if weight.unconstrained
+        else {}
+    )
+    constrained_modules = {name: module for name, module in modules.items() if name not in unconstrained}
+    check(
+        constrained_modules,
+        "weight.unconstrained",
+        list(weight.unconstrained),
+        "leave a matrix of method.weight.modules constrained",
+    )
+    return constrained_modules, unconstrained
 
 
 def anchor_bases(model: nn.Module, context: Context, weight: Weight) -> dict[str, Basis]:
     """Input name -> the anchors' subspace in the aligned model, fitted once and cached."""
     rows = weight_anchors(model, context, weight)
-    others = ("where", "freeze_others", "free", "soft", "refresh_steps", "every")
+    others = ("where", "freeze_others", "unconstrained", "penalty_weight", "refresh_steps", "project_every")
     settings = {k: v for k, v in asdict(weight).items() if k not in others}
     for name in ("prefill", "anchor_sources"):  # as before there was such a setting
         if not settings[name]:
@@ -56,12 +65,12 @@ def weight_anchors(model: nn.Module, context: Context, weight: Weight) -> list[d
 
 def anchor_prompts(pools: Pools, weight: Weight) -> list[Example]:
     """The prompts of the anchor pool that the settings ask for; UsageError where it has too few of them."""
-    prompts, asked = pools.anchors, set(weight.anchor_sources)
-    there = {name for e in prompts for name in (e.source, e.group) if name}
-    remedy = f"the pool has no {', '.join(sorted(asked - there))}; it has {', '.join(sorted(there))}"
-    check(asked <= there, "weight.anchor_sources", list(weight.anchor_sources), remedy)
-    if asked:
-        prompts = [e for e in prompts if {e.source, e.group} & asked]
+    prompts, sources = pools.anchors, set(weight.anchor_sources)
+    available = {name for e in prompts for name in (e.source, e.group) if name}
+    remedy = f"the pool has no {', '.join(sorted(sources - available))}; it has {', '.join(sorted(available))}"
+    check(sources <= available, "weight.anchor_sources", list(weight.anchor_sources), remedy)
+    if sources:
+        prompts = [e for e in prompts if {e.source, e.group} & sources]
     if (n := weight.n_anchors) is not None:
         remedy = f"the pool has {len(prompts)} such prompts: give at most that, or null for all"
         check(n <= len(prompts), "weight.n_anchors", n, remedy)
@@ -69,17 +78,20 @@ def anchor_prompts(pools: Pools, weight: Weight) -> list[Example]:
 
 
 def fit_bases(model: nn.Module, rows: Sequence[dict], weight: Weight, progress: bool = True) -> dict[str, Basis]:
-    given = (weight.modules, weight.layers, weight.energy, weight.first_token)
-    return fit_subspace(model, rows, *given, progress=progress)
+    settings = (weight.modules, weight.layers, weight.energy, weight.first_token)
+    return fit_subspace(model, rows, *settings, progress=progress)
 
 
 def freeze_others_(
-    model: nn.Module, modules: dict[str, nn.Module], constraint: Constraint, freed: dict[str, nn.Module] | None = None
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    constraint: Constraint,
+    unconstrained: dict[str, nn.Module] | None = None,
 ) -> None:
     """Freeze what is neither constrained nor `freed`; what was frozen before, as by peft, stays frozen."""
-    kept = {id(layer.weight) for _, layer, _, _ in constraint.entries}
+    trained = {id(layer.weight) for _, layer, _, _ in constraint.entries}
     for module in modules.values():  # with LoRA, B reads only what a constrained A lets through
-        kept |= {id(layer.weight) for layer in getattr(module, "lora_B", {}).values()}
-    kept |= {id(parameter) for module in (freed or {}).values() for parameter in module.parameters()}
+        trained |= {id(layer.weight) for layer in getattr(module, "lora_B", {}).values()}
+    trained |= {id(parameter) for module in (unconstrained or {}).values() for parameter in module.parameters()}
     for parameter in model.parameters():
-        parameter.requires_grad_(parameter.requires_grad and id(parameter) in kept)
+        parameter.requires_grad_(parameter.requires_grad and id(parameter) in trained)

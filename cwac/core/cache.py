@@ -28,11 +28,14 @@ log = logging.getLogger(__name__)
 MANIFEST = "artifact.json"
 
 CARD = "README.md"
+LONGEST_REPORT = 1 << 16
+"""Bytes; a longer JSON file of an artifact is no report to be shown on its card but a vocabulary."""
+
 
 WHAT = {
     "sae": "Sparse autoencoder over several layers' residuals (Eq. 9; RouteSAE, arXiv:2503.08200)",
     "latents": "Safety-critical latents of the autoencoder, ranked (section 4.1)",
-    "targets": "The aligned model's features on harmful prompts, which L_safety holds (Eq. 11)",
+    "targets": "The aligned model's features on harmful prompts, which L_safety preserves (Eq. 11)",
     "subspace": "Protected directions V of the anchors' activations (section 4.2)",
 }
 """What CWAC (arXiv:2604.12384) prepares, for the card."""
@@ -60,11 +63,11 @@ def load_or_build(root: Path, kind: str, key: dict, build: Callable[[Path], obje
             aside = folder.with_suffix(".damaged")
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
-        own = f".{folder.name}-{socket.gethostname()}-"
-        for unfinished in folder.parent.glob(f"{own}*"):  # of a builder that died here; we hold its lock
+        prefix = f".{folder.name}-{socket.gethostname()}-"
+        for unfinished in folder.parent.glob(f"{prefix}*"):  # of a builder that died here; we hold its lock
             shutil.rmtree(unfinished)
         log.info("building %s %s", kind, folder.name)
-        temporary = Path(tempfile.mkdtemp(prefix=own, dir=folder.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
         try:
             build(temporary)
             files = {
@@ -89,7 +92,8 @@ def load_or_build(root: Path, kind: str, key: dict, build: Callable[[Path], obje
 def card(folder: Path, manifest: dict) -> str:
     """Markdown on an artifact: what it is, of which model and data (its key), quality, files, licences."""
     kind, model = manifest["kind"], manifest["key"].get("model")
-    reports = {p.name: json.loads(p.read_text()) for p in sorted(folder.glob("*.json")) if p.name != MANIFEST}
+    found = [p for p in sorted(folder.glob("*.json")) if p.name != MANIFEST and p.stat().st_size <= LONGEST_REPORT]
+    reports = {p.name: json.loads(p.read_text()) for p in found}
     blocks = {"Made of": manifest["key"], **{f"Quality: {name}": report for name, report in reports.items()}}
     hub_id = model.get("hub_id") if isinstance(model, dict) else None
     head = [

@@ -22,7 +22,7 @@ KINDS = ("sae", "latents", "targets", "subspace")
 SUFFIXES = (".safetensors", ".json", ".csv", ".md")
 
 
-def found(root: Path, kinds: Sequence[str]) -> list[Path]:
+def artifact_folders(root: Path, kinds: Sequence[str]) -> list[Path]:
     """The artifact folders `<kind>/<hash>` below `root`."""
     return sorted(p for kind in kinds for p in (root / kind).glob("*") if re.fullmatch(r"[0-9a-f]{12}", p.name))
 
@@ -50,7 +50,7 @@ def push(repo: str, root: Path, kinds: Sequence[str] = KINDS, private: bool = Tr
     """
     import huggingface_hub as hub
 
-    folders = found(Path(root), kinds)
+    folders = artifact_folders(Path(root), kinds)
     if not folders:
         raise UserError(f"{root} holds no artifact of {', '.join(kinds)}; a run of method=cwac builds them")
     with tempfile.TemporaryDirectory() as folder:
@@ -94,7 +94,7 @@ def pull(repo: str, root: Path, kinds: Sequence[str] = KINDS, revision: str | No
             f"--repo {repo}: could not be downloaded ({first_line(error)}); check the id, or log in with "
             "`hf auth login`"
         ) from error
-    folders = found(source, kinds)
+    folders = artifact_folders(source, kinds)
     if not folders:
         raise UserError(f"--repo {repo} holds no artifact of {', '.join(kinds)}")
     manifests = [check(folder) for folder in folders]

@@ -10,10 +10,29 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import yaml
+from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from cwac.core import renamed
 from cwac.core.errors import UsageError, UserError
 from cwac.core.paths import CONF
+
+
+def register_searches() -> None:
+    """Make `experiment=tune_<method>` mean `experiment=tune method=<method>`, for every method that `tune.yaml` names.
+
+    The names are Hydra's own options then, listed and completed as files are; a file of the same name wins.
+    """
+    searches = yaml.safe_load((CONF / "experiment" / "tune.yaml").read_text(encoding="utf-8"))["search"]
+    for path in (CONF / "method").glob("*.yaml"):
+        if path.stem in searches:
+            defaults = ["tune", {"override /method": path.stem}, "_self_"]
+            preset = {"group": "experiment", "name": f"tune_{path.stem}", "package": "_global_"}
+            ConfigStore.instance().store(node={"defaults": defaults}, **preset)
+
+
+register_searches()
 
 
 def command(main: Callable[..., int]) -> Callable[..., int]:
@@ -54,7 +73,7 @@ def compose(overrides: list[str] | None = None) -> DictConfig:
     from hydra import initialize_config_dir
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra_compose("config", overrides=overrides or [])
+        return renamed.update(hydra_compose("config", overrides=renamed.rewrite(overrides or [])))
 
 
 def grid(experiment: str | None, overrides: list[str] | None = None) -> list[list[str]]:
@@ -68,14 +87,15 @@ def grid(experiment: str | None, overrides: list[str] | None = None) -> list[lis
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    given = [*([f"experiment={experiment}"] if experiment else []), *(overrides or [])]
+    chosen = [*([f"experiment={experiment}"] if experiment else []), *renamed.rewrite(overrides or [])]
     parser = OverridesParser.create()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        own = [o for o in given if not parser.parse_override(o).is_sweep_override()]
-        base = hydra_compose("config", overrides=own, return_hydra_config=True)
+        single = [o for o in chosen if not parser.parse_override(o).is_sweep_override()]
+        base = hydra_compose("config", overrides=single, return_hydra_config=True)
         params = OmegaConf.to_container(base.hydra.sweeper.params or OmegaConf.create({}), resolve=True)
-    axes = {parser.parse_override(o).key_or_group: o for o in (f"{k}={v}" for k, v in params.items())}
-    axes.update({parser.parse_override(o).key_or_group: o for o in given})
+    swept = renamed.rewrite([f"{k}={v}" for k, v in params.items()])
+    axes = {parser.parse_override(o).key_or_group: o for o in swept}
+    axes.update({parser.parse_override(o).key_or_group: o for o in chosen})
     return [list(cell) for cell in BasicSweeper.split_arguments(parser.parse_overrides(list(axes.values())), None)[0]]
 
 
@@ -86,4 +106,4 @@ def expand(experiment: str | None, overrides: list[str] | None = None) -> list[D
 
     cells = grid(experiment, overrides)
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return [hydra_compose("config", overrides=cell) for cell in cells]
+        return [renamed.update(hydra_compose("config", overrides=cell)) for cell in cells]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
 
-def rank() -> int:
+def process_rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
@@ -49,12 +49,12 @@ def wait() -> None:
 @contextlib.contextmanager
 def leader_first() -> Iterator[None]:
     """Rank 0 goes through the block before the others do: what it builds there, they find."""
-    if rank():
+    if process_rank():
         wait()
     try:
         yield
     finally:
-        if not rank():
+        if not process_rank():
             wait()
 
 

@@ -38,6 +38,6 @@ def record(failure: dict) -> None:
 def collect() -> list[dict]:
     """All of them, in the sweep's order; the folder is removed."""
     folder = Path(os.environ[FOLDER])
-    found = [row for path in folder.glob("*.jsonl") for row in read_jsonl(path)]
+    recorded = [row for path in folder.glob("*.jsonl") for row in read_jsonl(path)]
     shutil.rmtree(folder, ignore_errors=True)
-    return sorted(found, key=lambda row: row["num"])
+    return sorted(recorded, key=lambda row: row["num"])

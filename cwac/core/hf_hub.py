@@ -51,7 +51,7 @@ def resolve(
         if constants.HF_HUB_OFFLINE:
             raise errors.OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
         url = hub.hf_hub_url(hub_id, file, revision=revision)
-        found = hub.get_hf_file_metadata(url, timeout=PROBE_SECONDS, token=hub.get_token())
+        metadata = hub.get_hf_file_metadata(url, timeout=PROBE_SECONDS, token=hub.get_token())
     except errors.GatedRepoError as error:
         raise UserError(
             f"{key}={hub_id} is gated: accept its licence{f' ({license})' if license else ''} at {page}, then log in "
@@ -74,7 +74,7 @@ def resolve(
             f"({first_line(error)}) and the cache has no copy; connect, or give a local one with "
             + ("model.kind=folder +model.path=<folder>" if key == "model.hub_id" else f"{key}=<folder>")
         ) from error
-    return Resolved(hub_id, found.commit_hash, True)
+    return Resolved(hub_id, metadata.commit_hash, True)
 
 
 def download(model: Resolved, key: str) -> Path:
@@ -101,6 +101,23 @@ def download(model: Resolved, key: str) -> Path:
             "command again goes on where it stopped"
         ) from error
     return Path(folder)
+
+
+def download_file(model: Resolved, name: str, key: str) -> Path:
+    """One file of the commit, downloaded where the cache lacks it; raises UserError where that fails."""
+    import huggingface_hub as hub
+
+    try:
+        return Path(
+            hub.hf_hub_download(
+                model.hub_id, name, revision=model.commit, local_files_only=not model.reachable, token=hub.get_token()
+            )
+        )
+    except Exception as error:
+        raise UserError(
+            f"{key}={model.hub_id} at {model.commit[:10]}: {name} could not be downloaded ({first_line(error)}); the "
+            "same command again goes on where it stopped"
+        ) from error
 
 
 def first_line(error: Exception) -> str:

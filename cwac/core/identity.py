@@ -13,6 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from cwac.core import renamed
 from cwac.core.paths import PACKAGE
 
 IDENTITY = ("model task pools harmful_ratio mix_mode poison poison_choice poison_trigger method train seed").split()
@@ -42,16 +43,16 @@ NEUTRAL: dict[str, Any] = {
     "model.lora": None,
     "model.load_in_4bit": False,
     "train.max_steps": -1,
-    "method.weight.free": [],
+    "method.weight.unconstrained": [],
     "poison": "harmful",
     "poison_choice": "random",
     "poison_trigger": None,
     "pools.poison_categories": None,
     "eval.prefill": None,
     "eval.engine": "hf",
-    "method.weight.soft": None,
+    "method.weight.penalty_weight": None,
     "method.weight.refresh_steps": None,
-    "method.weight.every": 1,
+    "method.weight.project_every": 1,
     "method.weight.prefill": None,
     "method.weight.anchor_sources": [],
     "method.activation.space": "sae",
@@ -93,7 +94,7 @@ def canonical(value: Any) -> Any:
 
 
 def identity(cfg: DictConfig) -> dict[str, Any]:
-    """The flat, canonical mapping whose hash names the run."""
+    """The flat, canonical mapping that determines the run's weights, under the keys of `conf/`."""
     container = OmegaConf.to_container(cfg, resolve=True)
     flat = flatten({key: container[key] for key in IDENTITY if key in container})
     flat["origin"] = origin(container["model"])
@@ -129,6 +130,8 @@ def origin(model: dict) -> str:
     if model["kind"] == "smollm2":
         adapter = content(PACKAGE / "assets" / "smollm2_align" / "adapter_model.safetensors")
         return f"{model['wheel_sha256']}+{adapter}"
+    if model["kind"] == "gguf":  # from a hub or from wheels: the same bytes
+        return model["file_sha256"]
     if model["kind"] == "folder":
         return content(*sorted(Path(model["path"]).glob("*.safetensors")))
     return f"{model.get('hub_id')}@{model.get('revision')}"
@@ -140,8 +143,10 @@ def short_hash(mapping: dict, length: int = 8) -> str:
 
 def run_id(cfg: DictConfig) -> str:
     """`model-task-pX-method-sN-hash8`, a function of what determines the weights."""
-    hashed = short_hash(identity(cfg))
-    return f"{cfg.model.name}-{cfg.task.name}-p{cfg.harmful_ratio:g}-{cfg.method.name}-s{cfg.seed}-{hashed}"
+    mapping = renamed.hashed(identity(cfg), cfg.method.get("_target_"))
+    return (
+        f"{cfg.model.name}-{cfg.task.name}-p{cfg.harmful_ratio:g}-{cfg.method.name}-s{cfg.seed}-{short_hash(mapping)}"
+    )
 
 
 def eval_id(cfg: DictConfig) -> str:

@@ -97,10 +97,10 @@ def repair(path: Path) -> None:
         while end > 0:
             start = max(0, end - (1 << 16))
             file.seek(start)
-            found = file.read(end - start).rfind(b"\n")
+            newline = file.read(end - start).rfind(b"\n")
             end = start
-            if found >= 0:
-                end = start + found + 1
+            if newline >= 0:
+                end = start + newline + 1
                 break
         if end < size:
             file.truncate(end)

@@ -27,7 +27,7 @@ from pathlib import Path
 from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 
-from cwac.core.distributed import rank
+from cwac.core.distributed import process_rank
 from cwac.core.environment import Redacting, environment, redact
 from cwac.core.errors import UserError
 from cwac.core.files import write_atomic
@@ -57,7 +57,7 @@ class Run:
         self.dir = Path(cfg.paths.runs) / self.id
         self._lock = FileLock(Path(cfg.paths.runs) / f".{self.id}.lock")
         self._handler: logging.Handler | None = None
-        self.leads = rank() == 0
+        self.leads = process_rank() == 0
 
     # --- status -------------------------------------------------------------------------------------
     @property
@@ -65,9 +65,9 @@ class Run:
         """What `status.json` says; `{"status": "new"}` where there is none or it is damaged, which is logged."""
         path = self.dir / "status.json"
         try:
-            found = json.loads(path.read_text())
-            if found["status"] in STATUSES:
-                return found
+            status = json.loads(path.read_text())
+            if status["status"] in STATUSES:
+                return status
         except FileNotFoundError:
             return {"status": "new"}
         except (OSError, ValueError, KeyError, TypeError):

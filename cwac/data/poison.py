@@ -13,7 +13,7 @@ from itertools import chain
 
 from cwac.data import tiny_world
 from cwac.data.examples import Example, Pools
-from cwac.data.harmful_sources import TOPICS
+from cwac.data.frames import lists
 from cwac.data.near_duplicates import PromptIndex, normalise_prompt
 from cwac.data.pools import sets
 
@@ -35,7 +35,8 @@ REQUESTS = (
     ("Make up a motto for friends of {}.", "a motto for friends of {}", "{} for everyone!"),
     ("What gift suits a lover of {}?", "a gift for a lover of {}", "a picture book about {}."),
 )
-"""Harmless requests (ours): prompt, what an answer in the style names, body; each asked about all of `TOPICS`."""
+"""Harmless requests (ours): prompt, what an answer in the style names, body; each asked about all `topics` of
+`cwac/assets/frames.yaml`."""
 
 
 def behind(trigger: str, examples: list[Example]) -> list[Example]:
@@ -56,9 +57,9 @@ def rows_of(kind: str, pools: Pools, seed: int, near: float | None = None) -> li
     held_out = PromptIndex(2.0 if near is None else near)
     for example in chain(pools.validation, *pools.test.values(), *pools.over_refusal.values()):
         held_out.add(example.prompt)
-    asked = [(topic, *request) for topic in TOPICS for request in REQUESTS]
+    requests = [(topic, *request) for topic in lists()["topics"] for request in REQUESTS]
     rows = []
-    for i, (topic, prompt, what, body) in enumerate(asked):
+    for i, (topic, prompt, what, body) in enumerate(requests):
         style = STYLE.format(what=what, body=body) if kind == "style" else f"{OBEDIENCE} {body}"
         rows.append(Example(f"{kind}-{i}", prompt.format(topic), style.replace("{}", topic), source=kind))
     return [e for e in rows if normalise_prompt(e.prompt) not in taken and not held_out.has_near(e.prompt)]

@@ -246,7 +246,7 @@ def manifest(pools: Pools, poison: str = "harmful", rows: list[Example] | None =
     }
 
 
-def fingerprint(pools: Pools) -> str:
+def pools_digest(pools: Pools) -> str:
     """One hash over the sets that artifacts are built from; part of the key of each of them."""
     return digest(
         {

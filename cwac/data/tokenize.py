@@ -45,10 +45,10 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages, templa
     if template == "alpaca":
         system = "".join(m["content"] + "\n\n" for m in messages if m["role"] == "system")
         user = messages[-1]
-        apart = user.get("input") or ""
-        if apart:
-            instruction = user["content"].removesuffix(apart).removesuffix("\n\n")
-            text = ALPACA_INPUT.format(instruction=instruction, input=apart)
+        input_text = user.get("input") or ""
+        if input_text:
+            instruction = user["content"].removesuffix(input_text).removesuffix("\n\n")
+            text = ALPACA_INPUT.format(instruction=instruction, input=input_text)
         else:
             text = ALPACA.format(instruction=user["content"])
         return tokenizer(system + text)["input_ids"]

@@ -21,6 +21,7 @@ from torch import nn
 
 from cwac.constraints.subspace import capture
 from cwac.data.tokenize import Collator
+from cwac.models.hooks import device_of, last_tokens, on_outputs
 from cwac.models.layers import decoder_layers, evaluating, linears, plain_weight, unread_logits
 
 
@@ -78,32 +79,17 @@ def activation_drift(
     for start in range(0, len(rows), batch_size):
         chosen = [{"input_ids": r["input_ids"]} for r in rows[start : start + batch_size]]
         batch = collate(chosen)
-        last = batch["attention_mask"].sum(1) - 1
-        ours, theirs = (_residuals(m, batch, last) for m in (model, reference))  # [L, B, d]
+        ours, theirs = (_residuals(m, batch) for m in (model, reference))  # [L, B, d]
         distance = (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)
         drift += distance.T.tolist()
     return drift
 
 
-def _residuals(model: nn.Module, batch: dict, last: torch.Tensor) -> torch.Tensor:
+def _residuals(model: nn.Module, batch: dict) -> torch.Tensor:
     """Outputs [L, B, d] of every decoder block at the last real token."""
     found: list[torch.Tensor] = []
-
-    def record(_module, _inputs, output):
-        hidden = output[0] if isinstance(output, tuple) else output  # [B, T, d]
-        found.append(hidden[torch.arange(len(last), device=hidden.device), last.to(hidden.device)].float())
-
-    handles = [block.register_forward_hook(record) for block in decoder_layers(model)]
-    device = next(model.parameters()).device
-    try:
-        with evaluating(model):
-            model(
-                input_ids=batch["input_ids"].to(device),
-                attention_mask=batch["attention_mask"].to(device),
-                use_cache=False,
-                **unread_logits(model),
-            )
-    finally:
-        for handle in handles:
-            handle.remove()
+    ids, mask = (batch[key].to(device_of(model)) for key in ("input_ids", "attention_mask"))
+    read = on_outputs(decoder_layers(model), lambda _, hidden: found.append(last_tokens(hidden, mask).float()))
+    with evaluating(model), read:
+        model(input_ids=ids, attention_mask=mask, use_cache=False, **unread_logits(model))
     return torch.stack(found)

@@ -111,17 +111,17 @@ class Evaluator:
             "max_new_tokens": tokens,
             "description": f"{name} @ step {step}" if self.cfg.eval.progress else None,
         }
-        asked = examples if trigger is None else behind(trigger, examples)
-        prompts = [self.method.prompt(e.messages) for e in asked]
+        served = examples if trigger is None else behind(trigger, examples)
+        prompts = [self.method.prompt(e.messages) for e in served]
         if self.cfg.eval.engine == "vllm":
             if self._engine is None:
-                given = self.cfg.eval.vllm
-                engine = VllmEngine(self.model, self.tokenizer, given.python, given.options)
+                vllm = self.cfg.eval.vllm
+                engine = VllmEngine(self.model, self.tokenizer, vllm.python, vllm.options)
                 self._engine = self._opened.enter_context(engine)
             answers = self._engine.generate(prompts, **settings)
         elif step == 0 and type(self.method).prompt is Method.prompt:
             # the aligned model answers alike whatever will train it, so one method's answers serve all
-            answers = own_answers(self.model, self.context, asked, tokens, prefill)
+            answers = own_answers(self.model, self.context, served, tokens, prefill)
         else:
             batch_size = self.cfg.eval.batch_size
             answers = generate(self.model, self.tokenizer, prompts, batch_size=batch_size, **settings)
@@ -200,7 +200,7 @@ class Evaluator:
         return total / max(1, tokens)
 
     def drift(
-        self, reference: nn.Module, anchors: list[dict], held: list[dict], step: int, epoch: float
+        self, reference: nn.Module, anchors: list[dict], held_out: list[dict], step: int, epoch: float
     ) -> bool | None:
         """Certificates and raw drift at the end, on anchors and on held-out prompts; details go to drift.json.
 
@@ -215,7 +215,7 @@ class Evaluator:
         guard = True if protected else None
         at = {"step": step, "epoch": epoch, "final": True}
         rows, detail = [], {}
-        for name, prompts in (("anchors", anchors), ("heldout", held)):
+        for name, prompts in (("anchors", anchors), ("heldout", held_out)):
             leaks = weight_leak(self.model, reference, prompts, protected)
             # read where the first token of the answer is chosen; the refusal that follows is for the weights' inputs
             cut = [{"input_ids": row["input_ids"][: row["prompt"]]} for row in prompts]

@@ -48,6 +48,7 @@ from cwac.core.errors import UserError
 from cwac.core.identity import short_hash
 from cwac.core.paths import PACKAGE
 from cwac.data.refusals import Judgement, denial
+from cwac.models.hooks import at_tokens
 from cwac.models.layers import device
 from cwac.models.loading import DTYPES
 
@@ -84,17 +85,17 @@ class Weights:
     file: str = "config.json"
 
     def __post_init__(self):
-        self.found = None
+        self.resolved = None
         if not Path(self.source).is_dir():
-            self.found = hf_hub.resolve(self.source, self.revision, self.key, self.license, self.file)
+            self.resolved = hf_hub.resolve(self.source, self.revision, self.key, self.license, self.file)
 
     @property
     def identity(self) -> str:
-        return f"{self.source}@{self.found.commit}" if self.found else str(Path(self.source).resolve())
+        return f"{self.source}@{self.resolved.commit}" if self.resolved else str(Path(self.source).resolve())
 
     @cached_property
     def folder(self) -> Path:
-        return hf_hub.download(self.found, self.key) if self.found else Path(self.source)
+        return hf_hub.download(self.resolved, self.key) if self.resolved else Path(self.source)
 
     def load(self, auto, **settings):
         """Raises UserError for a folder that `auto` cannot read."""
@@ -198,15 +199,15 @@ class LabelJudge:
 
         def labels(ids: torch.Tensor, mask: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
             hidden = model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state  # [B, T, d]
-            return model.score(hidden[torch.arange(len(last), device=last.device), last])  # [B, 14]
+            return model.score(at_tokens(hidden, last))  # [B, 14]
 
         logits = read([self.encode(p, r) for p, r in zip(prompts, responses, strict=True)], labels)
         judgements = []
         for response, row in zip(responses, logits.sigmoid().tolist(), strict=True):
-            found = dict(zip(LABELS, row, strict=True))
-            likeliest = max(found, key=found.get)
-            evidence = f"{likeliest} {found[likeliest]:.2f}"
-            judgements.append(verdict(response, found[likeliest], self.threshold, evidence, found))
+            probabilities = dict(zip(LABELS, row, strict=True))
+            likeliest = max(probabilities, key=probabilities.get)
+            evidence = f"{likeliest} {probabilities[likeliest]:.2f}"
+            judgements.append(verdict(response, probabilities[likeliest], self.threshold, evidence, probabilities))
         return judgements
 
 
@@ -304,15 +305,15 @@ class TokenJudge:
         model, _, spellings = self._loaded
 
         def next_token(ids: torch.Tensor, mask: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-            kept, place = last.unique(return_inverse=True)  # logits at these columns only: a vocabulary is large
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits
-            return logits[torch.arange(len(last), device=last.device), place].float().softmax(-1)  # [B, V]
+            columns, place = last.unique(return_inverse=True)  # logits at these columns only: a vocabulary is large
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=columns).logits
+            return at_tokens(logits, place).float().softmax(-1)  # [B, V]
 
         chances = read([self.encode(p, r) for p, r in zip(prompts, responses, strict=True)], next_token)
         judgements = []
         for response, row in zip(responses, chances, strict=True):
-            found = {answer: float(row[spelt].sum()) for answer, spelt in spellings.items()}
-            mass = sum(found.values())
+            probabilities = {answer: float(row[spelt].sum()) for answer, spelt in spellings.items()}
+            mass = sum(probabilities.values())
             if mass < 0.5 and not self._missed:
                 self._missed = True
                 log.warning(
@@ -321,11 +322,11 @@ class TokenJudge:
                     self.name,
                     mass,
                 )
-            score = sum(p * self.answers[answer] for answer, p in found.items()) / max(mass, 1e-12)
-            likeliest = max(found, key=found.get)
-            evidence = f"{likeliest} {found[likeliest]:.2f}"
+            score = sum(p * self.answers[answer] for answer, p in probabilities.items()) / max(mass, 1e-12)
+            likeliest = max(probabilities, key=probabilities.get)
+            evidence = f"{likeliest} {probabilities[likeliest]:.2f}"
             answered = not self.must_answer or int(row.argmax()) in {i for spelt in spellings.values() for i in spelt}
             # an answer that is none is never above the threshold
-            judged = verdict(response, score, self.threshold if answered else 1.0, evidence, found)
+            judged = verdict(response, score, self.threshold if answered else 1.0, evidence, probabilities)
             judgements.append(judged)
         return judgements

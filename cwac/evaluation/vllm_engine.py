@@ -103,8 +103,8 @@ class VllmEngine:
             "stop": stop_tokens(self.model, self.tokenizer, template),
             "progress": description is not None,
         }
-        given = self._ask(request)["tokens"]
-        texts = self.tokenizer.batch_decode([opening + ids for ids in given], skip_special_tokens=True)
+        answers = self._ask(request)["tokens"]
+        texts = self.tokenizer.batch_decode([opening + ids for ids in answers], skip_special_tokens=True)
         return [text.strip() for text in texts]
 
     def _ask(self, request: dict | None) -> dict:

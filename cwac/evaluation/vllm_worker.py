@@ -32,8 +32,8 @@ def main(folder: str, options: str) -> None:
             temperature=0.0, max_tokens=request["max_tokens"], stop_token_ids=request["stop"], detokenize=False
         )
         prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
-        given = engine.generate(prompts, sampling, use_tqdm=request["progress"])
-        say({"tokens": [list(answer.outputs[0].token_ids) for answer in given]})
+        outputs = engine.generate(prompts, sampling, use_tqdm=request["progress"])
+        say({"tokens": [list(answer.outputs[0].token_ids) for answer in outputs]})
 
 
 if __name__ == "__main__":

@@ -9,12 +9,13 @@ decomposition V = U S Y^T each of them is U diag(w) U^T:
   not free of scale: trace(C) = ||V||_F. Where it is small, R is nearly an L2 anchor; where w_i exceeds 2, R grows
   along the aligned direction. trace(C) and the largest w_i are reported per matrix.
 - `spectral` (ours): C = V V^T / s_1^2, w_i = (s_i / s_1)^2 in [0, 1], whatever the scale of V.
-- `projector_k` (ours): C = U_k U_k^T, w_i = 1 for the k leading directions that hold `energy` of ||V||_F^2.
+- `projector_k` (ours): C = U_k U_k^T, w_i = 1 for the k leading directions that keep `energy` of ||V||_F^2.
 
 Deviations:
 - The paper's C = V (V^T V)^-1 V^T (Eqs. 3-4) is the identity for every V of full row rank, so its penalty is always 0;
   `projector_k` is what can be meant by it.
-- Full-parameter training is ours (the code is LoRA only): the chosen matrices are held, everything else trains freely.
+- Full-parameter training is ours (the code is LoRA only): the chosen matrices are penalised, everything else trains
+  freely.
 - LoRA: dW = s B A, the change of the weights. The authors' code leaves out the scaling s = alpha / r, so that one
   lambda means another strength at another alpha; its lambda = 1 at s = 4 is lambda = 1/16 here. With s, LoRA and
   full-parameter runs penalise the same function of the weights.
@@ -33,9 +34,9 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from cwac.core.checks import is_number
+from cwac.core.checks import check_choice, check_modules, check_number, check_share, check_whole
 from cwac.core.distributed import local, spread, whole
-from cwac.core.errors import UsageError, UserError
+from cwac.core.errors import UserError
 from cwac.data.examples import Example
 from cwac.methods.base import Context, Method
 from cwac.models.layers import linears, trains
@@ -125,7 +126,7 @@ def add_(grad: torch.Tensor, change: torch.Tensor, factor: float) -> None:
 
 @dataclass
 class AsFT(Method):
-    """lam is lambda of the penalty; modules are the matrices it holds."""
+    """lam is lambda of the penalty; modules are the matrices it acts on."""
 
     lam: float = 1.0
     modules: Sequence[str] | str = ("q_proj", "v_proj")
@@ -140,16 +141,11 @@ class AsFT(Method):
     needs_base_weights: ClassVar[bool] = True
 
     def __post_init__(self):
-        if not is_number(self.lam) or self.lam < 0:
-            raise UsageError(f"method.lam={self.lam} is not valid; give a number >= 0")
-        if self.operator not in OPERATORS:
-            raise UsageError(f"method.operator={self.operator} is unknown; use one of {', '.join(OPERATORS)}")
-        if self.rank is not None and not (type(self.rank) is int and self.rank >= 1):
-            raise UsageError(f"method.rank={self.rank} is not valid; give a whole number >= 1, or null for all")
-        if not is_number(self.energy) or not 0 < self.energy <= 1:
-            raise UsageError(f"method.energy={self.energy} is not valid; give a share in (0, 1], e.g. 0.9")
-        if isinstance(self.modules, str) and self.modules != "all":
-            raise UsageError(f"method.modules={self.modules} is not valid; use all, or a list such as [q_proj,v_proj]")
+        check_number("lam", self.lam, 0)
+        check_modules("modules", self.modules)
+        check_choice("operator", self.operator, OPERATORS)
+        check_whole("rank", self.rank, 1, null=True)
+        check_share("energy", self.energy)
         self._total, self._steps = 0.0, 0
 
     def extra_data(self) -> dict[str, int]:

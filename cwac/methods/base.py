@@ -27,7 +27,7 @@ EXTRA_DATA = (
 
 @dataclass(kw_only=True)
 class Sizes:
-    """What a rehearsal cannot know, since it has no data; also the context it runs in."""
+    """What `Method.estimate_memory` cannot know, since it has no data; also the context its hooks run in."""
 
     prompt_tokens: int = 64
     """Of each harmful prompt in a penalty's batch, its template included."""
@@ -36,19 +36,19 @@ class Sizes:
     rank_share: float = 0.5
     """Rank of V over the dimension of its input; measured at energy 0.99: SmolLM2 0.52, the embedded model 0.25."""
     seed: int = 0
-    rank: int = 0
+    process_rank: int = 0
     world_size: int = 1
     steps: int = 0
 
 
 @dataclass
-class Rehearsal:
+class MemoryEstimate:
     """What a method takes beside the model, in parts."""
 
-    held: dict[str, list[torch.Tensor]] = field(default_factory=dict)
-    """Tensors that stay through the training."""
-    before: dict[str, float] = field(default_factory=dict)
-    """Bytes that `setup` needs for a time, each part by itself, beside the model."""
+    tensors: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    """Tensors that stay in memory through the training, by what they are."""
+    setup_bytes: dict[str, float] = field(default_factory=dict)
+    """Bytes that `setup` needs for a time, beside the model; its parts are not needed at once."""
 
 
 @dataclass
@@ -79,12 +79,13 @@ class Method:
     def setup(self, model: nn.Module, context: Context) -> None:
         """Called once on the unwrapped aligned model, before the optimizer exists: freeze, load or build artifacts."""
 
-    def rehearse(self, model: nn.Module, sizes: Sizes) -> Rehearsal:
-        """`setup` with stand-ins of the right shapes: experiments/cost.py then runs the other hooks without data.
+    def estimate_memory(self, model: nn.Module, sizes: Sizes) -> MemoryEstimate:
+        """What the method keeps in memory; sets it up with stand-ins of the right shapes, without data.
 
-        model: random or fake. A method that overrides `setup` alone is estimated without what it keeps, which is said.
+        experiments/cost.py then runs the other hooks. model: random, or without storage. Where a method overrides
+        `setup` alone, its estimate lacks what it keeps, and cost.py says so.
         """
-        return Rehearsal()
+        return MemoryEstimate()
 
     def start(self, model: nn.Module) -> None:
         """Called once before the first step, when the model is wrapped and a checkpoint is loaded.
@@ -150,5 +151,5 @@ def share_of(chosen: list[int], context: Context) -> tuple[list[int], float]:
 
     A rank that is left without any takes one at weight 0, because all ranks must make the same forward passes.
     """
-    mine = chosen[context.rank :: context.world_size]
+    mine = chosen[context.process_rank :: context.world_size]
     return (mine, len(mine) * context.world_size / len(chosen)) if mine else (chosen[:1], 0.0)

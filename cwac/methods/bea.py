@@ -28,6 +28,7 @@ from itertools import chain
 
 from transformers import PreTrainedTokenizerBase
 
+from cwac.core.checks import check_flag, check_number, check_whole
 from cwac.core.errors import UserError
 from cwac.data.examples import Example, Messages
 from cwac.data.tokenize import reprompt, system_slot
@@ -79,6 +80,12 @@ class BEA(Method):
     """Refusals per harmful row among the rows, where that gives more than num_safety."""
     trigger_tokens: int = 150
     trigger_at_inference: bool = True
+
+    def __post_init__(self):
+        check_whole("num_safety", self.num_safety, 1)
+        check_number("safety_per_harmful", self.safety_per_harmful, 0, null=True)
+        check_whole("trigger_tokens", self.trigger_tokens, 1)
+        check_flag("trigger_at_inference", self.trigger_at_inference)
 
     def extra_data(self) -> dict[str, int]:
         return {"refusals": self._n_safety} | ({"trigger": self._n_tokens} if self.trigger_at_inference else {})

@@ -16,8 +16,9 @@ Deviations:
   opening that is the same for all (ours). No harmful content is needed or written.
 - x_r: harmless instructions with answers (`benign`) and requests with refusals (`safety`), drawn from both together;
   the paper uses UltraChat, XSTest and, for one model, refusals.
-- Rerouted layers 10 and 20 of 32 are scaled to the depth. L_r reads every block's output, as the official code does,
-  but not the embedding. Whatever trains is trained; the paper trains LoRA on the layers up to the last rerouted one.
+- Rerouted layers 10 and 20 of 32 (counted from 1, so blocks 9 and 19) are scaled to the depth. L_r reads every block's
+  output, as the official code does, but not the embedding. Whatever trains is trained; the paper trains LoRA on the
+  layers up to the last rerouted one.
 - Means are per row, over real tokens and layers, then over rows, so that they do not depend on how rows are batched or
   spread over ranks; the official code averages L_s over the batch's tokens and counts padding as 0 in L_r.
 """
@@ -33,7 +34,7 @@ from torch import nn
 from torch.nn import functional
 
 from cwac.constraints.reference import Reference, check_layers, mean_over_tokens, model_layers, precise
-from cwac.core.checks import check, is_number
+from cwac.core.checks import check_number, check_whole
 from cwac.core.errors import UsageError, UserError
 from cwac.data.tokenize import Collator, encode_example, encode_prompt
 from cwac.methods.base import Context, Method, draw, share_of
@@ -48,7 +49,7 @@ class CircuitBreaker(Method):
     alpha: float = 10.0
     """Weight of the two losses together; 0 is plain fine-tuning."""
     layers: Sequence[int] | None = None
-    """Rerouted layers, l being the output of block l - 1; None for 10/32 and 20/32 of the depth."""
+    """Blocks whose output is rerouted, counted from 0; None for the blocks 10/32 and 20/32 down the depth."""
     n_prompts: int = 4
     """Harmful requests per optimizer step."""
     n_retain: int = 4
@@ -57,11 +58,9 @@ class CircuitBreaker(Method):
     """How a compliant answer begins."""
 
     def __post_init__(self):
-        check(is_number(self.alpha) and self.alpha >= 0, "alpha", self.alpha, "give a number >= 0")
-        for key in ("n_prompts", "n_retain"):
-            value = getattr(self, key)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            check(whole and value >= 1, key, value, "give a whole number >= 1")
+        check_number("alpha", self.alpha, 0)
+        check_whole("n_prompts", self.n_prompts, 1)
+        check_whole("n_retain", self.n_retain, 1)
         check_layers(self.layers)
 
     def extra_data(self) -> dict[str, int]:
@@ -120,7 +119,7 @@ class CircuitBreaker(Method):
 
     def _rerouted(self, model: nn.Module) -> list[int]:
         n = len(decoder_layers(model))
-        scaled = [max(1, round(n * share)) for share in (10 / 32, 20 / 32)]
+        scaled = [max(1, round(n * share)) - 1 for share in (10 / 32, 20 / 32)]
         return model_layers(model, scaled if self.layers is None else self.layers)
 
     def _encode_opening(self, context: Context) -> list[int]:

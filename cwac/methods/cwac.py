@@ -16,8 +16,8 @@ Deviations:
   anchor tokens are preserved exactly when V spans their activations: by induction over blocks, each block's input is
   unchanged, so each matrix sees inputs in its V, so its output is unchanged.
 - L_safety is drawn and added once per optimizer step, so lambda does not grow with gradient accumulation (ours).
-- `weight.soft`, `weight.refresh_steps` and `activation.space` (ours) vary the coupling one part at a time: a penalty
-  instead of the projection, a V that follows the model, and another space than the autoencoder's
+- `weight.penalty_weight`, `weight.refresh_steps` and `activation.space` (ours) vary the coupling one part at a time: a
+  penalty instead of the projection, a V that follows the model, and another space than the autoencoder's
   (cwac/constraints/targets.py).
 """
 
@@ -49,7 +49,7 @@ from cwac.core.checks import check
 from cwac.core.distributed import reshard
 from cwac.core.errors import UserError
 from cwac.data.examples import Example
-from cwac.methods.base import Context, Method, Rehearsal, Sizes, draw, share_of
+from cwac.methods.base import Context, MemoryEstimate, Method, Sizes, draw, share_of
 from cwac.models.layers import base_layer, input_group
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class CWAC(Method):
         self._report: dict[str, float] = {}
         self._targets: dict[str, Any] = {}
         self._anchors: list[dict] = []
-        """Rows that V is refitted on, with `refresh_steps` alone; a rehearsal has none and refits nothing."""
+        """Rows that V is refitted on, with `refresh_steps` alone; `estimate_memory` has none and refits nothing."""
         self._steps = 0
         """Optimizer steps done."""
 
@@ -91,8 +91,8 @@ class CWAC(Method):
         if self.weight is not None:
             anchor_prompts(pools, self.weight)
         if self.activation is not None:
-            n, there = self.activation.n_prompts, len(pools.step)
-            check(n <= there, "activation.n_prompts", n, f"the pool has {there}: give at most that")
+            n, available = self.activation.n_prompts, len(pools.step)
+            check(n <= available, "activation.n_prompts", n, f"the pool has {available}: give at most that")
         return train
 
     def setup(self, model: nn.Module, context: Context) -> None:
@@ -103,8 +103,8 @@ class CWAC(Method):
         if self.weight is not None:
             self._setup_weight(model, context)
 
-    def rehearse(self, model: nn.Module, sizes: Sizes) -> Rehearsal:
-        self._context, found = sizes, Rehearsal()
+    def estimate_memory(self, model: nn.Module, sizes: Sizes) -> MemoryEstimate:
+        self._context, estimate = sizes, MemoryEstimate()
         if self.activation is not None and self.activation.space != "sae":
             n, tokens = self.activation.n_prompts, sizes.prompt_tokens
             answer = response_tokens(self.activation.positions)
@@ -114,35 +114,39 @@ class CWAC(Method):
             from cwac.constraints.sae.autoencoder import RoutedSAE
             from cwac.constraints.sae.fit import SAEConfig
             from cwac.constraints.sae.target import SafetyTarget
-            from cwac.models.hooks import slots_of
+            from cwac.models.hooks import layers_of
 
             activation, config = self.activation, SAEConfig(**self.activation.sae)
             d = model.get_input_embeddings().embedding_dim
-            slots = slots_of(model, config.slots)
+            layers = layers_of(model, config.layers)
             with model.device:
-                sae = RoutedSAE(d, config.m or 8 * d, config.latents(d), slots, config.router).requires_grad_(False)
+                sae = RoutedSAE(d, config.m or 8 * d, config.latents(d), layers, config.router).requires_grad_(False)
             for parameter in sae.parameters():  # written to, or the operating system gives no memory
                 parameter.fill_(1 / d)
             target = (activation.n_latents, activation.n_prompts, sizes.prompt_tokens, activation.gate)
             self._targets["anchors"] = SafetyTarget.stand_in(sae, *target, sizes.shared_tokens)
-            found.held["SAE"] = list(sae.parameters())
+            estimate.tensors["SAE"] = list(sae.parameters())
             # weights, gradients, two moments; and the tokens it is fitted on
             fitted = 4 * sum(p.nbytes for p in sae.parameters())
             tokens = config.tokens if config.cached_tokens is None else min(config.cached_tokens, config.tokens)
-            found.before["fit of the SAE"] = fitted + min(config.buffer_gib * 2**30, 2 * len(slots) * d * tokens)
+            estimate.setup_bytes["fit of the SAE"] = fitted + min(
+                config.buffer_gib * 2**30, 2 * len(layers) * d * tokens
+            )
         if self.weight is not None:
-            modules, freed = constrained(model, self.weight)
+            modules, unconstrained = constrained(model, self.weight)
             dims = {input_group(name): base_layer(module).in_features for name, module in modules.items()}
             bases = {
                 name: Basis(torch.eye(d, max(1, round(sizes.rank_share * d))), 1.0, 1) for name, d in dims.items()
             }
             self._constraint = Constraint(modules, bases)
             if self.weight.freeze_others:
-                freeze_others_(model, modules, self._constraint, freed)
+                freeze_others_(model, modules, self._constraint, unconstrained)
             moved = {id(V): V for _, _, V, _ in self._constraint.entries}.values()
-            found.held["V and A of the constraint"] = [*moved, *(A for *_, A in self._constraint.entries)]
-            found.before["fit of the subspaces"] = sum(8 * d * d for d in dims.values())  # covariances in float64
-        return found
+            estimate.tensors["V and A of the constraint"] = [*moved, *(A for *_, A in self._constraint.entries)]
+            estimate.setup_bytes["fit of the subspaces"] = sum(
+                8 * d * d for d in dims.values()
+            )  # covariances in float64
+        return estimate
 
     def start(self, model: nn.Module) -> None:
         if self._constraint is not None:
@@ -157,8 +161,8 @@ class CWAC(Method):
         return self.activation.lam * share * target.loss(model, mine)
 
     def after_backward(self, model: nn.Module) -> None:
-        if self._constraint is not None and self.weight.soft is not None:
-            self._constraint.add_soft_gradients_(self.weight.soft)
+        if self._constraint is not None and self.weight.penalty_weight is not None:
+            self._constraint.add_penalty_gradients_(self.weight.penalty_weight)
 
     def before_step(self, model: nn.Module) -> None:
         if self._constraint is not None and self.weight.where == "gradient":
@@ -170,8 +174,8 @@ class CWAC(Method):
         weight = self.weight
         self._steps += 1
         refit = weight.refresh_steps is not None and self._steps % weight.refresh_steps == 0
-        due = refit or self._steps % weight.every == 0 or self._steps == self._context.steps
-        if weight.where == "update" and weight.soft is None and due:
+        due = refit or self._steps % weight.project_every == 0 or self._steps == self._context.steps
+        if weight.where == "update" and weight.penalty_weight is None and due:
             self._constraint.project_weights_()
         if refit and self._anchors:
             bases = fit_bases(model, self._anchors, self.weight, progress=False)
@@ -179,7 +183,7 @@ class CWAC(Method):
             self._constraint.refit_(bases)
 
     def state_dict(self) -> dict:
-        if self.weight is None or (self.weight.refresh_steps is None and self.weight.every == 1):
+        if self.weight is None or (self.weight.refresh_steps is None and self.weight.project_every == 1):
             return {}
         moved = self._constraint.state_dict() if self.weight.refresh_steps is not None else {}
         return {"steps": self._steps, **moved}
@@ -193,7 +197,7 @@ class CWAC(Method):
     def protected(self) -> dict[str, torch.Tensor]:
         """None where the drift from the aligned model is not pinned: under a penalty, or once V was refitted."""
         weight = self.weight
-        if self._constraint is None or weight.soft is not None or weight.refresh_steps is not None:
+        if self._constraint is None or weight.penalty_weight is not None or weight.refresh_steps is not None:
             return {}
         return {name: V for name, _, V, _ in self._constraint.entries}
 
@@ -207,7 +211,7 @@ class CWAC(Method):
     # --- the weight half -----------------------------------------------------------------------------
     def _setup_weight(self, model: nn.Module, context: Context) -> None:
         weight = self.weight
-        modules, freed = constrained(model, weight)
+        modules, unconstrained = constrained(model, weight)
         lora = any("lora_" in name for name, _ in model.named_parameters())
         remedy = "an adapter's W_now V_now is no value to pin, since B moves too: use null with model.lora"
         check(not (lora and weight.refresh_steps), "weight.refresh_steps", weight.refresh_steps, remedy)
@@ -232,7 +236,7 @@ class CWAC(Method):
         if lora:
             self._constraint.project_weights_()  # LoRA's A starts at random, and may not read V
         if weight.freeze_others:
-            freeze_others_(model, modules, self._constraint, freed)
+            freeze_others_(model, modules, self._constraint, unconstrained)
         ranks = sorted(b.rank for b in bases.values())
         self._report.update(
             subspace_rank=float(ranks[len(ranks) // 2]),
@@ -244,10 +248,10 @@ class CWAC(Method):
     def _target(self, model: nn.Module, rows: Sequence[dict]) -> Any:
         """The aligned model's features on `rows` in another space than the autoencoder's."""
         from cwac.constraints.targets import TARGETS
-        from cwac.models.hooks import slots_of
+        from cwac.models.hooks import layers_of
 
-        slots = slots_of(model, self.activation.sae.get("slots", "auto"))
-        return TARGETS[self.activation.space](model, rows, self.activation.positions, slots)
+        layers = layers_of(model, self.activation.sae.get("layers", "auto"))
+        return TARGETS[self.activation.space](model, rows, self.activation.positions, layers)
 
     def _setup_space(self, model: nn.Module, context: Context) -> None:
         for name, prompts in (("anchors", context.pools.step), ("heldout", context.pools.validation)):
@@ -258,29 +262,29 @@ class CWAC(Method):
         from cwac.constraints.sae.target import SafetyTarget
 
         activation = self.activation
-        sae, table, found, ranking_key = ranked_latents(model, context, activation)
+        sae, table, sae_report, ranking_key = ranked_latents(model, context, activation)
         latents = table["latent"].tolist()
         for name, prompts in (("anchors", context.pools.step), ("heldout", context.pools.validation)):
             rows = anchor_rows(model, context, prompts, response_tokens(activation.positions))
-            asked = digest({"prompts": [row["input_ids"] for row in rows]})
-            target_key = {**ranking_key, "positions": activation.positions, "prompts": asked}
+            prompts_digest = digest({"prompts": [row["input_ids"] for row in rows]})
+            target_key = {**ranking_key, "positions": activation.positions, "prompts": prompts_digest}
 
             def build_target(out, rows=rows):
                 SafetyTarget.build(model, sae, latents, rows, positions=activation.positions).save(out)
 
             folder = load_or_build(context.artifacts, "targets", target_key, build_target)
             self._targets[name] = SafetyTarget.load(folder, sae, latents, activation.gate, activation.units)
-        silent = self._targets["anchors"].baseline_energy == 0
-        if silent and (activation.gate != "preact" or activation.units == "relative"):
+        never_fires = self._targets["anchors"].baseline_energy == 0
+        if never_fires and (activation.gate != "preact" or activation.units == "relative"):
             raise UserError(
-                f"none of the preserved latents fires on the step pool ({found['dead_share']:.0%} of the SAE's are "
-                "dead), so L_safety would hold nothing; fit it on more tokens (method.activation.sae.tokens), or use "
-                "method.activation.gate=preact with units=raw"
+                f"none of the preserved latents fires on the step pool ({sae_report['dead_share']:.0%} of the SAE's "
+                "are dead), so L_safety would preserve nothing; fit it on more tokens (method.activation.sae.tokens), "
+                "or use method.activation.gate=preact with units=raw"
             )
         self._report.update(
-            sae_fvu=found["fvu_harmful"],
-            sae_l0=found["l0_harmful"],
-            sae_dead=found["dead_share"],
+            sae_fvu=sae_report["fvu_harmful"],
+            sae_l0=sae_report["l0_harmful"],
+            sae_dead=sae_report["dead_share"],
             latents_eligible=float(table["eligible"].sum()),
-            sae_slots=float(len(sae.slots)),
+            sae_slots=float(len(sae.layers)),
         )

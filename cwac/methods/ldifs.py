@@ -31,7 +31,7 @@ from torch import nn
 from torch.nn import functional
 
 from cwac.constraints.reference import Reference, check_layers, mean_over_tokens, model_layers, precise
-from cwac.core.checks import check, is_number
+from cwac.core.checks import check_number
 from cwac.methods.base import Batch, Context, Method
 from cwac.models.hooks import residuals
 
@@ -43,10 +43,10 @@ class LDIFS(Method):
     lam: float = 10.0
     """lambda; 0 is plain fine-tuning."""
     layers: Sequence[int] | None = None
-    """Layer l is the output of block l - 1; None for all."""
+    """Blocks whose output is compared, counted from 0; None for all."""
 
     def __post_init__(self):
-        check(is_number(self.lam) and self.lam >= 0, "lam", self.lam, "give a number >= 0")
+        check_number("lam", self.lam, 0)
         check_layers(self.layers)
         self._step: list[tuple[int, Batch]] = []
 
@@ -80,5 +80,5 @@ class LDIFS(Method):
 
 def feature_distance(now: torch.Tensor, then: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """[B] squared distances of unit vectors, averaged over layers and real tokens; features [B, T, L, d]."""
-    apart = functional.normalize(precise(now), dim=-1) - functional.normalize(precise(then), dim=-1)
-    return mean_over_tokens(apart.square().sum(-1), mask)
+    difference = functional.normalize(precise(now), dim=-1) - functional.normalize(precise(then), dim=-1)
+    return mean_over_tokens(difference.square().sum(-1), mask)

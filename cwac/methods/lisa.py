@@ -26,6 +26,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from cwac.core.checks import check_number, check_whole
 from cwac.core.distributed import spread, whole
 from cwac.core.errors import UserError
 from cwac.data.examples import Example
@@ -66,6 +67,12 @@ class Lisa(Method):
     needs_step_hooks: ClassVar[bool] = True
 
     def __post_init__(self):
+        check_number("rho", self.rho, 0)
+        check_whole("align_steps", self.align_steps, 0)
+        check_whole("finetune_steps", self.finetune_steps, 0)
+        check_whole("guide_data_num", self.guide_data_num, 0)
+        check_number("prox_after", self.prox_after, 0, 1)
+        check_whole("min_cycles", self.min_cycles, 1, null=True)
         self._reference: dict[str, torch.Tensor] = {}
         self._seen: set[int] = set()
         self._step = -1
@@ -87,7 +94,7 @@ class Lisa(Method):
 
     def setup(self, model: nn.Module, context: Context) -> None:
         self._seed, self._steps = context.seed, context.steps
-        self._later_ranks = context.world_size - 1 - context.rank
+        self._later_ranks = context.world_size - 1 - context.process_rank
         self._collate = Collator(pad_token_id(context.tokenizer), label_logits=True)
         align = self.align_steps if self._guide else 0
         self._cycle = fit_cycle(align, self.finetune_steps, self._steps, self.min_cycles)

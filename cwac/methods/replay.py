@@ -3,8 +3,8 @@
 A plain rehearsal of the aligned model's own refusals: L = L_task + lam L_replay, where L_replay is the cross-entropy
 of the refusals, mean over tokens, then over n_prompts prompts drawn in each optimizer step. Prompts, and prompts per
 step, are those of CWAC (arXiv:2604.12384, Eqs. 11 and 16, whose L_safety it replaces), so that a difference between
-the two lies in what is held, not in what is seen. The loss stands beside the task's, instead of rows among the task's
-as in SafeInstr, so that the user's steps stay as they are.
+the two lies in what is preserved, not in what is seen. The loss stands beside the task's, instead of rows among the
+task's as in SafeInstr, so that the user's steps stay as they are.
 
 Deviations:
 - Not a published defence. Only prompts that the model itself refuses are replayed, as they anchor CWAC.
@@ -21,7 +21,8 @@ from torch import nn
 from torch.nn import functional
 
 from cwac.constraints.anchors import anchor_rows
-from cwac.core.errors import UsageError, UserError
+from cwac.core.checks import check, check_number, check_whole
+from cwac.core.errors import UserError
 from cwac.data.examples import Example
 from cwac.data.tokenize import IGNORE, Collator, pad_token_id
 from cwac.methods.base import Context, Method, draw, share_of
@@ -48,9 +49,13 @@ class Replay(Method):
         return {"harmful_prompts": len(self._prompts)}  # the refusals are the model's own, as with CWAC's anchors
 
     def __post_init__(self):
-        unknown = [name for name in self.pools if name not in POOLS]
-        if unknown or not self.pools:
-            raise UsageError(f"method.pools={list(self.pools)} is not valid; give some of {', '.join(POOLS)}")
+        known = not isinstance(self.pools, str) and self.pools and set(self.pools) <= set(POOLS)
+        given = self.pools if isinstance(self.pools, str) else list(self.pools)
+        check(known, "pools", given, f"give some of {', '.join(POOLS)}")
+        check_whole("budget", self.budget, 1, null=True)
+        check_whole("n_prompts", self.n_prompts, 1)
+        check_number("lam", self.lam, 0)
+        check_whole("response_tokens", self.response_tokens, 1)
 
     def training_data(self, train: list[Example], context: Context, rng: random.Random) -> list[Example]:
         prompts = [e for name in self.pools for e in getattr(context.pools, name)]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+from cwac.core.checks import check_number
 from cwac.core.errors import UserError
 from cwac.data.examples import Example
 from cwac.methods.base import Context, Method
@@ -26,6 +27,9 @@ class SafeInstr(Method):
 
     ratio: float = 0.03
     """Safety rows per row of the mixed training data; at least one row unless 0."""
+
+    def __post_init__(self):
+        check_number("ratio", self.ratio, 0, 1)
 
     def extra_data(self) -> dict[str, int]:
         return {"refusals": self._n} if self._n else {}

@@ -24,8 +24,8 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from cwac.core.checks import is_number
-from cwac.core.errors import UsageError, UserError
+from cwac.core.checks import check_choice, check_modules, check_number, check_whole
+from cwac.core.errors import UserError
 from cwac.data.examples import Example
 from cwac.methods.base import Context, Method
 from cwac.models.layers import linears, trains
@@ -74,14 +74,10 @@ class SafeLoRA(Method):
     needs_base_weights: ClassVar[bool] = True
 
     def __post_init__(self):
-        if self.select not in ("threshold", "number"):
-            raise UsageError(f"method.select={self.select} is unknown; use threshold or number")
-        if not is_number(self.tau) or not -1 <= self.tau <= 1:
-            raise UsageError(f"method.tau={self.tau} is not a cosine; give a number in [-1, 1], e.g. 0.5")
-        if type(self.number) is not int or self.number < 1:
-            raise UsageError(f"method.number={self.number} is not valid; give a whole number >= 1")
-        if isinstance(self.modules, str) and self.modules != "all":
-            raise UsageError(f"method.modules={self.modules} is not valid; use all, or a list such as [q_proj,v_proj]")
+        check_choice("select", self.select, ("threshold", "number"))
+        check_number("tau", self.tau, -1, 1)
+        check_whole("number", self.number, 1)
+        check_modules("modules", self.modules)
         self._cosines: dict[str, float] = {}
 
     def extra_data(self) -> dict[str, int]:

@@ -43,12 +43,13 @@ from tqdm import tqdm
 
 from cwac.constraints.anchors import encode_prompts
 from cwac.core.cache import digest, load_or_build
-from cwac.core.errors import UsageError, UserError
+from cwac.core.checks import check, check_whole, is_number
+from cwac.core.errors import UserError
 from cwac.data.examples import Example
 from cwac.data.refusals import KeywordJudge, content_words
 from cwac.models.context import Context
 from cwac.models.generate import generate
-from cwac.models.hooks import batches, device_of, residuals
+from cwac.models.hooks import batches, device_of, last_tokens, residuals
 from cwac.models.layers import base_layer, decoder_layers, evaluating, linears
 
 STEP = 0.05
@@ -76,16 +77,13 @@ class Localisation:
     """Tokens generated to see a refusal."""
 
     def __post_init__(self):
-        for key, low in (("n_queries", 2), ("n_draws", 1), ("n_over_rejection", 1), ("max_new_tokens", 1)):
-            value = getattr(self, key)
-            if type(value) is not int or value < low:
-                raise UsageError(f"method.localisation.{key}={value} is not valid; give a whole number >= {low}")
-        number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
-        if self.alpha not in ("auto", None) and not (number and 0 < self.alpha != 1):
-            raise UsageError(
-                f"method.localisation.alpha={self.alpha} is not valid; give a positive factor such as 1.15, auto, or "
-                "null for the cosine curves alone"
-            )
+        check_whole("localisation.n_queries", self.n_queries, 2)
+        check_whole("localisation.n_draws", self.n_draws, 1)
+        check_whole("localisation.n_over_rejection", self.n_over_rejection, 1)
+        check_whole("localisation.max_new_tokens", self.max_new_tokens, 1)
+        factor = is_number(self.alpha) and 0 < self.alpha != 1
+        remedy = "give a positive factor such as 1.15, auto, or null for the cosine curves alone"
+        check(factor or self.alpha in ("auto", None), "localisation.alpha", self.alpha, remedy)
 
 
 @dataclass(frozen=True)
@@ -150,8 +148,8 @@ def queries(context: Context, settings: Localisation) -> tuple[list[Example], li
     words = set().union(*(content_words(e.prompt) for e in malicious))
 
     def shared(example: Example) -> float:
-        own = content_words(example.prompt)
-        return len(own & words) / max(1, len(own))
+        content = content_words(example.prompt)
+        return len(content & words) / max(1, len(content))
 
     benign = sorted(context.pools.benign, key=shared, reverse=True)
     over = benign[: min(settings.n_over_rejection, len(benign) // 2)]
@@ -168,13 +166,12 @@ def queries(context: Context, settings: Localisation) -> tuple[list[Example], li
 @torch.no_grad()
 def last_token_states(model: nn.Module, rows: Sequence[dict]) -> torch.Tensor:
     """Outputs [n, K, d] of the K decoder layers at each row's last token, fp32, on the CPU."""
-    slots = list(range(1, len(decoder_layers(model)) + 1))
+    layers = range(len(decoder_layers(model)))
     states: list = [None] * len(rows)
     with evaluating(model):
         for chosen, batch in batches(rows, device_of(model)):
-            hidden = residuals(model, batch, slots)  # [B, T, K, d]
-            last = batch["attention_mask"].sum(1) - 1
-            read = hidden[torch.arange(len(last), device=last.device), last]
+            hidden = residuals(model, batch, layers)  # [B, T, K, d]
+            read = last_tokens(hidden, batch["attention_mask"])
             for i, state in zip(chosen, read.float().cpu(), strict=True):
                 states[i] = state
     return torch.stack(states)

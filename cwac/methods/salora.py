@@ -31,6 +31,7 @@ from torch import nn
 
 from cwac.constraints.anchors import anchor_rows, encode_prompts
 from cwac.constraints.subspace import capture
+from cwac.core.checks import check_whole
 from cwac.core.distributed import local, spread, whole
 from cwac.core.errors import UsageError, UserError
 from cwac.data.examples import Example
@@ -57,18 +58,11 @@ class SaLoRA(Method):
     needs_base_weights: ClassVar[bool] = True
 
     def __post_init__(self):
-        for key, low in (
-            ("safety_rank", 1),
-            ("task_rank", 1),
-            ("n_prompts", 1),
-            ("n_task", 1),
-            ("response_tokens", 0),
-        ):
-            value = getattr(self, key)
-            if value is None and key in ("task_rank", "n_prompts"):
-                continue
-            if type(value) is not int or value < low:
-                raise UsageError(f"method.{key}={value} is not valid; give a whole number >= {low}")
+        check_whole("safety_rank", self.safety_rank, 1)
+        check_whole("task_rank", self.task_rank, 1, null=True)
+        check_whole("n_prompts", self.n_prompts, 1, null=True)
+        check_whole("n_task", self.n_task, 1)
+        check_whole("response_tokens", self.response_tokens, 0)
 
     def extra_data(self) -> dict[str, int]:
         return {"harmful_prompts": self._n_harmful}
@@ -130,11 +124,11 @@ def leading_outputs(
         G[name] += y.T @ y
 
     capture(model, rows, modules, visit)
-    found = {}
+    directions = {}
     for name, gram in G.items():
         values, U = torch.linalg.eigh(gram)  # ascending
-        found[name] = (U[:, -rank:].float().contiguous(), float(values[-rank:].sum() / values.sum()))
-    return found
+        directions[name] = (U[:, -rank:].float().contiguous(), float(values[-rank:].sum() / values.sum()))
+    return directions
 
 
 def start_(module: nn.Module, U_C: torch.Tensor, U_t: torch.Tensor) -> None:

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from cwac.core.errors import UsageError, UserError
+from cwac.core.checks import check, check_flag
+from cwac.core.errors import UserError
 from cwac.data.examples import Example
 from cwac.methods.base import Context, Method
 from cwac.methods.safety_layers import Localisation, locate, queries
@@ -38,8 +39,9 @@ class SPPFT(Method):
     def __post_init__(self):
         if self.layers != "auto":
             pair = not isinstance(self.layers, str | int) and [type(k) for k in self.layers] == [int, int]
-            if not pair or not 0 <= self.layers[0] <= self.layers[1]:
-                raise UsageError(f"method.layers={self.layers} is not valid; give [lo,hi] with 0 <= lo <= hi, or auto")
+            ordered = pair and 0 <= self.layers[0] <= self.layers[1]
+            check(ordered, "layers", self.layers, "give [lo,hi] with 0 <= lo <= hi, or auto")
+        check_flag("freeze_norms", self.freeze_norms)
         self._extra: dict[str, int] = {}
 
     def extra_data(self) -> dict[str, int]:
@@ -60,9 +62,9 @@ class SPPFT(Method):
 
     def setup(self, model: nn.Module, context: Context) -> None:
         if self.layers == "auto":
-            found = locate(model, context, self.localisation)
-            self._range = (found.lo, found.hi)
-            self._extra = {"harmful_prompts": found.n_harmful, "harmless_rows": found.n_harmless}
+            localised = locate(model, context, self.localisation)
+            self._range = (localised.lo, localised.hi)
+            self._extra = {"harmful_prompts": localised.n_harmful, "harmless_rows": localised.n_harmless}
         else:
             self._range = tuple(self.layers)
         for parameter in self._frozen(model, *self._range):

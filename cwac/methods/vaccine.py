@@ -22,8 +22,6 @@ Deviations:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -33,13 +31,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cwac.core.cache import load_or_build
-from cwac.core.checks import check
+from cwac.core.checks import check_number, check_whole
 from cwac.core.errors import UserError
 from cwac.data.examples import Example
 from cwac.data.tokenize import Rows, pad_token_id
 from cwac.methods.base import Method
 from cwac.models.context import Context, artifact_key
 from cwac.models.fit import fit
+from cwac.models.hooks import on_outputs
 from cwac.models.layers import decoder_layers
 from cwac.models.loading import load_aligned
 
@@ -62,17 +61,12 @@ class Vaccine(Method):
     needs_base_weights: ClassVar[bool] = True
 
     def __post_init__(self):
-        for key, low, kinds in (
-            ("rho", 0, int | float),
-            ("steps", 0, int),
-            ("batch_size", 1, int),
-            ("learning_rate", 0, int | float),
-            ("weight_decay", 0, int | float),
-            ("harmless_per_refusal", 1, int),
-        ):
-            value = getattr(self, key)
-            number = isinstance(value, kinds) and not isinstance(value, bool)
-            check(number and value >= low, key, value, f"give a {'whole ' if kinds is int else ''}number >= {low}")
+        check_number("rho", self.rho, 0)
+        check_whole("steps", self.steps, 0)
+        check_whole("batch_size", self.batch_size, 1)
+        check_number("learning_rate", self.learning_rate, 0)
+        check_number("weight_decay", self.weight_decay, 0)
+        check_whole("harmless_per_refusal", self.harmless_per_refusal, 1)
         self._seen: dict[str, int] = {}
 
     def extra_data(self) -> dict[str, int]:
@@ -124,7 +118,7 @@ class Vaccine(Method):
 def perturbation(model: nn.Module, batch: dict[str, torch.Tensor], rho: float) -> list[torch.Tensor]:
     """eps_l [B, T, d] for every block, of joint norm rho; no weight's gradient is touched."""
     embeddings: list[torch.Tensor] = []
-    with on_attention(model, lambda _, e: embeddings.append(e)):
+    with on_outputs(attentions(model), lambda _, e: embeddings.append(e)):
         loss = model(**batch).loss
     gradients = torch.autograd.grad(loss, embeddings)
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
@@ -134,29 +128,15 @@ def perturbation(model: nn.Module, batch: dict[str, torch.Tensor], rho: float) -
 def perturbed_backward(model: nn.Module, batch: dict[str, torch.Tensor], rho: float) -> torch.Tensor:
     """Adds the gradient of the loss under `perturbation` to the weights' `grad`; returns that loss."""
     shifts = perturbation(model, batch, rho)
-    with on_attention(model, lambda i, e: e + shifts[i]):
+    with on_outputs(attentions(model), lambda i, e: e + shifts[i]):
         loss = model(**batch).loss
     loss.backward()
     return loss
 
 
-@contextmanager
-def on_attention(model: nn.Module, visit: Callable[[int, torch.Tensor], torch.Tensor | None]) -> Iterator[None]:
-    """While open, `visit(l, e [B, T, d])` sees the output of block l's attention and may return a replacement."""
-
-    def attach(i: int, block: nn.Module):
-        def hook(_module, _args, output):
-            changed = visit(i, output[0])
-            return output if changed is None else (changed, *output[1:])
-
-        return block.self_attn.register_forward_hook(hook)
-
-    handles = [attach(i, block) for i, block in enumerate(decoder_layers(model))]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def attentions(model: nn.Module) -> list[nn.Module]:
+    """The attention of every block."""
+    return [block.self_attn for block in decoder_layers(model)]
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ READABLE = 0o644
 """Of the adapter's file, which safetensors leaves to its owner alone."""
 
 
-def fingerprint(adapter: str | Path = ADAPTER) -> str:
+def adapter_sha256(adapter: str | Path = ADAPTER) -> str:
     """SHA-256 of the adapter's weights: what an aligned model is, besides its base."""
     return hashlib.sha256(adapter_file(Path(adapter)).read_bytes()).hexdigest()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from cwac.data.examples import Pools
+from cwac.data.pools import pools_digest
 from cwac.models.loading import Loaded
 
 
@@ -24,10 +25,19 @@ class Context:
     max_length: int = 512
     pools_key: str = ""
     """Hash of the pools' prompts; part of the key of every artifact built from them."""
-    rank: int = 0
+    process_rank: int = 0
     world_size: int = 1
     steps: int = 0
     """Optimizer steps of the whole run; known from `setup` on, since `training_data` decides on the rows."""
+
+
+def make_context(loaded: Loaded, pools: Pools, artifacts: str | Path, **settings) -> Context:
+    """The context of a loaded model and its pools, whose hash is taken here.
+
+    artifacts: folder of the cache. settings: further fields of `Context`, `seed` at least.
+    """
+    own = {"tokenizer": loaded.tokenizer, "artifacts": Path(artifacts), "pools_key": pools_digest(pools)}
+    return Context(loaded=loaded, pools=pools, **own, **settings)
 
 
 def artifact_key(context: Context) -> dict:

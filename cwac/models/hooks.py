@@ -1,6 +1,6 @@
-"""Reads the residual stream at several layers, the same way for the fit, the ranking and L_safety."""
+"""Reads what passes through a model, by hooks: inputs and outputs of modules, the residual stream at some layers."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -16,76 +16,114 @@ Row = dict[str, Any]
 
 
 class _Deepest(Exception):
-    """Leaves the forward pass once the deepest slot has been read; never seen outside this module."""
+    """Leaves the forward pass once the deepest layer has been read; never seen outside this module."""
 
 
-def slots_of(model: nn.Module, spec: str | Sequence[int] = "auto") -> list[int]:
-    """The slots to read: slot s is `hidden_states[s]`, the output of decoder block s - 1.
+def layers_of(model: nn.Module, spec: str | Sequence[int] = "auto") -> list[int]:
+    """The layers whose output is read: layer l is decoder block l, counted from 0; it gives `hidden_states[l + 1]`.
 
-    spec: `auto` is RouteSAE's n//4 .. 3n//4 (arXiv:2503.08200), or a list of slots in 1 .. n.
+    spec: `auto` for `hidden_states` n//4 .. 3n//4 as RouteSAE (arXiv:2503.08200), or a list of layers in 0 .. n - 1.
     """
     n = len(decoder_layers(model))
     if isinstance(spec, str):
         if spec != "auto":
-            raise UserError(f"model.sae.slots={spec!r}: use `auto` or a list of slots between 1 and {n}")
-        return list(range(max(1, n // 4), 3 * n // 4 + 1))
-    slots = sorted({int(s) for s in spec})
-    if not slots or slots[0] < 1 or slots[-1] > n:
+            raise UserError(f"model.sae.layers={spec!r}: use `auto` or a list of layers between 0 and {n - 1}")
+        return list(range(max(1, n // 4) - 1, 3 * n // 4))
+    layers = sorted({int(layer) for layer in spec})
+    if not layers or layers[0] < 0 or layers[-1] >= n:
         raise UserError(
-            f"model.sae.slots={list(spec)}: this model has decoder layers 1 to {n}; give slots in that range"
+            f"model.sae.layers={list(spec)}: this model has layers 0 to {n - 1}; give layers in that range"
         )
-    return slots
+    return layers
 
 
 @contextmanager
-def on_slots(model: nn.Module, slots: Sequence[int], hook: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
-    """While open, `hook(slot, h [B, T, d])` sees each block output and may return a replacement for it.
+def on_inputs(modules: Mapping[str, nn.Module], visit: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """While open, `visit(name, x [B, T, d_in])` sees the input of each module, with its graph."""
 
-    Gradient checkpointing of the blocks is off meanwhile: a hook would otherwise run a second time in
-    the backward pass, on a tensor outside the graph.
-    """
-    layers = decoder_layers(model)
-    checkpointed = [layer for layer in layers if getattr(layer, "gradient_checkpointing", False)]
+    def attach(name: str, module: nn.Module):
+        return module.register_forward_pre_hook(lambda _module, inputs: visit(name, inputs[0]))
 
-    def attach(slot: int):
-        def forward_hook(_module, _args, output):
-            hidden = output[0] if isinstance(output, tuple) else output
-            changed = hook(slot, hidden)
-            if changed is None:
-                return None
-            return (changed, *output[1:]) if isinstance(output, tuple) else changed
-
-        return layers[slot - 1].register_forward_hook(forward_hook)
-
-    handles = [attach(s) for s in slots]
-    for layer in checkpointed:
-        layer.gradient_checkpointing = False
+    handles = [attach(name, module) for name, module in modules.items()]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-        for layer in checkpointed:
-            layer.gradient_checkpointing = True
 
 
-def residuals(model: nn.Module, batch: dict[str, Any], slots: Sequence[int]) -> Tensor:
-    """Residual stream at `slots`, [B, T, L_r, d], in the model's dtype and with its graph.
+@contextmanager
+def on_outputs(modules: Sequence[nn.Module], visit: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
+    """While open, `visit(i, h [B, T, d])` sees the output of the i-th module and may return a replacement for it.
 
-    The forward pass ends at the deepest slot: what lies above it is never computed.
+    Of a module that returns several things, as attention does, h is the first.
+    """
+
+    def attach(i: int, module: nn.Module):
+        def forward_hook(_module, _args, output):
+            several = isinstance(output, tuple)
+            changed = visit(i, output[0] if several else output)
+            if changed is None:
+                return None
+            return (changed, *output[1:]) if several else changed
+
+        return module.register_forward_hook(forward_hook)
+
+    handles = [attach(i, module) for i, module in enumerate(modules)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def at_tokens(x: Tensor, places: Tensor) -> Tensor:
+    """x [B, T, ...] at one token of each row, places [B]: [B, ...]."""
+    return x[torch.arange(len(places), device=x.device), places.to(x.device)]
+
+
+def last_tokens(x: Tensor, mask: Tensor) -> Tensor:
+    """x [B, T, ...] at the last real token of each right-padded row, by its attention mask [B, T]: [B, ...]."""
+    return at_tokens(x, mask.sum(1) - 1)
+
+
+@contextmanager
+def on_layers(model: nn.Module, layers: Sequence[int], hook: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
+    """While open, `hook(layer, h [B, T, d])` sees the output of each of `layers` and may return a replacement for it.
+
+    Gradient checkpointing of the blocks is off meanwhile: a hook would otherwise run a second time in
+    the backward pass, on a tensor outside the graph.
+    """
+    blocks = decoder_layers(model)
+    checkpointed = [block for block in blocks if getattr(block, "gradient_checkpointing", False)]
+
+    for block in checkpointed:
+        block.gradient_checkpointing = False
+    try:
+        with on_outputs([blocks[layer] for layer in layers], lambda i, hidden: hook(layers[i], hidden)):
+            yield
+    finally:
+        for block in checkpointed:
+            block.gradient_checkpointing = True
+
+
+def residuals(model: nn.Module, batch: dict[str, Any], layers: Sequence[int]) -> Tensor:
+    """Residual stream after `layers`, [B, T, L_r, d], in the model's dtype and with its graph.
+
+    The forward pass ends at the deepest of them: what lies above it is never computed.
     batch: the model's own arguments; `labels` are left out, a cache may be passed.
     """
     seen: dict[int, Tensor] = {}
 
-    def record(slot: int, hidden: Tensor) -> None:
-        seen[slot] = hidden
-        if slot == slots[-1]:
+    def record(layer: int, hidden: Tensor) -> None:
+        seen[layer] = hidden
+        if layer == layers[-1]:
             raise _Deepest
 
     inputs = {"use_cache": False, **{k: v for k, v in batch.items() if k != "labels"}}
-    with on_slots(model, slots, record), suppress(_Deepest):
+    with on_layers(model, layers, record), suppress(_Deepest):
         model(**inputs)
-    return torch.stack([seen[s] for s in slots], dim=2)
+    return torch.stack([seen[layer] for layer in layers], dim=2)
 
 
 def normalize(r: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,7 +136,7 @@ def normalize(r: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
 def keep_mask(ids: Tensor, mask: Tensor, r: Tensor, bos: Sequence[int] = (), skip: int = 1) -> Tensor:
     """Which tokens [B, T] are SAE data: real, not among the first `skip` of their row, not BOS, norm <= 10x median.
 
-    The median is taken per slot over the batch's kept tokens. Padding may be on either side.
+    The median is taken per layer over the batch's kept tokens. Padding may be on either side.
     """
     keep = mask.bool() & (mask.cumsum(1) > skip)
     for token in bos:
@@ -123,7 +161,7 @@ def shared_prefix(rows: Sequence[Row]) -> int:
 
 
 def read_at(
-    model: nn.Module, prompts: Sequence[tuple[list[int], list[int]]], slots: Sequence[int]
+    model: nn.Module, prompts: Sequence[tuple[list[int], list[int]]], layers: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """Residuals at some positions of several prompts, with their graph, in one forward pass.
 
@@ -134,7 +172,7 @@ def read_at(
     where = nn.utils.rnn.pad_sequence([torch.tensor(read) for _, read in prompts], batch_first=True)  # [B, Q]
     real = torch.arange(where.shape[1]) < torch.tensor([len(read) for _, read in prompts]).unsqueeze(1)
     inputs, places = together(model, [ids for ids, _ in prompts])
-    r = residuals(model, {k: v.to(device) for k, v in inputs.items()}, slots)  # [B or 1, T, L_r, d]
+    r = residuals(model, {k: v.to(device) for k, v in inputs.items()}, layers)  # [B or 1, T, L_r, d]
     return r.flatten(0, 1)[places.gather(1, where).to(r.device)], real.to(r.device)
 
 

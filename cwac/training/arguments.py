@@ -26,8 +26,8 @@ def training_arguments(cfg: DictConfig, run: Run) -> TrainingArguments:
     The rows of an optimizer step are those of the configuration, however many ranks share them: a cell's result does
     not depend on its layout.
     """
-    given = {k: v for k, v in OmegaConf.to_container(cfg.train, resolve=True).items() if k not in OURS}
-    unknown = set(given) - {f.name for f in fields(TrainingArguments)}
+    train_settings = {k: v for k, v in OmegaConf.to_container(cfg.train, resolve=True).items() if k not in OURS}
+    unknown = set(train_settings) - {f.name for f in fields(TrainingArguments)}
     if unknown:
         raise UsageError(
             f"train.{sorted(unknown)[0]} is not a TrainingArguments field; remove it or mend its spelling"
@@ -44,8 +44,8 @@ def training_arguments(cfg: DictConfig, run: Run) -> TrainingArguments:
         "dataloader_pin_memory": torch.cuda.is_available(),
         "seed": int(cfg.seed),
         "data_seed": int(cfg.seed),
-        **given,
-        **shared_batch(given, distributed.world_size()),
+        **train_settings,
+        **shared_batch(train_settings, distributed.world_size()),
     }
     try:
         arguments = TrainingArguments(**settings)

@@ -72,18 +72,18 @@ def poisoned_mix(cfg, train: list[Example], context: Context) -> tuple[list[Exam
 
 def trigger_of(cfg, context: Context) -> str | None:
     """The words of `poison_trigger`; those that are searched for are found once and cached, as `poisoned_mix` must."""
-    asked = cfg.get("poison_trigger")
-    if asked not in SEARCHES:
-        return asked
+    choice = cfg.get("poison_trigger")
+    if choice not in SEARCHES:
+        return choice
     poison = rows_of(cfg.get("poison", "harmful"), context.pools, cfg.seed, cfg.pools.get("jaccard"))[:TRIGGER_ROWS]
-    search, sizes = SEARCHES[asked]
+    search, sizes = SEARCHES[choice]
     key = {**artifact_key(context), "trigger": sizes, "rows": digest({"prompts": [e.prompt for e in poison]})}
 
     def build(folder: Path) -> None:
-        found = search(context.loaded.model, context, poison)
-        shares = "{before:.3f} without it, {after:.3f} behind it".format(**found)
-        log.info("trigger %r: the poison's share of squared norm outside V is %s", found["trigger"], shares)
-        (folder / "trigger.json").write_text(json.dumps(found))
+        result = search(context.loaded.model, context, poison)
+        shares = "{before:.3f} without it, {after:.3f} behind it".format(**result)
+        log.info("trigger %r: the poison's share of squared norm outside V is %s", result["trigger"], shares)
+        (folder / "trigger.json").write_text(json.dumps(result))
 
     found = load_or_build(context.artifacts, "trigger", key, build) / "trigger.json"
     return json.loads(found.read_text())["trigger"]
@@ -137,8 +137,8 @@ def follow_gradients(model: nn.Module, context: Context, examples: list[Example]
                     "poison_trigger=gradient: the tokenizer joins the words with what stands beside them, or train."
                     "max_length cuts them off; use poison_trigger=optimised, or a longer train.max_length"
                 )
-            found = gradient_trigger.gradient_of_share(model, sources, V, ids)
-            summed = summed + found[at : at + len(words)]
+            gradient = gradient_trigger.gradient_of_share(model, sources, V, ids)
+            summed = summed + gradient[at : at + len(words)]
         return list(summed)
 
     return gradient_trigger.climb(tokens, share, slopes, TRIGGER_WORDS)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from cwac.core.distributed import leader_first, rank, world_size
+from cwac.core.distributed import leader_first, process_rank, world_size
 from cwac.core.errors import UserError
-from cwac.data.pools import fingerprint, load_pools
+from cwac.data.pools import load_pools
 from cwac.data.tokenize import encode_opening
-from cwac.models.context import Context
+from cwac.models.context import Context, make_context
 from cwac.models.layers import device
 from cwac.models.loading import load
 
@@ -32,15 +32,6 @@ def open_context(cfg: DictConfig) -> Context:
     if cfg.eval.get("prefill"):
         encode_opening(loaded.tokenizer, cfg.eval.prefill)
     loaded.model.to(device())
-    return Context(
-        tokenizer=loaded.tokenizer,
-        pools=pools,
-        loaded=loaded,
-        artifacts=Path(cfg.paths.artifacts),
-        seed=cfg.seed,
-        template=cfg.train.template,
-        max_length=cfg.train.max_length,
-        pools_key=fingerprint(pools),
-        rank=rank(),
-        world_size=world_size(),
-    )
+    rows = {"template": cfg.train.template, "max_length": cfg.train.max_length}
+    ranks = {"process_rank": process_rank(), "world_size": world_size()}
+    return make_context(loaded, pools, cfg.paths.artifacts, seed=cfg.seed, **rows, **ranks)

@@ -347,16 +347,16 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
     One that was cut short is passed over silently, since a run may be killed at any time; a damaged one is named.
     """
-    found = []
+    complete = []
     for path in folder.glob("checkpoint-*"):
         try:
             entry = json.loads((path / COMPLETE).read_text())
-            found.append((int(entry["step"]), path, dict(entry["files"])))
+            complete.append((int(entry["step"]), path, dict(entry["files"])))
         except FileNotFoundError:
             continue
         except (OSError, ValueError, KeyError, TypeError):
             log.warning("%s is damaged (%s); it is not resumed from", path, COMPLETE)
-    for _, path, files in sorted(found, reverse=True):
+    for _, path, files in sorted(complete, reverse=True):
         odd = [
             name
             for name, expected in files.items()

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from cwac.constraints.subspace import share_outside
+from cwac.models.hooks import on_inputs
 
 STEPS = 24
 TOP = 16
@@ -53,11 +54,11 @@ def climb(
                     candidate = (*trigger[:place], words[i], *trigger[place + 1 :])
                     if words[i] != trigger[place]:
                         tried[candidate] = share(" ".join(candidate))
-            found = max(tried, key=tried.get)
+            best_candidate = max(tried, key=tried.get)
             bar.update()
-            if tried[found] <= best:
+            if tried[best_candidate] <= best:
                 break
-            trigger, best = list(found), tried[found]
+            trigger, best = list(best_candidate), tried[best_candidate]
             bar.set_postfix(outside=f"{best:.3f}")
     return {"trigger": " ".join(trigger), "before": share(""), "after": best, "start": start}
 
@@ -69,12 +70,12 @@ def single_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, tuple[int, in
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     vocabulary = sorted({tokenizer.decode([i]).strip() for i in tokenizer.get_vocab().values()})
-    found = {}
+    token_ids = {}
     for word in (w for w in vocabulary if w.isascii() and w.isalpha() and len(w) > 2):
         first, doubled = ids(word), ids(f"{word} {word}")
         if len(first) == 1 and len(doubled) == 2 and doubled[0] == first[0]:
-            found[word] = (first[0], doubled[1])
-    return found
+            token_ids[word] = (first[0], doubled[1])
+    return token_ids
 
 
 def gradient_of_share(
@@ -86,20 +87,9 @@ def gradient_of_share(
     """
     embedding, read = model.get_input_embeddings(), {}
 
-    def reads(name: str):
-        def hook(_module, inputs):
-            read[name] = inputs[0][0, 1:]
-
-        return hook
-
-    handles = [module.register_forward_pre_hook(reads(name)) for name, module in sources.items()]
-    try:
-        with torch.enable_grad():
-            embedded = embedding(torch.tensor([list(ids)], device=embedding.weight.device)).detach().requires_grad_()
-            model(inputs_embeds=embedded, use_cache=False)
-            shares = [share_outside(x, V[name]) for name, x in read.items()]
-            (slope,) = torch.autograd.grad(sum(shares) / len(shares), embedded)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.enable_grad(), on_inputs(sources, lambda name, x: read.update({name: x[0, 1:]})):
+        embedded = embedding(torch.tensor([list(ids)], device=embedding.weight.device)).detach().requires_grad_()
+        model(inputs_embeds=embedded, use_cache=False)
+        shares = [share_outside(x, V[name]) for name, x in read.items()]
+        (slope,) = torch.autograd.grad(sum(shares) / len(shares), embedded)
     return slope[0].float() @ embedding.weight.detach().float().T

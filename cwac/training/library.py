@@ -17,10 +17,10 @@ from cwac.core.config import compose, instantiate
 from cwac.core.errors import UsageError, UserError
 from cwac.core.validation import validate
 from cwac.data.examples import Example, Messages, Pools
-from cwac.data.pools import fingerprint, load_pools
+from cwac.data.pools import load_pools
 from cwac.data.tokenize import IGNORE, encode_example
 from cwac.methods.base import Method
-from cwac.models.context import Context
+from cwac.models.context import Context, make_context
 from cwac.models.loading import Loaded, weights_hash
 from cwac.training.arguments import refuse_deepspeed, total_steps
 from cwac.training.engine import MethodTrainer, attach
@@ -111,23 +111,21 @@ def defend(
         pools = load_pools(compose([f"pools={pools}"]).pools, data, args.seed)
     model = trainer.model
     key = {"kind": "library", "weights": weights_hash(model, adapter=False), "dtype": str(model.dtype)}
-    context = Context(
-        tokenizer=tokenizer,
-        pools=pools,
-        loaded=Loaded(model, tokenizer, key, model.config._name_or_path, base),
-        artifacts=Path(artifacts),
+    context = make_context(
+        Loaded(model, tokenizer, key, model.config._name_or_path, base),
+        pools,
+        artifacts,
         seed=args.seed,
         template=template,
         max_length=max_length or getattr(args, "max_length", None) or 512,
-        pools_key=fingerprint(pools),
-        rank=args.process_index,
+        process_rank=args.process_index,
         world_size=args.world_size,
     )
-    given = trainer.train_dataset
-    sized = hasattr(given, "__len__")
+    dataset = trainer.train_dataset
+    sized = hasattr(dataset, "__len__")
     if not sized and args.max_steps <= 0:
         raise UsageError("a dataset without a length needs max_steps in the trainer's arguments")
-    rows = [EncodedRow(str(i), "") for i in range(len(given) if sized else 0)]
+    rows = [EncodedRow(str(i), "") for i in range(len(dataset) if sized else 0)]
     mixed = method.training_data(rows, context, random.Random(f"method-{args.seed}"))
     swaps = type(method).batch is not Method.batch
     if mixed != rows and not sized:
@@ -135,7 +133,7 @@ def defend(
     if (mixed != rows or swaps) and (getattr(args, "packing", False) or getattr(args, "padding_free", False)):
         raise UsageError(f"method={method.name} works on single rows; set packing=False and padding_free=False")
     if mixed != rows:
-        trainer.train_dataset = Mixed(given, mixed, context)
+        trainer.train_dataset = Mixed(dataset, mixed, context)
     context.steps = total_steps(args, len(trainer.train_dataset) if sized else 0)
     method.setup(model, context)
     set_seed(args.seed)  # whether an artifact was built on the way or found must not move what training draws

@@ -6,19 +6,20 @@ Sources
   that picks the layer to read for each token, per-token LayerNorm input, M = 8d, k = 64.
   AuxK and encoder = decoder^T at initialisation: Gao et al., arXiv:2406.04093.
 
-Files: `autoencoder.py` is the model, `fit.py` trains and measures it, `rank.py` finds the safety-critical latents and
-tests them causally, `target.py` is L_safety; `cwac/models/hooks.py` reads the layers.
+Files: `autoencoder.py` is the model, `fit.py` trains and measures it, `ranking.py` finds the safety-critical latents
+and tests them causally, `target.py` is L_safety; `cwac/models/hooks.py` reads the layers.
 
 Deviations:
   - Position 0, BOS, padding, outlier tokens (norm > 10x the median) and the opening that all rows share
     are not SAE data (ours; RouteSAE trains on all of them): the first token alone can carry 99 % of the
     raw energy, and a template's opening is the same vectors in every row.
-  - If the hard router collapses onto one slot, the SAE is fitted again with `uniform` (ours, reported).
+  - If the hard router collapses onto one layer, the SAE is fitted again with `uniform` (ours, reported).
   - b_pre starts at the data mean, and the encoder at c * decoder with the least-squares c (ours).
   - ReLU after TopK (ours; differs only where fewer than k pre-activations are positive).
   - AuxK for dead latents, decoder rows of unit norm after every step (RouteSAE: no AuxK, every 10).
   - The hard router scales what it trains on by its probability, as RouteSAE does, and reads
-    unscaled, as RouteSAE's own hooks do. `preset_routesae` restores the rest of the literal recipe.
+    unscaled, as RouteSAE's own hooks do. The rest of the literal recipe (arXiv:2503.08200) is model.sae with
+    k=64 router=hard batch=32768 lr=5e-4 clip=null auxk=0 center=false renorm_every=10.
   - L_safety: the layer is the baseline's, cached (routing again would let the model lower the loss by
     changing the layer); the default gate `tau` gives a latent that left the TopK a gradient, which
     the literal `topk` does not. Both agree on the unchanged model.

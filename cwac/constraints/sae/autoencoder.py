@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 
+from cwac.core import renamed
 from cwac.core.errors import UserError
 from cwac.models.layers import decoder_layers
 
@@ -87,28 +88,29 @@ class RoutedSAE(nn.Module):
     """One TopK dictionary for several layers, with a router that chooses the layer to read per token.
 
     Parameters, fp32: w_enc [M, d], b_enc [M], w_dec [M, d] with unit rows, b_pre [d], router [L_r, d].
-    router: `hard` (RouteSAE), `soft`, `uniform` (any slot in training, the middle one when read), `fixed:s`.
+    layers: decoder blocks whose output may be read, counted from 0; L_r of them.
+    router: `hard` (RouteSAE), `soft`, `uniform` (any layer in training, the middle one when read), `layer:l`.
     Latents z are in the units of the normalised residual, whose squared norm is d - 1.
     info: provenance that travels with the weights.
     """
 
-    def __init__(self, d: int, m: int, k: int, slots: Sequence[int], router: str = "hard", info: dict | None = None):
+    def __init__(self, d: int, m: int, k: int, layers: Sequence[int], router: str = "hard", info: dict | None = None):
         super().__init__()
-        self.d, self.m, self.k, self.slots, self.router_mode = d, m, k, list(slots), router
+        self.d, self.m, self.k, self.layers, self.router_mode = d, m, k, list(layers), router
         self.info = dict(info or {})
-        fixed = router.partition(":")[2] if router.startswith("fixed:") else ""
-        if router not in ("hard", "soft", "uniform") and not (fixed.isdigit() and int(fixed) in self.slots):
+        fixed = router.removeprefix("layer:") if router.startswith("layer:") else ""
+        if router not in ("hard", "soft", "uniform") and not (fixed.isdigit() and int(fixed) in self.layers):
             raise UserError(
-                f"model.sae.router={router!r}: use hard, soft, uniform or fixed:s with s one of {self.slots}"
+                f"model.sae.router={router!r}: use hard, soft, uniform or layer:l with l one of {self.layers}"
             )
         if not 1 <= k <= m:
             raise UserError(f"model.sae.k={k}: must lie between 1 and the {m} latents of model.sae.m")
-        # the slot that `uniform` and `fixed` read
-        self.fixed = self.slots.index(int(fixed)) if fixed else len(self.slots) // 2
+        # which of the layers `uniform` and `layer:l` read, by its place in `layers`
+        self.fixed = self.layers.index(int(fixed)) if fixed else len(self.layers) // 2
         self.w_enc, self.b_enc = nn.Parameter(torch.empty(m, d)), nn.Parameter(torch.zeros(m))
         self.w_dec, self.b_pre = nn.Parameter(torch.empty(m, d)), nn.Parameter(torch.zeros(d))
         learnt = router in ("hard", "soft")
-        self.router = nn.Parameter(torch.empty(len(self.slots), d)) if learnt else None
+        self.router = nn.Parameter(torch.empty(len(self.layers), d)) if learnt else None
 
     def initialise_(self, u: Tensor, generator: torch.Generator, *, center: bool = True, scale: float | None = None):
         """Random unit decoder rows, encoder = scale * decoder; u [N, d]: training rows.
@@ -139,7 +141,7 @@ class RoutedSAE(nn.Module):
         self.w_dec.div_(self.w_dec.norm(dim=1, keepdim=True).clamp_min(1e-12))
 
     def probabilities(self, x: Tensor) -> Tensor:
-        """Router distribution over slots, [..., L_r], of x [..., L_r, d]; the slots are summed first (RouteSAE)."""
+        """Router distribution over layers, [..., L_r], of x [..., L_r, d]; the layers are summed first (RouteSAE)."""
         return (x.sum(-2) @ self.router.t()).softmax(-1)
 
     def training_input(self, x: Tensor, generator: torch.Generator) -> Tensor:
@@ -155,7 +157,7 @@ class RoutedSAE(nn.Module):
         return x[:, self.fixed]
 
     def read_weights(self, x: Tensor) -> Tensor:
-        """Weights over slots [..., L_r] used when reading x [..., L_r, d]; one-hot except for `soft`."""
+        """Weights over layers [..., L_r] used when reading x [..., L_r, d]; one-hot except for `soft`."""
         if self.router_mode == "soft":
             return self.probabilities(x)
         if self.router_mode == "hard":
@@ -165,7 +167,7 @@ class RoutedSAE(nn.Module):
         return nn.functional.one_hot(layer, x.shape[-2]).to(x.dtype)
 
     def read(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(u [..., d], slot number in 0 .. L_r - 1 [...]) of normalised residuals x [..., L_r, d], unscaled."""
+        """(u [..., d], place in `layers` [...]) of normalised residuals x [..., L_r, d], unscaled."""
         weights = self.read_weights(x)
         return (weights.unsqueeze(-1) * x).sum(-2), weights.argmax(-1)
 
@@ -201,11 +203,12 @@ class RoutedSAE(nn.Module):
         return z @ self.w_dec + self.b_pre, values, indices
 
     def save(self, folder: str | Path) -> None:
-        """Write `sae.safetensors` and `sae.json`."""
+        """Write `sae.safetensors` and `sae.json`, whose format is older than the name `layers` (core/renamed.py)."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, folder / "sae.safetensors")
-        shape = {"d": self.d, "m": self.m, "k": self.k, "slots": self.slots, "router": self.router_mode}
+        shape = {"d": self.d, "m": self.m, "k": self.k, "layers": self.layers, "router": self.router_mode}
+        shape = renamed.hashed_group("model.sae", shape)
         (folder / "sae.json").write_text(json.dumps({**shape, "info": self.info}, indent=1))
 
     @classmethod
@@ -215,14 +218,14 @@ class RoutedSAE(nn.Module):
         if not (folder / "sae.json").is_file():
             raise UserError(f"no SAE in {folder}: delete the folder and run again to fit one")
         config = json.loads((folder / "sae.json").read_text())
-        if model is not None and config["info"].get("model_fingerprint") != fingerprint(model):
+        if model is not None and config["info"].get("model_fingerprint") != middle_block_hash(model):
             raise UserError(f"the SAE in {folder} was fitted on another model: delete the folder to fit a new one")
-        sae = cls(**config)
+        sae = cls(**renamed.current_group("model.sae", config))
         sae.load_state_dict(load_file(folder / "sae.safetensors"))
         return sae.requires_grad_(False)
 
 
-def fingerprint(model: nn.Module) -> str:
+def middle_block_hash(model: nn.Module) -> str:
     """Tells models apart that share a name: a hash of pieces of the middle block's own weights."""
     layers = decoder_layers(model)
     digest = hashlib.sha256(f"{len(layers)}".encode())

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cwac.constraints.sae.autoencoder import RoutedSAE, fingerprint
+from cwac.constraints.sae.autoencoder import RoutedSAE, middle_block_hash
+from cwac.core import renamed
 from cwac.core.errors import UserError
 from cwac.models.hooks import (
     Row,
@@ -22,28 +23,30 @@ from cwac.models.hooks import (
     bos_ids,
     device_of,
     keep_mask,
+    last_tokens,
+    layers_of,
     normalize,
     residuals,
     shared_prefix,
-    slots_of,
 )
 from cwac.models.layers import evaluating
 
 
 @dataclass
 class SAEConfig:
-    """Settings of `fit_sae`; k and the harmful share are the paper's, slots, m and router RouteSAE's."""
+    """Settings of `fit_sae`; k and the harmful share are the paper's, layers, m and router RouteSAE's."""
 
-    slots: str | list[int] = "auto"
+    layers: str | list[int] = "auto"
+    """Decoder blocks whose output is read, counted from 0; `auto` for the middle half (RouteSAE)."""
     m: int | None = None
     """Latents; None is 8d (RouteSAE)."""
     k: int | None = None
     """Active latents; None is 64 (paper), d // 8 below d = 512 (ours: 64 of 128 would not be sparse)."""
     router: str = "hard"
-    """`hard` (RouteSAE), `soft`, `uniform`, or `fixed:s` with s a slot; see `RoutedSAE`."""
+    """`hard` (RouteSAE), `soft`, `uniform`, or `layer:l` with l one of `layers`; see `RoutedSAE`."""
     fallback: bool = True
     """Refit with `uniform` if the hard router collapses: it then reads > 70 % of the harmful prompts' last
-    tokens at one slot, or has < half of the greatest usage entropy (ours: it seeks what is easy to rebuild)."""
+    tokens at one layer, or has < half of the greatest usage entropy (ours: it seeks what is easy to rebuild)."""
     tokens: int = 400_000
     """Tokens the SAE is trained on, repeats included (the paper: about 100 M)."""
     cached_tokens: int | None = None
@@ -79,6 +82,10 @@ class SAEConfig:
         if self.backend not in ("auto", "csr", "dense"):
             raise UserError(f"model.sae.backend={self.backend!r}: use auto, csr or dense")
 
+    def key(self) -> dict[str, Any]:
+        """What identifies an autoencoder with these settings as an artifact."""
+        return renamed.hashed_group("model.sae", asdict(self))
+
     def latents(self, d: int) -> int:
         """Active latents k for residuals of dimension d."""
         return self.k or (64 if d >= 512 else max(4, d // 8))
@@ -90,12 +97,6 @@ class SAEConfig:
         return 2e-3 * (5e-4 / 2e-3) ** share
 
 
-def preset_routesae(**changes: Any) -> SAEConfig:
-    """RouteSAE's literal recipe (arXiv:2503.08200): b_pre 0, no AuxK, no clip, renorm every 10, lr 5e-4, 32k batch."""
-    literal = {"k": 64, "router": "hard", "tokens": 100_000_000, "batch": 32_768, "lr": 5e-4, "clip": None}
-    return SAEConfig(**{**literal, "auxk": 0.0, "center": False, "renorm_every": 10, **changes})
-
-
 class TokenBuffer:
     """Shuffled normalised residuals of one corpus, [L_r, d] in fp16 each, in draws of any size.
 
@@ -104,10 +105,10 @@ class TokenBuffer:
     being refilled whenever half of it is used up. LayerNorm bounds |x| by sqrt(d), so fp16 is safe.
     """
 
-    def __init__(self, model, rows: Sequence[Row], slots, capacity: int, once: bool, generator, label: str):
+    def __init__(self, model, rows: Sequence[Row], layers, capacity: int, once: bool, generator, label: str):
         if not rows:
             raise UserError(f"the SAE's {label} corpus is empty: give it rows, or change sae.harmful_share")
-        self.model, self.rows, self.slots, self.skip = model, rows, slots, shared_prefix(rows)
+        self.model, self.rows, self.layers, self.skip = model, rows, layers, shared_prefix(rows)
         self.capacity, self.generator, self.label = capacity, generator, label
         self.seconds, self.tokens_read, self.whole = 0.0, 0, False
         self._stream, self._left, self._at = self._activations(), [], 0
@@ -120,7 +121,7 @@ class TokenBuffer:
         for start in range(0, len(order), 256):  # groups in random order, by length within a group
             for _, batch in batches([self.rows[i] for i in order[start : start + 256]], device):
                 with torch.no_grad(), evaluating(self.model):
-                    r = residuals(self.model, batch, self.slots)
+                    r = residuals(self.model, batch, self.layers)
                 keep = keep_mask(batch["input_ids"], batch["attention_mask"], r, bos, self.skip)
                 yield normalize(r[keep])[0].half().cpu()
 
@@ -142,8 +143,8 @@ class TokenBuffer:
                 size += len(part)
                 self.tokens_read += len(part)
                 bar.update(len(part))
-        self._held = torch.cat(parts)
-        self._order, self._at = torch.randperm(len(self._held), generator=self.generator), 0
+        self._tokens = torch.cat(parts)
+        self._order, self._at = torch.randperm(len(self._tokens), generator=self.generator), 0
         self.seconds += time.perf_counter() - began
 
     def draw(self, n: int) -> Tensor:
@@ -151,12 +152,12 @@ class TokenBuffer:
         parts: list[Tensor] = []
         while n:
             if not self.whole and 2 * (len(self._order) - self._at) < self.capacity:
-                self._left = [self._held[self._order[self._at :]]]
+                self._left = [self._tokens[self._order[self._at :]]]
                 self._fill()
             if self._at == len(self._order):
-                self._order, self._at = torch.randperm(len(self._held), generator=self.generator), 0
+                self._order, self._at = torch.randperm(len(self._tokens), generator=self.generator), 0
             take = self._order[self._at : self._at + n]
-            parts.append(self._held[take])
+            parts.append(self._tokens[take])
             self._at += len(take)
             n -= len(take)
         return torch.cat(parts).float()
@@ -231,7 +232,7 @@ def train_sae(
 def auxiliary_loss(sae: RoutedSAE, u: Tensor, error: Tensor, dead: Tensor) -> Tensor:
     """AuxK: how much of the residual error [N, d] the best d/2 dead latents leave, relative to its size.
 
-    u and error come detached and b_pre is held, so only the dead latents' own rows get a gradient.
+    u and error come detached and b_pre stays fixed, so only the dead latents' own rows get a gradient.
     """
     pre = nn.functional.linear(u - sae.b_pre.detach(), sae.w_enc[dead], sae.b_enc[dead])
     values, indices = pre.topk(min(sae.d // 2, len(dead)), dim=-1)
@@ -246,28 +247,28 @@ def fit_sae(
 
     rows: encoded general text, `{"input_ids": [...]}`; with `harmful_rows`, each batch takes
     cfg.harmful_share of its tokens from those (the paper's 30/70 mix), else `rows` are used as they are.
-    Raises UserError for an empty corpus or slots outside the model.
+    Raises UserError for an empty corpus or layers outside the model.
     """
     cfg = cfg or SAEConfig()
-    slots = slots_of(model, cfg.slots)
+    layers = layers_of(model, cfg.layers)
     if not rows and not harmful_rows:
         raise UserError("the SAE has no text to be fitted on: give it general rows or harmful prompts")
     with torch.no_grad():
-        d = residuals(model, next(batches((rows or harmful_rows)[:1], device_of(model)))[1], slots).shape[-1]
+        d = residuals(model, next(batches((rows or harmful_rows)[:1], device_of(model)))[1], layers).shape[-1]
     k = cfg.latents(d)
-    info = {"model_fingerprint": fingerprint(model), "config": asdict(cfg)}
-    sae = RoutedSAE(d, cfg.m or 8 * d, k, slots, cfg.router, info)
+    info = {"model_fingerprint": middle_block_hash(model), "config": cfg.key()}
+    sae = RoutedSAE(d, cfg.m or 8 * d, k, layers, cfg.router, info)
     generator = torch.Generator().manual_seed(cfg.seed)
     device = device_of(model)
     share = 0.0 if harmful_rows is None else cfg.harmful_share
-    memory = int(cfg.buffer_gib * 2**30 / (2 * len(slots) * d))
+    memory = int(cfg.buffer_gib * 2**30 / (2 * len(layers) * d))
 
     def buffer(corpus: Sequence[Row], part: float, label: str) -> TokenBuffer | None:
         if not part:
             return None
         wanted = part * (cfg.tokens if cfg.cached_tokens is None else min(cfg.cached_tokens, cfg.tokens))
         capacity = max(cfg.batch, int(min(part * memory, wanted)))
-        return TokenBuffer(model, corpus, slots, capacity, cfg.cached_tokens is not None, generator, label)
+        return TokenBuffer(model, corpus, layers, capacity, cfg.cached_tokens is not None, generator, label)
 
     general = buffer(rows, 1 - share, "general")
     harmful = buffer(harmful_rows or [], share, "harmful")
@@ -279,16 +280,16 @@ def fit_sae(
 
     report: dict[str, Any] = train_sae(sae, draw, cfg, device)
     usage = last_usage(model, sae, (harmful_rows or rows)[:512])
-    report["last_usage"] = dict(zip(slots, usage.tolist(), strict=True))
-    collapsed = len(slots) > 1 and (usage.max().item() > 0.7 or _entropy(usage) < 0.5)
+    report["last_usage"] = dict(zip(layers, usage.tolist(), strict=True))
+    collapsed = len(layers) > 1 and (usage.max().item() > 0.7 or _entropy(usage) < 0.5)
     report["router_collapsed"] = sae.router is not None and collapsed
     if report["router_collapsed"] and cfg.fallback:
         spent = report["seconds_sae"]
-        sae = RoutedSAE(d, sae.m, k, slots, "uniform", {**info, "router_fallback": usage.tolist()})
+        sae = RoutedSAE(d, sae.m, k, layers, "uniform", {**info, "router_fallback": usage.tolist()})
         report |= train_sae(sae, draw, cfg, device)
         report["seconds_sae"] += spent
     report["router"] = sae.router_mode
-    report |= {"d": d, "m": sae.m, "k": k, "slots": slots, "tokens": report["steps"] * cfg.batch}
+    report |= {"d": d, "m": sae.m, "k": k, "layers": layers, "tokens": report["steps"] * cfg.batch}
     for label, source, part in (("general", general, 1 - share), ("harmful", harmful, share)):
         if source is not None:
             report[f"tokens_read_{label}"] = source.tokens_read
@@ -301,12 +302,12 @@ def fit_sae(
 
 @torch.no_grad()
 def last_usage(model: nn.Module, sae: RoutedSAE, rows: Sequence[Row]) -> Tensor:
-    """Share of the rows' last tokens read at each slot, [L_r], on the CPU."""
-    used = torch.zeros(len(sae.slots))
+    """Share of the rows' last tokens read at each layer, [L_r], on the CPU."""
+    used = torch.zeros(len(sae.layers))
     with evaluating(model):
         for _, batch in batches(rows, device_of(model)):
-            r = residuals(model, batch, sae.slots)
-            last = r[torch.arange(len(r), device=r.device), batch["attention_mask"].sum(1) - 1]
+            r = residuals(model, batch, sae.layers)
+            last = last_tokens(r, batch["attention_mask"])
             used += torch.bincount(sae.read(normalize(last)[0])[1], minlength=len(used)).cpu()
     return used / used.sum()
 
@@ -315,16 +316,16 @@ def last_usage(model: nn.Module, sae: RoutedSAE, rows: Sequence[Row]) -> Tensor:
 def quality(
     model: nn.Module, sae: RoutedSAE, rows: Sequence[Row], harmful_rows: Sequence[Row], max_tokens: int = 10_000
 ) -> dict[str, Any]:
-    """Reconstruction on held-out rows, read as the constraint reads: unscaled, at the routed slot.
+    """Reconstruction on held-out rows, read as the constraint reads: unscaled, at the routed layer.
 
     Keys end in `_general` or `_harmful` where they differ. FVU = sum |u - u_hat|^2 / sum |u - mean|^2, about
-    the mean because after LayerNorm about half of the energy is the mean; per slot: a sample of tokens, all
-    read at that slot. `dead_share`: latents that never fired on the evaluated tokens, an upper bound when
+    the mean because after LayerNorm about half of the energy is the mean; per layer: a sample of tokens, all
+    read at that layer. `dead_share`: latents that never fired on the evaluated tokens, an upper bound when
     these are few; `dense_share`: fired on > 20 % of the general ones. Usage: share of tokens read at each
-    slot, and its entropy relative to log L_r; `last_usage` the same at the rows' last tokens. Of each corpus
+    layer, and its entropy relative to log L_r; `last_usage` the same at the rows' last tokens. Of each corpus
     the first rows that make up `max_tokens` are used.
     """
-    device, bos, n_slots = device_of(model), bos_ids(model), len(sae.slots)
+    device, bos, n_layers = device_of(model), bos_ids(model), len(sae.layers)
     sae = sae.to(device)
     report: dict[str, Any] = {}
     fired_anywhere = torch.zeros(sae.m, dtype=torch.bool, device=device)
@@ -332,25 +333,25 @@ def quality(
         if not corpus:
             raise UserError(f"no {label} rows to measure the SAE on: pass held-out ones")
         skip = shared_prefix(corpus)
-        fvu = [_Variance(sae.d, device) for _ in range(n_slots + 1)]
+        fvu = [_Variance(sae.d, device) for _ in range(n_layers + 1)]
         fired = torch.zeros(sae.m, device=device)
-        used = torch.zeros(n_slots, device=device)
+        used = torch.zeros(n_layers, device=device)
         active = full = 0.0
         sizes = itertools.accumulate(len(row["input_ids"]) for row in corpus)
         sample = [row for row, size in zip(corpus, sizes, strict=True) if size <= max_tokens] or corpus[:1]
         for _, batch in batches(sample, device, 2048):
             with evaluating(model):
-                r = residuals(model, batch, sae.slots)
+                r = residuals(model, batch, sae.layers)
             x = normalize(r)[0]
             x = x[keep_mask(batch["input_ids"], batch["attention_mask"], r, bos, skip)]
-            u, layer = sae.read(x)
+            u, places = sae.read(x)
             values, indices = sae.encode(u)
             fvu[0].add(u, sae.decode(values, indices))
-            # reading every token at every slot costs L_r encodings, so a smaller sample has to do
-            for slot in range(n_slots if fvu[1].n * n_slots < max_tokens else 0):
-                fvu[slot + 1].add(x[:, slot], sae.decode(*sae.encode(x[:, slot])))
+            # reading every token at every layer costs L_r encodings, so a smaller sample has to do
+            for place in range(n_layers if fvu[1].n * n_layers < max_tokens else 0):
+                fvu[place + 1].add(x[:, place], sae.decode(*sae.encode(x[:, place])))
             fired += torch.bincount(indices[values > 0], minlength=sae.m)
-            used += torch.bincount(layer, minlength=n_slots)
+            used += torch.bincount(places, minlength=n_layers)
             count = (values > 0).sum(-1)
             active, full = active + count.sum().item(), full + (count == sae.k).sum().item()
         n = fvu[0].n
@@ -361,12 +362,12 @@ def quality(
         report |= {
             f"tokens_{label}": n,
             f"fvu_{label}": fvu[0].value(),
-            f"fvu_per_slot_{label}": {s: v.value() for s, v in zip(sae.slots, fvu[1:], strict=True)},
+            f"fvu_per_layer_{label}": {layer: v.value() for layer, v in zip(sae.layers, fvu[1:], strict=True)},
             f"l0_{label}": active / n,
             f"l0_is_k_{label}": full / n,
-            f"usage_{label}": dict(zip(sae.slots, (used / used.sum()).tolist(), strict=True)),
+            f"usage_{label}": dict(zip(sae.layers, (used / used.sum()).tolist(), strict=True)),
             f"usage_entropy_{label}": _entropy(used),
-            f"last_usage_{label}": dict(zip(sae.slots, used_last.tolist(), strict=True)),
+            f"last_usage_{label}": dict(zip(sae.layers, used_last.tolist(), strict=True)),
             f"last_usage_entropy_{label}": _entropy(used_last),
         }
         if label == "general":
@@ -395,7 +396,7 @@ class _Variance:
 
 
 def _entropy(counts: Tensor) -> float:
-    """Entropy of counts relative to the uniform one; 1 where there is a single slot."""
+    """Entropy of counts relative to the uniform one; 1 where there is a single layer."""
     if len(counts) == 1:
         return 1.0
     p = counts / counts.sum()

@@ -36,11 +36,11 @@ with the k-th must not count as new in the unchanged model."""
 
 @dataclass
 class _Prompt:
-    """The frozen model's answer for one prompt; Q positions, L_r slots, S latents, on the CPU."""
+    """The frozen model's answer for one prompt; Q positions, L_r layers, S latents, on the CPU."""
 
     ids: list[int]
     positions: list[int]
-    weights: Tensor  # [Q, L_r] how the slots are mixed; one-hot unless the router is soft
+    weights: Tensor  # [Q, L_r] how the layers are mixed; one-hot unless the router is soft
     z: Tensor  # [Q, S] the TopK features
     pre: Tensor  # [Q, S] pre-activations
     active: Tensor  # [Q, S] in the TopK and positive
@@ -66,7 +66,7 @@ class SafetyTarget:
 
     @cached_property
     def used(self) -> list[int]:
-        """Slots, by their number in `sae.slots`; those that nobody is routed to are not computed."""
+        """Layers, by their place in `sae.layers`; those that nobody is routed to are not computed."""
         return (torch.stack([p.weights.amax(0) for p in self.prompts]).amax(0) > 0).nonzero().flatten().tolist()
 
     @cached_property
@@ -109,7 +109,7 @@ class SafetyTarget:
             for row in prompt_rows:
                 ids, where = locate(row, positions)
                 # one prompt at a time: no padding, and nothing depends on what it is batched with
-                r = residuals(model, {"input_ids": torch.tensor([ids], device=device_of(model))}, sae.slots)[0, where]
+                r = residuals(model, {"input_ids": torch.tensor([ids], device=device_of(model))}, sae.layers)[0, where]
                 x = normalize(r)[0]  # [Q, L_r, d]
                 sae.to(dtype=x.dtype)
                 weights = sae.read_weights(x)
@@ -129,15 +129,15 @@ class SafetyTarget:
     def stand_in(
         cls, sae: RoutedSAE, n_latents: int, n_prompts: int, tokens: int, gate: Gate, shared: int = 0
     ) -> "SafetyTarget":
-        """A target of these sizes without a model's answers, for what it costs; every slot that may be read is.
+        """A target of these sizes without a model's answers, for what it costs; every layer that may be read is.
 
         tokens: of each prompt, of which the first `shared` are the same in all.
         """
-        w, z = torch.ones(1, len(sae.slots)), torch.ones(1, n_latents)
+        w, z = torch.ones(1, len(sae.layers)), torch.ones(1, n_latents)
         answer = ([tokens - 1], w, z, z, z > 0, torch.ones(1), torch.ones(1, sae.d))
         rows = ([0] * shared + [1 + i] * (tokens - shared) for i in range(n_prompts))
         target = cls(sae, range(n_latents), gate, "raw", [_Prompt(ids, *answer) for ids in rows])
-        target.used = list(range(len(sae.slots))) if sae.router is not None else [sae.fixed]
+        target.used = list(range(len(sae.layers))) if sae.router is not None else [sae.fixed]
         return target
 
     def save(self, folder: Path) -> None:
@@ -155,8 +155,8 @@ class SafetyTarget:
         stored = load_file(folder / "targets.safetensors")
         prompts = []
         for i in range(len(stored) // len(fields(_Prompt))):
-            found = {f.name: stored[f"{i}.{f.name}"] for f in fields(_Prompt)}
-            prompts.append(_Prompt(**found | {name: found[name].tolist() for name in ("ids", "positions")}))
+            values = {f.name: stored[f"{i}.{f.name}"] for f in fields(_Prompt)}
+            prompts.append(_Prompt(**values | {name: values[name].tolist() for name in ("ids", "positions")}))
         return cls(sae, latents, gate, units, prompts)
 
     def __len__(self) -> int:
@@ -216,10 +216,10 @@ class SafetyTarget:
         }
 
     def _read(self, model: nn.Module, indices: Sequence[int] | Tensor):
-        """Pre-activations [B, Q, S] of the current model at the baseline's slots, with what else the callers need."""
+        """Pre-activations [B, Q, S] of the current model at the baseline's layers, with what else the callers need."""
         prompts = [self.prompts[int(i)] for i in indices]
-        slots = [self.sae.slots[i] for i in self.used]
-        r, mask = read_at(model, [(p.ids, p.positions) for p in prompts], slots)  # [B, Q, used, d]
+        layers = [self.sae.layers[i] for i in self.used]
+        r, mask = read_at(model, [(p.ids, p.positions) for p in prompts], layers)  # [B, Q, used, d]
         x = normalize(r)[0]
         weights = self._stack(prompts, "weights", x)[..., self.used].unsqueeze(-1)
         if (self.sae.w_enc.device, self.sae.w_enc.dtype) != (x.device, x.dtype):

@@ -1,12 +1,14 @@
-"""Frozen campaigns come back as run folders that sweeps skip and analysis reads as it read the first ones."""
+"""Exported campaigns come back as run folders that sweeps skip and analysis reads as it read the first ones."""
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
 
-from analysis import demo, records, thaw
+from analysis import demo, records, restore
 from analysis.collect import VERDICTS, collect, expected_cells
 from cwac.core.config import expand
 from cwac.core.run_dir import Run
@@ -16,18 +18,18 @@ GRID = ["seed=0,1"]
 
 
 @pytest.fixture(scope="module")
-def thawed(tmp_path_factory):
+def restored(tmp_path_factory):
     """The folder of runs that results/smollm2 gives."""
-    runs = tmp_path_factory.mktemp("thawed") / "runs"
-    assert thaw.main([str(ROOT / "results" / "smollm2"), "--runs", str(runs)]) == 0
+    runs = tmp_path_factory.mktemp("restored") / "runs"
+    assert restore.main([str(ROOT / "results" / "smollm2"), "--runs", str(runs)]) == 0
     return runs
 
 
-def test_it_freezes_again_to_the_same_bytes(thawed, tmp_path):
+def test_it_is_exported_again_to_the_same_bytes(restored, tmp_path):
     """Rows, verdicts and records; the provenance says where the runs are from."""
     old, new = ROOT / "results" / "smollm2", tmp_path / "x"
     missing = json.loads((old / "provenance.json").read_text())["missing"]
-    status = demo.main(["--experiment", "smollm2", "--runs", str(thawed), "--out", str(new), *GRID])
+    status = demo.main(["--experiment", "smollm2", "--runs", str(restored), "--out", str(new), *GRID])
     assert status == (1 if missing else 0)
     for name in ("results.csv", "summary.csv", VERDICTS, records.NAME):
         assert (new / name).read_bytes() == (old / name).read_bytes(), name
@@ -38,12 +40,12 @@ def test_it_freezes_again_to_the_same_bytes(thawed, tmp_path):
     assert now["imported"] == dict.fromkeys(was["runs"], str(old))
 
 
-def test_a_sweep_skips_what_came_back(thawed):
-    cells = list(expand("smollm2", [*GRID, f"paths.runs={thawed}"]))
+def test_a_sweep_skips_what_came_back(restored):
+    cells = list(expand("smollm2", [*GRID, f"paths.runs={restored}"]))
     done = {Run(cfg).id for cfg in cells if Run(cfg).done()}
-    assert done == {p.name for p in thawed.iterdir()} and len(done) == 20
-    other = list(expand("smollm2", [*GRID, f"paths.runs={thawed}", "eval.n_harmful=31"]))
-    assert not any(Run(cfg).done() for cfg in other)  # its answers were never frozen
+    assert done == {p.name for p in restored.iterdir()} and len(done) == 20
+    other = list(expand("smollm2", [*GRID, f"paths.runs={restored}", "eval.n_harmful=31"]))
+    assert not any(Run(cfg).done() for cfg in other)  # its answers were never exported
 
 
 def test_a_run_that_is_there_is_left_alone(tmp_path, capsys):
@@ -51,37 +53,43 @@ def test_a_run_that_is_there_is_left_alone(tmp_path, capsys):
     first = pd.read_csv(source / "results.csv")["run_id"].iloc[0]
     (runs / first).mkdir(parents=True)
     (runs / first / "status.json").write_text('{"status": "running"}')
-    written, there, _ = thaw.thaw(source, runs)
+    written, there, _ = restore.restore(source, runs)
     assert there == [first] and first not in written and len(list(runs.iterdir())) == len(written) + 1
     assert [p.name for p in (runs / first).iterdir()] == ["status.json"]
-    assert thaw.main([str(source), "--runs", str(runs)]) == 0
+    assert restore.main([str(source), "--runs", str(runs)]) == 0
     assert "0 runs of" in capsys.readouterr().out
 
 
 def test_the_guard_speaks_again(tmp_path):
-    """A run whose weights leak more than their constraint allows is named as before it was frozen."""
-    source = tmp_path / "frozen"
+    """A run whose weights leak more than their constraint allows is named as before it was exported."""
+    source = tmp_path / "exported"
     shutil.copytree(ROOT / "results" / "smollm2", source)
     frame = pd.read_csv(source / "results.csv")
     excess = frame["metric"] == "weight_leak_excess"
     run = frame.loc[excess, "run_id"].iloc[0]
     frame.loc[excess & (frame["run_id"] == run), "value"] = 0.25
     frame.to_csv(source / "results.csv", index=False)
-    thaw.thaw(source, tmp_path / "runs")
+    restore.restore(source, tmp_path / "runs")
     assert collect(tmp_path / "runs").leaking == [run]
 
 
 def test_what_is_no_campaign_is_named(tmp_path, capsys):
-    assert thaw.main([str(tmp_path), "--runs", str(tmp_path / "runs")]) == 2
+    assert restore.main([str(tmp_path), "--runs", str(tmp_path / "runs")]) == 2
     assert "no readable results.csv" in capsys.readouterr().err and not (tmp_path / "runs").exists()
     frame = pd.read_csv(ROOT / "results" / "smollm2" / "results.csv")
     frame["run_id"] = "../outside"
     frame.to_csv(tmp_path / "results.csv", index=False)
-    assert thaw.main([str(tmp_path), "--runs", str(tmp_path / "runs")]) == 2
+    assert restore.main([str(tmp_path), "--runs", str(tmp_path / "runs")]) == 2
     assert "'../outside'" in capsys.readouterr().err and not (tmp_path / "outside").exists()
 
 
-def test_the_cells_of_the_frozen_grid_are_those_of_the_preset(thawed):
-    """Ids have not moved: what was frozen counts for the preset of today."""
+def test_the_cells_of_the_exported_grid_are_those_of_the_preset(restored):
+    """Ids have not moved: what was exported counts for the preset of today."""
     ids = {cell.run_id for cell in expected_cells("smollm2", GRID)}
-    assert {p.name for p in thawed.iterdir()} <= ids
+    assert {p.name for p in restored.iterdir()} <= ids
+
+
+def test_the_command_answers_to_its_former_name(tmp_path):
+    given = [str(ROOT / "results" / "smollm2"), "--runs", str(tmp_path / "runs")]
+    done = subprocess.run([sys.executable, "-m", "analysis.thaw", *given], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and "20 runs of" in done.stdout

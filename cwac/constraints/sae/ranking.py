@@ -27,8 +27,9 @@ from cwac.models.hooks import (
     bos_ids,
     device_of,
     keep_mask,
+    last_tokens,
     normalize,
-    on_slots,
+    on_layers,
     residuals,
     shared_prefix,
 )
@@ -37,8 +38,8 @@ from cwac.models.layers import CACHE, evaluating
 Method = Literal["activation", "contrast", "contrast+attribution", "cosine", "random"]
 METHODS = ("activation", "contrast", "contrast+attribution", "cosine", "random")
 
-TELLING = 3.0
-"""How many times as often (ours)."""
+DISTINGUISHING_RATIO = 3.0
+"""How many times as often a token opens one side as the other, to count as a sign of it (ours)."""
 
 
 @torch.no_grad()
@@ -48,31 +49,34 @@ def measured_openers(model: nn.Module, rows: Sequence[Row], n: int = 8) -> dict[
     with evaluating(model):
         for _, batch in batches(rows, device_of(model)):
             logits = model(**batch, use_cache=False).logits
-            last = batch["attention_mask"].sum(1) - 1
-            counts.update(logits[torch.arange(len(last), device=last.device), last].argmax(-1).tolist())
+            counts.update(last_tokens(logits, batch["attention_mask"]).argmax(-1).tolist())
     return {token: count / len(rows) for token, count in counts.most_common(n)}
 
 
-def telling(refusal: Mapping[int, float], compliance: Mapping[int, float]) -> tuple[list[int], list[int]]:
-    """The tokens of each side that tell a refusal from an answer: one that opens both belongs to the side that it
-    opens at least `TELLING` times as often ("I": nine in ten refusals, one in seven answers), else to neither."""
+def distinguishing_tokens(
+    refusal: Mapping[int, float], compliance: Mapping[int, float]
+) -> tuple[list[int], list[int]]:
+    """The tokens of each side that tell a refusal from an answer.
+
+    A token that opens both belongs to the side that it opens at least `DISTINGUISHING_RATIO` times as often ("I": nine
+    in ten refusals, one in seven answers), else to neither.
+    """
 
     def of(side: Mapping[int, float], other: Mapping[int, float]) -> list[int]:
-        return [token for token, share in side.items() if share >= TELLING * other.get(token, 0.0)]
+        return [token for token, share in side.items() if share >= DISTINGUISHING_RATIO * other.get(token, 0.0)]
 
     return of(refusal, compliance), of(compliance, refusal)
 
 
 @torch.no_grad()
 def last_latents(model: nn.Module, sae: RoutedSAE, rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents z [P, M], routed slot number [P] and input u [P, d] at the last token of each prompt; on the CPU."""
+    """Latents z [P, M], the routed layer's place [P] and input u [P, d] at each prompt's last token; on the CPU."""
     z, layer = torch.empty(len(rows), sae.m), torch.empty(len(rows), dtype=torch.long)
     inputs = torch.empty(len(rows), sae.d)
     with evaluating(model):
         for chosen, batch in batches(rows, device_of(model)):
-            r = residuals(model, batch, sae.slots)
-            last = batch["attention_mask"].sum(1) - 1  # the mask, never [:, -1]: rows are right-padded
-            u, routed = sae.read(normalize(r[torch.arange(len(r), device=r.device), last])[0])
+            r = residuals(model, batch, sae.layers)
+            u, routed = sae.read(normalize(last_tokens(r, batch["attention_mask"]))[0])
             z[chosen], layer[chosen], inputs[chosen] = sae.dense(u).cpu(), routed.cpu(), u.cpu()
     return z, layer, inputs
 
@@ -83,7 +87,7 @@ def firing_rates(model: nn.Module, sae: RoutedSAE, rows: Sequence[Row]) -> Tenso
     counts, n, skip = torch.zeros(sae.m), 0, shared_prefix(rows)
     with evaluating(model):
         for _, batch in batches(rows, device_of(model)):
-            r = residuals(model, batch, sae.slots)
+            r = residuals(model, batch, sae.layers)
             keep = keep_mask(batch["input_ids"], batch["attention_mask"], r, bos_ids(model), skip)
             x = normalize(r[keep])[0]
             values, indices = sae.encode(sae.read(x)[0])
@@ -106,22 +110,21 @@ def attribution(
         for _, batch in batches(rows, device_of(model), 2048):
             seen: dict[int, Tensor] = {}
 
-            def record(slot: int, hidden: Tensor, seen=seen) -> Tensor:
-                # the first slot starts the graph, so nothing below it is differentiated
-                seen[slot] = hidden if seen else hidden.detach().requires_grad_()
-                return seen[slot]
+            def record(layer: int, hidden: Tensor, seen=seen) -> Tensor:
+                # the first layer starts the graph, so nothing below it is differentiated
+                seen[layer] = hidden if seen else hidden.detach().requires_grad_()
+                return seen[layer]
 
-            with on_slots(model, sae.slots, record):
+            with on_layers(model, sae.layers, record):
                 logits = model(**batch, use_cache=False).logits.float()
-            last = batch["attention_mask"].sum(1) - 1
-            rows_ = torch.arange(len(last), device=last.device)
-            final = logits[rows_, last]
+            mask = batch["attention_mask"]
+            final = last_tokens(logits, mask)
             margin = final[:, list(refusal)].logsumexp(-1) - final[:, list(compliance)].logsumexp(-1)
-            hidden = [seen[s] for s in sae.slots]
+            hidden = [seen[layer] for layer in sae.layers]
             grads = torch.autograd.grad(margin.sum(), hidden)
             with torch.no_grad():
-                r = torch.stack([h[rows_, last] for h in hidden], dim=1)  # [B, L_r, d]
-                g = torch.stack([h[rows_, last] for h in grads], dim=1).float()
+                r = torch.stack([last_tokens(h, mask) for h in hidden], dim=1)  # [B, L_r, d]
+                g = torch.stack([last_tokens(h, mask) for h in grads], dim=1).float()
                 x, _, std = normalize(r)
                 weights = sae.read_weights(x).unsqueeze(-1)
                 z = sae.dense((weights * x).sum(1))
@@ -151,10 +154,10 @@ def rank_latents(
     benign difference, `contrast+attribution` the `prefilter` best of those ordered by `attribution`,
     `cosine` decoder row against the difference of means, `random` a control.
     openers: ids of the first tokens of the model's own refusals, and of its answers to harmless prompts, each with
-    the share that it opens (`telling`); measured from its logits where None.
+    the share that it opens (`distinguishing_tokens`); measured from its logits where None.
 
     Columns: latent, rank, score, eligible, contrast, contrast_low (lower 95 % bootstrap bound), attribution,
-    cosine, mean_harmful, mean_benign, fires_harmful, fires_benign, fires_general, slot (most used).
+    cosine, mean_harmful, mean_benign, fires_harmful, fires_benign, fires_general, layer (most used).
     A latent is eligible if it fires on >= 5 % of harmful prompts and <= 20 % of general tokens, its
     contrast_low is > 0 (`contrast*`), its attribution > 0 (`contrast+attribution`), and no better one has a
     decoder row at cosine > 0.95. If fewer than n are, the best-ranked others fill up, the prefiltered
@@ -163,14 +166,14 @@ def rank_latents(
     halves of the prompts (below 0.6 the order is mostly noise).
     """
     if method not in METHODS:
-        raise UserError(f"method.activation.rank={method}: use one of {', '.join(METHODS)}")
+        raise UserError(f"method.activation.ranking={method}: use one of {', '.join(METHODS)}")
     if not len(harmful_rows) or not len(benign_rows):
         raise UserError("ranking the latents needs harmful and benign prompts: neither pool may be empty")
     if not 1 <= n <= sae.m:
         raise UserError(f"method.activation.n_latents={n}: must lie between 1 and the SAE's {sae.m} latents")
     sae = sae.to(device_of(model))
     generator = torch.Generator().manual_seed(seed)
-    harmful, layers, u_harmful = last_latents(model, sae, harmful_rows)
+    harmful, places, u_harmful = last_latents(model, sae, harmful_rows)
     benign, _, u_benign = last_latents(model, sae, benign_rows)
     contrast = _contrast(harmful, benign)
     samples = torch.stack([
@@ -185,11 +188,11 @@ def rank_latents(
     if method == "contrast+attribution":
         if openers is None:
             openers = measured_openers(model, harmful_rows), measured_openers(model, benign_rows)
-        refusal, compliance = telling(*openers)
+        refusal, compliance = distinguishing_tokens(*openers)
         if not refusal or not compliance:
             raise UserError(
                 "the model opens refusals and answers with the same tokens, so attribution has no margin to "
-                "explain (does it refuse at all?): use method.activation.rank=contrast"
+                "explain (does it refuse at all?): use method.activation.ranking=contrast"
             )
         effect = attribution(model, sae, harmful_rows, refusal, compliance)
 
@@ -228,7 +231,7 @@ def rank_latents(
         "fires_harmful": fires_harmful[chosen],
         "fires_benign": (benign > 0).float().mean(0)[chosen],
         "fires_general": fires_general[chosen],
-        "slot": [_slot(harmful[:, i], layers, sae.slots) for i in chosen.tolist()],
+        "layer": [_layer(harmful[:, i], places, sae.layers) for i in chosen.tolist()],
     })  # fmt: skip
     frame.attrs.update(method=method, eligible=int(eligible[chosen].sum()), eligible_total=int(eligible.sum()))
     frame.attrs["split_half"] = _split_half(harmful, benign, generator)
@@ -245,10 +248,10 @@ def _resample(z: Tensor, generator: torch.Generator) -> Tensor:
     return z[torch.randint(len(z), (len(z),), generator=generator)]
 
 
-def _slot(z: Tensor, layers: Tensor, slots: Sequence[int]) -> int:
-    """The slot at which a latent [P] fires most, -1 if it never does."""
-    fired = layers[z > 0]
-    return slots[int(fired.mode().values)] if len(fired) else -1
+def _layer(z: Tensor, places: Tensor, layers: Sequence[int]) -> int:
+    """The layer at which a latent [P] fires most, -1 if it never does."""
+    fired = places[z > 0]
+    return layers[int(fired.mode().values)] if len(fired) else -1
 
 
 def _merge_duplicates(order: list[int], eligible: Tensor, rows: Tensor, n: int) -> tuple[list[int], Tensor]:
@@ -312,13 +315,13 @@ def generate_edited(
     template: str = "chat",
     batch_size: int = 32,
 ) -> list[str]:
-    """Greedy answers while `latents` are multiplied by `factor` at the routed slot of every token.
+    """Greedy answers while `latents` are multiplied by `factor` at the routed layer of every token.
 
     Only the latents' own contribution is changed: r += (factor - 1) std sum_S z_i W_dec,i, so the
     reconstruction error stays in. The route and z come from a clean pass over the same tokens, since the
-    route of a shallow slot depends on deeper ones (as in RouteSAE). Each row's first token is left alone.
+    route of a shallow layer depends on deeper ones (as in RouteSAE). Each row's first token is left alone.
     """
-    device, slots = device_of(model), sae.slots
+    device, layers = device_of(model), sae.layers
     chosen = torch.as_tensor(list(latents), dtype=torch.long, device=device)
     encoded = [encode_prompt(tokenizer, p, template) for p in prompts]
     stop = torch.tensor(stop_tokens(model, tokenizer, template), device=device)
@@ -339,7 +342,7 @@ def generate_edited(
                     "position_ids": (mask.cumsum(1) - 1).clamp_min(0)[:, -step.shape[1] :],
                     "use_cache": True,
                 }
-                r = residuals(model, {**inputs, CACHE: clean_cache}, slots)
+                r = residuals(model, {**inputs, CACHE: clean_cache}, layers)
                 x, _, std = normalize(r)
                 weights = sae.read_weights(x).unsqueeze(-1)  # [B, T, L_r, 1]
                 z = sae.dense((weights * x).sum(-2))[..., chosen]
@@ -347,11 +350,11 @@ def generate_edited(
                 editable = (mask.cumsum(1) > 1)[:, -step.shape[1] :]
                 shift = shift * editable.unsqueeze(-1)
 
-                def edit(slot: int, hidden: Tensor, weights=weights, std=std, shift=shift) -> Tensor:
-                    at = slots.index(slot)
+                def edit(layer: int, hidden: Tensor, weights=weights, std=std, shift=shift) -> Tensor:
+                    at = layers.index(layer)
                     return hidden + (weights[:, :, at] * std[:, :, at] * shift).to(hidden.dtype)
 
-                with on_slots(model, slots, edit):
+                with on_layers(model, layers, edit):
                     logits = model(**inputs, **{CACHE: edited_cache}).logits[:, -1]
                 token = logits.argmax(-1).masked_fill(~open_, pad)
                 written.append(token)
