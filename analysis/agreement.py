@@ -1,7 +1,8 @@
 """How far judges agree on the same answers: percent, and Cohen's kappa with a bootstrap interval over prompts.
 
 python -m experiments.judge --runs runs --judge beaver_dam     another judge's verdicts on finished runs
-python -m analysis.agreement runs                              or an exported campaign, such as results/demo
+python -m analysis.agreement runs                              or a exported campaign, such as results/demo
+python -m analysis.agreement results/judging --human           against labelled answers (analysis/labels.py)
 
 Compared is whether an answer to a harmful request at the end of training is harmful; refusal and other are one. The
 same prompts recur in every run, so whole prompts are resampled, each with its answers of all runs (ours).
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from analysis import stats, tables
+from analysis import labels, stats, tables
 from analysis.compare import read
 from cwac.core.config import command
 from cwac.core.errors import UserError
@@ -76,9 +77,17 @@ def report(found: pd.DataFrame, name: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m analysis.agreement", description=__doc__.split("\n")[0])
-    parser.add_argument("campaign", type=Path, help="folder of runs, or an exported campaign")
+    parser.add_argument("campaign", type=Path, help="folder of runs, or a exported campaign")
+    parser.add_argument("--human", action="store_true", help="the folder holds labels.csv and verdicts.csv: compare")
     parser.add_argument("--out", type=Path, help="write the Markdown there, and the numbers beside it as .csv")
     args = parser.parse_args(argv)
+    if args.human:
+        text = labels.report(labels.read(args.campaign), str(args.campaign))
+        print(text)
+        if args.out:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(args.out, text)
+        return 0
     agreements = agreement(read(args.campaign).verdicts)
     text = report(agreements, str(args.campaign))
     print(text)

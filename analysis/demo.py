@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import figures, paper, paper_figures, records, tables
+from analysis import figures, labels, paper, paper_figures, records, tables
 from analysis.collect import VERDICTS, Collection, collect, expected_cells, one_judge, swept
 from cwac.core.config import command
 from cwac.core.environment import PACKAGES, git, installed
@@ -117,7 +117,9 @@ def provenance(collection: Collection, args: argparse.Namespace, argv: list[str]
         "machine": platform.platform(),
         "versions": installed(VERSIONS),
         "seeds": sorted(int(s) for s in rows["seed"].dropna().unique()),
-        "judges": sorted(set(rows["judge"]) - {""}),
+        "judges": (judges := sorted(set(rows["judge"]) - {""})),
+        # of real models' answers: what is known of a judge's verdicts on them says nothing of tiny's grammar
+        "agreement": {j: a for j, a in labels.agreements().items() if j in judges and set(rows["model"]) != {"tiny"}},
         "runs": collection.runs,
         "missing": [cell.run_id for cell in collection.missing],
         "left_out": collection.account(),
@@ -150,7 +152,7 @@ def headline(record: dict) -> str:
     dirty = " with uncommitted changes" if record["git"]["dirty"] else ""
     return (
         f"{len(record['runs'])} runs, seeds {', '.join(map(str, record['seeds']))}, "
-        f"judge {', '.join(record['judges']) or 'none'}; {record['date'][:10]}, "
+        f"judge {labels.named(record['judges'], record.get('agreement', {}))}; {record['date'][:10]}, "
         f"commit {commit[:10] + dirty if commit else 'unknown'}."
     )
 

@@ -25,7 +25,7 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from analysis import claims, demo, figures, gallery, paper, paper_tables, records, tables
+from analysis import claims, demo, figures, gallery, labels, paper, paper_tables, records, tables
 from analysis.claims import Verdict
 from analysis.collect import Collection, collect, expected_cells, one_judge, read_exported
 from analysis.figures import Plate
@@ -351,10 +351,11 @@ def headline(campaign: Campaign) -> str:
     """One line that says what the report rests on."""
     found = campaign.collection
     seeds = ", ".join(str(s) for s in sorted(found.rows["seed"].dropna().unique()))
-    judges = ", ".join(sorted(set(one_judge(found.rows, campaign.judge)["judge"]) - {""})) or "none"
+    judges = sorted(set(one_judge(found.rows, campaign.judge)["judge"]) - {""})
     missing = f"; {len(found.missing)} of {len(found.expected)} expected runs missing" if found.missing else ""
     when = f"; exported {campaign.provenance['date'][:10]}" if campaign.provenance.get("date") else ""
-    return f"{len(found.runs)} runs, seeds {seeds}, judge {judges}{missing}{when}."
+    known = labels.named(judges, campaign.provenance.get("agreement", {}))
+    return f"{len(found.runs)} runs, seeds {seeds}, judge {known}{missing}{when}."
 
 
 def publish(args: argparse.Namespace, argv: Sequence[str]) -> int:

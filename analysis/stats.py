@@ -22,7 +22,7 @@ How well one measurement orders runs by another: Spearman's rank correlation (Am
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -222,9 +222,29 @@ def kappa_interval(clusters: np.ndarray, draws: int = 2000, seed: int = 0) -> tu
     clusters: counts [n, 4] as for `kappa`, one row for all verdicts that are not independent of each other, such as
     those on one prompt's answers from several runs. Draws in which kappa is undefined are left out.
     """
-    if len(clusters) < 2 or np.isnan(kappa(clusters.sum(0))):
+    return interval_over(clusters, kappa, draws, seed)
+
+
+def kappas(confusion: np.ndarray) -> np.ndarray:
+    """Cohen's kappa of counts [..., k, k] of two raters over k classes; NaN where both name one class throughout."""
+    shares = np.asarray(confusion, dtype=float)
+    shares = shares / shares.sum((-2, -1), keepdims=True)
+    agreed = np.trace(shares, axis1=-2, axis2=-1)
+    chance = (shares.sum(-1) * shares.sum(-2)).sum(-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(1 - chance > 1e-12, (agreed - chance) / (1 - chance), np.nan)
+
+
+def interval_over(
+    clusters: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], draws: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of a statistic of summed counts, resampling clusters; (NaN, NaN) for one cluster.
+
+    clusters: [n, m] counts; statistic: [..., m] -> [...]. Draws in which it is undefined are left out.
+    """
+    if len(clusters) < 2 or np.isnan(statistic(clusters.sum(0))):
         return math.nan, math.nan
     n = len(clusters)
     weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)
-    low, high = np.nanquantile(kappa(weights @ clusters), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.nanquantile(statistic(weights @ clusters), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)

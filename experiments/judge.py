@@ -1,6 +1,7 @@
 """Judges finished runs again with another judge: one model load for a folder of runs, from their answers alone.
 
 python -m experiments.judge --runs runs --judge beaver_dam
+python -m experiments.judge --runs runs --judge semantic --unsure     lists what the judge is unsure of
 python -m experiments.judge --runs runs --judge llama_guard batch_size=64 hub_id=/models/Llama-Guard-3-8B
 
 The weights of the runs are not needed. What is judged is skipped, and a judge that was stopped goes on behind the
@@ -18,12 +19,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 from transformers.utils import logging
 
+from analysis import tables
 from cwac.core.config import command, instantiate
 from cwac.core.errors import UserError
 from cwac.core.jsonl import append_jsonl, read_jsonl, repair
@@ -31,6 +34,7 @@ from cwac.core.paths import CONF
 from cwac.evaluation.evaluate import verdict_rows
 from cwac.evaluation.judge import Judge, judge_answers
 
+UNSURE = 0.6
 JUDGES = CONF / "eval" / "judge"
 
 
@@ -108,15 +112,55 @@ def judge_set(judge: Judge, work: Work, progress) -> None:
         )
 
 
+def unsure(runs: Path, judge: str, below: float) -> pd.DataFrame:
+    """Verdicts of a judge that it gave a probability below `below`, least sure first; no text.
+
+    Columns: probability, verdict, run_id, file, id. Raises UserError where the judge gave no probabilities.
+    """
+    records, seen = [], 0
+    for folder in finished(runs):
+        for path in sorted((folder / "judge").glob("*.jsonl")) + sorted((folder / "judge" / judge).glob("*.jsonl")):
+            for row in read_jsonl(path):
+                probability = row.get("probabilities", {}).get(row["verdict"]) if row["judge"] == judge else None
+                if probability is None:
+                    continue
+                seen += 1
+                if probability < below:
+                    records.append([probability, row["verdict"], folder.name, path.name, row["id"]])
+    if not seen:
+        raise UserError(
+            f"--unsure: {runs} holds no verdict of {judge} with its probability; judge the runs with it first"
+        )
+    columns = ["probability", "verdict", "run_id", "file", "id"]
+    return pd.DataFrame(records, columns=columns).sort_values(["probability", "run_id", "file", "id"])
+
+
+def listed(found: pd.DataFrame, judge: str, below: float) -> str:
+    """The list as Markdown."""
+    rows = [[row.run_id, row.file, row.id, row.verdict, f"{row.probability:.2f}"] for row in found.itertuples()]
+    header = ["run", "gen/ and judge/", "answer", "verdict", "probability"]
+    return f"{len(rows)} verdicts of {judge} below {below:g}\n\n{tables.markdown(header, rows, key=3)}"
+
+
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m experiments.judge", description=__doc__.split("\n")[0])
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder that holds the runs' folders")
     parser.add_argument("--judge", required=True, help="an option of conf/eval/judge")
+    parser.add_argument(
+        "--unsure",
+        type=float,
+        nargs="?",
+        const=UNSURE,
+        help=f"judge nothing; list verdicts of --judge less likely than this (default {UNSURE})",
+    )
     parser.add_argument("overrides", nargs="*", help="keys of that option, e.g. batch_size=64 hub_id=<folder>")
     args = parser.parse_intermixed_args(argv)
     cfg = configure(args.judge, args.overrides)
+    if args.unsure is not None:
+        print(listed(unsure(args.runs, cfg.name, args.unsure), cfg.name, args.unsure))
+        return 0
     work = [one for folder in finished(args.runs) for one in pending(folder, cfg.name)]
     if not work:
         print(f"{args.runs}: every run is judged by {cfg.name}; nothing to do")

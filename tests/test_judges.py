@@ -86,7 +86,7 @@ def judges(tmp_path_factory):
 
 def test_every_option_is_tested_here():
     options = {p.stem for p in later.JUDGES.glob("*.yaml")}
-    assert options == {*MODELS, "keyword"}
+    assert options == {*MODELS, "keyword", "semantic"}  # the last in test_semantic.py
     for name in options:
         assert later.configure(name, []).name == name
         assert config.compose([f"eval/judge={name}"]).eval.judge == later.configure(name, [])
@@ -151,7 +151,8 @@ def test_token_judges_read_the_next_token_of_the_whole_question(judges, name):
         assert one.probabilities == pytest.approx(expected, abs=1e-5)
         score = sum(p * judge.answers[a] for a, p in expected.items()) / sum(expected.values())
         assert one.score == pytest.approx(score, abs=1e-4)
-        assert (one.verdict == "harmful") == (score > 0.5)
+        said = words.decode([int(chances.argmax())]).strip().lower()
+        assert (one.verdict == "harmful") == (score > 0.5 and (said in judge.answers or not judge.must_answer))
 
 
 def test_questions_end_where_the_verdict_begins(judges):
@@ -160,7 +161,44 @@ def test_questions_end_where_the_verdict_begins(judges):
     assert texts["llama_guard"].endswith("<turn> assistant\n\n")
     assert texts["harmbench_cls"].endswith("Answer: [/INST]") and texts["strongreject"].endswith("### Answer: ")
     assert all("lift the lantern" in text and "fold" in text for text in texts.values())
-    assert judges["harmbench_cls"][0].text("a", "fold " * 600).split().count("fold") == 512
+    long = "lift " * 100 + "fold " * 500
+    assert judges["harmbench_cls"][0].text("a", long).split().count("lift") == 100
+    assert judges["harmbench_cls"][0].text("a", long).split().count("fold") == 411  # the first 511
+    assert judges["strongreject"][0].text("a", long).split().count("lift") == 11  # the last 511
+    assert judges["strongreject"][0].text("a", long).split().count("fold") == 500
+
+
+def test_harmbench_asks_by_the_template_of_its_code(judges):
+    judge, *_ = judges["harmbench_cls"]
+    rules = judge.text("lift", "fold").split("Rules:")[1]
+    assert rules.count("\n- ") == 7 and "[BEHAVIOR]:\nlift" in judge.text("lift", "fold")
+    judge.template, before = "harmbench_cls_card.txt", judge.template
+    settings = judge.settings
+    try:
+        assert judge.text("lift", "fold").split("Rules:")[1].count("\n- ") == 4
+    finally:
+        judge.template = before
+    assert judge.settings != settings
+
+
+def test_what_is_neither_yes_nor_no_is_not_harmful(judges, monkeypatch):
+    """Planted: `fold` is likeliest of all, and yes likelier than no."""
+    judge, model, words = judges["harmbench_cls"]
+    ids = words.get_vocab()
+
+    def planted(likeliest: str):
+        chances = torch.zeros(1, model.config.vocab_size)
+        chances[0, ids["Yes"]], chances[0, ids["No"]], chances[0, ids[likeliest]] = 0.2, 0.1, 0.7
+        return lambda rows, forward: chances
+
+    monkeypatch.setattr(model_judges, "read", planted("fold"))
+    (found,) = judge.judge(PROMPTS[:1], ["fold the lantern"])
+    assert found.verdict == "other" and found.score == pytest.approx(2 / 3)
+    monkeypatch.setattr(judge, "must_answer", False)
+    assert judge.judge(PROMPTS[:1], ["fold the lantern"])[0].verdict == "harmful"
+    monkeypatch.setattr(judge, "must_answer", True)
+    monkeypatch.setattr(model_judges, "read", planted("Yes"))
+    assert judge.judge(PROMPTS[:1], ["fold the lantern"])[0].verdict == "harmful"
 
 
 def test_an_adapter_is_merged_into_its_base(tmp_path):
@@ -192,6 +230,11 @@ def test_an_adapter_is_merged_into_its_base(tmp_path):
         ("beaver_dam", ["hub_id={folder}", "batch_size=0"], "eval.judge.batch_size=0"),
         ("harmbench_cls", ["hub_id={folder}", "dtype=int8"], "eval.judge.dtype=int8"),
         ("harmbench_cls", ["hub_id={folder}", "template=none.txt"], "eval.judge.template=none.txt"),
+        (
+            "strongreject",
+            ["hub_id={folder}", "adapter=null", "response_part=middle"],
+            "eval.judge.response_part=middle",
+        ),
         ("harmbench_cls", ["hub_id={folder}", "sharpness=1"], "sharpness"),
     ],
 )

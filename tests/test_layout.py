@@ -150,7 +150,8 @@ def test_the_embedded_models_version_stands_for_these_sentences_and_weights(seed
 
 
 RECORDED: dict[str, list[str]] = json.loads((Path(__file__).parent / "run_ids.json").read_text())
-"""Preset -> `<run id> <eval id>` of each of its cells in order, recorded at commit fb0e46d, before files moved."""
+"""Preset -> `<run id> <eval id>` of each of its cells in order, recorded at commit fb0e46d, before files moved;
+the eval ids of real models when the semantic judge became theirs."""
 
 
 def ids(cells: list[list[str]]) -> list[str]:

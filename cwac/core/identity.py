@@ -209,7 +209,7 @@ def eval_id(cfg: DictConfig) -> str:
     scoring = {
         key: canonical(by_content(value) if key in ("judge.hub_id", "judge.adapter") else value)
         for key, value in flatten(container).items()
-        if key not in ("batch_size", "progress", "at", "judge.batch_size", "vllm.python")
+        if key not in ("batch_size", "progress", "at", "judge.batch_size", "judge.artifacts", "vllm.python")
         and not (key.startswith("vllm.") and cfg.eval.engine != "vllm")
         and not (f"eval.{key}" in NEUTRAL and value == NEUTRAL[f"eval.{key}"])
     }

