@@ -255,7 +255,7 @@ def main() -> int:
             finally:
                 sys.stdout.flush()
     except KeyboardInterrupt as stopped:
-        if not distributed.rank():
+        if not distributed.process_rank():
             print(f"\ninterrupted: {what_is_left(arguments)}", file=sys.stderr)
         return 128 + stopped.args[0] if isinstance(stopped, Terminated) else INTERRUPTED
     except BrokenPipeError:

@@ -111,6 +111,9 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{len(written)} runs of {args.campaign} written to {args.runs}; {len(already_there)} were there already")
     for line in left_out:
         print(f"left out when it was exported: {line}")
+    judges = json.loads((args.campaign / "provenance.json").read_text()).get("judges") or []
+    if len(judges) == 1:
+        print(f"its verdicts are of the judge {judges[0]}: a sweep goes on with it by eval/judge={judges[0]}")
     return 0
 
 

@@ -44,6 +44,8 @@ def finish(*overrides: str, log: Path, **more) -> tuple[int, str]:
 def main(overrides: tuple[str, ...], log: str, die: tuple[str, int] | None, env: dict[str, str]) -> None:
     import train
 
+    for number in (signal.SIGINT, signal.SIGHUP):  # a shell's background jobs, and under nohup, start by ignoring them
+        signal.signal(number, signal.SIG_DFL)
     os.environ.update(env)
     os.chdir(ROOT)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

@@ -91,7 +91,7 @@ def test_they_train_an_adapter_too(method, tmp_path, artifacts):
     assert (
         extra
         == {
-            "ldifs": {},
+            "ldifs": {"none": 0},
             "circuit_breaker": {"harmful_prompts": 240, "harmless_rows": 320, "refusals": 160},
             "vaccine": {"refusals": 160, "harmless_rows": 320},
         }[method]

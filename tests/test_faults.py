@@ -309,7 +309,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(value, tmp_path, monkeypatch):
 def test_a_penalty_that_depends_on_nothing_that_trains_ends_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr("cwac.methods.base.Method.penalty", lambda *_: torch.tensor(1.0))
     cfg = config.compose(["method=sft", *FINE_TUNE, f"paths.artifacts={tmp_path}"])
-    with pytest.raises(UserError, match="penalty of method=sft depends on nothing that trains"):
+    with pytest.raises(UserError, match="method=sft: its penalty has no gradient at all"):
         fine_tune(cfg, tmp_path)
 
 

@@ -105,6 +105,15 @@ ACTIVATION = {
     "method.activation.positions": ["prompt", "response:4", "template:2"],
     "method.activation.units": ["raw", "relative"],
 }
+NULLSPACE = {
+    "method.k": [1, 8, "null"],
+    "method.basis": ["rows", "benign", "gradient", "complement"],
+    "method.n_rows": [2, 8],
+    "method.fold": ["true"],
+    "method.energy": [0.5, 0.9],
+    "method.n_anchors": [2, 8, 100],
+    "method.layers": ["[0]", "[1,2]"],
+}
 OWN = {
     "sft": {},
     "weight_only": WEIGHT,
@@ -113,6 +122,8 @@ OWN = {
     "cwac": WEIGHT | ACTIVATION,
     "cwac_closed": WEIGHT | ACTIVATION,
     "cwac_literal": WEIGHT | ACTIVATION,
+    "nullspace": NULLSPACE,
+    "nullspace_cwac": NULLSPACE | ACTIVATION,
     "asft": {
         "method.lam": [0.1, 10],
         "method.modules": ["all", "[down_proj]"],

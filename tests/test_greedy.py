@@ -112,6 +112,8 @@ def test_what_was_built_on_answers_that_a_shipped_setting_steered_is_not_used_ag
         folder = shutil.copytree(random_model, tmp_path / str(len(keys)))
         GenerationConfig(**ends, **shipped).save_pretrained(folder)
         keys.append(load(config.compose(["model.kind=folder", f"+model.path={folder}"]).model, tmp_path).key)
+    origins = [key.pop("origin") for key in keys]
+    assert len(set(origins)) == 4  # a folder is known by its content, its generation settings too
     assert keys[0] == keys[1] and keys[2] == keys[3] == {**keys[0], "decoding": "greedy"}
 
 

@@ -36,7 +36,7 @@ def test_a_signal_ends_a_run_in_one_line_that_says_where_it_goes_on(number, rand
     (folder,) = (p for p in runs.iterdir() if p.is_dir())
     assert read_status(folder)[0] == "running"
     os.kill(process.pid, number)
-    process.join()
+    process.join(HANGS)
     assert process.exitcode == 128 + number
     said = printed.read_text()
     (line,) = (line for line in said.splitlines() if "interrupted" in line)
@@ -52,7 +52,7 @@ def test_a_run_without_a_checkpoint_starts_again(random_model, tmp_path):
     process = start(*overrides(random_model, tmp_path, *ENDLESS[:2], "train.logging_steps=1"), log=printed)
     wait_for(process, lambda: list(runs.glob("*/train_log.jsonl")))
     os.kill(process.pid, signal.SIGINT)
-    process.join()
+    process.join(HANGS)
     assert "interrupted: the same command starts it again, as it has no checkpoint yet" in printed.read_text()
 
 

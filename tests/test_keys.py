@@ -67,7 +67,7 @@ MISTYPED = {
     "method=cwacc": "did you mean method=cwac?",
     "model=lama2": "did you mean model=llama2?",
     "experiment=tune_circuit_braker": "did you mean experiment=tune_circuit_breaker?",
-    "eval/judge=gpt4": "eval/judge has beaver_dam, harmbench_cls, keyword, llama_guard, strongreject",
+    "eval/judge=gpt4": "eval/judge has beaver_dam, harmbench_cls, keyword, llama_guard, semantic, strongreject",
     "+train.learning_rat=1": "did you mean train.learning_rate?",
     "+train.bf16=yes_please": "train.bf16=yes_please is neither true nor false",
     "+method.lamda=1": "did you mean lam?",

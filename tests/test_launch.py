@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from cwac.core import config, errors, failures, identity, paths
@@ -99,7 +100,8 @@ def test_the_layout_is_no_part_of_a_runs_name():
 
 def test_failures_of_several_machines_are_read_in_the_sweeps_order(tmp_path, monkeypatch):
     monkeypatch.delenv(failures.FOLDER, raising=False)
-    failures.OnSharedDisk().on_multirun_start(config.compose([f"paths.runs={tmp_path}"]))
+    started = {"paths": {"runs": str(tmp_path)}, "hydra": {"sweeper": {"_target_": "basic", "params": None}}}
+    failures.OnSharedDisk().on_multirun_start(OmegaConf.create(started))
     for host, num in (("b", 0), ("a", 1), ("b", 2)):
         monkeypatch.setattr(failures.socket, "gethostname", lambda host=host: host)
         failures.record({"num": num, "cell": host, "message": "", "code": 1})

@@ -95,7 +95,7 @@ def test_a_matrix_without_masters_is_not_constrained(dtype):
         (["model.load_in_4bit=true", LORA, "method=salora"], "method=salora reads or edits the base's weights"),
         (["model.load_in_4bit=true", LORA, "method=vaccine"], "method=vaccine reads or edits"),
         (["model.load_in_4bit=true", LORA], "model.load_in_4bit=true needs bitsandbytes"),
-        (["+train.optim=adamw_8bit"], r"train.optim=adamw_8bit needs bitsandbytes.*cwac\[gpu\]"),
+        (["+train.optim=adamw_8bit"], r"train.optim=adamw_8bit needs bitsandbytes.*pip install -e '\.\[gpu\]'"),
         (["+train.optim=paged_adamw_8bit", "method=sft"], "train.optim=paged_adamw_8bit needs bitsandbytes"),
     ],
 )

@@ -14,7 +14,7 @@ from cwac.core.config import expand
 from cwac.core.run_dir import Run
 from tests.conftest import ROOT
 
-GRID = ["seed=0,1"]
+GRID = ["seed=0,1", "eval/judge=keyword"]  # the judge that the frozen campaign rests on
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,8 @@ def test_a_run_that_is_there_is_left_alone(tmp_path, capsys):
     assert there == [first] and first not in written and len(list(runs.iterdir())) == len(written) + 1
     assert [p.name for p in (runs / first).iterdir()] == ["status.json"]
     assert restore.main([str(source), "--runs", str(runs)]) == 0
-    assert "0 runs of" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "0 runs of" in printed and "goes on with it by eval/judge=keyword" in printed
 
 
 def test_the_guard_speaks_again(tmp_path):

@@ -97,8 +97,8 @@ class CWAC(Method):
         pools = context.pools
         if self.weight is not None:
             require_plain_lora(context.loaded.model, self.name)
-            anchor_prompts(pools, self.weight)
             self._constrained(context.loaded.model, warn=False)
+            anchor_prompts(pools, self.weight)
             if self.weight.prefill is not None:
                 encode_opening(context.tokenizer, self.weight.prefill)
         if self.activation is not None:
