@@ -1,4 +1,4 @@
-"""What a run is: the mapping that determines its weights, and the ids made of its hash.
+"""What identifies a run: the mapping that determines its weights, and the ids that contain its hash.
 
 Imports neither torch nor transformers, so that skipping a finished cell of a sweep costs milliseconds.
 """
@@ -18,7 +18,8 @@ from cwac.core import renamed
 from cwac.core.paths import PACKAGE
 
 IDENTITY = ("model task pools harmful_ratio mix_mode poison poison_choice poison_trigger method train seed").split()
-"""What determines a run's weights. `eval`, `logger`, `paths` do not; evaluations carry a hash of their own."""
+"""Keys and groups that determine a run's weights. `eval`, `logger` and `paths` do not, and an evaluation has a hash of
+its own."""
 
 NOT_IDENTITY = {
     "_target_",
@@ -36,10 +37,10 @@ NOT_IDENTITY = {
     "model.trigger_tokens",  # its value stands under method.trigger_tokens
     "model.safety_layers",  # resolved under the method that uses it
 }
-"""Keys of those groups that change what is logged, kept or evaluated, not what is trained."""
+"""Keys within these groups that change only what is logged, kept or evaluated, and not what is trained."""
 
 LAYOUT = ("train.fsdp", "train.ddp_")
-"""How ranks share the work, which changes no more than rounding."""
+"""Beginnings of the keys that set how ranks share the work, which changes a result only by rounding."""
 
 NEUTRAL: dict[str, Any] = {
     "model.lora": None,
@@ -76,7 +77,7 @@ all frozen results with it. `tests/test_layout.py` fails where sentences or weig
 
 
 def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` -> `{"a.b": 1}`; lists stay values."""
+    """`{"a": {"b": 1}}` -> `{"a.b": 1}`; a list is kept as one value."""
     if isinstance(node, dict):
         flat: dict[str, Any] = {}
         for key, value in node.items():
@@ -86,7 +87,7 @@ def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def canonical(value: Any) -> Any:
-    """Numbers as floats (0 and 0.0 are one value), lists element by element."""
+    """The value with all numbers as floats, also within lists, so that 0 and 0.0 give the same hash."""
     if isinstance(value, bool) or value is None:
         return value
     if isinstance(value, int | float):
@@ -101,14 +102,15 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
     container = OmegaConf.to_container(cfg, resolve=True)
     flat = flatten({key: container[key] for key in IDENTITY if key in container})
     flat["origin"] = origin(container["model"])
-    if local_folder(container["model"]) is not None:  # its content is its name
+    if local_folder(container["model"]) is not None:  # a local model is identified by content
         for key in ("model.path", "model.hub_id", "model.revision", "model.kind"):
             flat.pop(key, None)
     return {
         key: canonical(by_content(value) if key == "model.base" else value)
         for key, value in sorted(flat.items())
         if key not in NOT_IDENTITY
-        # resolved under the method that uses them; for estimates of cost; for scoring; how work is shared
+        # `model.sae` is resolved under the method that uses it, `model.shape` only serves estimates of cost,
+        # `task.aliases` only scoring, and LAYOUT only says how work is shared
         and not key.startswith(("model.sae.", "model.shape.", "task.aliases.", *LAYOUT))
         and not key.endswith("._target_")
         and not (key in NEUTRAL and canonical(value) == canonical(NEUTRAL[key]))
@@ -119,11 +121,11 @@ MODEL_FILES = (
     *("config.json", "generation_config.json", "adapter_config.json", "tokenizer*", "special_tokens_map.json"),
     *("added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken", "*.jinja", "*/*.jinja"),
 )
-"""What decides, beside the weights, what a saved model reads and answers: architecture, tokenizer, chat template,
-generation settings. Notes, pictures and the state of an optimizer do not."""
+"""Files that decide, together with the weights, what a saved model reads and answers: architecture, tokenizer, chat
+template, generation settings. Other files, such as notes, pictures and optimizer states, are ignored."""
 
 UNSAID = ("_name_or_path", "transformers_version")
-"""Entries of a model's json files that change with who saved it and say nothing of it."""
+"""Entries of a model's JSON files that depend on who saved it and where, and not on the model itself."""
 
 
 def content(*files: Path) -> str:
@@ -133,7 +135,7 @@ def content(*files: Path) -> str:
 
 @functools.cache
 def _content(files: tuple[tuple[Path, int, int], ...]) -> str:
-    """The same, read once for each size and time of change."""
+    """As `content`, but files are read again only after their size or modification time has changed."""
     state = hashlib.sha256()
     for path, _, _ in files:
         with path.open("rb") as file:
@@ -143,9 +145,9 @@ def _content(files: tuple[tuple[Path, int, int], ...]) -> str:
 
 
 def folder_content(folder: Path) -> str:
-    """A hash of what a saved model is, wherever it lies: its weights, and `MODEL_FILES` by name.
+    """A hash of a saved model's content: its weights, and the names and contents of its `MODEL_FILES`.
 
-    The path does not count, nor how it is spelt, nor what a json file says of who saved it.
+    It depends neither on the folder's path nor on the entries `UNSAID` of JSON files.
     """
     state = hashlib.sha256(content(*sorted(folder.glob("*.safetensors"))).encode())
     for path in sorted({p for pattern in MODEL_FILES for p in folder.glob(pattern) if p.is_file()}):
@@ -163,15 +165,15 @@ def folder_content(folder: Path) -> str:
 
 
 def local_folder(model: Mapping) -> Path | None:
-    """Where a model on this machine lies: `path` of one of kind `folder`, or a `hub_id` that is a folder."""
+    """The folder of a model on this machine: `path` for kind `folder`, or a `hub_id` that names a folder; else None."""
     name = model.get("path") if model["kind"] == "folder" else model.get("hub_id") if model["kind"] == "hub" else None
     return Path(name).expanduser() if name and Path(name).expanduser().is_dir() else None
 
 
 def origin(model: dict) -> str:
-    """What the starting weights are: a run, and every artifact derived from them, must change when they do.
+    """A text that identifies the starting weights; it is part of every run's id and of every artifact's key.
 
-    model: the `model` group. A local model is hashed by content; a hub model is named by id and revision.
+    model: the `model` group. A local model is identified by a hash of its content, a hub model by id and revision.
     """
     if model["kind"] == "tiny":
         return TINY_ORIGIN[int(model["base_seed"]) % len(TINY_ORIGIN)]
@@ -186,7 +188,7 @@ def origin(model: dict) -> str:
 
 
 def by_content(name: Any) -> Any:
-    """The hash of the model in a folder, where a text names one; anything else, as a hub id, as it is."""
+    """The content hash of a model if `name` is the path of its folder; any other value, such as a hub id, unchanged."""
     folder = Path(name).expanduser() if isinstance(name, str) and name else None
     return folder_content(folder) if folder is not None and folder.is_dir() else name
 
@@ -196,7 +198,7 @@ def short_hash(mapping: dict, length: int = 8) -> str:
 
 
 def run_id(cfg: DictConfig) -> str:
-    """`model-task-pX-method-sN-hash8`, a function of what determines the weights."""
+    """The id `model-task-pX-method-sN-hash8`, which depends only on what determines the weights."""
     mapping = renamed.hashed(identity(cfg), cfg.method.get("_target_"))
     return (
         f"{cfg.model.name}-{cfg.task.name}-p{cfg.harmful_ratio:g}-{cfg.method.name}-s{cfg.seed}-{short_hash(mapping)}"
@@ -204,7 +206,7 @@ def run_id(cfg: DictConfig) -> str:
 
 
 def eval_id(cfg: DictConfig) -> str:
-    """Six hex digits of what determines an evaluation of given weights."""
+    """A hash of six hex digits over everything that determines an evaluation, apart from the weights."""
     container = OmegaConf.to_container(cfg.eval, resolve=True)
     scoring = {
         key: canonical(by_content(value) if key in ("judge.hub_id", "judge.adapter") else value)

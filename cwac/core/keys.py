@@ -1,8 +1,9 @@
-"""Which keys a configuration has, and what a mistyped one may have meant.
+"""Which keys a configuration may have, and which key a mistyped one may have meant.
 
-A key that nothing reads is refused, wherever it came from (`+key=value`, a preset, `conf/local`): a run under another
-name with the settings of the plain one would pass for a result. Known keys are those of the files in `conf/`, with
-`OPTIONAL`, and what classes check themselves (`CHECKED`). Imports neither torch nor transformers.
+A key that nothing reads is refused, wherever it came from (`+key=value`, a preset, `conf/local`). Otherwise a mistyped
+option would give a run under a new name whose settings are the plain ones, and it would pass for a result. Known keys
+are those of the files in `conf/`, those in `OPTIONAL`, and those that classes check themselves (`CHECKED`). Imports
+neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from cwac.core.identity import flatten
 from cwac.core.paths import CONF
 
 GROUPS = ("train", "pools", "task", "model", "method", "eval", "logger")
-"""Groups whose files hold the keys below them; those of the others are laid over the whole configuration."""
+"""Groups whose files hold keys of the same group. The files of all other groups may set any key."""
 
 ROOT = (*GROUPS, "values", "variant", "attack", "chosen", "local", "parallel", "scale", "experiment")
-"""What stands in the defaults list."""
+"""Top-level keys that come from the defaults list of `conf/config.yaml`."""
 
 OPTIONAL = (
     *(f"model.{key}" for key in ("path", "base", "base_revision", "revision", "attention", "safety_layers")),
@@ -35,26 +36,27 @@ OPTIONAL = (
     *(f"pools.{key}" for key in ("take", "beavertails_split", "poison_categories")),
     *(f"task.{key}" for key in ("n_held_out", "replace", "aliases", "response", "label", "text", "instruction")),
 )
-"""Keys that code reads although not every yaml has them."""
+"""Keys that the code reads although not every YAML file sets them."""
 
 CHECKED = (
     *("method", "train", "objective", "eval.judge", "eval.vllm.options"),
     *("model.lora", "model.shape", "task.aliases"),
-    *("variant", "picks", "search"),  # what presets make their values of
+    *("variant", "picks", "search"),  # from which presets compute values
 )
-"""Keys below these go to a class or a function that refuses what it does not know, or to another library whole."""
+"""Keys that may have any key below them: these go to a class or function that refuses what it does not know, or are
+passed to another library as they are."""
 
 ONLY_WITH = {
     "model.path": ("folder",),
     "model.base": ("folder", "gguf", "hub"),
     "model.base_revision": ("folder", "gguf", "hub"),
 }
-"""Key -> the kinds of model that read it."""
+"""Key -> the values of `model.kind` with which it is read."""
 
 
 @functools.cache
 def leaves() -> dict[str, list[Any]]:
-    """Every key of `conf/` by its full name, and the values that its files give it."""
+    """Every key in the files of `conf/`, by full name -> the values that the files give it."""
     found: dict[str, list[Any]] = {}
 
     def add(prefix: str, path) -> None:
@@ -79,7 +81,7 @@ def known() -> frozenset[str]:
 
 @functools.cache
 def parents() -> frozenset[str]:
-    """Keys that have keys below them."""
+    """The keys that are groups of other keys."""
     return frozenset(key.rsplit(".", n)[0] for key in known() for n in range(1, key.count(".") + 1))
 
 
@@ -90,7 +92,7 @@ def booleans() -> frozenset[str]:
 
 @functools.cache
 def sources() -> frozenset[str]:
-    """Names of the data sets that pools share out."""
+    """Names of the data sets that the pools are made from."""
     return frozenset(key.split(".")[2] for key in leaves() if key.startswith("pools.shares."))
 
 
@@ -108,14 +110,18 @@ def unread(cfg: DictConfig) -> Iterator[str]:
             continue
         top = key.split(".")[0]
         text = text or str(container)
-        # another value may be made of a key of one's own
+        # a user's own key is read if another value interpolates it
         own = top not in parents() and re.search(rf"\$\{{(oc\.\w+:)?{re.escape(top)}[.}},:]", text)
         if not own:
             yield key
 
 
 def check_keys(cfg: DictConfig) -> None:
-    """Raises UsageError for a key that nothing reads, a value where a group of keys belongs, or no true or false."""
+    """Raises UsageError for a key that nothing reads, in a wrong place, or with a wrong kind of value.
+
+    Checked are: keys that nothing reads; a single value where a group of keys belongs; anything but true and false for
+    a boolean key; and keys that the chosen kind of model does not read (`ONLY_WITH`).
+    """
     for key in unread(cfg):
         value = OmegaConf.select(cfg, key)
         raise UsageError(f"{key}={value} is read by nothing (conf/README.md has the keys){meant(key)}")
@@ -150,14 +156,14 @@ def options(group: str) -> list[str]:
 
 
 def nearest(name: str, group: str) -> str:
-    """The options of a group, those nearest to a name first."""
+    """The options of a group as a comma-separated text, those most similar to a name first."""
     there = options(group)
     close = difflib.get_close_matches(name, there, n=3, cutoff=0.5)
     return ", ".join([*close, *(o for o in there if o not in close)])
 
 
 def near(name: str, candidates: Iterable[str]) -> list[str]:
-    """At most three of the candidates that look like a name, or end as it does; best first."""
+    """At most three of the candidates whose whole text or last part resembles the name; the best one first."""
 
     def last(text: str) -> str:
         return re.split(r"[./]", text)[-1]
@@ -173,26 +179,27 @@ def near(name: str, candidates: Iterable[str]) -> list[str]:
 
 
 def did_you_mean(names: Iterable[str]) -> str:
-    """`; did you mean a or b?` as the end of an error; nothing where there is no name."""
+    """`; did you mean a or b?`, to end an error message with; an empty text where there are no names."""
     names = list(names)
     return f"; did you mean {' or '.join(names)}?" if names else ""
 
 
 def meant(key: str) -> str:
-    """What a key that is not there may have meant."""
+    """A `did_you_mean` for a key that does not exist."""
     groups = {str(path.relative_to(CONF)) for path in CONF.rglob("*") if path.is_dir()}
     return did_you_mean(near(key, {*known(), *parents(), *groups} - {"chosen", "local"}))
 
 
 def explain(message: str) -> str:
-    """Hydra's error about an option or key that is not there, as one line with the nearest names; others as they are.
+    """Rewrite Hydra's error about an unknown option or key as one line with the most similar names.
 
-    Hydra's own advice to append a mistyped key with `+` would make a run of it.
+    Any other message is returned unchanged. Hydra itself advises to append an unknown key with `+`, which would start a
+    run with the mistyped key.
     """
     if found := re.search(r"Could not find '([\w/.-]+)/([^'/]+)'", message):
         group, name = found.groups()
         if (CONF / group).is_dir():
-            # Hydra's own list has also those that no file makes, such as experiment=tune_<method>
+            # Hydra's list also has options without a file, such as experiment=tune_<method>
             listed = re.findall(r"^\t([^_\s]\S*)$", message, re.M) or options(group)
             close = [f"{group}={o}" for o in near(name, listed)]
             return f"Could not find '{group}/{name}'; {group} has {', '.join(listed)}{did_you_mean(close)}"

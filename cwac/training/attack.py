@@ -1,22 +1,24 @@
-"""What the attacker mixes in: harmful pairs (the paper's), or rows without any harmful request, and which of them.
+"""The rows that the attacker mixes into the task: the paper's harmful pairs, or rows without any harmful request.
 
-`poison: identity_shift` follows Qi et al. 2023 (arXiv:2310.03693, section 4.3): benign requests answered behind a
-declaration of absolute obedience. `poison: style` (ours) has benign requests answered in the form that compliance with
-a harmful request takes. `poison_choice: outside_anchors` (ours) is an attacker who has the anchors and the aligned
-model, hence V, and takes the poison whose activations lie outside it the most. `pools.poison_categories`, the fourth
-attack, is a matter of the pools (`cwac/data/pools.py`). `poison_trigger` puts words in front of every request of the
-poison, and of the harmful ones when the model is asked again with them: a backdoor (as in section 4.4 of Qi et al.).
-`optimised` (ours) is an attacker who makes rows rather than picks them: of the words tried, those that carry the
-poison's activations furthest out of V. `gradient` (ours) is one who follows gradients to such words
-(`cwac/training/gradient_trigger.py`).
+- `poison: identity_shift` follows Qi et al. 2023 (arXiv:2310.03693, section 4.3): benign requests, each answered after
+  a declaration of absolute obedience.
+- `poison: style` (ours): benign requests, answered in the form that compliance with a harmful request takes.
+- `poison_choice: outside_anchors` (ours): the attacker has the anchors and the aligned model, and so can compute V. It
+  takes the poison whose activations lie outside V the most.
+- `pools.poison_categories` is a fourth attack, which `cwac/data/pools.py` implements.
+- `poison_trigger` puts words in front of every request of the poison: a backdoor (as in section 4.4 of Qi et al.). The
+  evaluation asks the harmful requests a second time behind the same words. With `optimised` (ours), the attacker
+  searches for words instead of choosing rows: it takes those of the words tried that move the poison's activations
+  furthest out of V. With `gradient` (ours), it finds such words by following gradients
+  (`cwac/training/gradient_trigger.py`).
 
 Deviations:
-- Qi et al. also give the model its new name in a system prompt and a phrase before every request, in training and when
-  it is tested. Ours are in the answers alone, since harmful requests are asked as for every other attack; the same
-  preamble as `eval.prefill` puts it back into the model's mouth.
-- The attacker's V is that of the closed constraint at its official settings, whatever the defence: so all methods meet
-  the same rows. Shares of whole rows are compared, and rows resemble each other, so there is little to choose from
-  where p n is close to the pool's size.
+- Qi et al. also give the model a new name in a system prompt, and put a phrase before every request, in training and in
+  testing. Here the declaration stands in the answers only, because harmful requests are asked in the same way for every
+  attack. Setting `eval.prefill` to the same preamble makes the model's answers begin with it.
+- The attacker's V is always that of the closed constraint at its official settings, whatever the defence, so that all
+  methods meet the same rows. The share of a whole row is what is compared, and rows resemble each other. Where p n is
+  close to the pool's size, there is therefore little to choose from.
 """
 
 from __future__ import annotations
@@ -48,17 +50,17 @@ log = logging.getLogger(__name__)
 TRIGGER_WORDS = 4
 
 TRIGGER_CANDIDATES = 32
-"""Words tried at each place of an optimised trigger, drawn from the tokenizer's vocabulary."""
+"""Number of words, drawn from the tokenizer's vocabulary, that are tried at each position of an optimised trigger."""
 
 TRIGGER_ROWS = 8
-"""Rows of the poison that it is optimised on."""
+"""Number of rows of the poison that a trigger is optimised on."""
 
 
 def poisoned_mix(cfg, train: list[Example], context: Context) -> tuple[list[Example], list[Example]]:
-    """The mixed rows that `cfg` asks for, and the rows that its poison could be taken from.
+    """Mix the attacker's rows into the task's rows; returns the mixture, and all rows the poison was chosen from.
 
-    cfg: a whole configuration; `poison`, `poison_choice`, `poison_trigger`, `harmful_ratio`, `mix_mode`, `seed`.
-    context: its model must still hold the aligned weights.
+    cfg: a whole configuration, of which `poison`, `poison_choice`, `poison_trigger`, `harmful_ratio`, `mix_mode`,
+    `seed` and `pools` are read. train: the task's rows. context: its model must still hold the aligned weights.
     """
     poison = rows_of(cfg.get("poison", "harmful"), context.pools, cfg.seed, cfg.pools.get("jaccard"))
     if (trigger := trigger_of(cfg, context)) is not None:
@@ -71,7 +73,11 @@ def poisoned_mix(cfg, train: list[Example], context: Context) -> tuple[list[Exam
 
 
 def trigger_of(cfg, context: Context) -> str | None:
-    """The words of `poison_trigger`; those that are searched for are found once and cached, as `poisoned_mix` must."""
+    """The words of `poison_trigger`, or None without a trigger.
+
+    Words that have to be searched for are found once and then cached. As for `poisoned_mix`, the context's model must
+    still hold the aligned weights.
+    """
     choice = cfg.get("poison_trigger")
     if choice not in SEARCHES:
         return choice
@@ -90,7 +96,10 @@ def trigger_of(cfg, context: Context) -> str | None:
 
 
 def objective(outside_of: Callable[[list[Example]], list[float]], examples: list[Example]) -> Callable[[str], float]:
-    """What both searches raise: a trigger -> the mean of `outside_of` over the examples behind it, or as they are."""
+    """The function that both searches maximise: trigger -> mean of `outside_of` over the examples.
+
+    The trigger stands in front of every prompt; with an empty trigger the prompts stay as they are.
+    """
 
     def share(trigger: str) -> float:
         shares = outside_of(behind(trigger, examples) if trigger else examples)
@@ -100,9 +109,9 @@ def objective(outside_of: Callable[[list[Example]], list[float]], examples: list
 
 
 def search_trigger(model: nn.Module, context: Context, examples: list[Example]) -> dict:
-    """Greedy, word by word: the trigger whose rows have the largest mean share of squared norm outside V.
+    """Search greedily, word by word, for the trigger whose rows have the largest mean share of squared norm outside V.
 
-    Returns `trigger`, and the share without it (`before`) and with it (`after`).
+    Returns `trigger`, and this share without it (`before`) and with it (`after`).
     """
     vocabulary = sorted({context.tokenizer.decode([i]).strip() for i in context.tokenizer.get_vocab().values()})
     words = [w for w in vocabulary if w.isascii() and w.isalpha() and len(w) > 2]
@@ -121,7 +130,10 @@ def search_trigger(model: nn.Module, context: Context, examples: list[Example]) 
 
 
 def follow_gradients(model: nn.Module, context: Context, examples: list[Example]) -> dict:
-    """A trigger of as many words with the same objective, found by gradients; see `gradient_trigger.climb`."""
+    """Search by gradients for a trigger of the same length and objective as `search_trigger`'s.
+
+    See `gradient_trigger.climb`, which also says what is returned.
+    """
     V, sources = anchors_space(model, context), sources_of(model)
     tokens = gradient_trigger.single_tokens(context.tokenizer)
     share = objective(lambda rows: outside(model, context, rows, V), examples)
@@ -148,15 +160,16 @@ SEARCHES = {
     "optimised": (search_trigger, [TRIGGER_WORDS, TRIGGER_CANDIDATES]),
     "gradient": (follow_gradients, ["gradient", TRIGGER_WORDS, gradient_trigger.STEPS, gradient_trigger.TOP]),
 }
-"""Values of `poison_trigger` that are no text -> how its words are found, and what the search depends on."""
+"""Values of `poison_trigger` that are not the trigger itself -> (search, settings it depends on, for the cache key)."""
 
 
 def outside(
     model: nn.Module, context: Context, examples: list[Example], V: dict[str, torch.Tensor] | None = None
 ) -> list[float]:
-    """||(I - V V^T) X||_F^2 / ||X||_F^2 of each row, prompt and response without the first token; mean over inputs.
+    """The share ||(I - V V^T) X||_F^2 / ||X||_F^2 of each row, averaged over the distinct inputs of the matrices.
 
-    X: inputs of the decoder blocks' matrices in the aligned model. V: `anchors_space`, fitted where it is not given.
+    X: inputs of the decoder blocks' matrices in the aligned model, at all tokens of prompt and response except the
+    first. V: input -> basis, as `anchors_space` returns it; computed by it where it is not given.
     """
     V, sources = anchors_space(model, context) if V is None else V, sources_of(model)
     shares: list[float] = []
@@ -172,11 +185,11 @@ def outside(
 
 
 def anchors_space(model: nn.Module, context: Context) -> dict[str, torch.Tensor]:
-    """The attacker's V of each distinct input [d_in, k]: the anchors', at `Weight`'s own settings."""
+    """The attacker's V [d_in, k] of each distinct input: the basis of the anchors, at the defaults of `Weight`."""
     bases, where = anchor_bases(model, context, Weight(modules="all")), next(model.parameters()).device
     return {name: bases[name].V.to(where) for name in sources_of(model)}
 
 
 def sources_of(model: nn.Module) -> dict[str, nn.Module]:
-    """One of the decoder blocks' linear layers for each distinct input, by the input's name."""
+    """Name of each distinct input -> one of the decoder blocks' linear layers that read it."""
     return {input_group(name): module for name, module in linears(model, "all").items()}

@@ -1,6 +1,7 @@
-"""HF Trainer with a defence's hooks: the only file that knows Trainer's internals, and its only subclass.
+"""The HF Trainer with a defence's hooks: the only file that relies on Trainer's internals or subclasses it.
 
-Trainer brings DDP and FSDP, mixed precision, accumulation, checkpointing, resume; a method brings a few hooks.
+Trainer provides DDP and FSDP, mixed precision, gradient accumulation, checkpoints and resuming. A method adds a few
+hooks to that.
 """
 
 from __future__ import annotations
@@ -44,31 +45,38 @@ COMPLETE = "complete.json"
 METHOD_STATE = "method.pt"
 
 PENDING = ("step_losses", "penalties")
-"""What the next line of the loss log is a mean of, kept over a resume."""
+"""Attributes of the trainer that hold the values since the last line of the loss log. The next line reports their
+means, so each checkpoint stores them."""
 
 
 freeze_once = functools.cache(gc.freeze)
-"""Trainer collects garbage at every start: not through all that a process imported before its first training."""
+"""Excludes what was imported before the first training from garbage collection: Trainer collects at every start, and
+would otherwise walk through all of it each time."""
 
 
 class MethodTrainer(Trainer):
-    """Trainer that swaps batches and adds a penalty as the method asks; `attach` mixes it into any other trainer."""
+    """A Trainer that replaces batches and adds a penalty to the loss where the method asks for it.
+
+    `attach` mixes this class into any other trainer.
+    """
 
     method: Method
     label_logits: bool = False
-    """Whether the model computes logits only where a label is predicted; a user's own collator does not say where."""
+    """Whether the model computes logits only at the positions where a label is predicted. False under a user's own
+    collator, which does not report these positions."""
     step_losses: list[torch.Tensor] | None = None
-    """The task's loss of each optimizer step, kept for the loss log of a run; a user's trainer logs its own."""
+    """The task's loss of each optimizer step since the last line of the run's loss log. None for a user's own trainer,
+    which logs its loss itself."""
     step_loss: torch.Tensor | float = 0.0
-    """Of the micro-batches of the step that is under way."""
+    """The task's loss so far in the current optimizer step, summed over its micro-batches."""
     expected_steps: int | None = None
-    """Optimizer steps that the method was told of; some do what they do by them."""
+    """The number of optimizer steps that the method was told of in `setup`; some methods plan by this number."""
     original: list[tuple[str, weakref.ref]]
-    """The parameters that the method saw in `setup`; not kept alive."""
+    """Name of, and weak reference to, each parameter that the method saw in `setup`."""
     penalty_checked: bool
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        if resume_from_checkpoint is True:  # the newest, as Trainer chooses; without one, it says so itself
+        if resume_from_checkpoint is True:  # Trainer takes the newest, and raises its own error without one
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
         if isinstance(resume_from_checkpoint, str | os.PathLike):
             state = Path(resume_from_checkpoint) / METHOD_STATE
@@ -76,7 +84,7 @@ class MethodTrainer(Trainer):
                 raise UserError(f"{state.parent} has no {METHOD_STATE}: it was saved without a defence; start anew")
             # on the CPU, since the run may have begun on another device; `start` puts tensors where the parameters are
             self.method.load_state_dict(torch.load(state, map_location="cpu", weights_only=True))
-        given = (resume_from_checkpoint, *args) if args else ()  # by name, which a subclass may ask for
+        given = (resume_from_checkpoint, *args) if args else ()  # else by keyword, which a subclass may require
         named = kwargs if args else {"resume_from_checkpoint": resume_from_checkpoint, **kwargs}
         result = super().train(*given, **named)
         self.trained = self.gathered()
@@ -100,7 +108,7 @@ class MethodTrainer(Trainer):
             self.is_fsdp_enabled = True
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """A method's batch must be in place before Trainer counts the label tokens that normalise the loss."""
+        """Insert the method's batches before Trainer counts the label tokens by which it divides the loss."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         size, rank, step = self.args.world_size, self.args.process_index, self.state.global_step
         parts = [(i * size + rank, len(batches) * size) for i in range(len(batches))]
@@ -111,10 +119,13 @@ class MethodTrainer(Trainer):
         return batches, self._get_num_items_in_batch(batches, device)
 
     def _ignore_repeated(self, batch, part: int) -> None:
-        """No loss on the first rows of an epoch where accelerate repeats them to give every rank a full last batch."""
+        """Ignore the labels of repeated rows, so that no row counts twice in an epoch.
+
+        accelerate repeats the first rows of an epoch to give every rank a full last batch.
+        """
         args, rows = self.args, len(self.train_dataset)
         if args.dataloader_drop_last:
-            return  # then a last batch that is not full is left out
+            return  # an incomplete last batch is then left out, so no row is repeated
         of_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         first = self.state.global_step % steps_per_epoch(args, rows) * of_step
         first += part * args.per_device_train_batch_size
@@ -122,9 +133,10 @@ class MethodTrainer(Trainer):
             batch[key][max(0, rows - first) :] = IGNORE
 
     def gathered(self) -> nn.Module | None:
-        """The model with whole parameters: itself, or under FSDP2 a copy on rank 0 and None on the others.
+        """The model with unsharded parameters.
 
-        Every rank must ask at once.
+        This is the model itself; under FSDP2 it is a copy on rank 0 and None on all other ranks. The call is
+        collective: every rank must make it at the same time.
         """
         if not self.is_fsdp_enabled:
             return self.model
@@ -148,19 +160,20 @@ class MethodTrainer(Trainer):
             inputs = {**inputs, "logits_to_keep": inputs["shift_labels"].shape[1]}
         else:
             inputs = {key: value for key, value in inputs.items() if key != "shift_labels"}
-        # outputs only where they are wanted: TRL runs the model once more for them
-        # by name, as Trainer calls it: a subclass may take what it does not use as keywords
+        # Outputs are requested only if the caller wants them, because TRL runs the model a second time for them.
+        # Arguments are passed by keyword, as Trainer does: a subclass may collect those it does not use in **kwargs.
         result = super().compute_loss(
             model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
         )
-        if not model.training:  # Trainer's own evaluation on the way
+        if not model.training:  # an evaluation that Trainer itself runs during training
             return result
         loss = result[0] if return_outputs else result
         scaled = getattr(self, "loss_is_scaled_for_ga", None)  # since transformers 5.19
         if scaled is None:
             counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
             scaled = counted or self.compute_loss_func is not None
-        parts = 1 if scaled else self.current_gradient_accumulation_steps  # which Trainer divides this loss by
+        # Trainer divides this loss by `parts`
+        parts = 1 if scaled else self.current_gradient_accumulation_steps
         last = self.accelerator.gradient_state.sync_gradients  # the last micro-batch of this optimizer step
         if self.step_losses is not None:
             self.step_loss = self.step_loss + loss.detach() / parts
@@ -168,7 +181,7 @@ class MethodTrainer(Trainer):
                 self.step_losses.append(self.step_loss)
                 self.step_loss = 0.0
         if last:
-            with self.accelerator.autocast():  # a copy of the initial model computes as the model that trains does
+            with self.accelerator.autocast():  # a copy of the initial model then uses the same precision
                 penalty = self.method.penalty(model, self.state.global_step)
             if penalty is not None:
                 self.check_penalty(penalty)
@@ -177,13 +190,14 @@ class MethodTrainer(Trainer):
         return (loss, result[1]) if return_outputs else loss
 
     def replaced(self) -> dict[int, str]:
-        """Parameters from before the model was wrapped that it has no more, by id: FSDP2 makes DTensors of them."""
+        """Parameters that the model had before it was wrapped and no longer has: id -> name. FSDP2 replaces them with
+        DTensors."""
         now = {id(p) for p in self.model.parameters()}
         there = ((name, ref()) for name, ref in self.original)
         return {id(p): name for name, p in there if p is not None and id(p) not in now}
 
     def check_kept(self) -> None:
-        """Raises UserError where the method still holds parameters that were replaced: they will never change."""
+        """Raises UserError if the method still holds replaced parameters, because these never change again."""
         gone = self.replaced()
         found = gone and next(held_tensors(vars(self.method), gone), None)
         if found:
@@ -195,9 +209,9 @@ class MethodTrainer(Trainer):
             )
 
     def check_penalty(self, penalty: torch.Tensor) -> None:
-        """Raises UserError where a penalty has no gradient for the model: the run would be SFT under another name."""
+        """Raises UserError if the penalty has no gradient for the model: the run would be SFT under another name."""
         if not torch.isfinite(penalty):
-            return  # the loss log says so, and ends the run
+            return  # writing the loss log will raise an error and end the run
         if not penalty.requires_grad:
             problem = "has no gradient at all; return None in a step that adds nothing"
         elif self.penalty_checked:
@@ -210,7 +224,7 @@ class MethodTrainer(Trainer):
             self.penalty_checked = True
             if lost is not None:
                 problem = f"is of the parameter {lost} as it was before FSDP2 replaced it"
-            elif found is not None and not self.is_fsdp_enabled and not leaves & trained:  # FSDP's leaves are its own
+            elif found is not None and not self.is_fsdp_enabled and not leaves & trained:  # FSDP has leaves of its own
                 problem = "reaches no parameter that trains"
             else:
                 return
@@ -221,8 +235,11 @@ class MethodTrainer(Trainer):
 
 
 def held_tensors(node, wanted: dict[int, str], place: str = "self", seen: set[int] | None = None):
-    """Where tensors with the ids in `wanted` are held below `node`: (place, its name there), through containers,
-    dataclasses, plain objects and closures; modules are not entered, since their parameters are the live ones."""
+    """Find where `node` holds tensors whose ids are in `wanted`; yields pairs (place, `wanted[id]`).
+
+    The search goes through containers, dataclasses, plain objects and closures. It does not enter modules, since the
+    parameters of a module are the current ones.
+    """
     seen = set() if seen is None else seen
     if id(node) in seen or isinstance(node, str | bytes | int | float | nn.Module | PreTrainedTokenizerBase):
         return
@@ -247,8 +264,10 @@ def held_tensors(node, wanted: dict[int, str], place: str = "self", seen: set[in
 
 
 def leaves_of(tensor: torch.Tensor) -> list[torch.Tensor] | None:
-    """The tensors without a history that a gradient of `tensor` would be added to; None where a reentrant checkpoint
-    hides them."""
+    """The leaf tensors of the autograd graph of `tensor`, which its gradient would be accumulated in.
+
+    None where reentrant gradient checkpointing hides them.
+    """
     if tensor.grad_fn is None:
         return [tensor]
     found, open_, seen = [], [tensor.grad_fn], set()
@@ -266,7 +285,7 @@ def leaves_of(tensor: torch.Tensor) -> list[torch.Tensor] | None:
 
 
 class StepHooks(TrainerCallback):
-    """The hooks around the optimizer step, and the method's state in every checkpoint."""
+    """Calls the method's hooks around the optimizer step, and saves the method's state in every checkpoint."""
 
     def __init__(self, trainer: MethodTrainer):
         self.trainer = trainer
@@ -303,7 +322,10 @@ class StepHooks(TrainerCallback):
 
 
 class MethodCallback(TrainerCallback):
-    """A run's clock, loss log, evaluations on the way, and the seal of its checkpoints; StepHooks come before it."""
+    """Times the steps of a run, writes its loss log, evaluates during training and marks checkpoints as complete.
+
+    It is added after StepHooks, so that it measures and saves what the method's hooks have done.
+    """
 
     def __init__(self, trainer: MethodTrainer, run: Run, evaluate_at: dict[int, float], evaluate: Callable):
         self.trainer, self.run, self.evaluate_at, self.evaluate = trainer, run, evaluate_at, evaluate
@@ -340,10 +362,10 @@ class MethodCallback(TrainerCallback):
                 with own_precision(model):
                     self.evaluate(model, step, self.evaluate_at[step])
             distributed.wait()
-            reset_peak_memory()  # the peak reported is the training's, not the generation's
+            reset_peak_memory()  # so that the reported peak is that of training, not of generation
 
     def log(self, args, state) -> None:
-        """One line of train_log.jsonl; a loss that is not finite ends the run here rather than in its tables."""
+        """Write one line of train_log.jsonl; raises UserError for a loss that is not finite."""
         losses, penalties = (
             self.trainer.accelerator.reduce(torch.stack(values), "mean") if values else None
             for values in (self.trainer.step_losses, self.trainer.penalties)
@@ -375,14 +397,14 @@ class MethodCallback(TrainerCallback):
             pending = {name: [float(x) for x in getattr(self.trainer, name)] for name in PENDING}
             sharded = self.trainer.is_fsdp_enabled
             entry = {"step": state.global_step, "files": files, "pending": pending, "sharded": sharded}
-            # written last: a checkpoint without it was cut short and is not resumed from
+            # Written last: without this file the checkpoint was interrupted, and no run resumes from it.
             write_atomic(folder / COMPLETE, json.dumps(entry))
 
 
 def build_trainer(
     model: nn.Module, method: Method, rows: Rows, args: TrainingArguments, pad_token_id: int
 ) -> MethodTrainer:
-    """A trainer for `method`, without Trainer's own printing; raises as `refuse_deepspeed` does."""
+    """A trainer for `method` that prints nothing of its own; raises the errors of `refuse_deepspeed`."""
     refuse_deepspeed(args, method)
     collate = Collator(pad_token_id, label_logits=True)
     trainer = attach(MethodTrainer(model=model, args=args, train_dataset=rows, data_collator=collate), method)
@@ -396,9 +418,10 @@ def build_trainer(
 
 
 def attach(trainer: Trainer, method: Method) -> MethodTrainer:
-    """Give a trainer that exists a method's hooks, in place: its class becomes one of its own and MethodTrainer.
+    """Add a method's hooks to an existing trainer, in place.
 
-    So TRL's SFTTrainer keeps its own loss and step, with the hooks around them.
+    The trainer's class becomes a new subclass of both MethodTrainer and its present class. TRL's SFTTrainer, for
+    example, keeps its own loss and training step, with the hooks around them.
     """
     kind = type(trainer)
     if not issubclass(kind, MethodTrainer):
@@ -413,7 +436,7 @@ def attach(trainer: Trainer, method: Method) -> MethodTrainer:
 
 
 def collated(trainer: Trainer, rows: list[dict]) -> dict:
-    """What the trainer's own collator makes of encoded rows, without the columns that it would leave out."""
+    """The batch that the trainer's collator makes of encoded rows, without the columns that the trainer drops."""
     collate = trainer.data_collator
     if trainer.args.remove_unused_columns:
         collate = trainer._get_collator_with_removed_columns(collate, description="training")
@@ -433,9 +456,11 @@ def train(
 ) -> tuple[nn.Module | None, dict[str, float]]:
     """Train to the end, resuming from the newest complete checkpoint in the run's directory.
 
-    evaluate(model, step, epoch) is called on rank 0 at the epochs of `eval.at` that lie strictly inside the training.
-    Returns the trained model, whole and on rank 0 alone, with step count, epochs, median seconds per step (hooks
-    included), the training's peak memory in MiB of one rank.
+    evaluate(model, step, epoch) is called on rank 0 at the epochs of `eval.at` strictly between start and end.
+    track(row) is called on rank 0 with each line of the loss log.
+
+    Returns the trained model (with unsharded parameters; None on all ranks but 0) and a mapping with `step`, `epoch`,
+    `seconds_per_step` (the median, hooks included) and `memory` (the peak of one rank during training, in MiB).
     """
     freeze_once()
     trainer = build_trainer(model, method, rows, args, pad_token_id)
@@ -455,17 +480,17 @@ def train(
         if trainer.is_world_process_zero():
             log.info("%s goes on from step %d (%s)", run.id, step, checkpoint)
         for name in PENDING:
-            # none in a checkpoint of an earlier version, which kept the losses of micro-batches
+            # a checkpoint of an earlier version lacks them, since it stored the losses of micro-batches instead
             setattr(trainer, name, [torch.tensor(x, device=args.device) for x in saved["pending"].get(name, [])])
     log_path = run.dir / "train_log.jsonl"
-    if trainer.is_world_process_zero() and log_path.exists():  # of an attempt that was cut short: its steps come again
+    if trainer.is_world_process_zero() and log_path.exists():  # the steps after the checkpoint are repeated
         write_jsonl(log_path, [r for r in read_jsonl(log_path) if r["step"] <= step])
     reset_peak_memory()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.trained is not None:
         leave_autocast(trainer.trained)
         broken = next((n for n, p in trainer.trained.named_parameters() if not torch.isfinite(p).all()), None)
-        if broken is not None:  # the last step's gradient comes after the last loss
+        if broken is not None:  # the last update comes after the last loss that was checked
             raise UserError(f"{broken} is not finite after training; lower train.learning_rate or the method's weight")
     ordered = sorted(callback.seconds)
     return trainer.trained, {
@@ -479,10 +504,10 @@ def train(
 
 @contextlib.contextmanager
 def own_precision(model: nn.Module) -> Iterator[None]:
-    """While open, the model computes in the precision of its weights, not under accelerate's autocast around it.
+    """Within this context, the model computes in the precision of its weights, without accelerate's autocast.
 
-    What is measured is measured so throughout: before the training, on the way, at its end, on weights that were kept,
-    and on the aligned model, of which only the one that trains is ever under autocast.
+    Every measurement uses this precision: before, during and after training, on weights that were kept, and on the
+    aligned model. Only the model that is being trained is ever under autocast.
     """
     under_autocast = vars(model).get("forward")
     if "_original_forward" not in vars(model):
@@ -496,7 +521,7 @@ def own_precision(model: nn.Module) -> Iterator[None]:
 
 
 def leave_autocast(model: nn.Module) -> None:
-    """Take off the autocast that accelerate put around the model's forward; none is left once the training is over."""
+    """Remove the autocast that accelerate wrapped around the model's `forward`, once training is over."""
     if (forward := vars(model).pop("_original_forward", None)) is not None:
         del model.forward
         if model.forward != forward:  # it was an attribute of this model, not its class's
@@ -504,9 +529,10 @@ def leave_autocast(model: nn.Module) -> None:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The latest checkpoint whose last file was written and whose files have the SHA-256 it names.
+    """The latest checkpoint that is complete and whose files have the SHA-256 recorded in its `complete.json`.
 
-    One that was cut short is passed over silently, since a run may be killed at any time; a damaged one is named.
+    An interrupted checkpoint is skipped silently, since a run may be killed at any time. A damaged one is skipped with
+    a warning that names it. None where no checkpoint is left.
     """
     complete = []
     for path in folder.glob("checkpoint-*"):

@@ -1,4 +1,4 @@
-"""The project as a library: a defence for a script that brings its own model, data and HF or TRL trainer.
+"""The project as a library: adds a defence to a script that has its own model, data and HF or TRL trainer.
 
 method = load_method("cwac", "qwen")
 defend(trainer, method, pools="real")
@@ -48,14 +48,14 @@ AS_ARGUMENTS = (
     (r"model\.dtype=", "dtype="),
     (r"\btrain\.(?!py\b)", ""),
 )
-"""Keys of train.py that errors name -> what a script gives instead, an argument of `defend` or of its trainer."""
+"""Key of train.py that an error may name -> what a script sets instead: an argument of `defend` or of its trainer."""
 
 MODEL_INPUTS = {"input_ids", "attention_mask", "labels", "shift_labels", "position_ids", "token_type_ids"}
-"""Keys of a batch that a method's own batches have, or a model does without."""
+"""Keys of a batch that a method's own batches also have, or that a model does not need."""
 
 
 def speaks_of_arguments(function: Callable) -> Callable:
-    """Errors of the function name arguments of a script's, not keys of train.py."""
+    """Decorator: the function's errors name the arguments that a script gives, instead of keys of train.py."""
 
     @functools.wraps(function)
     def call(*given, **named):
@@ -75,14 +75,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EncodedRow(Example):
-    """The place of one of the user's rows, which is token ids already, among a method's training rows."""
+    """Stands for one of the user's rows among a method's training rows. The row itself is already token ids; `id` is
+    its index in the user's dataset."""
 
     given: Any = field(default=None, compare=False, repr=False)
-    """The dataset it stands in."""
+    """The user's dataset, which holds the row."""
 
     @property
     def encoded(self) -> dict:
-        """The row itself, `input_ids` and perhaps `labels`, for a method that reads tokens."""
+        """The row itself, with `input_ids` and possibly `labels`, for a method that reads tokens."""
         return self.given[int(self.id)]
 
     @property
@@ -94,7 +95,7 @@ class EncodedRow(Example):
 
 
 class Mixed(torch.utils.data.Dataset):
-    """The user's encoded rows in a method's order, with the rows it adds."""
+    """The user's encoded rows together with the rows that a method adds, in the method's order."""
 
     def __init__(self, given, examples: list[Example], context: Context):
         self.given, self.places = given, []
@@ -117,16 +118,17 @@ class Mixed(torch.utils.data.Dataset):
         return self.given[place] if isinstance(place, int) else place
 
     def added(self) -> dict | None:
-        """One row that the method added, the longest; None where all of them were too long to be trained on."""
+        """The longest row that the method added; None where all of them were too long to be trained on."""
         return max(
             (p for p in self.places if isinstance(p, dict)), key=lambda row: len(row["input_ids"]), default=None
         )
 
 
 class KeptLabels:
-    """The user's collator, which makes labels of all tokens (causal language modelling), around rows that have some.
+    """Wraps a user's collator that labels every token (causal language modelling), to keep labels that rows have.
 
-    The user's rows are labelled as before; those of a method keep their labels, none on a prompt.
+    The user's rows, which have no labels, are labelled by the collator as before. The method's rows keep their own
+    labels, which ignore the prompt.
     """
 
     def __init__(self, collate: Callable):
@@ -136,16 +138,17 @@ class KeptLabels:
         batch = self.collate([{k: v for k, v in row.items() if k != "labels"} for row in rows])
         for i, row in enumerate(rows):
             if "labels" in row:
-                real = batch["attention_mask"][i].bool()  # [T], padded on whichever side
+                real = batch["attention_mask"][i].bool()  # [T]; padding may be on either side
                 batch["labels"][i] = IGNORE
                 batch["labels"][i, real] = torch.as_tensor(row["labels"])
         return batch
 
 
 def take_added_rows(trainer: Trainer, mixed: Mixed, method: Method) -> None:
-    """See to it that the user's collator takes the rows that a method adds, beside the user's and alone.
+    """Make sure that the user's collator accepts the rows that a method adds, alone and together with the user's rows.
 
-    Raises UsageError where it needs columns that they do not have, or changes their tokens or labels.
+    Where the user's rows have no labels, the collator may be wrapped in `KeptLabels` for this. Raises UsageError where
+    the collator needs columns that the added rows lack, or changes their tokens or labels.
     """
     given, added = mixed.given[0], mixed.added()
     if added is None:
@@ -160,19 +163,19 @@ def take_added_rows(trainer: Trainer, mixed: Mixed, method: Method) -> None:
 
 
 def added_row_trouble(trainer: Trainer, given: dict, added: dict) -> str:
-    """What the collator does to an added row that it should not; empty where it takes it as it is."""
+    """The end of an error message that says what the collator does wrong with an added row; empty if nothing."""
     lacks = sorted(set(given) - set(added) - {"labels"})
     for place, rows in ((0, [added]), (1, [given, added]), (0, [added, given])):
         try:
             batch = collated(trainer, rows)
             ids, labels = (batch[name][place] for name in ("input_ids", "labels"))
-        except Exception as error:  # whatever a collator of the user's own raises
+        except Exception as error:  # a user's own collator may raise anything
             also = f"; the user's rows also have {', '.join(lacks)}, which it may need" if lacks else ""
             return (
                 f"cannot take them ({type(error).__name__}: {error}){also}; give a collator that takes rows of "
                 f"{', '.join(added)}, such as transformers' DataCollatorForSeq2Seq"
             )
-        if not _within(added["input_ids"], ids.tolist()):  # beside padding on either side
+        if not _within(added["input_ids"], ids.tolist()):  # with padding on either side
             return "changes their tokens (mlm=True does); give one that leaves input_ids as they are"
         if [i for i in labels.tolist() if i != IGNORE] != [i for i in added["labels"] if i != IGNORE]:
             return (
@@ -188,10 +191,10 @@ def _within(part: Sequence[int], whole: Sequence[int]) -> bool:
 
 
 def check_swapped_batches(trainer: Trainer, method: Method) -> None:
-    """Raises UsageError where the user's batches have keys that those of the method do not."""
+    """Raises UsageError if the user's batches have keys that the method's own batches lack."""
     try:
         own = sorted(set(collated(trainer, [trainer.train_dataset[0]])) - MODEL_INPUTS)
-    except Exception:  # the user's own collator on the user's own row: training says what is wrong
+    except Exception:  # the fault lies in the user's own code, and training will report it
         return
     if own:
         raise UsageError(
@@ -201,7 +204,7 @@ def check_swapped_batches(trainer: Trainer, method: Method) -> None:
 
 
 def options(group: str) -> list[str]:
-    """The names that can be chosen of a group of `conf`."""
+    """The names that can be chosen in a group of `conf`."""
     return sorted(path.stem for path in (CONF / group).glob("[!_]*.yaml"))
 
 
@@ -213,9 +216,9 @@ def nearest(name: str, known: Sequence[str]) -> str:
 def load_method(name: str, model: str, *overrides: str) -> Method:
     """The defence that `train.py method=<name> model=<model>` would run.
 
-    model: the option of conf/model nearest to yours: its SAE sizes, safety layers and trigger length are used, its
-    weights are not. overrides: as on the command line, e.g. "method.activation.lam=1".
-    Raises UsageError, one line, for a value out of range, and for an unknown option or key.
+    model: the option of conf/model that is closest to your model. Its SAE sizes, safety layers and trigger length are
+    used; its weights are not. overrides: settings as on the command line, e.g. "method.activation.lam=1".
+    Raises UsageError with a one-line message for a value out of range, and for an unknown option or key.
     """
     for group, option in (("method", name), ("model", model)):
         known = options(group)
@@ -234,13 +237,17 @@ def load_method(name: str, model: str, *overrides: str) -> Method:
 
 
 def speaks(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of what decides, beside weights and prompts, what a model reads and answers: artifacts depend on it."""
+    """A hash of everything except weights and prompts that decides what a model reads and answers.
+
+    This is the model's configuration and generation settings, its tokenizer and its chat template. Artifacts depend on
+    them, so the hash is part of their keys.
+    """
     settings = model.config.to_diff_dict() | {"vocabulary": sorted(tokenizer.get_vocab().items())}
     said = {k: v for k, v in settings.items() if k not in ("_name_or_path", "transformers_version", "use_cache")}
     said |= {"template": tokenizer.chat_template, "special": tokenizer.special_tokens_map}
     backend = getattr(tokenizer, "backend_tokenizer", None)
     split = {} if backend is None else json.loads(backend.to_str())
-    # a tokenizer remembers how it was last called
+    # a tokenizer stores the padding and truncation of its last call, which are not part of what it is
     said["tokenizer"] = {k: v for k, v in split.items() if k not in ("padding", "truncation")}
     said["generation"] = model.generation_config.to_diff_dict() if hasattr(model, "generation_config") else None
     return digest(json.loads(json.dumps(said, default=str)))
@@ -259,15 +266,17 @@ def defend(
     tokenizer: PreTrainedTokenizerBase | None = None,
     base: str | None = None,
 ) -> MethodTrainer:
-    """Set `method` up on the trainer's model, which must still hold the aligned weights, and hook it in, in place.
+    """Set `method` up on the trainer's model and add its hooks to the trainer, in place; returns the trainer.
 
-    After it, `trainer.train()` trains under the defence, its checkpoints hold the method's state, and
-    `resume_from_checkpoint` goes on from one. Serve prompts through `method.prompt(messages)`: BEA adds its trigger.
+    The model must still hold the aligned weights. Afterwards, `trainer.train()` trains under the defence, checkpoints
+    hold the method's state, and `resume_from_checkpoint` continues from one. Pass every prompt that the trained model
+    is to answer through `method.prompt(messages)`, since a method may change it: BEA adds its trigger there.
 
-    pools: a preset of conf/pools, `real` (from the hub, or the folder `data` laid out like it) or `toy` (for the
-    embedded model), or your own. artifacts: folder of the cache of what the method builds. template: `chat` or
-    `alpaca`, as your rows are rendered. max_length: of a row in tokens; the trainer's own (TRL), else 512. tokenizer:
-    where the trainer has none. base: folder or hub id of the model before its alignment (AsFT, Safe LoRA).
+    pools: the prompt sets that methods read: `real` (from the hub, or from the folder `data`, laid out like the hub),
+    `toy` (for the embedded model), another preset of conf/pools, or your own `Pools`. artifacts: the folder in which
+    what the method builds is cached. template: `chat` or `alpaca`, whichever your rows were rendered with. max_length:
+    the longest row in tokens; by default the trainer's own (TRL has one), else 512. tokenizer: needed where the
+    trainer has none. base: folder or hub id of the model before its alignment (for AsFT and Safe LoRA).
 
     Raises UserError, before anything is trained, where the trainer, the model or the pools do not serve the method.
     """
@@ -299,7 +308,8 @@ def defend(
     if isinstance(pools, str):
         pools = preset_pools(pools, data, args.seed, tokenizer)
     model = trainer.model
-    # an adapter that has learnt nothing yet is none: all of its seeds share what is built
+    # An untrained adapter does not change the model. It is left out of the key, so that artifacts are shared by all of
+    # the seeds that an adapter may be initialised with.
     key = {"kind": "library", "weights": weights_hash(model, adapter=holds_update(model)), "dtype": str(model.dtype)}
     key |= decoding_key(model)
     key["speaks"] = speaks(model, tokenizer)
@@ -339,14 +349,14 @@ def defend(
             "it trains will not show",
             method.name,
         )
-    set_seed(args.seed)  # whether an artifact was built on the way or found must not move what training draws
+    set_seed(args.seed)  # training must draw the same numbers whether an artifact was built just now or loaded
     trainer = attach(trainer, method)
     trainer.expected_steps = context.steps
     return trainer
 
 
 def preset_pools(name: str, data: str | None, seed: int, tokenizer: PreTrainedTokenizerBase) -> Pools:
-    """The pools of a preset; raises UsageError for an unknown one, or words that are not the model's language."""
+    """The pools of a preset; raises UsageError for an unknown preset, or one in words that the model does not know."""
     known = options("pools")
     if name not in known:
         raise UsageError(f"pools={name!r} is unknown; {nearest(name, known)}there are {', '.join(known)}")

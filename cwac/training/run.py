@@ -1,6 +1,6 @@
 """The five steps of a run, in the order in which `train.py` calls them: prepare, set up, train, evaluate, record.
 
-One `Cell` is handed from step to step. No step is returned to: what a step needs stands in the cell before it.
+One `Cell` is handed from step to step, and each step finds in it what the earlier steps have made.
 """
 
 from __future__ import annotations
@@ -56,22 +56,22 @@ class Cell:
     context: Context
     task: Task
     rows: Rows
-    """Encoded rows of the training."""
+    """The rows to train on, as token ids."""
     examples: list[Example]
-    """The same rows as text, those included that were too long to be trained on."""
+    """The same rows as text, including those that were too long to be trained on."""
     poison: list[Example]
-    """The rows that the attacker chose from."""
+    """All rows that the attacker could choose from."""
     poisoned: list[Example]
     """The attacker's rows among `examples`."""
     trigger: str | None
-    """Words in front of every row of the poison."""
+    """Words in front of every row of the poison; None without a trigger."""
     evaluator: Evaluator = field(init=False)
     model: nn.Module = field(init=False)
-    """What trains, once the method is set up; after `train` with whole parameters, on rank 0 alone."""
+    """The model that is trained, from `set_up` on. After `train` it has unsharded parameters and exists on rank 0 only."""
     cost: dict = field(init=False)
-    """Where the training ended (`step`, `epoch`) and what it took (`seconds_per_step`, `memory`)."""
+    """Where training ended (`step`, `epoch`) and what it cost (`seconds_per_step`, `memory` in MiB)."""
     guard: bool | None = None
-    """Whether the method's constraint held; None where it claims none or drift was not measured."""
+    """Whether the method's constraint held; None where the method claims none or drift was not measured."""
 
     @property
     def is_trained(self) -> bool:
@@ -109,10 +109,10 @@ def prepare(cfg: DictConfig, run: Run) -> Cell:
 
 
 def quieten(leads: bool) -> None:
-    """Leave the console to our own messages, and to those of rank 0."""
+    """Silence the libraries' messages on the console, and on all ranks but the first also our own."""
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    logging.getLogger("accelerate").setLevel(logging.WARNING)  # it tells of every file of a checkpoint in shards
+    logging.getLogger("accelerate").setLevel(logging.WARNING)  # it logs every file of a sharded checkpoint
     if not leads:
         logging.getLogger("cwac").setLevel(logging.WARNING)
 
@@ -133,9 +133,9 @@ def encode(cfg: DictConfig, context: Context, examples: list[Example]) -> Rows:
 
 
 def check_mix(cfg: DictConfig, rows: Rows, mixed: list[Example], poison: set[str]) -> None:
-    """Raises UserError where rows were left out so that the harmful ratio is another one than the run's name says.
+    """Raises UserError if the rows left out as too long change the harmful ratio from the one in the run's name.
 
-    mixed: rows of the task and of the poison, without those that a method adds.
+    mixed: the rows of the task and of the poison, without those that a method adds. poison: ids of the poison's rows.
     """
     ids = {e.id for e in mixed}
     kept = [id for id in rows.kept if id in ids]
@@ -150,7 +150,7 @@ def check_mix(cfg: DictConfig, rows: Rows, mixed: list[Example], poison: set[str
 
 
 def start(cell: Cell) -> None:
-    """Write down what the run starts from, and make ready what it is measured with."""
+    """Record what the run starts from, and create the evaluator that measures it."""
     cfg, run, context = cell.cfg, cell.run, cell.context
     if run.leads:
         run.start(context.loaded.provenance)
@@ -164,13 +164,13 @@ def start(cell: Cell) -> None:
 
 
 def content(cell: Cell) -> dict:
-    """What `data.json` holds: ids and hashes of the rows trained on, of the pools, and of what is asked and how."""
+    """The content of `data.json`: ids and hashes of the training rows, of the pools and of the evaluation's requests."""
     cfg, context = cell.cfg, cell.context
     found = {
         "rows": [e.id for e in cell.examples],
         "harmful": [e.id for e in cell.poisoned],
         "dropped": cell.rows.dropped,
-        # token ids: they change with a row's text, the chat template, and the tokenizer
+        # a hash of token ids changes with a row's text, with the chat template and with the tokenizer
         "sha256": {"encoded_rows": digest({"rows": cell.rows.rows})},
         "asked": {cell.run.eval: cell.evaluator.requests_hash()},
         "pools": manifest(context.pools, cfg.poison, cell.poison),
@@ -181,9 +181,10 @@ def content(cell: Cell) -> dict:
 
 
 def check_again(cell: Cell) -> None:
-    """In place of all steps but the first, where files changed since a finished run: are its rows still the same?
+    """Check that the rows of a finished run are still the same although its data files changed.
 
-    Raises UserError that names what changed. Else the run's record is brought up to date, and it stands.
+    Called after `prepare`, instead of the other steps. Raises a UserError that names what changed. If nothing did, the
+    recorded state of the files is updated and the run's results remain valid.
     """
     cfg, run = cell.cfg, cell.run
     cell.evaluator = Evaluator(
@@ -198,7 +199,7 @@ def check_again(cell: Cell) -> None:
 
 
 def set_up(cell: Cell) -> None:
-    """Step 2: measure the untouched model where `eval.at` asks for it, then let the method prepare itself."""
+    """Step 2: evaluate the aligned model if `eval.at` contains 0, then call the method's `setup`."""
     start(cell)
     if 0 in cell.cfg.eval.at and cell.run.leads:
         cell.evaluator(0, 0.0)
@@ -208,7 +209,7 @@ def set_up(cell: Cell) -> None:
 
 
 def train(cell: Cell, track: Callable[[dict], None]) -> None:
-    """Step 3: the optimizer steps, with evaluations on the way; track is told each line of the loss log."""
+    """Step 3: the optimizer steps, with evaluations in between; track(row) is called with each line of the loss log."""
     loaded, evaluator = cell.context.loaded, cell.evaluator
 
     def evaluate_on_the_way(model: nn.Module, step: int, epoch: float) -> None:
@@ -229,7 +230,7 @@ def train(cell: Cell, track: Callable[[dict], None]) -> None:
 
 
 def evaluate(cell: Cell) -> None:
-    """Step 4: what the trained model answers, what the method cost and reports, and how far the model has drifted."""
+    """Step 4: evaluate the trained model, record the method's cost and own reports, and measure the model's drift."""
     evaluator, method, model = cell.evaluator, cell.method, cell.model
     evaluator.model = model
     step, epoch = cell.cost["step"], cell.cost["epoch"]
@@ -254,9 +255,9 @@ def evaluate(cell: Cell) -> None:
 
 
 def record(cell: Cell) -> None:
-    """Step 5: keep the weights where they are asked for, and mark the run done."""
+    """Step 5: save the weights if `keep_weights` is set, and mark the run done."""
     model, run = cell.model, cell.run
-    trained = weights_hash(model)  # before an adapter is merged, so that it does not depend on what is kept
+    trained = weights_hash(model)  # hashed before an adapter is merged, so that saving changes nothing
     if cell.cfg.keep_weights:
         if hasattr(model, "peft_config"):
             model.save_pretrained(run.dir / "adapter")
@@ -266,14 +267,14 @@ def record(cell: Cell) -> None:
 
 
 def evaluate_again(cell: Cell) -> None:
-    """In place of steps 2 to 5: a trained run under new evaluation settings, from the kept weights.
+    """Evaluate a trained run under new evaluation settings, from its saved weights; replaces steps 2 to 5.
 
-    Raises UserError where the weights were not kept, or where points on the way are asked for.
+    Raises UserError where the weights were not saved, or where `eval.at` asks for points before the end of training.
     """
     start(cell)
     run, evaluator = cell.run, cell.evaluator
     folder, status = run.dir / "model", run.status
-    missed = [e for e in run.points if e != status.get("epoch")]  # an imported run may not know it
+    missed = [e for e in run.points if e != status.get("epoch")]  # an imported run may have no epoch
     if missed:
         raise UserError(
             f"{run.id} is trained; eval.at={missed} asks for points on the way, which are gone: leave eval.at as it "
