@@ -1,12 +1,12 @@
-"""Things built once and shared by many runs: aligned models, SAE, subspace, refusals.
+"""Artifacts, which are built once and shared by many runs: aligned models, autoencoders, subspaces, refusals.
 
-An artifact's folder is named by the hash of its key, written to a temporary folder and moved into place, and
-guarded by a file lock that the operating system releases when its holder dies; so two sweeps on one file
-system share artifacts without racing, and a crash leaves nothing that looks finished.
+An artifact's folder is named by the hash of its key. It is filled under a temporary name and then moved into place, so
+that a crash leaves nothing that looks finished. A file lock guards it, which the operating system releases when its
+holder dies. Two sweeps on one file system can thus share artifacts without a race.
 
-Between machines the lock is flock(2) on the shared file system: NFS (version 4, or 3 with its lock daemon), GPFS
-and Lustre mounted with `flock` pass it on. Where one keeps locks to each machine (Lustre's `localflock`), two machines
-may build the same artifact, each in a folder of its own, and the first to finish is used.
+Between machines the lock is flock(2) on the shared file system. NFS (version 4, or 3 with its lock daemon), GPFS, and
+Lustre mounted with `flock` apply it to all machines. Where each machine has locks of its own (Lustre's `localflock`),
+two machines may build the same artifact, each in its own temporary folder; the first to finish is used.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MANIFEST = "artifact.json"
 
 CARD = "README.md"
 LONGEST_REPORT = 1 << 16
-"""Bytes; a longer JSON file of an artifact is no report to be shown on its card but a vocabulary."""
+"""In bytes. A longer JSON file of an artifact, such as a vocabulary, is not shown on its card."""
 
 
 WHAT = {
@@ -38,7 +38,7 @@ WHAT = {
     "targets": "The aligned model's features on harmful prompts, which L_safety preserves (Eq. 11)",
     "subspace": "Protected directions V of the anchors' activations (section 4.2)",
 }
-"""What CWAC (arXiv:2604.12384) prepares, for the card."""
+"""Kind of artifact -> its description on the card, for those that CWAC (arXiv:2604.12384) prepares."""
 
 
 def digest(key: dict) -> str:
@@ -47,10 +47,10 @@ def digest(key: dict) -> str:
 
 
 def load_or_build(root: Path, kind: str, key: dict, build: Callable[[Path], object]) -> Path:
-    """The folder of the artifact `kind` with `key`; `build(folder)` fills it if it is missing or damaged.
+    """The folder of the artifact of this kind and key; if it is missing or damaged, `build(folder)` fills a new one.
 
-    Files are checked against the SHA-256 in the manifest on every load. A damaged artifact is kept beside the
-    new one under the name `<hash>.damaged`, until the next one. Errors of `build` pass through and leave no artifact.
+    Files are checked against the SHA-256 in the manifest on every load. A damaged artifact is kept beside the new one
+    as `<hash>.damaged`, where the next damaged one replaces it. Errors of `build` are passed on and leave no artifact.
     """
     folder = Path(root) / kind / digest(key)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ def load_or_build(root: Path, kind: str, key: dict, build: Callable[[Path], obje
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
         prefix = f".{folder.name}-{socket.gethostname()}-"
-        for unfinished in folder.parent.glob(f"{prefix}*"):  # of a builder that died here; we hold its lock
+        for unfinished in folder.parent.glob(f"{prefix}*"):  # its builder died: we hold the lock
             shutil.rmtree(unfinished)
         log.info("building %s %s", kind, folder.name)
         temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
@@ -79,7 +79,7 @@ def load_or_build(root: Path, kind: str, key: dict, build: Callable[[Path], obje
             write_atomic(temporary / MANIFEST, json.dumps(manifest, indent=1))
             (temporary / CARD).write_text(card(temporary, manifest))
             temporary.chmod(0o755)
-            if folder.exists():  # of a machine that our lock did not reach
+            if folder.exists():  # built meanwhile by a machine outside our lock
                 shutil.rmtree(temporary)
             else:
                 temporary.rename(folder)
@@ -90,7 +90,7 @@ def load_or_build(root: Path, kind: str, key: dict, build: Callable[[Path], obje
 
 
 def card(folder: Path, manifest: dict) -> str:
-    """Markdown on an artifact: what it is, of which model and data (its key), quality, files, licences."""
+    """An artifact's card in Markdown: what it is, its key (model and data), its quality, its files and licences."""
     kind, model = manifest["kind"], manifest["key"].get("model")
     found = [p for p in sorted(folder.glob("*.json")) if p.name != MANIFEST and p.stat().st_size <= LONGEST_REPORT]
     reports = {p.name: json.loads(p.read_text()) for p in found}
@@ -118,7 +118,7 @@ def card(folder: Path, manifest: dict) -> str:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with an artifact's files; None if they are as they were written."""
+    """Describes the first fault in an artifact's files; None if they are as they were written."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError):

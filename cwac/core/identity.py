@@ -165,7 +165,7 @@ def folder_content(folder: Path) -> str:
 
 
 def local_folder(model: Mapping) -> Path | None:
-    """The folder of a model on this machine: `path` for kind `folder`, or a `hub_id` that names a folder; else None."""
+    """The folder of a model on this machine: `path` for kind `folder`, or a `hub_id` that is a folder; else None."""
     name = model.get("path") if model["kind"] == "folder" else model.get("hub_id") if model["kind"] == "hub" else None
     return Path(name).expanduser() if name and Path(name).expanduser().is_dir() else None
 
@@ -188,7 +188,7 @@ def origin(model: dict) -> str:
 
 
 def by_content(name: Any) -> Any:
-    """The content hash of a model if `name` is the path of its folder; any other value, such as a hub id, unchanged."""
+    """The content hash of a model if `name` is the path of its folder; any other value, such as a hub id, as it is."""
     folder = Path(name).expanduser() if isinstance(name, str) and name else None
     return folder_content(folder) if folder is not None and folder.is_dir() else name
 

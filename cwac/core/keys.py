@@ -193,8 +193,8 @@ def meant(key: str) -> str:
 def explain(message: str) -> str:
     """Rewrite Hydra's error about an unknown option or key as one line with the most similar names.
 
-    Any other message is returned unchanged. Hydra itself advises to append an unknown key with `+`, which would start a
-    run with the mistyped key.
+    Any other message is returned unchanged. Hydra itself advises to append an unknown key with `+`, which would start
+    a run with the mistyped key.
     """
     if found := re.search(r"Could not find '([\w/.-]+)/([^'/]+)'", message):
         group, name = found.groups()

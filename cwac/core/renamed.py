@@ -1,8 +1,8 @@
-"""Keys that were renamed: their old names are still read, and still stand in the hashes that name runs and artifacts.
+"""Keys that were renamed: their old names still work, and the hashes in the ids of runs and artifacts still use them.
 
-Three places meet an old name. Overrides are rewritten before Hydra parses them (`rewrite`); a configuration that holds
-an old key, such as the `config.yaml` of an earlier run, is brought up to date (`update`); and what is hashed is put
-under the names of the time when the first results were made (`hashed`), so that a new name orphans none of them.
+Old names are handled in three places. Overrides are rewritten before Hydra parses them (`rewrite`). A configuration
+with an old key, such as the `config.yaml` of an earlier run, is brought up to date (`update`). A mapping is put back
+under its old names before it is hashed (`hashed`), so that a new name leaves the ids of existing results as they are.
 """
 
 from __future__ import annotations
@@ -29,17 +29,18 @@ ROUTERS = ("model.sae.router", "method.activation.sae.router")
 """Keys whose value `fixed:s`, s counted from 1, became `layer:l`, l counted from 0."""
 
 COUNTED_FROM_1 = {"cwac.methods.ldifs.LDIFS", "cwac.methods.circuit_breaker.CircuitBreaker"}
-"""Methods whose `layers` once counted block outputs from 1; they keep their key, and so do the hashes."""
+"""Methods whose `layers` once counted block outputs from 1. The key has kept its name, and hashes still use the old
+numbers."""
 
 
 # --- values ---------------------------------------------------------------------------------------------
 def shifted(value: Any, by: int) -> Any:
-    """Layer numbers moved by `by`; `auto` and null stay."""
+    """A list of layer numbers with `by` added to each; any other value, such as `auto` or null, is unchanged."""
     return [layer + by for layer in value] if isinstance(value, list | tuple | ListConfig) else value
 
 
 def new_router(text: Any) -> Any:
-    """`fixed:3` -> `layer:2`, wherever it stands in a text."""
+    """`fixed:3` -> `layer:2`, anywhere in a text."""
     return re.sub(r"\bfixed:(\d+)", lambda m: f"layer:{int(m[1]) - 1}", text) if isinstance(text, str) else text
 
 
@@ -50,7 +51,7 @@ def old_router(text: Any) -> Any:
 
 # --- what is hashed -------------------------------------------------------------------------------------
 def hashed(flat: dict[str, Any], target: str | None = None) -> dict[str, Any]:
-    """A flat mapping under the names and values that ids and artifact keys are hashes of.
+    """A flat mapping under the old names and values, from which run ids and artifact keys are hashed.
 
     target: the method's `_target_`.
     """
@@ -65,7 +66,7 @@ def hashed(flat: dict[str, Any], target: str | None = None) -> dict[str, Any]:
 
 
 def hashed_group(group: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """`hashed` for the settings of one group, such as `method.weight`, whose keys stand without it."""
+    """`hashed` for the settings of one group, such as `method.weight`, whose keys lack the group's name."""
     prefix = f"{group}."
     return {k.removeprefix(prefix): v for k, v in hashed({prefix + k: v for k, v in settings.items()}).items()}
 
@@ -83,16 +84,17 @@ def current_group(group: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 # --- configurations -------------------------------------------------------------------------------------
 def update(cfg: DictConfig, say: bool = True) -> DictConfig:
-    """Move what stands under old keys to the new ones, in place; an old key wins over a default of the new one.
+    """Move values from old keys to the new ones, in place; a value under an old key replaces one under the new key.
 
-    say: print a line for each, as for what a user wrote; not for what an earlier version recorded.
+    say: whether to print a line for each old key. True for what a user wrote, False for what an earlier version of the
+    project recorded.
     """
     for old, new in RENAMED.items():
         group, _, name = old.rpartition(".")
         node = OmegaConf.select(cfg, group)
         if not OmegaConf.is_dict(node) or name not in node:
             continue
-        counted = name == "slots"  # which needs its numbers; any other value that is an interpolation stays one
+        counted = name == "slots"  # numbers must be resolved to be shifted; other interpolations are kept
         value = OmegaConf.to_container(node, resolve=counted)[name]
         with open_dict(node):
             node[new.rpartition(".")[2]] = shifted(value, -1) if counted else value
@@ -113,9 +115,9 @@ OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|~)?(?P<key>[\w.]+)(?P<value>=.*)?", re.
 
 
 def rewrite(overrides: list[str]) -> list[str]:
-    """Hydra's overrides with new keys for old ones, also within a value such as `method.weight={every: 4}`.
+    """Hydra's overrides with old keys replaced by new ones, also within a value such as `method.weight={every: 4}`.
 
-    Prints a line on stderr for each old key. What is no override passes as it is.
+    Prints a line on stderr for each old key. Arguments that are not overrides are returned unchanged.
     """
     layers = [o for o in overrides if re.match(r"\+{0,2}method\.layers=", o)]
     if layers and {"method=ldifs", "method=circuit_breaker"} & {*overrides}:
@@ -152,7 +154,7 @@ def _shifted_text(old: str, text: str) -> str:
 
 
 def _keys(text: str, path: list[str], start: int = 0, end: int | None = None) -> Iterator[tuple[int, int]]:
-    """Where the key at `path` stands in the dicts `{...}` of a text: begin and end of its last name."""
+    """Positions (start, end) of the last name of the key `path` within the dicts `{...}` of a text."""
     for found in re.compile(rf"(?<=[{{,\s]){re.escape(path[0])}(?=\s*:)").finditer(text, start, end or len(text)):
         if len(path) == 1:
             yield found.span()
@@ -166,12 +168,12 @@ def _keys(text: str, path: list[str], start: int = 0, end: int | None = None) ->
 
 @functools.cache
 def announce(old: str, new: str) -> None:
-    """One line on stderr, once a process."""
+    """Print one line on stderr, once per process for each pair of names."""
     print(f"note: {old} is now {new}; the old name still works", file=sys.stderr)
 
 
 def hint(message: str) -> str:
-    """The new name of an old key that an error of Hydra's speaks of; '' where it speaks of none.
+    """The new names of old keys that an error message of Hydra's mentions; '' where it mentions none.
 
     A preset's own sweep (`hydra.sweeper.params`) reaches Hydra without passing `rewrite`.
     """

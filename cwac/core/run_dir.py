@@ -1,4 +1,4 @@
-"""A run's directory: where its configuration, status, generations and metric rows live.
+"""A run's directory, which holds its configuration, status, generations and metric rows.
 
     runs/<run_id>/
       config.yaml env.json data.json status.json train.log train_log.jsonl checkpoint-*/ model/
@@ -7,8 +7,9 @@
       judge/<judge>/...                the same of a judge that came later (experiments/judge.py)
       metrics.jsonl                    one row per (step, metric, set, judge, eval)
 
-A run is `done` only by its status file, written last and atomically; a folder that exists proves nothing. Each line of
-a `.jsonl` ends in the CRC-32 of what stands before, so that a changed digit is found and not tabulated.
+A run is `done` only if its status file says so, which is written last and atomically; that the folder exists proves
+nothing. Each line of a `.jsonl` file ends in the CRC-32 of the text before it, so that a changed digit is detected and
+reaches no table.
 """
 
 from __future__ import annotations
@@ -38,13 +39,14 @@ log = logging.getLogger(__name__)
 STATUSES = ("running", "failed", "done")
 
 GUARD_SLACK = 1e-3
-"""What rounding of fp32 weights may add to a leak (ours); bounds at the default energy are near 0.1."""
+"""How far a leak may exceed its bound because fp32 weights are rounded (ours). With the default energy, bounds are
+near 0.1."""
 
 ROW_KEY = ("step", "metric", "set", "judge", "eval")
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a process holds the lock of the run in this folder; a run that is `running` without one was killed."""
+    """Whether a process holds the lock of the run in this folder. A `running` run without a lock was killed."""
     lock = folder.parent / f".{folder.name}.lock"
     if not lock.exists():
         return False
@@ -58,9 +60,9 @@ def is_held(folder: Path) -> bool:
 
 
 class Run:
-    """One cell of a grid on disk. Use as a context manager: it holds the cell's lock.
+    """One cell of a grid on disk. It is a context manager, which holds the cell's lock while it is open.
 
-    Where several ranks train the cell, rank 0 alone locks and writes.
+    Where several ranks train the cell, only rank 0 takes the lock and writes files.
     """
 
     def __init__(self, cfg: DictConfig):
@@ -76,7 +78,7 @@ class Run:
     # --- status -------------------------------------------------------------------------------------
     @property
     def status(self) -> dict:
-        """What `status.json` says; `{"status": "new"}` where there is none or it is damaged, which is logged."""
+        """The content of `status.json`; `{"status": "new"}` where it is missing or damaged. Damage is logged."""
         path = self.dir / "status.json"
         try:
             status = json.loads(path.read_text())
@@ -91,14 +93,14 @@ class Run:
 
     @property
     def environment(self) -> dict:
-        """What `env.json` says; {} where there is none or it is damaged."""
+        """The content of `env.json`; {} where it is missing or damaged."""
         try:
             return json.loads((self.dir / "env.json").read_text())
         except (OSError, ValueError):
             return {}
 
     def done(self) -> bool:
-        """Trained, and evaluated with this evaluation's settings at every point on the way that it asks for."""
+        """Whether the run is trained, and evaluated with the present settings at every epoch of `eval.at`."""
         status = self.status
         measured = status.get("evaluations", {}).get(self.eval)
         return status["status"] == "done" and measured is not None and set(self.points) <= set(measured)
@@ -113,13 +115,16 @@ class Run:
         )
 
     def fail(self, error: Exception) -> None:
-        """Record why a run that had begun stopped; one that had not leaves no folder, a full disk no record."""
+        """Record the error that stopped a run, if the run had begun.
+
+        A run that had not begun leaves no folder. Where the disk is full, nothing is recorded.
+        """
         if self.leads and self.status["status"] == "running":
             with contextlib.suppress(OSError):
                 self.write_status("failed", error=redact(f"{type(error).__name__}: {error}"))
 
     def finish(self, **fields) -> None:
-        """Mark the run done, with one more evaluation; drops the checkpoints it no longer needs."""
+        """Mark the run done, add the present evaluation to its status, and delete its checkpoints."""
         evaluations = dict(self.status.get("evaluations", {}))
         evaluations[self.eval] = sorted({*evaluations.get(self.eval, []), *self.points})
         n = sum(1 for _ in iter_jsonl(self.dir / "metrics.jsonl"))
@@ -141,13 +146,14 @@ class Run:
         self._lock.release()
 
     def start(self, model: dict | None = None) -> None:
-        """Write what the run is and where it runs; `force=true` sets an old run of this identity aside first.
+        """Write the run's configuration and environment. `force=true` first moves an old run of the same id away.
 
         model: where the starting weights came from (`Loaded.provenance`). Raises UserError where an unfinished run
-        began from another commit of an unpinned hub model: its checkpoint would go on from other weights.
+        began from another commit of a hub model without a pinned revision, since its checkpoint belongs to other
+        starting weights.
         """
         if self.cfg.force and self.dir.exists():
-            taken = {p.name for p in self.dir.parent.glob(f"{self.id}.old-*")}  # by name: a clock may stand still
+            taken = {p.name for p in self.dir.parent.glob(f"{self.id}.old-*")}  # numbered: times may repeat
             aside = self.dir.with_name(next(n for i in itertools.count(1) if (n := f"{self.id}.old-{i}") not in taken))
             self.dir.rename(aside)
             log.info("force=true: the earlier run was moved to %s", aside)
@@ -173,7 +179,11 @@ class Run:
         repair(self.dir / "train_log.jsonl")
 
     def changed(self, content: dict) -> list[str]:
-        """What of `content` differs from what `data.json` recorded; what either does not know is no difference."""
+        """Names of the entries that differ between `content` and `data.json`.
+
+        An entry that only one of the two has is not counted as a difference, except for a recorded `rows`, `harmful`
+        or `pools` that `content` lacks.
+        """
         before = self.data
         found = [key for key in ("rows", "harmful", "pools") if key in before and before[key] != content.get(key)]
         for key in ("sha256", "asked"):
@@ -183,17 +193,17 @@ class Run:
 
     @property
     def data(self) -> dict:
-        """What `data.json` says; {} where there is none or it is damaged."""
+        """The content of `data.json`; {} where it is missing or damaged."""
         try:
             return dict(json.loads((self.dir / "data.json").read_text()))
         except (OSError, ValueError, TypeError):
             return {}
 
     def record_data(self, content: dict) -> None:
-        """Write `data.json`: the rows trained on and what they come from, by id and by hash, and what is asked.
+        """Write `data.json`: ids and hashes of the training rows, of their origins, and of the evaluation's requests.
 
-        Raises UserError where the run began, or was trained, on other data: its checkpoint has seen those, its weights
-        were made of them.
+        Raises UserError where the run began or was trained on other data, since its checkpoint and its weights come
+        from those.
         """
         path = self.dir / "data.json"
         if changed := self.changed(content):
@@ -207,9 +217,10 @@ class Run:
 
     # --- rows ---------------------------------------------------------------------------------------
     def add_rows(self, rows: Iterable[dict]) -> None:
-        """Append metric rows, each with the run's coordinates; a row that is already there is left out.
+        """Append metric rows, each completed by the run's id, model, method, task, ratio and seed.
 
-        Raises UserError for a value that is NaN or infinite: a mean over seeds would inherit it.
+        A row whose `ROW_KEY` is already there is skipped. Raises UserError for a value that is NaN or infinite, since
+        every mean over seeds would become so too.
         """
         have = {tuple(row.get(k) for k in ROW_KEY) for row in iter_jsonl(self.dir / "metrics.jsonl")}
         fixed = {

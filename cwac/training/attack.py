@@ -13,9 +13,9 @@
   (`cwac/training/gradient_trigger.py`).
 
 Deviations:
-- Qi et al. also give the model a new name in a system prompt, and put a phrase before every request, in training and in
-  testing. Here the declaration stands in the answers only, because harmful requests are asked in the same way for every
-  attack. Setting `eval.prefill` to the same preamble makes the model's answers begin with it.
+- Qi et al. also give the model a new name in a system prompt, and put a phrase before every request, in training and
+  in testing. Here the declaration stands in the answers only, because harmful requests are asked in the same way for
+  every attack. Setting `eval.prefill` to the same preamble makes the model's answers begin with it.
 - The attacker's V is always that of the closed constraint at its official settings, whatever the defence, so that all
   methods meet the same rows. The share of a whole row is what is compared, and rows resemble each other. Where p n is
   close to the pool's size, there is therefore little to choose from.
@@ -160,7 +160,7 @@ SEARCHES = {
     "optimised": (search_trigger, [TRIGGER_WORDS, TRIGGER_CANDIDATES]),
     "gradient": (follow_gradients, ["gradient", TRIGGER_WORDS, gradient_trigger.STEPS, gradient_trigger.TOP]),
 }
-"""Values of `poison_trigger` that are not the trigger itself -> (search, settings it depends on, for the cache key)."""
+"""Values of `poison_trigger` that are not the trigger itself -> (search, settings that are part of the cache key)."""
 
 
 def outside(

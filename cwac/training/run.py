@@ -67,7 +67,7 @@ class Cell:
     """Words in front of every row of the poison; None without a trigger."""
     evaluator: Evaluator = field(init=False)
     model: nn.Module = field(init=False)
-    """The model that is trained, from `set_up` on. After `train` it has unsharded parameters and exists on rank 0 only."""
+    """The model that is trained, set by `set_up`. After `train`: with unsharded parameters, and on rank 0 only."""
     cost: dict = field(init=False)
     """Where training ended (`step`, `epoch`) and what it cost (`seconds_per_step`, `memory` in MiB)."""
     guard: bool | None = None
@@ -164,7 +164,7 @@ def start(cell: Cell) -> None:
 
 
 def content(cell: Cell) -> dict:
-    """The content of `data.json`: ids and hashes of the training rows, of the pools and of the evaluation's requests."""
+    """The content of `data.json`: ids and hashes of the training rows, of the pools and of what is asked."""
     cfg, context = cell.cfg, cell.context
     found = {
         "rows": [e.id for e in cell.examples],
@@ -209,7 +209,7 @@ def set_up(cell: Cell) -> None:
 
 
 def train(cell: Cell, track: Callable[[dict], None]) -> None:
-    """Step 3: the optimizer steps, with evaluations in between; track(row) is called with each line of the loss log."""
+    """Step 3: the optimizer steps, with evaluations in between. track(row) receives each line of the loss log."""
     loaded, evaluator = cell.context.loaded, cell.evaluator
 
     def evaluate_on_the_way(model: nn.Module, step: int, epoch: float) -> None:
