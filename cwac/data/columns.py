@@ -1,4 +1,4 @@
-"""Cells of people's data files: each is checked when it is read, and an error names file, row and column."""
+"""Reads single cells of users' data files and checks each one; an error names the file, row and column."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Mapping, Sequence
 from cwac.core.errors import UserError
 
 LONGEST = 200_000
-"""Characters; a longer text is no cell but a file read wrongly, and no model's context holds it."""
+"""In characters. A longer text means that a file was parsed wrongly, and no model's context could hold it."""
 
 
 class Row(dict):
-    """One row of a data set, which knows where it was read."""
+    """One row of a data set, together with the place it was read from."""
 
     where: str = "a row"
-    """As errors name it: `row 3 of <file>`, counted from 1."""
+    """The place as errors name it: `row 3 of <file>`, counted from 1."""
 
 
 def cell(row: Mapping, path: str):
-    """The value of a column; dots lead into nested ones. Raises UserError where there is no such column."""
+    """The value of a column; a path with dots reads a nested column. Raises UserError where the column is missing."""
     value = row
     for part in path.split("."):
         if not isinstance(value, Mapping) or part not in value:
@@ -30,9 +30,10 @@ def cell(row: Mapping, path: str):
 
 
 def text(row: Mapping, path: str, empty: bool = False) -> str:
-    """The cell as text; a number is taken as it is written.
+    """The cell as text; a number is returned as it is written.
 
-    empty: whether a text of nothing but blanks will do; a null never does. Raises UserError for anything else.
+    empty: whether an empty or blank text is accepted. Null is never accepted. Raises UserError for any other value,
+    and for a text longer than `LONGEST` or with characters that are not valid Unicode.
     """
     value = cell(row, path)
     if isinstance(value, bool) or not isinstance(value, str | int | float | None):
@@ -64,7 +65,7 @@ def lines(row: Mapping, path: str) -> str:
 
 
 def flag(row: Mapping, path: str) -> bool:
-    """The cell as true or false; a file of text alone spells it. Raises UserError for anything else."""
+    """The cell as a boolean, which may be spelt as text or as 0 or 1. Raises UserError for any other value."""
     value = cell(row, path)
     spelt = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
     if (said := str(value).strip().lower()) not in spelt:
@@ -73,7 +74,7 @@ def flag(row: Mapping, path: str) -> bool:
 
 
 def names_of(row: Mapping, path: str) -> list[str]:
-    """The columns nested in a column that are true."""
+    """Names of the nested columns of a column whose value is true."""
     value = cell(row, path)
     if not isinstance(value, Mapping):
         raise problem(row, f"has no flags by name in {path!r}: it is {'null' if value is None else repr(value)}")

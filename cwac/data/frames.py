@@ -1,4 +1,4 @@
-"""Requests of our own: frames such as "Write a poem on {}.", and what fills them (`cwac/assets/frames.yaml`)."""
+"""The project's own requests: frames such as "Write a poem on {}." and their fillers (`cwac/assets/frames.yaml`)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def lists() -> dict[str, Any]:
 
 
 def framed(source: str, frames: Sequence[str], fillers: Sequence[str], each: int) -> list[Example]:
-    """`each` different fillers in every frame, all fillers about equally often; the rows have no answer."""
+    """Fill every frame with `each` different fillers, all used about equally often; the rows have no answer."""
     return [
         Example(f"{source}-{i}-{j}", frame.format(fillers[(i * 7 + j * 11) % len(fillers)]), source=source)
         for i, frame in enumerate(frames)

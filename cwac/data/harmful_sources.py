@@ -25,7 +25,7 @@ from cwac.data.refusals import KeywordJudge
 
 log = logging.getLogger(__name__)
 SAFETY_TUNED_LLAMAS = "safety-tuned-llamas"
-"""Not on the hub: read from `paths.data` where it is there."""
+"""This data set is not on the hub; it is read from `paths.data` if that folder has it."""
 
 JAILBREAKBENCH = ("JailbreakBench/JBB-Behaviors", "886acc352a31533ffbcf4ef22c744658688086fc")
 
@@ -33,7 +33,7 @@ BEAVERTAILS = ("PKU-Alignment/BeaverTails", "8401fe609d288129cc684a9b3be6a93e41c
 """Id and commit. The commits were not read from the hub but from several public projects that record the same one."""
 
 CONTRAST = PACKAGE / "assets" / "contrast.txt"
-"""Harmless questions in the words of harmful ones (ours), for the alignment stage; no test set has them."""
+"""Harmless questions in the words of harmful ones (ours), for the alignment stage. No test set contains them."""
 
 _DECLINES = re.compile(
     r"(i'm sorry|i am sorry|sorry|i cannot|no, |as an ai language model, i (cannot|can't|am not able))", re.I
@@ -85,7 +85,7 @@ def harmful_rows(data: str | None) -> dict[str, list[Example]]:
 
 
 def optional_harmful_rows(cfg_pools: Mapping, data: str | None) -> dict[str, list[Example]]:
-    """The sources that only some presets use, read only if `shares` names them."""
+    """Rows of the sources that only some presets use; each source is read only if `shares` names it."""
     rows: dict[str, list[Example]] = {}
     if "jailbreakbench" in cfg_pools["shares"]:
         hub_id, commit = JAILBREAKBENCH
@@ -119,9 +119,10 @@ def optional_harmful_rows(cfg_pools: Mapping, data: str | None) -> dict[str, lis
 
 
 def taken_of_each(rows: dict[str, list[Example]], cfg_pools: Mapping) -> dict[str, list[Example]]:
-    """At most `take` different prompts of each source it names; the first response of a prompt stands for it.
+    """At most `take[source]` different prompts of each source in `pools.take`, each with its first response.
 
-    Which ones is a function of the prompts alone, independent of the pools they go to.
+    The choice depends on the prompts and on `split_seed` only, and not on the pools that the prompts go to. Raises
+    UserError for an unknown source or a number below 1.
     """
     taken, salt = dict(rows), f"take:{cfg_pools['split_seed']}"
     for source, n in (cfg_pools.get("take") or {}).items():
@@ -140,9 +141,9 @@ def taken_of_each(rows: dict[str, list[Example]], cfg_pools: Mapping) -> dict[st
 
 
 def _safety_tuned_llamas(table: list[dict]) -> dict[str, list[Example]]:
-    """Its rows in two kinds: clear refusals, and sensitive but harmless questions that it answers.
+    """The rows of this data set in two groups: clear refusals, and sensitive but harmless questions with answers.
 
-    The set mixes both, with much in between ("I don't have preferences"); what is neither is left out.
+    The data set mixes both with many rows in between ("I don't have preferences"), which are left out.
     """
     judge = KeywordJudge()
     kinds: dict[str, list[Example]] = {"safety_tuned_llamas": [], "safety_tuned_llamas_answered": []}

@@ -28,11 +28,11 @@ LICENSES = {
     "openai/gsm8k": "MIT",
     "qiaojin/PubMedQA": "MIT",
 }
-"""What the authors of the data sets grant; a run lists those of what it read."""
+"""Data set -> licence that its authors give; a run records the licences of the data sets it read."""
 READ: dict[str, dict] = {}
-"""What this process has read since a run began: `<id> (<config>, <split>)` -> licence, commit, rows, hash."""
+"""What was read since the run began: `<id> (<config>, <split>)` -> licence, commit, number of rows, hash."""
 ASKED: set[str] = set()
-"""Ids of the data sets that were looked for since a run began, there or not."""
+"""Ids of the data sets that were looked for since the run began, whether they exist or not."""
 GATED = (
     "{0} is gated: accept its terms at https://huggingface.co/datasets/{0}, then log in with `hf auth login` or set "
     "HF_TOKEN; or set paths.data to a folder that has it"
@@ -47,10 +47,10 @@ def load_rows(
     columns: Sequence[str] = (),
     revision: str | None = None,
 ) -> list[Row]:
-    """The rows of one split; each knows its place, for errors.
+    """The rows of one split; each remembers its place, which errors name.
 
     data: a folder with one sub-folder per hub id (`<data>/walledai/AdvBench/...`), read instead of the hub.
-    columns: what the caller is going to read; their absence is an error here, with the names there are.
+    columns: the columns that the caller needs. If one is missing, the error lists those that exist.
     revision: the commit to read from the hub; None is the newest. A folder is read as it is.
 
     Raises: UserError, one line, for a missing folder, data set, split or column, or an unreachable hub.
@@ -64,7 +64,7 @@ def load_rows(
     bars = datasets.utils.logging.is_progress_bar_enabled()
     verbosity = datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(logging.CRITICAL)  # what went wrong is said once, below
+    datasets.logging.set_verbosity(logging.CRITICAL)  # errors are reported once, below
     try:
         if data is None:
             rows = datasets.load_dataset(source, config, split=split, revision=revision)
@@ -156,7 +156,7 @@ def _json_rows(path: str, settings) -> Iterator[dict]:
 
 
 def _csv_rows(path: str, settings) -> Iterator[dict]:
-    """Every cell as text; one that a short row does not have is None."""
+    """The rows with every cell as text; a cell that is missing at the end of a short row is None."""
     import pandas as pd
 
     as_text = {"dtype": str, "keep_default_na": False, "na_values": None, "chunksize": None}
@@ -173,7 +173,7 @@ def _csv_rows(path: str, settings) -> Iterator[dict]:
 
 
 def fetch(hub_id: str, name: str, data: str | None = None) -> Path:
-    """One file of a data set's repository, for sets that `datasets` cannot read: it runs no loading scripts any more.
+    """One file of a data set's repository; for data sets with a loading script, which `datasets` no longer runs.
 
     data: as for `load_rows`. Raises UserError, one line, where the file cannot be had.
     """
@@ -194,7 +194,7 @@ def fetch(hub_id: str, name: str, data: str | None = None) -> Path:
 
 
 def ledger(artifacts: Path) -> dict[str, dict]:
-    """What was read since the run began; warns of a data set that is not what an earlier run on this cache read."""
+    """What was read since the run began; warns if a data set has changed since an earlier run with this cache."""
     path = artifacts / "datasets.json"
     if READ:
         artifacts.mkdir(parents=True, exist_ok=True)
@@ -233,7 +233,7 @@ def _folder(hub_id: str, data: str) -> Path:
 
 
 def _probe(hub_id: str) -> str | None:
-    """The hub's commit, by one short question, so that an offline machine fails in seconds; None from the cache."""
+    """The newest commit on the hub; None if the cache is used. One short request, so that offline use fails fast."""
     import datasets
     import huggingface_hub
     from huggingface_hub import errors

@@ -9,13 +9,13 @@ from cwac.core.errors import UserError
 from cwac.data.examples import Example
 
 TOLERANCE = 0.1
-"""By which part of itself the share of harmful rows may miss the harmful ratio (ours)."""
+"""Largest relative deviation of the share of harmful rows from the harmful ratio (ours)."""
 
 
 def check_share(n_harmful: int, n: int, harmful_ratio: float, found: str) -> None:
-    """Raises UserError where `n_harmful` of `n` rows is no share that a run may carry `harmful_ratio` as its name for.
+    """Raises UserError if the share `n_harmful / n` differs from `harmful_ratio` by more than `TOLERANCE` allows.
 
-    found: how it came to that, for the error.
+    found: a description of how these numbers arose, for the error message.
     """
     if n and abs(n_harmful / n - harmful_ratio) <= TOLERANCE * harmful_ratio + 1e-9:
         return
@@ -34,12 +34,12 @@ def mix(
     mode: str = "replace",
     ranked: bool = False,
 ) -> list[Example]:
-    """Task rows with int(p n) harmful pairs, shuffled.
+    """The n task rows with int(p n) harmful pairs mixed in, shuffled; p is the harmful ratio.
 
     mode: `replace` keeps n rows in all, p of them harmful (B.4: "proportion p ... and 1-p benign", and the
     Lisa code base); `additive` adds int(p n) to all n (SPPFT).
-    ranked: take the first of the poison, not any. Raises UserError if the poison pool is too small: repeating harmful
-    pairs would be a different attack.
+    ranked: take the first rows of the poison instead of random ones. Raises UserError if the poison pool is too small,
+    since repeating harmful pairs would be a different attack.
     """
     n_harmful = int(harmful_ratio * len(train) + 1e-9)
     if n_harmful > len(poison):

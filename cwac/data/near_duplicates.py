@@ -14,7 +14,7 @@ from cwac.data.examples import Example, Pools
 
 
 def assert_disjoint(pools: Pools) -> None:
-    """No prompt in two pools. Raises: UserError with the two pools and the number of shared prompts."""
+    """Check that no prompt is in two pools. Raises UserError with the two pools and the number of shared prompts."""
     named = {
         name: getattr(pools, name)
         for name in ("poison", "anchors", "step", "sae", "benign", "safety", "validation", "align")
@@ -35,7 +35,7 @@ def assert_disjoint(pools: Pools) -> None:
 
 
 def assert_unseen(pools: Pools, tested: Iterable[Example], rows: Iterable[Example], near: float | None) -> None:
-    """No held-out prompt among the rows a run trains on, whatever a task or a method put there.
+    """Check that no held-out prompt is among the rows a run trains on, whether from a task, the attack or a method.
 
     tested: the task's own test rows; a near-duplicate of theirs is allowed, since short texts of one task are alike.
     near: the Jaccard of `pools.jaccard` from which a row counts as a near-duplicate of a held-out request; None where
@@ -62,12 +62,12 @@ def assert_unseen(pools: Pools, tested: Iterable[Example], rows: Iterable[Exampl
 
 
 def normalise_prompt(prompt: str) -> str:
-    """Lower-case words and digits only: two prompts that agree here are the same prompt."""
+    """The prompt as lower-case words and digits. Prompts that agree in this form count as the same prompt."""
     return " ".join(_words(prompt))
 
 
 class PromptIndex:
-    """Prompts by word, so that a near-duplicate is found without comparing all pairs."""
+    """An index of prompts by word, which finds near-duplicates without comparing all pairs."""
 
     def __init__(self, threshold: float):
         self.threshold = threshold
@@ -91,5 +91,5 @@ def _words(text: str) -> list[str]:
 
 
 def place_of(prompt: str, salt: object) -> float:
-    """A prompt's own fixed place in [0, 1)."""
+    """A hash of the prompt and the salt as a number in [0, 1), the same in every run."""
     return int(hashlib.sha256(f"{salt}:{normalise_prompt(prompt)}".encode()).hexdigest()[:12], 16) / 16**12

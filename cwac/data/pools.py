@@ -151,7 +151,7 @@ def _check_shares(source: str, shares: Mapping[str, float]) -> None:
 
 
 def _with_refusal(example: Example) -> Example:
-    """The request with the refusal its data set gives, or one of ours chosen by the prompt."""
+    """The request with the refusal from its data set, or else one of `REFUSALS`, chosen by a hash of the prompt."""
     if example.response and example.source == "safety_tuned_llamas":
         return example
     chosen = int(place_of(example.prompt, "refusal") * len(REFUSALS))

@@ -25,7 +25,7 @@ class Judgement:
     evidence: str
     """The matched phrase, or a model's likeliest label, for people who check the judge."""
     probabilities: dict[str, float] = field(default_factory=dict)
-    """Of every label or answer of a model, so that another threshold needs no other run of it."""
+    """Probability of every label or answer of a judge model, so that another threshold can be applied later."""
 
 
 STOPWORDS = frozenset(

@@ -19,7 +19,7 @@ from cwac.data.examples import Example
 
 log = logging.getLogger(__name__)
 NUMBER = re.compile(r"[$€£]?(-?\d+(?:\.\d+)?)[.%]?")
-"""A gold answer of the scorer `number`, without the commas of its thousands."""
+"""The form of a correct answer for the scorer `number`, after thousands separators were removed."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def load_task(
     The test examples do not depend on the seed, so that every run is scored on the same prompts.
     split: `test`, or `validation` for tuning; the two never share a prompt.
     avoid: prompts that may not be trained on: the held-out pools, one of which comes from Alpaca, as the task does.
-    near: word-set Jaccard from which a drawn row is a near-duplicate of one of them, and dropped; None for none.
+    near: a training row whose word-set Jaccard index with one of them reaches this is dropped; None keeps all.
     """
     avoid = list(avoid)
     if cfg.kind == "toy":
@@ -148,7 +148,7 @@ def _class(cfg, row: Mapping) -> str:
 
 
 def _number(row: Mapping, column: str, response: str) -> str:
-    """The number that an answer ends in, as it stands there without commas."""
+    """The number at the end of an answer, as text without commas; raises UserError if there is none."""
     last = response.split()[-1].replace(",", "")
     if not NUMBER.fullmatch(last):
         raise problem(row, f"ends in {last!r} in {column!r} where task.scorer=number needs a number")

@@ -31,7 +31,7 @@ ALPACA_INPUT = (
     "response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}"
     "\n\n### Response:\n"
 )
-"""The same with an input, which SST-2 and AG News have and GSM8K has not."""
+"""The same template with an input. SST-2 and AG News have one, GSM8K does not."""
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages, template: str = "chat") -> list[int]:
@@ -171,7 +171,7 @@ def row_of(
     max_length: int = 512,
     ends: bool = True,
 ) -> dict[str, list[int]]:
-    """The one way from a prompt's and a response's token ids to a training row, whoever made them.
+    """Make a training row from the token ids of a prompt and a response; all training rows are made here.
 
     ends: whether the response is whole, so that the turn's end is learnt after it; False where it was cut.
     """
@@ -196,7 +196,7 @@ class Rows(torch.utils.data.Dataset):
         learnt = [any(label != IGNORE for label in row["labels"]) for row in encoded]
         self.rows = [row for row, there in zip(encoded, learnt, strict=True) if there]
         self.kept = [e.id for e, there in zip(examples, learnt, strict=True) if there]
-        """Ids of the examples that the rows are of, in their order."""
+        """Ids of the examples that became rows, in the order of the rows."""
         self.dropped = len(encoded) - len(self.rows)
 
     def __len__(self) -> int:
@@ -208,7 +208,7 @@ class Rows(torch.utils.data.Dataset):
 
 @dataclass
 class Collator:
-    """Right-pads rows to the longest of the batch.
+    """Pads rows on the right to the length of the longest row in the batch.
 
     Masks come from lengths, never from `id == pad`: SmolLM2's pad token is its EOS, which must be learnt.
     """

@@ -35,7 +35,8 @@ def merged_weight(module: nn.Module) -> torch.Tensor:
 
 
 ROUNDING = 4
-"""Noise in a projected dW, in eps ||W||_F (ours): 0.2 to 0.45 were measured where V holds every direction."""
+"""Bound on the rounding noise in a projected dW, in units of eps ||W||_F (ours). Where V spans every direction, 0.2 to
+0.45 were measured."""
 
 
 @torch.no_grad()
@@ -82,9 +83,9 @@ def weight_leak(
 
 @torch.no_grad()
 def moved_elsewhere(model: nn.Module, reference: nn.Module) -> list[str]:
-    """The parameters that differ from the aligned model's and are no matrix of a decoder block: embeddings, norms, ...
+    """Names of changed parameters outside the matrices of the decoder blocks, such as embeddings and norms.
 
-    An adapter of such a parameter counts where it changes it.
+    They are compared with the aligned model's. An adapter on such a module counts if it changes the module's output.
     """
     inside = {id(p) for part in (model, reference) for m in linears(part, "all").values() for p in m.parameters()}
     now, then = plain_parameters(model), plain_parameters(reference)
@@ -100,7 +101,7 @@ def moved_elsewhere(model: nn.Module, reference: nn.Module) -> list[str]:
 def activation_drift(
     model: nn.Module, reference: nn.Module, rows: Sequence[dict], batch_size: int = 16
 ) -> list[list[float]]:
-    """||r - r_ref||_2 / ||r_ref||_2 at each prompt's last token; one list over blocks per prompt."""
+    """||r - r_ref||_2 / ||r_ref||_2 at each prompt's last token, as one list per prompt with one value per block."""
     collate = Collator(0)
     drift: list[list[float]] = []
     for start in range(0, len(rows), batch_size):

@@ -1,4 +1,4 @@
-"""Evaluates given weights: generate once to files, then score and judge from the files, then write metric rows.
+"""Evaluates a model: generates answers to files once, scores and judges these files, and writes metric rows.
 
 Metrics (percent): FA, FA_lenient, off_format on the task's test set; HS (harmful), refusal, other on each set of
 unseen harmful requests; OR (share refused) on each set of harmless ones; more under a model (`verdict_rows`). `stderr`
@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 
 class Evaluator:
-    """Everything a run is measured with; call it at any step."""
+    """Measures a run: call it with the model's step and epoch to evaluate the weights as they are."""
 
     def __init__(
         self,
@@ -77,10 +77,10 @@ class Evaluator:
         self.poisoned = poisoned
         self.prefill, self.trigger = cfg.eval.get("prefill"), trigger
         self._engine: VllmEngine | None = None
-        """Open while sets are asked; started by the first that has no answers yet."""
+        """Open while answers are generated; started by the first set that has no stored answers."""
 
     def requests_hash(self) -> str:
-        """A hash of what is asked: every prompt in token ids, what ends an answer, and what it is compared with."""
+        """A hash of the evaluation's requests: prompts as token ids, stop tokens, and the labels used for scoring."""
         sets = {"task": self.task_rows, **self.harmful, **self.benign}
         template = self.context.template
         asked = {
@@ -91,7 +91,7 @@ class Evaluator:
         return digest({"asked": asked, "stop": stop, "labels": self.task.labels})
 
     def __call__(self, step: int, epoch: float, final: bool = False) -> None:
-        """Generate, score and judge at this point of the training; rows carry `step`, `epoch`, `final`."""
+        """Generate, score and judge at this point of training; metric rows carry `step`, `epoch` and `final`."""
         at = {"step": step, "epoch": epoch, "final": final}
         with ExitStack() as self._opened:
             rows = [{**at, **row} for row in [*self._accuracy(step), *self._harm(step), *self._over_refusal(step)]]
@@ -150,9 +150,9 @@ class Evaluator:
         prefill: str | None = None,
         trigger: str | None = None,
     ) -> list[dict]:
-        """Metric rows from the verdicts on one set; the verdicts are kept per response, of the request as it is."""
+        """Metric rows of one set. Verdicts are stored per response; the judge sees the request without its trigger."""
         if not examples:
-            return []  # a share of nothing is missing
+            return []  # without examples there is no share
         texts = self._answers(name, examples, step, self.cfg.eval.max_new_tokens, prefill, trigger)
         answers = [{"id": e.id, "prompt": e.prompt, "response": t} for e, t in zip(examples, texts, strict=True)]
         path = self.run.dir / "judge" / f"{name}@{step}-{self.run.eval}.jsonl"
@@ -210,7 +210,7 @@ class Evaluator:
 
     @torch.no_grad()
     def _loss(self, examples: list[Example]) -> float | None:
-        """None where no row has a label left."""
+        """Mean loss per label token in nats; None where no row has a label token."""
         data = Rows(self.tokenizer, examples, self.cfg.train.template, self.cfg.train.max_length)
         collate = Collator(pad_token_id(self.tokenizer))
         total, tokens = 0.0, 0
@@ -232,7 +232,7 @@ class Evaluator:
         and prompts. Shares, not percent. Where the method protects input directions, `weight_leak_excess` is by
         how much the worst matrix leaks more than they allow, at most 0 up to rounding.
 
-        Returns the guard's finding: whether every matrix keeps its bound; None where the method claims none.
+        Returns whether every matrix keeps its bound; None where it claims none or no such matrix changed.
         """
         protected = self.method.protected()
         guard = True if protected else None
