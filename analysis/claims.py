@@ -48,12 +48,12 @@ class Verdict:
     evidence: str
     """Why, with the numbers that decide, in a sentence or two."""
     numbers: list[dict] = field(default_factory=list)
-    """One row a comparison: cell, metric, method, reference, difference, interval, p-values, effect size."""
+    """One row per comparison: cell, metric, method, reference, difference, interval, p-values, effect size."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one cell says."""
+    """What the runs of one cell say about one claim."""
 
     cell: str
     verdict: str
@@ -80,7 +80,7 @@ def methods_of(test: dict) -> list[str]:
 
 
 def lacking(found: Cells, cell: str, test: dict) -> list[str]:
-    """Methods of the claim that were run elsewhere in this campaign, but share no seed with the others here."""
+    """Methods of the claim that were run in other cells, but that share no seed with the others in this cell."""
     measured = set(found.rows["method"])
     ours = found.values(cell, test["method"])
     others = [m for m in methods_of(test) if m in measured and not ours.keys() & found.values(cell, m).keys()]
@@ -88,7 +88,7 @@ def lacking(found: Cells, cell: str, test: dict) -> list[str]:
 
 
 def gaps(found: Cells, test: dict) -> list[Outcome]:
-    """The cells that a method of the claim is missing from: nothing can hold there."""
+    """The cells in which a method of the claim is missing; no claim can hold there."""
     outcomes = []
     for cell in found.names():
         if lacks := lacking(found, cell, test):
@@ -136,7 +136,7 @@ def describe(c: Comparison) -> str:
 
 
 def within(found: Cells, test: dict) -> list[Outcome]:
-    """Not worse than `of` by more than the margin."""
+    """Outcomes of the kind of claim that a method is not worse than `of` by more than a margin."""
     metric, margin, outcomes = test["metric"], test["margin"], []
     for cell in found.names():
         made = compare(found, cell, test["method"], methods_of(test), metric)
@@ -157,7 +157,7 @@ def within(found: Cells, test: dict) -> list[Outcome]:
 
 
 def judged(cell: str, test: dict, values: Sequence[float], limit: float, what: Callable[[float], str]) -> Outcome:
-    """Whether the mean of `values`, one a seed, is below `limit`."""
+    """Whether the mean of `values`, one value per seed, is below `limit`."""
     found = stats.estimate(list(values))
     shown = f"{what(found.mean)} [{what(found.low)}, {what(found.high)}]" if found.half > 0 else what(found.mean)
     if found.n < 2:
@@ -181,7 +181,7 @@ def judged(cell: str, test: dict, values: Sequence[float], limit: float, what: C
 
 
 def ratio(found: Cells, test: dict) -> list[Outcome]:
-    """The quotient of a measurement, paired by seed, against a limit."""
+    """Compares the quotient of a measurement for two methods, paired by seed, with a limit."""
     outcomes = []
     for cell in found.names():
         ours, theirs = found.values(cell, test["method"]), found.values(cell, test["of"])
@@ -195,7 +195,7 @@ def ratio(found: Cells, test: dict) -> list[Outcome]:
 
 
 def bound(found: Cells, test: dict) -> list[Outcome]:
-    """Every run below a limit; a certificate, so one seed decides."""
+    """Whether every run is below a limit. The metric is a certificate, so a single seed decides."""
     outcomes = []
     for cell in found.names():
         values = found.values(cell, test["method"])
@@ -300,7 +300,7 @@ def told(outcomes: list[Outcome], most: int = 2) -> str:
 
 
 def load_claims(path: Path = CLAIMS) -> list[dict]:
-    """The claims, checked. Raises UserError for an unknown kind or a missing key."""
+    """The claims of claims.yaml. Raises UserError for a claim of an unknown kind or without a required key."""
     claims = yaml.safe_load(path.read_text(encoding="utf-8"))
     needs = {"lower": {"than"}, "higher": {"than"}, "within": {"of", "margin"}, "ratio": {"of", "limit"}}
     needs |= {"bound": {"limit"}, "flatter": {"of"}, "steadier": {"of"}}

@@ -53,7 +53,7 @@ COLUMNS = [
     "learning_rate",
 ]
 LATER = ("learning_rate", "values")
-"""Columns that campaigns exported before they existed lack; NaN there."""
+"""Columns that older exported campaigns lack, since they were added later; their values are NaN there."""
 VERDICTS = "verdicts.csv.gz"
 VERDICT_COLUMNS = ["run_id", "set", "judge", "id", "verdict"]
 # Two rows with equal identity measure the same thing; a run never writes such a pair by design.
@@ -85,11 +85,11 @@ class Collection:
     """Metric rows and an account of what was left out."""
 
     rows: pd.DataFrame
-    """Columns: `COLUMNS`; one row a measured number, in the order of runs and lines."""
+    """Columns: `COLUMNS`. One row per measured number, in the order of runs and lines."""
     runs: list[str] = field(default_factory=list)
     """Ids of the runs that are done and were read."""
     unfinished: dict[str, str] = field(default_factory=dict)
-    """run_id -> status, of the directories that are not done."""
+    """run_id -> status, for the directories whose run is not done."""
     unreadable: dict[str, int] = field(default_factory=dict)
     """run_id -> number of lines that are damaged or gone: a half-written last line after a crash, a flipped bit."""
     duplicates: int = 0
@@ -101,7 +101,7 @@ class Collection:
     verdicts: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=VERDICT_COLUMNS))
     """The judge's verdict on each answer to a harmful request at the end of training; columns `VERDICT_COLUMNS`."""
     notes: list[str] = field(default_factory=list)
-    """What an exported campaign recorded as left out when it was collected."""
+    """What was left out when an exported campaign was collected, as its export recorded it."""
 
     @property
     def missing(self) -> list[Cell]:
@@ -110,7 +110,7 @@ class Collection:
         return [cell for cell in self.expected if cell.run_id not in done]
 
     def account(self) -> list[str]:
-        """What a reader must know before trusting the rows, one line each; empty if all is well."""
+        """Warnings that a reader must know before trusting the rows, one line each; empty if there are none."""
         lines = list(self.notes)
         if self.duplicates:
             lines.append(f"{self.duplicates} duplicate rows (the last one of each was kept)")
@@ -245,8 +245,10 @@ def collect(runs: Path | str, expected: Iterable[Cell] | None = None) -> Collect
 
 
 def data_sets(folder: Path) -> dict[str, str]:
-    """What a run was made of that may be another thing under the same name later: a data set -> a hash of its rows, a
-    model of the hub -> its commit; {} where the run's folder does not tell."""
+    """Identifies a run's inputs whose content may change under the same name.
+
+    Returns data set -> hash of its rows, and hub model -> commit; {} where the run's folder does not record them.
+    """
     found = {}
     for file, key in (("data.json", "datasets"), ("env.json", "model")):
         try:
@@ -261,7 +263,7 @@ def data_sets(folder: Path) -> dict[str, str]:
 
 
 def mixed_data(read: dict[str, dict[str, str]]) -> list[str]:
-    """What a reader must know where runs read different things under one name, one line each.
+    """Warnings, one line each, where runs read different data sets or models under the same name.
 
     read: run id -> as `data_sets` gives it. Raises UserError where seeds of one cell did: their mean would be of
     no experiment.
@@ -333,7 +335,7 @@ def method_of(run_id: str) -> str:
 
 
 def cell_of(run_id: str) -> Cell | None:
-    """The cell that a run's name spells (`cwac.core.identity.run_id`); None where it spells none."""
+    """The cell that a run's id names (`cwac.core.identity.run_id` makes ids); None if the text is not such an id."""
     match = RUN_ID.fullmatch(run_id)
     if not match:
         return None

@@ -44,7 +44,7 @@ class Estimate:
     n: int
     """Number of seeds (or of pairs of seeds)."""
     over: Literal["seeds", "prompts", "both", "none"]
-    """What the interval is over; `both`: a bootstrap of seeds and of the prompts nested in them."""
+    """What the interval is computed over. `both`: a bootstrap over seeds and the prompts nested in them."""
 
 
 def exact(percent: float, prompts: float) -> tuple[float, float]:
@@ -92,14 +92,14 @@ def estimate(values: Sequence[float], *, prompts: Sequence[float] = (), proporti
 
 
 def paired(ours: Mapping[int, float], reference: Mapping[int, float]) -> Estimate | None:
-    """Mean of `ours - reference` over the seeds both have, with its t-interval; None if they share no seed."""
+    """Mean of `ours - reference` over the seeds that both have, with its t-interval; None if they share no seed."""
     shared = sorted(ours.keys() & reference.keys())
     # rounded, or seeds that agree would differ by the noise of floating point and claim certainty
     return estimate([round(ours[s] - reference[s], 9) for s in shared]) if shared else None
 
 
 def paired_p(differences: Sequence[float]) -> float:
-    """Two-sided p of the paired t-test over seeds; NaN for fewer than two, or where all are the same."""
+    """Two-sided p-value of the paired t-test over seeds; NaN for fewer than two seeds or equal differences."""
     if len(differences) < 2 or max(differences) == min(differences):
         return math.nan
     return float(stats.ttest_1samp(differences, 0.0).pvalue)
@@ -126,7 +126,7 @@ def sign_flip_p(differences: Sequence[int]) -> float:
 
 
 def two_proportions_p(ours: float, reference: float, prompts: float) -> float:
-    """Fisher's exact p for two percentages of equally many prompts, unpaired; NaN without prompts."""
+    """Fisher's exact p-value for two unpaired percentages of equally many prompts; NaN without prompts."""
     if any(map(math.isnan, (ours, reference, prompts))) or prompts < 1:
         return math.nan
     hits = [round(value / 100 * prompts) for value in (ours, reference)]

@@ -49,7 +49,7 @@ def summarise(collection: Collection, judge: str | None = None) -> pd.DataFrame:
 
 
 def estimates(rows: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
-    """Means over the runs that agree in `keys`, one a seed; `metric` must be a key. Columns as in `summarise`."""
+    """Means over the runs that agree in `keys`, one per seed; `metric` must be a key. Columns as in `summarise`."""
     columns = [*keys, "mean", "low", "high", "half", "n", "over", "prompts"]
     records = []
     for key, group in rows.groupby([*keys], dropna=False):
@@ -171,7 +171,7 @@ def extra_data(rows: pd.DataFrame, method: str) -> str:
 def result_table(
     collection: Collection, summary: pd.DataFrame, model: str, task: str, metrics: Sequence[str] = MAIN
 ) -> str:
-    """method x harmful ratio for one model and task: one row a cell, expected cells without a run named `missing`."""
+    """method x harmful ratio for one model and task. One row per cell; expected ones without a run say `missing`."""
     part = summary[(summary["model"] == model) & (summary["task"] == task)]
     pairs = column_pairs(part[part["method"] != paper.ALIGNED], metrics)
     by_cell = {(r["method"], r["harmful_ratio"], r["metric"], r["set"]): r for _, r in part.iterrows()}
@@ -207,7 +207,7 @@ def result_table(
 
 
 def overview_table(collection: Collection, summary: pd.DataFrame, model: str, task: str) -> str:
-    """One row a method: HS on every set at every harmful ratio, FA and OR where they are worst, and the extra data."""
+    """One row per method: HS on every set at every harmful ratio, FA and OR where they are worst, and extra data."""
     part = summary[(summary["model"] == model) & (summary["task"] == task)]
     trained = part[part["method"] != paper.ALIGNED]
     wanted = [c for c in collection.expected if (c.model, c.task) == (model, task)]
@@ -264,7 +264,7 @@ def show_signed(row: pd.Series | None) -> str:
 
 
 def means_table(summary: pd.DataFrame, model: str, task: str, metrics: Sequence[str]) -> str:
-    """Means over seeds and harmful ratios, one row a method that has any; empty where nothing was logged."""
+    """Means over seeds and harmful ratios, one row per method that has values; empty where nothing was logged."""
     part = summary[(summary["model"] == model) & (summary["task"] == task) & (summary["method"] != paper.ALIGNED)]
     pairs = column_pairs(part, metrics)
     if not pairs:
@@ -302,7 +302,7 @@ def training_table(rows: pd.DataFrame, model: str, task: str, metrics: Sequence[
 
 
 def values_note(rows: pd.DataFrame) -> str:
-    """Whose values the methods of these rows were run at, in one sentence."""
+    """One sentence that says whether the methods of these rows ran with official or tuned settings."""
     tuned = {*map(tuple, rows.loc[rows["values"] == "tuned", ["model", "method"]].drop_duplicates().to_numpy())}
     if not tuned:
         return "Values: official, each method at those of its yaml."
@@ -367,7 +367,7 @@ def overview(collection: Collection, summary: pd.DataFrame) -> str:
 
 
 def grids(collection: Collection, summary: pd.DataFrame) -> list[tuple[str, str]]:
-    """(model, task) of everything measured or expected."""
+    """Every pair (model, task) that was measured or is expected."""
     measured = {*zip(summary["model"], summary["task"], strict=True)}
     return sorted(measured | {(c.model, c.task) for c in collection.expected})
 
@@ -385,7 +385,7 @@ def missing_runs(found: Collection, group: Mapping[str, str] | None = None) -> l
 
 
 def notes(collection: Collection) -> list[str]:
-    """How to read the tables, whose values the methods ran at, what is missing, what was left out."""
+    """Notes below the tables: how to read them, with which settings methods ran, what is missing or left out."""
     closed = [CLOSED_NOTE] if collection.rows["method"].str.contains("_closed").any() else []
     parts = [NOTES, *closed, values_note(collection.rows)]
     parts += missing_runs(collection)
