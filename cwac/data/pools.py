@@ -167,7 +167,7 @@ def load_pools(cfg, data: str | None, seed: int) -> Pools:
         from cwac.data.tiny_world import borderline, pools
 
         loaded = pools(seed, dict(cfg.sizes))
-        # made here and not in world.py, whose bytes name every run of the embedded model
+        # drawn here, since the pools of the embedded world were frozen before there was such a set
         n = len(loaded.over_refusal["toy_benign"])
         benign = borderline("validation", n, random.Random("validation_benign"))
         loaded = replace(loaded, validation_benign={"toy_benign": benign})
