@@ -39,7 +39,9 @@ METHODS = {
     "replay": "replay (added)",
     "weight_only_closed_prefill": "closed, prefilled anchors (ours)",
     "nullspace": "null-space adapter (ours)",
-    "nullspace_cwac": "null-space adapter, coupled (ours)",  # last: a method's look is its place
+    "nullspace_cwac": "null-space adapter, coupled (ours)",
+    "resta": "RESTA (added)",
+    "safe_delta": "Safe Delta (added)",  # last: a method's look is its place
 }
 # As the paper's tables name them.
 PRINTED = {

@@ -428,6 +428,8 @@ def test_an_empty_pool_is_refused_before_training(method, message):
         ["method=salora", "method.task_rank=0"],
         ["method=asft", "method.energy=0"],
         ["method=safelora", "method.tau=2"],
+        ["method=resta", "method.gamma=-1"],
+        ["method=safe_delta", "method.excluded=1"],
     ],
     ids=" ".join,
 )

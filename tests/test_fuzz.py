@@ -160,6 +160,13 @@ OWN = {
         "method.lam": [0.1, 10],
         "method.response_tokens": [2],
     },
+    "resta": {"method.gamma": [0.1, 2]},
+    "safe_delta": {
+        "method.scale": [0, 10, 1000],
+        "method.excluded": [0, 0.5],
+        "method.n_prompts": [2, "null"],
+        "method.response_tokens": [2],
+    },
     "safeinstr": {"method.ratio": [0.1, 0.5, 1]},
     "safelora": {
         "method.select": ["threshold", "number"],
@@ -205,6 +212,7 @@ POOLS = {
     "activation_only": "step sae benign",
     "circuit_breaker": "step benign",
     "replay": "anchors step sae",
+    "safe_delta": "anchors",
     "salora": "anchors",
     "bea": "safety",
     "lisa": "safety",
