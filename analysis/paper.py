@@ -41,6 +41,7 @@ METHODS = {
     "nullspace": "null-space adapter (ours)",
     "nullspace_cwac": "null-space adapter, coupled (ours)",
     "resta": "RESTA (added)",
+    "repnoise": "RepNoise (added)",
     "safe_delta": "Safe Delta (added)",  # last: a method's look is its place
 }
 # As the paper's tables name them.

@@ -168,6 +168,8 @@ NEEDS = {
     "salora": ["model.lora={r: 4, alpha: 8, target_modules: all-linear}"],
     "sppft": ["method.localisation={n_draws: 50, n_queries: 16, n_over_rejection: 16}"],
     "vaccine": ["method.steps=10"],
+    "booster": ["method.steps=10"],
+    "repnoise": ["method.steps=10"],
 }
 """What a method cannot do without, and stages before its training made short."""
 

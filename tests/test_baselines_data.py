@@ -429,6 +429,8 @@ def test_an_empty_pool_is_refused_before_training(method, message):
         ["method=asft", "method.energy=0"],
         ["method=safelora", "method.tau=2"],
         ["method=resta", "method.gamma=-1"],
+        ["method=booster", "method.lamb=-1"],
+        ["method=repnoise", "method.n_pairs=0"],
         ["method=safe_delta", "method.excluded=1"],
     ],
     ids=" ".join,

@@ -357,7 +357,7 @@ def test_without_rho_it_is_plain_alignment(context, random_model):
 def test_the_immunised_model_is_built_once_and_put_below_an_adapter(context, random_model, monkeypatch):
     model, _ = immunised(context)
     assert [p.name for p in (context.artifacts / "vaccine").iterdir() if p.is_dir()]
-    monkeypatch.setattr("cwac.methods.vaccine.fit", lambda *a, **k: pytest.fail("built again"))
+    monkeypatch.setattr("cwac.methods.alignment_stage.fit", lambda *a, **k: pytest.fail("built again"))
     cfg = OmegaConf.create(
         {"kind": "folder", "name": "folder", "path": str(random_model), "dtype": "float32", "lora": LORA}
     )

@@ -27,23 +27,18 @@ from functools import partial
 from typing import ClassVar
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-from cwac.core.cache import load_or_build
 from cwac.core.checks import check_number, check_whole
 from cwac.core.errors import UserError
 from cwac.data.examples import Example
-from cwac.data.tokenize import Rows, pad_token_id
+from cwac.methods.alignment_stage import align_further_, encoded
 from cwac.methods.base import Method
-from cwac.models.adapters import plain_parameters, require_plain_lora
+from cwac.models.adapters import require_plain_lora
 from cwac.models.context import Context, artifact_key
-from cwac.models.fit import fit
 from cwac.models.hooks import on_outputs
 from cwac.models.layers import decoder_layers
-from cwac.models.loading import load_aligned, require_source
-
-WEIGHTS = "immunised.safetensors"
+from cwac.models.loading import require_source
 
 
 @dataclass
@@ -92,25 +87,19 @@ class Vaccine(Method):
         settings = ("rho", "steps", "batch_size", "learning_rate", "weight_decay", "harmless_per_refusal")
         key = {**artifact_key(context), **{k: float(getattr(self, k)) for k in settings}}
 
-        def build(folder):
-            immunised = load_aligned(context.loaded)
-            fit(
-                immunised,
-                Rows(context.tokenizer, [*refusals, *harmless], context.template, context.max_length),
-                steps=self.steps,
-                learning_rate=self.learning_rate,
-                batch_size=self.batch_size,
-                seed=0,
-                pad_token_id=pad_token_id(context.tokenizer),
-                weight_decay=self.weight_decay,
-                warmup=0.1,
-                backward=partial(perturbed_backward, rho=self.rho),
-                description="vaccine",
-            )
-            weights = {n: p.detach().cpu().contiguous() for n, p in immunised.named_parameters()}
-            save_file(weights, folder / WEIGHTS)
-
-        replace_weights_(model, load_file(load_or_build(context.artifacts, "vaccine", key, build) / WEIGHTS))
+        align_further_(
+            model,
+            context,
+            "vaccine",
+            key,
+            encoded(context, [*refusals, *harmless]),
+            partial(perturbed_backward, rho=self.rho),
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            batch_size=self.batch_size,
+            weight_decay=self.weight_decay,
+            warmup=0.1,
+        )
 
     def _alignment_data(self, context: Context) -> tuple[list[Example], list[Example]]:
         """All harmless rows, and so many refusals that each comes with `harmless_per_refusal` of them."""
@@ -140,10 +129,3 @@ def perturbed_backward(model: nn.Module, batch: dict[str, torch.Tensor], rho: fl
 def attentions(model: nn.Module) -> list[nn.Module]:
     """The attention of every block."""
     return [block.self_attn for block in decoder_layers(model)]
-
-
-@torch.no_grad()
-def replace_weights_(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Put the weights of a plain model into `model`, below its adapter if it has one."""
-    for name, parameter in plain_parameters(model).items():
-        parameter.copy_(weights[name])
