@@ -182,7 +182,9 @@ def attack_panels(summary: pd.DataFrame) -> Figure:
                 ax.vlines(row["mean"], at - 0.4, at + 0.4, **grey)
         for j, method in enumerate(methods):
             rows = part[(part["method"] == method) & part["attack"].isin(attacks)]
-            look = {k: v for k, v in figures.style(method).items() if k in ("color", "marker", "markerfacecolor")}
+            look = {
+                k: v for k, v in figures.style(method, methods).items() if k in ("color", "marker", "markerfacecolor")
+            }
             y = [attacks.index(name) + 0.7 * ((j + 0.5) / len(methods) - 0.5) for name in rows["attack"]]
             ax.hlines(y, rows["low"], rows["high"], color=look["color"], linewidth=1)
             ax.plot(rows["mean"], y, linestyle="none", markersize=5, label=paper.method_label(method), **look)

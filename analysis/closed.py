@@ -44,6 +44,7 @@ CURVES = {
 }
 """Presets that are evaluated on the way, and what they ask."""
 METRICS = ("HS", "refusal", "other", "FA", "OR")
+CLOSED = ("weight_only_closed", "cwac_closed")
 LEVELS = (10, 20, 50)
 """HS in percent whose crossing is reported."""
 CERTIFICATES = {
@@ -346,11 +347,11 @@ def draw(curves: pd.DataFrame, points: pd.DataFrame, routes: pd.DataFrame) -> di
         name, part = preset.removeprefix("closed_"), curves[curves["preset"] == preset]
         if name == "rates":
             part = part[part["method"] != "sft"]  # the table has it
-            part = part.assign(method=[f"lr {rate:.0e}" for rate in part["learning_rate"]])
+            rates = [f"{paper.SETTING}rate {rate:g}" for rate in part["learning_rate"]]
+            part = part.assign(method=part["method"] + rates)
         elif name == "goal":
-            names = {"weight_only_closed": "closed, energy ", "cwac_closed": "closed + SAE, energy "}
-            ours = part["method"].map(names)
-            part = part.assign(method=(ours + part["held"]).where(ours.notna(), part["method"]))
+            held = part["method"] + paper.SETTING + "energy " + part["held"]
+            part = part.assign(method=held.where(part["method"].isin(CLOSED), part["method"]))
         for model, task, of in {*part.loc[part["metric"] == "HS", ["model", "task", "set"]].itertuples(index=False)}:
             for plate in figures.against_training(part, model, task, of):
                 drawn[name] = plate.figure
@@ -371,8 +372,10 @@ def certificate_panels(points: pd.DataFrame, labels: list[str]) -> Figure:
             for n, category, first in points[["n_anchors", "category", "first_token"]].itertuples(index=False)
         ]
         for ax, label in zip(grid.flat, labels, strict=False):
-            for k, (kind, part) in enumerate(points.assign(built=built).groupby("built")):
-                look = {"color": figures.COLOURS[k + 1], "marker": figures.MARKERS[k]}
+            kinds = sorted({*built}, key=paper.by_value)
+            for kind, part in points.assign(built=built).groupby("built"):
+                _, colour, marker = figures.newcomers(kinds)[kind]
+                look = {"color": colour, "marker": marker}
                 ax.plot(part[label], part["HS"], linestyle="none", markersize=4, label=kind, **look)
             if figures.wide(points[label].dropna()):
                 ax.set_xscale("log")

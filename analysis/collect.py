@@ -11,21 +11,21 @@ import json
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
 import yaml
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from analysis.paper import PROPORTIONS
+from analysis.paper import PROPORTIONS, SETTING
 from analysis.paper import VERDICTS as VERDICT_METRICS
 from cwac.core.config import DIGITS, expand
 from cwac.core.errors import UserError
 from cwac.core.files import LOADER
-from cwac.core.identity import eval_id, run_id
+from cwac.core.identity import eval_id, flatten, run_id
 from cwac.core.jsonl import from_line
 from cwac.core.keys import explain
 from cwac.core.metrics import VARIATION
@@ -181,19 +181,24 @@ def cell_from(cfg: DictConfig) -> Cell:
     )
 
 
-def expected_cells(preset: str, overrides: list[str] | None = None) -> list[Cell]:
-    """The runs that `train.py -m experiment=<preset> <overrides>` makes, in its order.
+def expected_configs(preset: str, overrides: list[str] | None = None) -> list[DictConfig]:
+    """The configurations of the runs that `train.py -m experiment=<preset> <overrides>` makes, in its order.
 
     Raises UserError if there is no such preset or an override does not fit.
     """
     try:
-        return [cell_from(cfg) for cfg in expand(preset, overrides)]
+        return expand(preset, overrides)
     except (HydraException, OmegaConfBaseException) as error:
         first = explain(str(error)).split("\n")[0].rstrip(".")
         raise UserError(
             f"experiment={preset} does not compose: {first}. Remedy: a preset of conf/experiment/, "
             "with the overrides its sweep was started with."
         ) from error
+
+
+def expected_cells(preset: str, overrides: list[str] | None = None) -> list[Cell]:
+    """The cells of `expected_configs`."""
+    return [cell_from(cfg) for cfg in expected_configs(preset, overrides)]
 
 
 def collect(runs: Path | str, expected: Iterable[Cell] | None = None) -> Collection:
@@ -242,6 +247,73 @@ def collect(runs: Path | str, expected: Iterable[Cell] | None = None) -> Collect
     collection.verdicts = read_verdicts(runs, collection.rows)
     collection.notes += mixed_data({name: data_sets(runs / name) for name in collection.runs})
     return collection
+
+
+def split(collection: Collection, runs: Path, keys: Sequence[str], cells: Iterable[DictConfig] = ()) -> Collection:
+    """The campaign with every value of `keys` as a method of its own: `cwac, energy 0.99` (`paper.SETTING`).
+
+    keys: dotted keys of a run's configuration, such as method.weight.energy; a method without them keeps its name.
+    cells: the configurations of the expected runs, since one that is missing has left none. Raises UserError for a key
+    that no run has.
+    """
+    settings = {name: settings_of(runs / name) for name in collection.runs}
+    for cfg in cells:
+        settings.setdefault(run_id(cfg), flatten(OmegaConf.to_container(cfg, resolve=True)))
+    names = {key: key.rpartition(".")[2] for key in keys}
+    for key in keys:
+        if not any(key in found for found in settings.values()):
+            known = sorted(
+                {k for found in settings.values() for k in found if k.startswith("method.")} - {"method.name"}
+            )
+            raise UserError(f"--by {key}: no run has this key. Remedy: one of {', '.join(known) or '(none)'}.")
+        if list(names.values()).count(names[key]) > 1:
+            names[key] = key
+
+    def method(name: str, of: str) -> str:
+        found = settings.get(name, {})
+        shown = [f"{names[key]} {text_of(found[key])}" for key in keys if key in found]
+        return of + SETTING * bool(shown) + SETTING.join(shown)
+
+    rows = collection.rows
+    methods = [method(name, of) for name, of in zip(rows["run_id"], rows["method"], strict=True)]
+    expected = [replace(cell, method=method(cell.run_id, cell.method)) for cell in collection.expected]
+    return replace(collection, rows=rows.assign(method=methods), expected=expected)
+
+
+def settings_of(folder: Path) -> dict:
+    """A run's configuration as dotted keys; {} where it cannot be read."""
+    try:
+        return flatten(yaml.load((folder / "config.yaml").read_text(encoding="utf-8"), Loader=LOADER) or {})
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+
+
+def text_of(value: object) -> str:
+    """A setting as tables name it: 0.0001 and not 1e-4, whatever its yaml says."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def own_keys(collection: Collection, runs: Path) -> list[str]:
+    """The keys of a method in which runs of one cell and seed differ, as `-m method.strength=0.1,1` makes them.
+
+    [] where no two runs share a cell and seed, or where they differ in other keys too: those are no settings of one
+    method, and `at_end` refuses them.
+    """
+    cell = ["model", "task", "harmful_ratio", "method", "seed", "learning_rate"]
+    groups = collection.rows[collection.rows["final"]].groupby(cell, dropna=False)["run_id"].unique()
+    found: set[str] = set()
+    for names in groups[groups.map(len) > 1]:
+        settings = [settings_of(runs / name) for name in names]
+        values = {key: {repr(s.get(key)) for s in settings} for key in {k for s in settings for k in s}}
+        differing = {key for key, several in values.items() if len(several) > 1 and not key.startswith(NO_SETTING)}
+        if not differing or not all(key.startswith("method.") for key in differing):
+            return []
+        found |= differing
+    return sorted(found)
+
+
+NO_SETTING = ("paths.", "hydra.", "logger.", "keep_", "force", "debug")
+"""Keys, by their beginning, that say where and how a run was kept and not what it is."""
 
 
 def data_sets(folder: Path) -> dict[str, str]:
@@ -367,7 +439,8 @@ def read_exported(folder: Path | str) -> Collection:
         collection.verdicts = pd.read_csv(folder / VERDICTS, dtype=str, keep_default_na=False)
     if record.get("experiment"):
         cells = [cell_of(name) for name in [*collection.runs, *record.get("missing", [])]]
-        collection.expected = [cell for cell in cells if cell]
+        methods = dict(zip(rows["run_id"], rows["method"], strict=True)) | (record.get("by") or {}).get("missing", {})
+        collection.expected = [replace(c, method=methods.get(c.run_id, c.method)) for c in cells if c]
     return collection
 
 
@@ -414,7 +487,8 @@ def at_end(rows: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
     for ids in runs[runs.map(len) > 1]:
         raise UserError(
             f"these runs differ in their settings, but not in model, task, ratio, method and seed: {', '.join(ids)}. "
-            "Remedy: name the preset with --experiment, or keep them in folders of their own (paths.runs)."
+            "Remedy: python -m analysis.demo --by method.KEY makes a row of each value of a key; or name the preset "
+            "with --experiment, or keep them in folders of their own (paths.runs)."
         )
     return end.drop_duplicates(["run_id", "metric", "set", "judge"], keep="last").sort_index()
 

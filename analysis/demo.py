@@ -10,13 +10,24 @@ import platform
 import re
 import shlex
 import sys
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
 import pandas as pd
 
 from analysis import figures, labels, paper, paper_figures, records, tables
-from analysis.collect import VERDICTS, Collection, collect, expected_cells, one_judge, swept
+from analysis.collect import (
+    VERDICTS,
+    Collection,
+    collect,
+    expected_cells,
+    expected_configs,
+    one_judge,
+    own_keys,
+    split,
+    swept,
+)
 from cwac.core.config import command
 from cwac.core.environment import PACKAGES, git, installed
 from cwac.core.errors import UserError
@@ -33,6 +44,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the run directories (runs)")
     parser.add_argument("--experiment", help="preset whose runs are expected; without it, every finished run counts")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results, e.g. results/demo")
+    parser.add_argument(
+        "--by",
+        nargs="+",
+        default=[],
+        metavar="KEY",
+        help="a row for each value of these keys, e.g. method.weight.energy; without it, for each value of those keys "
+        "of a method in which runs of one cell and seed differ",
+    )
     parser.add_argument("--judge", help="whose verdicts to use where the runs were judged by several")
     parser.add_argument(
         "--readme", type=Path, help="also fill this file's <!-- results:NAME --> block (NAME of --out)"
@@ -51,6 +70,10 @@ def publish(args: argparse.Namespace, argv: list[str]) -> int:
         for line in collection.account():
             print(line)
         raise UserError(f"no finished run in {args.runs}. Remedy: run the campaign first (make demo).")
+    args.by = args.by or own_keys(collection, args.runs)
+    if args.by:
+        cells = expected_configs(args.experiment, args.overrides) if args.experiment else []
+        collection = split(collection, args.runs, args.by, cells)
     if args.readme and swept(collection.rows):
         raise UserError("--readme takes a campaign at one learning rate. Remedy: leave it out, or give one rate.")
     summary, difference = tables.summarise(collection, args.judge), tables.differences(collection, judge=args.judge)
@@ -59,7 +82,10 @@ def publish(args: argparse.Namespace, argv: list[str]) -> int:
     summary.to_csv(args.out / "summary.csv", index=False)
     if len(collection.verdicts):  # without a time stamp, so that the same runs give the same bytes
         collection.verdicts.to_csv(args.out / VERDICTS, index=False, compression={"method": "gzip", "mtime": 0})
-    records.export(records.read_all(args.runs, collection.runs), args.out / records.NAME)
+    methods = dict(zip(collection.rows["run_id"], collection.rows["method"], strict=True))
+    found = records.read_all(args.runs, collection.runs)
+    found = {name: replace(record, method=methods[name]) for name, record in found.items()}
+    records.export(found, args.out / records.NAME)
     drawn = draw(collection, summary, args.out, args.judge)
     (args.out / "table.md").write_text(f"{first}\n\n{text}", encoding="utf-8")
     print(f"{first}\n\n{tables.report(collection, summary)}")
@@ -112,6 +138,7 @@ def provenance(collection: Collection, args: argparse.Namespace, argv: list[str]
         "experiment": args.experiment,
         "git": git_state(),
         "runs_git": sorted({commit for run in collection.runs if (commit := run_commit(args.runs / run))}),
+        "by": by_keys(collection, args) if getattr(args, "by", None) else None,
         "imported": {run: source for run in collection.runs if (source := imported_from(args.runs / run))},
         "python": platform.python_version(),
         "machine": platform.platform(),
@@ -125,6 +152,11 @@ def provenance(collection: Collection, args: argparse.Namespace, argv: list[str]
         "left_out": collection.account(),
         "results_sha256": hashlib.sha256((args.out / "results.csv").read_bytes()).hexdigest(),
     }
+
+
+def by_keys(collection: Collection, args: argparse.Namespace) -> dict:
+    """The keys that made methods of their own, and what the missing runs would have been; the others' rows tell."""
+    return {"keys": args.by, "missing": {cell.run_id: cell.method for cell in collection.missing}}
 
 
 def git_state() -> dict:

@@ -1,13 +1,16 @@
-"""Figures of a campaign: readable in grey, by colour-blind readers, and with twenty methods.
+"""Figures of a campaign: readable in grey, by colour-blind readers, and with thirty methods.
 
-Colours are Okabe and Ito's (jfly.uni-koeln.de/color, 2008). Up to `OVERLAY` methods share a panel, each with a marker
-and a line style of its own, fixed by its place in `analysis/paper.py`; more get a panel each, in which the other
-methods stand in pale grey and SFT as a dotted line. Crosses are values that the paper prints.
+Colours are Okabe and Ito's (jfly.uni-koeln.de/color, 2008). Every method of `PLACES` has one colour, marker and line
+style in every figure; other methods, and the settings of one, take theirs from Tol's muted colours
+(SRON/EPS/TN/09-002) and never a listed method's. Up to `OVERLAY` methods share a panel; more get a panel each, in
+which the other methods stand in pale grey and SFT as a dotted line. Where nothing but the method varies, methods are
+rows. A grey dotted line is the aligned model, not fine-tuned. Crosses are values that the paper prints.
 """
 
 import functools
+import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,10 +25,18 @@ from analysis import paper, stats
 from analysis.collect import one_clock
 
 COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2", "#8C8C8C"]
-OWN = {"cwac": "#0072B2", "weight_only": "#E69F00"}
-"""Instead of the colour of their place, so that the seven methods of the paper's tables have one each."""
-MARKERS = ["o", "s", "^", "v", "D", "P", "X", "*", "<", ">", "h", "p"]
+OTHERS = ["#332288", "#117733", "#882255", "#999933", "#44AA99", "#AA4499", "#661100", "#DDCC77"]
+"""Of methods that are not in `PLACES`."""
+MARKERS = ["o", "s", "^", "v", "D", "P", "X", "*", "<", ">", "h", "p", "d"]
 DASHES: list[str | tuple] = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1))]
+PLACES = (
+    *("sft", "lisa", "safeinstr", "bea", "sppft", "asft", "cwac", "activation_only"),
+    *("cwac_literal", "weight_only", "weight_only_closed", "cwac_closed", "bea_no_trigger", "safelora", "salora"),
+    *("ldifs", "circuit_breaker", "vaccine", "booster", "replay", "weight_only_closed_prefill", "nullspace"),
+    *("inflora", "nullspace_cwac", "repnoise", "l2sp", "resta", "ewc", "safe_delta", "constrained_sft"),
+)
+"""A method's colour, marker and line style are those of its place, each counted on its own: no two methods share a
+colour and a marker before place 104. New methods go to the end, so that no look changes."""
 PANELS = ("HS", "refusal", "other", "FA")
 OVERLAY = 8
 """How many methods one panel holds before their lines can no longer be told apart."""
@@ -58,20 +69,42 @@ class Plate:
     figure: Figure
 
 
-def style(method: str) -> dict:
-    """Colour, marker and line style of a method; newcomers get one from their name."""
-    place, _ = paper.method_order(method)
-    if method not in paper.METHODS:
-        place += sum(map(ord, method))
-    color = OWN.get(method, COLOURS[(place - 1) % len(COLOURS)])
+def style(method: str, among: Sequence[str] = ()) -> dict:
+    """Colour, marker and line style of a method.
+
+    among: the methods of the figure. One that is not in `PLACES` has a look from its name, and another where a method
+    before it in this figure has that one already.
+    """
+    if method in PLACES:
+        place = PLACES.index(method)
+        color, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
+    else:
+        place, color, marker = newcomers([*among, method])[method]
     return {
         "color": color,
-        "marker": MARKERS[(place - 1) % len(MARKERS)],
-        "linestyle": DASHES[(place - 1) % len(DASHES)],
+        "marker": marker,
+        "linestyle": DASHES[place % len(DASHES)],
         "markersize": 5,
         "linewidth": 1.4,
         "markerfacecolor": "white" if "(ours)" in paper.method_label(method) else color,
     }
+
+
+def newcomers(methods: Iterable[str]) -> dict[str, tuple[int, str, str]]:
+    """Place, colour and marker of the methods that are not in `PLACES`; another colour each while there are any."""
+    looks: dict[str, tuple[int, str, str]] = {}
+    free = [(c, m) for m in MARKERS for c in OTHERS]
+    for method in sorted({*methods} - {*PLACES, paper.ALIGNED}, key=paper.method_order):
+        start = int(hashlib.sha256(method.encode()).hexdigest(), 16) % len(free)
+        taken = [look[1:] for look in looks.values()]
+
+        def crowd(place: int, taken: list[tuple[str, str]] = taken) -> tuple[bool, int, int]:
+            color, marker = free[place]
+            return (free[place] in taken, sum(c == color for c, _ in taken), sum(m == marker for _, m in taken))
+
+        place = min(((start + k) % len(free) for k in range(len(free))), key=crowd)
+        looks[method] = (place, *free[place])
+    return looks
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
@@ -90,12 +123,30 @@ def panels(rows: int, columns: int, size: tuple[float, float], **share) -> tuple
 
 
 def legend_below(figure: Figure, axes: Sequence[Axes], columns: int = 3) -> None:
-    """One legend for all panels, under them."""
+    """One legend for all panels, under them: the aligned model, methods as in tables, then everything else."""
     entries = {}
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncol=columns, frameon=False)
+    slugs = {label: slug for slug, label in paper.METHODS.items()}
+
+    def place(label: str) -> tuple:
+        name, comma, setting = label.partition(paper.SETTING)
+        return paper.method_order(slugs.get(label) or slugs.get(name, name) + comma + setting)
+
+    labels = sorted(entries, key=place)
+    figure.legend([entries[k] for k in labels], labels, loc="outside lower center", ncol=columns, frameon=False)
+
+
+def rule(ax: Axes, mean: float, across: bool = True) -> None:
+    """The line of the aligned model at `mean`: over the panel, or, for methods as rows, down it."""
+    look = {"color": "0.45", "linestyle": (0, (1, 2)), "linewidth": 1.2, "zorder": 1.5}
+    (ax.axhline if across else ax.axvline)(mean, label=paper.method_label(paper.ALIGNED), **look)
+
+
+def aligned(summary: pd.DataFrame, metric: str) -> float:
+    """The aligned model's mean of a metric in rows of one model, task and set of prompts; NaN if not measured."""
+    return summary.loc[(summary["method"] == paper.ALIGNED) & (summary["metric"] == metric), "mean"].mean()
 
 
 def bare(ax: Axes) -> None:
@@ -152,12 +203,17 @@ def spread(values: Sequence[float], gap: float, low: float, high: float) -> list
 
 
 def multiples(
-    lines: pd.DataFrame, title: str, xlabel: str, scale: str = "linear", marks: pd.DataFrame | None = None
+    lines: pd.DataFrame,
+    title: str,
+    xlabel: str,
+    scale: str = "linear",
+    marks: pd.DataFrame | None = None,
+    start: float = math.nan,
 ) -> Figure:
     """One small panel a method: its HS and FA (percent) along x, every other method's HS behind it in pale grey.
 
     lines: columns method, metric, x, mean, low, high. scale: `linear`, `log`, or `even`, which sets the distinct x
-    side by side. marks: the paper's values, columns method, metric, x, value.
+    side by side. marks: the paper's values, columns method, metric, x, value. start: HS of the aligned model.
     """
     methods = ordered(lines["method"])
     ticks = sorted(lines["x"].unique())
@@ -180,6 +236,8 @@ def multiples(
                 path = paths[REFERENCE, "HS"]
                 label = f"HS of {paper.method_label(REFERENCE)}"
                 ax.plot(path["at"], path["mean"], color="black", linestyle=":", linewidth=1, zorder=2, label=label)
+            if not math.isnan(start):
+                rule(ax, start)
             for metric, look in LOOKS.items():
                 if (path := paths.get((method, metric))) is not None:
                     ax.plot(path["at"], path["mean"], label=metric, zorder=3, **look)
@@ -205,6 +263,7 @@ def multiples(
                 logarithmic(ax, lines["x"])
             elif scale == "even":
                 ax.set_xticks(range(len(ticks)), [f"{x:g}" for x in ticks])
+                ax.set_xlim(-0.5, len(ticks) - 0.5)
         for ax in list(grid.flat)[len(methods) :]:
             ax.set_axis_off()
         # a column's last panel shows the ticks, also where the grid's last row ends before it
@@ -227,49 +286,88 @@ def lines_of(summary: pd.DataFrame, x: str) -> pd.DataFrame:
 def against_ratio(summary: pd.DataFrame, model: str, task: str, of: str) -> list[Plate]:
     """HS, refusal, other and FA against the harmful ratio, bars = 95 % interval; crosses = the paper's Tables 1-4.
 
-    of: the set of harmful prompts the verdicts are about. The dotted grey line is the aligned model.
-    Ratios are spaced evenly and methods are set a little apart, so that bars do not hide each other.
+    of: the set of harmful prompts the verdicts are about. The dotted grey line is the aligned model. Of one ratio the
+    methods are rows. Several ratios are categories side by side, in which the methods of a shared panel stand in the
+    order of the tables.
     """
     part = of_set(summary[(summary["model"] == model) & (summary["task"] == task)], of)
     methods = ordered(part["method"])
     if not methods:
         return []
+    ratios = sorted(part.loc[part["method"] != paper.ALIGNED, "harmful_ratio"].unique())
     title = f"{model}, {task}; harmful prompts: {of}"
     paper_values = printed(model, task, methods)
     caption = "Bars: 95 % intervals." + " Crosses: the paper's Tables 1 to 4." * bool(len(paper_values))
-    if len(methods) > OVERLAY:
+    if len(ratios) == 1:
+        title += f"; p = {ratios[0]:g}"
+        figure = rows_of_methods(part, methods, paper_values[paper_values["harmful_ratio"] == ratios[0]], title)
+    elif len(methods) > OVERLAY:
         figure = multiples(
             lines_of(part, "harmful_ratio"),
             title,
             "harmful ratio p",
             "even",
             paper_values.assign(x=paper_values["harmful_ratio"]),
+            aligned(part, "HS"),
         )
     else:
-        figure = overlay(part, methods, paper_values, title)
+        figure = overlay(part, methods, ratios, paper_values, title)
     return [Plate("ratio", f"HS and FA against the harmful ratio: {title}", caption, figure)]
 
 
-def overlay(part: pd.DataFrame, methods: list[str], paper_values: pd.DataFrame, title: str) -> Figure:
-    """`against_ratio` with all methods in one panel a metric."""
-    ratios = sorted(part.loc[part["method"] != paper.ALIGNED, "harmful_ratio"].unique())
+def rows_of_methods(part: pd.DataFrame, methods: list[str], paper_values: pd.DataFrame, title: str) -> Figure:
+    """`against_ratio` at one ratio: a row a method, a panel a metric; no value but the measured one has a place."""
+    place = {method: k for k, method in enumerate(methods)}
+    with matplotlib.rc_context(SMALL):
+        size = (11, 1.4 + 0.24 * len(methods))
+        figure, grid = panels(1, len(PANELS), size, sharey=True, sharex=True)
+        for ax, metric in zip(grid[0], PANELS, strict=True):
+            rows = part[(part["metric"] == metric) & (part["method"] != paper.ALIGNED)]
+            if not math.isnan(start := aligned(part, metric)):
+                rule(ax, start, across=False)
+            for row in rows.itertuples():
+                look = {**style(row.method, methods), "linestyle": "none"}
+                ax.hlines(place[row.method], row.low, row.high, color=look["color"], linewidth=1)
+                ax.plot([row.mean], [place[row.method]], zorder=3, **look)
+            values = paper_values[paper_values["metric"] == metric]
+            at = [place[method] for method in values["method"]]
+            if at:
+                ax.plot(values["value"], at, "x", color="black", markersize=6, zorder=4, label="in the paper")
+            ax.set_xlabel(paper.METRICS[metric])
+            ax.set_xlim(-4, 104)
+            bare(ax)
+            ax.grid(axis="x", color="0.93", linewidth=0.6)
+            if rows.empty:
+                ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center", color="0.4")
+        grid[0][0].set_yticks(range(len(methods)), [paper.method_label(m) for m in methods])
+        grid[0][0].set_ylim(len(methods) - 0.5, -0.5)  # the first method on top, as in the tables
+        figure.suptitle(title, fontsize=9.5)
+        legend_below(figure, list(grid[0]))
+    return figure
+
+
+def overlay(
+    part: pd.DataFrame, methods: list[str], ratios: list[float], paper_values: pd.DataFrame, title: str
+) -> Figure:
+    """`against_ratio` with all methods in one panel a metric; each ratio is a band, as wide as all of its methods."""
     figure, grid = panels(2, 2, (9, 6.4), sharex=True)
     for ax, metric in zip(grid.flat, PANELS, strict=True):
         rows = part[part["metric"] == metric]
-        start = rows[rows["method"] == paper.ALIGNED]
-        if len(start):
-            label = paper.method_label(paper.ALIGNED)
-            ax.axhline(start["mean"].mean(), color="0.5", linestyle=(0, (1, 2)), linewidth=1.2, label=label)
+        if not math.isnan(start := aligned(part, metric)):
+            rule(ax, start)
+        for band in range(0, len(ratios), 2):
+            ax.axvspan(band - 0.5, band + 0.5, color="0.965", zorder=0)
         for k, method in enumerate(methods):
             line = rows[rows["method"] == method].groupby("harmful_ratio")[["mean", "low", "high"]].mean()
             if line.empty:
                 continue
-            aside = (k - (len(methods) - 1) / 2) * 0.5 / len(methods)
+            aside = (k - (len(methods) - 1) / 2) * 0.7 / len(methods)
             x = [ratios.index(r) + aside for r in line.index]
-            ax.plot(x, line["mean"], label=paper.method_label(method), **style(method))
+            look = style(method, methods)
+            ax.plot(x, line["mean"], label=paper.method_label(method), **look)
             bars = line.dropna()
             at = [x[list(line.index).index(r)] for r in bars.index]
-            ax.vlines(at, bars["low"], bars["high"], color=style(method)["color"], linewidth=0.9)
+            ax.vlines(at, bars["low"], bars["high"], color=look["color"], linewidth=0.9)
             values = paper_values[
                 (paper_values["method"] == method)
                 & (paper_values["metric"] == metric)
@@ -277,15 +375,17 @@ def overlay(part: pd.DataFrame, methods: list[str], paper_values: pd.DataFrame, 
             ]
             if len(values):
                 at = [ratios.index(r) + aside for r in values["harmful_ratio"]]
-                ax.plot(at, values["value"], "x", color=style(method)["color"], markersize=7, label="in the paper")
+                ax.plot(at, values["value"], "x", color=look["color"], markersize=7, label="in the paper")
         ax.set_ylabel(paper.METRICS[metric])
         ax.set_ylim(-4, 104)
-        ax.set_xticks(range(len(ratios)), [f"{r:g}" for r in ratios])
+        ax.set_xlim(-0.5, len(ratios) - 0.5)
+        ax.set_xticks(range(len(ratios)), [f"p = {r:g}" for r in ratios])
         bare(ax)
+        ax.tick_params(axis="x", length=0)  # a band has no point
         if not rows.shape[0]:
             ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center", color="0.4")
     for ax in grid[-1]:
-        ax.set_xlabel("harmful ratio p")
+        ax.set_xlabel("harmful ratio")
     figure.suptitle(title, fontsize=11)
     legend_below(figure, list(grid.flat))
     return figure
@@ -372,7 +472,7 @@ def training_overlay(points: pd.DataFrame, ratios: Sequence[float], title: str) 
         for ax, across in zip(row, ("step", *losses), strict=True):
             for method in ordered(here["method"]):
                 line = here[here["method"] == method].sort_values("step").dropna(subset=across)
-                look = style(method)
+                look = style(method, [*points["method"]])
                 ax.plot(line[across], line["HS"], label=paper.method_label(method), **look)
                 ax.vlines(line[across], line["low"], line["high"], color=look["color"], linewidth=0.8)
             ax.set_ylim(-4, 104)
@@ -454,7 +554,11 @@ def pareto_panel(
     best = front(points.drop(index=paper.ALIGNED, errors="ignore"))
     ax.step(best["FA"], best["HS"], where="post", color="0.6", linewidth=1.2, zorder=1, label="front")
     for method in sorted(points.index, key=paper.method_order):
-        look = {"color": "0.5", "marker": "*", "markersize": 7} if method == paper.ALIGNED else style(method)
+        look = (
+            {"color": "0.5", "marker": "*", "markersize": 7}
+            if method == paper.ALIGNED
+            else style(method, [*points.index])
+        )
         look = {**look, "linestyle": "none"}
         x, y = points.loc[method, ["FA", "HS"]]
         ax.plot([x], [y], label=paper.method_label(method), **look)

@@ -129,8 +129,9 @@ def draw(table: pd.DataFrame) -> Figure:
     plates = list(table.groupby(PLATE, sort=True))
     figure = Figure(figsize=(4.2 * len(plates), 3.6), layout="constrained")
     for axes, (place, part) in zip(figure.subplots(1, len(plates), squeeze=False)[0], plates, strict=True):
-        for method in sorted(part["method"].unique(), key=paper.method_order):
-            own, looks = part[part["method"] == method].sort_values("HS"), figures.style(method)
+        methods = figures.ordered(part["method"])
+        for method in methods:
+            own, looks = part[part["method"] == method].sort_values("HS"), figures.style(method, methods)
             colour, marker = looks["color"], looks["marker"]
             axes.plot(own["HS"], own["FA"], "-", color=colour, alpha=0.35, linewidth=0.8)
             axes.errorbar(

@@ -7,6 +7,7 @@ Slugs are those of `conf/method/*.yaml`; a method that is not listed here (a new
 its slug, after the others, and needs no entry.
 """
 
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -33,17 +34,23 @@ METHODS = {
     "safelora": "Safe LoRA (added)",
     "salora": "SaLoRA (added)",
     "ldifs": "LDIFS (added)",
+    "l2sp": "L2-SP (added)",
+    "ewc": "EWC on refusals (added)",
+    "constrained_sft": "constrained SFT (added)",
+    "inflora": "InfLoRA-style (added)",
+    "safe_delta": "Safe Delta (added)",
+    "resta": "RESTA (added)",
     "circuit_breaker": "circuit breaker (added)",
     "vaccine": "Vaccine (added)",
     "booster": "Booster (added)",
+    "repnoise": "RepNoise (added)",
     "replay": "replay (added)",
     "weight_only_closed_prefill": "closed, prefilled anchors (ours)",
     "nullspace": "null-space adapter (ours)",
     "nullspace_cwac": "null-space adapter, coupled (ours)",
-    "resta": "RESTA (added)",
-    "repnoise": "RepNoise (added)",
-    "safe_delta": "Safe Delta (added)",  # last: a method's look is its place
 }
+SETTING = ", "
+"""Between a method's slug and the values by which several settings of it stand side by side: `cwac, energy 0.99`."""
 # As the paper's tables name them.
 PRINTED = {
     "SFT": "sft",
@@ -96,6 +103,8 @@ METRICS = {
 VERDICTS = ("HS", "refusal", "other")
 
 
+NUMBER = re.compile(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)")
+
 LOWER_IS_BETTER = ("HS", "OR")
 
 RESULTS = Path(__file__).with_name("paper_results.csv")
@@ -116,8 +125,9 @@ def printed(path: Path = RESULTS) -> pd.DataFrame:
 
 
 def method_label(slug: str) -> str:
-    """The label of a method; its slug where none is listed."""
-    return METHODS.get(slug, slug)
+    """The label of a method; its slug where none is listed. Settings follow the label as they follow the slug."""
+    name, comma, setting = slug.partition(SETTING)
+    return METHODS.get(name, name) + comma + setting
 
 
 def extra_label(counts: dict[str, float]) -> str:
@@ -131,7 +141,18 @@ def extra_label(counts: dict[str, float]) -> str:
     return ", ".join(f"{counts[k]:g} {EXTRA.get(k, k.replace('_', ' '))}" for k in kinds)
 
 
-def method_order(slug: str) -> tuple[int, str]:
-    """A sort key: listed methods in their order, then the others by name."""
+def method_order(slug: str) -> tuple:
+    """A sort key: listed methods in their order, then the others by name; numbers in a name by their value.
+
+    A method's settings stand in its place: `cwac, energy 0.99` after `cwac`, before `cwac, energy 0.999`.
+    """
     known = list(METHODS)
-    return (known.index(slug) if slug in METHODS else len(known), slug)
+    name, _, setting = slug.partition(SETTING)
+    place = known.index(name) if name in METHODS else len(known)
+    return (place, *by_value(name), *by_value(setting))
+
+
+def by_value(text: str) -> tuple:
+    """A sort key of a text in which numbers count by their value: 1e-05 before 3e-05 before 1e-04, 9 before 10."""
+    parts = NUMBER.split(text.casefold())
+    return tuple((1, float(part), "") if k % 2 else (0, 0.0, part) for k, part in enumerate(parts))

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -465,3 +466,51 @@ def test_a_method_that_saw_nothing_extra_says_so_as_sft_does():
     assert tables.extra_data(recorded.iloc[:0], "weight_only") == "none recorded"  # a run of before
     both = pd.DataFrame([row(cell, "extra_data", 0, set="none"), row(cell, "extra_data", 5, set="refusals")])
     assert tables.extra_data(both, "weight_only") == "5 refusals"
+
+
+# --- several values of a method's own key ---------------------------------------------------------------
+
+
+def swept_by_energy(tmp_path, keys=("0.9", "0.99", "0.999")):
+    """Runs of one method that differ in its energy alone, beside SFT; HS is 10 times the place of the energy."""
+    for seed in (0, 1):
+        cell = cell_of("sft", 0.1, seed)
+        write_run(tmp_path, cell, rows_of(cell, 60.0 + seed))
+        (tmp_path / cell.run_id / "config.yaml").write_text("method: {name: sft}\ntrain: {learning_rate: 1e-3}\n")
+        for k, energy in enumerate(keys):
+            cell = cell_of("cwac", 0.1, seed)
+            cell = replace(cell, run_id=cell.run_id[:-1] + str(k))
+            write_run(tmp_path, cell, rows_of(cell, 10.0 * (k + 1) + seed))
+            config = f"method: {{name: cwac, weight: {{energy: {energy}}}}}\ntrain: {{learning_rate: 1e-3}}\n"
+            (tmp_path / cell.run_id / "config.yaml").write_text(config)
+
+
+@pytest.mark.parametrize("by", [[], ["--by", "method.weight.energy"]])
+def test_values_of_a_methods_key_are_rows_of_their_own(tmp_path, capsys, by):
+    swept_by_energy(tmp_path / "runs")
+    out = tmp_path / "out"
+    assert demo.main(["--runs", str(tmp_path / "runs"), "--out", str(out), *by]) == 0
+    text = capsys.readouterr().out
+    for k, energy in enumerate(("0.9", "0.99", "0.999")):
+        assert f"{10 * (k + 1) + 0.5}" in line_of(text, f"CWAC, energy {energy}", "0.1", "2")
+    assert line_of(text, "SFT", "0.1", "2")
+    assert json.loads((out / "provenance.json").read_text())["by"]["keys"] == ["method.weight.energy"]
+    again = read_exported(out)
+    assert set(again.rows["method"]) == {"sft", "cwac, energy 0.9", "cwac, energy 0.99", "cwac, energy 0.999"}
+
+
+def test_a_key_that_no_run_has_is_refused_by_name(tmp_path, capsys):
+    swept_by_energy(tmp_path / "runs")
+    assert demo.main(["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--by", "method.energy"]) == 2
+    said = capsys.readouterr().err
+    assert "--by method.energy" in said and "method.weight.energy" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_runs_that_differ_beyond_their_method_are_no_settings_of_it(tmp_path, capsys):
+    swept_by_energy(tmp_path / "runs")
+    for k, folder in enumerate(sorted((tmp_path / "runs").glob("*cwac*"))):
+        with (folder / "config.yaml").open("a") as file:
+            file.write(f"pools: {{size: {k}}}\n")
+    assert demo.main(["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 2
+    assert "--by method.KEY" in capsys.readouterr().err

@@ -263,3 +263,82 @@ def test_records_are_exported_without_answers_and_read_again(tmp_path):
     path.write_text("{\n")
     with pytest.raises(UserError, match="line 1"):
         records.read_exported(path)
+
+
+# --- looks, legends and ratios ------------------------------------------------------------------------
+
+
+def test_no_two_methods_share_a_look_and_a_newcomer_takes_nobodys():
+    listed = [m for m in paper.METHODS if m != paper.ALIGNED]
+    assert set(listed) == set(figures.PLACES) and len(listed) >= 26
+    new = [f"mine{k}" for k in range(20)] + [f"cwac, energy {e}" for e in (0.9, 0.99, 0.999)]
+    looks = {m: figures.style(m, [*listed, *new]) for m in [*listed, *new]}
+    pairs = {(look["color"], look["marker"]) for look in looks.values()}
+    assert len(pairs) == len(looks)
+    assert not {looks[m]["color"] for m in new} & {looks[m]["color"] for m in listed}
+    # the paper's methods and those they are compared with first differ in colour alone
+    first = ("sft", "lisa", "safeinstr", "bea", "sppft", "asft", "cwac", "activation_only")
+    assert len({looks[m]["color"] for m in first}) == 8
+    assert len({figures.style(m, new[:8])["color"] for m in new[:8]}) == 8
+    # one look in every figure, whoever else is there
+    assert figures.style("cwac") == figures.style("cwac", new) and figures.style("mine3") == figures.style("mine3", [])
+
+
+def test_legends_and_rows_are_in_the_order_of_values():
+    """As strings, 1e-05 comes after 1e-04 and 10 before 9."""
+    names = [
+        "sft, rate 3e-05",
+        "sft, rate 0.001",
+        "new10",
+        "new9",
+        "sft, rate 1e-05",
+        "cwac",
+        "sft, rate 0.0001",
+        "sft",
+    ]
+    assert sorted(names, key=paper.method_order) == [
+        *("sft", "sft, rate 1e-05", "sft, rate 3e-05", "sft, rate 0.0001", "sft, rate 0.001"),
+        *("cwac", "new9", "new10"),
+    ]
+    assert paper.method_label("weight_only_closed, energy 0.99") == "weight-only closed (ours), energy 0.99"
+    rows = planted([n for n in names if n != "new10"])
+    (plate,) = figures.against_ratio(summary_of(rows), "tiny", "toy", "harmful")
+    (legend,) = plate.figure.legends
+    shown = [text.get_text() for text in legend.get_texts()]
+    assert shown == [
+        "aligned, not fine-tuned",
+        *(paper.method_label(m) for m in sorted(names, key=paper.method_order) if m != "new10"),
+    ]
+
+
+@pytest.mark.parametrize("methods", [MANY[:2], MANY])
+def test_at_one_ratio_methods_are_rows_and_values_stand_where_they_are(methods):
+    rows = planted(methods, ratios=(0.2,))
+    (plate,) = figures.against_ratio(summary_of(rows), "tiny", "toy", "harmful")
+    ax = plate.figure.axes[0]
+    assert [t.get_text() for t in ax.get_yticklabels()] == [paper.method_label(m) for m in figures.ordered(methods)]
+    points = {line.get_ydata()[0]: line.get_xdata()[0] for line in ax.get_lines() if line.get_linestyle() == "None"}
+    for k, method in enumerate(figures.ordered(methods)):
+        assert points[k] == pytest.approx(4.0 * methods.index(method) % 90 + 2.0 + 0.5)
+    assert "p = 0.2" in plate.figure.get_suptitle()
+
+
+def test_of_several_ratios_no_point_leaves_its_band():
+    methods = MANY[: figures.OVERLAY]
+    (plate,) = figures.against_ratio(summary_of(planted(methods, ratios=(0.0, 0.1, 0.5))), "tiny", "toy", "harmful")
+    ax = plate.figure.axes[0]
+    assert ax.get_xlim() == (-0.5, 2.5)
+    assert [t.get_text() for t in plate.figure.axes[-1].get_xticklabels()] == ["p = 0", "p = 0.1", "p = 0.5"]
+    for method in methods:
+        x, _ = drawn(ax, paper.method_label(method))
+        assert [round(v) for v in x] == [0, 1, 2] and all(abs(v - round(v)) < 0.4 for v in x)
+
+
+@pytest.mark.parametrize("count, ratios", [(3, (0.1,)), (3, (0.0, 0.1)), (12, (0.0, 0.1))])
+def test_the_aligned_model_is_a_line_in_every_ratio_figure(count, ratios):
+    rows = planted(MANY[:count], ratios=ratios, hs=lambda m, p, s: 40.0)
+    start = (rows["metric"] == "HS") & (rows["step"] == 0)
+    rows.loc[start, "value"] = 7.0
+    (plate,) = figures.against_ratio(summary_of(rows), "tiny", "toy", "harmful")
+    (line,) = [x for x in plate.figure.axes[0].get_lines() if x.get_label() == "aligned, not fine-tuned"]
+    assert 7.0 in {*line.get_xdata(), *line.get_ydata()} and 40.0 not in {*line.get_xdata(), *line.get_ydata()}
