@@ -64,9 +64,11 @@ def style(method: str) -> dict:
     if method not in paper.METHODS:
         place += sum(map(ord, method))
     color = OWN.get(method, COLOURS[(place - 1) % len(COLOURS)])
+    # 8 colours and 12 markers meet again after 24 places: from there on the markers are one further
+    again = (place - 1) // math.lcm(len(COLOURS), len(MARKERS))
     return {
         "color": color,
-        "marker": MARKERS[(place - 1) % len(MARKERS)],
+        "marker": MARKERS[(place - 1 + again) % len(MARKERS)],
         "linestyle": DASHES[(place - 1) % len(DASHES)],
         "markersize": 5,
         "linewidth": 1.4,
