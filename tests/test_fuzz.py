@@ -308,6 +308,7 @@ LATE = (
     "refuses none of the anchor prompts",
     "protects every direction of every input",
     "none of the preserved latents fires",
+    "refuses none of the harmful pairs' requests",
 )
 """Refusals that only the model's own answers or states can tell: they leave a run marked failed, never a done one."""
 

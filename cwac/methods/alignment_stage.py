@@ -58,7 +58,8 @@ def unused_pairs(train: list[Example], context: Context, n: int, rng: random.Ran
     """Up to n harmful pairs of the pool `poison` that are not among the run's rows, in random order.
 
     They are of the kind that the attack uses, as in the papers, whose two parts come from one collection, but no pair
-    is in both. Raises UserError where the attack leaves none.
+    is in both. In a script of one's own the rows' texts are unknown, and all pairs of the pool count as left. Raises
+    UserError where the attack leaves none.
     """
     used = {e.id for e in train}
     left = [e for e in context.pools.poison if e.id not in used and e.response]
