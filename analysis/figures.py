@@ -24,7 +24,7 @@ from analysis.collect import one_clock
 COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2", "#8C8C8C"]
 OWN = {"cwac": "#0072B2", "weight_only": "#E69F00"}
 """Instead of the colour of their place, so that the seven methods of the paper's tables have one each."""
-MARKERS = ["o", "s", "^", "v", "D", "P", "X", "*", "<", ">", "h", "p"]
+MARKERS = ["o", "s", "^", "v", "D", "P", "X", "*", "<", ">", "h", "p", "d", "H", "8"]
 DASHES: list[str | tuple] = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1))]
 PANELS = ("HS", "refusal", "other", "FA")
 OVERLAY = 8

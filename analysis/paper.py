@@ -39,7 +39,8 @@ METHODS = {
     "replay": "replay (added)",
     "weight_only_closed_prefill": "closed, prefilled anchors (ours)",
     "nullspace": "null-space adapter (ours)",
-    "nullspace_cwac": "null-space adapter, coupled (ours)",  # last: a method's look is its place
+    "nullspace_cwac": "null-space adapter, coupled (ours)",
+    "l2sp": "L2-SP (added)",  # new ones last: a method's look is its place
 }
 # As the paper's tables name them.
 PRINTED = {

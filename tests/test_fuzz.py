@@ -145,6 +145,7 @@ OWN = {
         "method.opening": ["Sure", "xyzzy"],
     },
     "ldifs": {"method.lam": [1, 100], "method.layers": ["[0]", "[1,3]", "[9]"]},
+    "l2sp": {"method.lam": [0.01, 10]},
     "lisa": {
         "method.rho": [0.1, 10],
         "method.align_steps": [2],
