@@ -41,6 +41,9 @@ METHODS = {
     "nullspace": "null-space adapter (ours)",
     "nullspace_cwac": "null-space adapter, coupled (ours)",
     "l2sp": "L2-SP (added)",  # new ones last: a method's look is its place
+    "ewc": "EWC (added)",
+    "constrained_sft": "constrained SFT (added)",
+    "inflora": "InfLoRA (added)",
 }
 # As the paper's tables name them.
 PRINTED = {

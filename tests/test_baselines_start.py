@@ -11,9 +11,10 @@ from omegaconf import OmegaConf
 from cwac.constraints.start import Start, matrices
 from cwac.core.errors import UsageError, UserError
 from cwac.core.run_dir import Run
+from cwac.methods.ewc import EWC, fisher
 from cwac.methods.l2sp import L2SP
 from cwac.models.loading import add_lora
-from tests.conftest import make_llama
+from tests.conftest import make_llama, random_rows
 from tests.helpers.training import cell
 from train import run_cell
 
@@ -134,7 +135,7 @@ def test_a_frozen_factor_of_an_adapter_is_left_alone():
     assert torch.allclose(B.grad, 2.0 * 9 * B @ A @ A.T, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["l2sp"])
+@pytest.mark.parametrize("method", ["l2sp", "ewc"])
 @pytest.mark.parametrize("more", [[], [ADAPTER]])
 def test_with_lambda_0_it_is_sft_bit_for_bit(method, more, sft, tmp_path, artifacts):
     ends = []
@@ -148,12 +149,12 @@ def test_with_lambda_0_it_is_sft_bit_for_bit(method, more, sft, tmp_path, artifa
     assert ends[0] == ends[1]
 
 
-@pytest.mark.parametrize("method", ["l2sp"])
+@pytest.mark.parametrize("method", ["l2sp", "ewc"])
 @pytest.mark.parametrize("more", [[], [ADAPTER, "train.learning_rate=0.01"]])
 def test_the_stronger_the_nearer(method, more, tmp_path, artifacts):
     """By the run's own measure of what changed in the weights."""
     changes = []
-    for lam in ("0.001", "1000000"):
+    for lam in ("0.001", "1e9"):
         cfg = cell(method, tmp_path, artifacts, f"method.lam={lam}", *more)
         run_cell(cfg)
         changes.append(next(r["value"] for r in Run(cfg).rows() if r["metric"] == "weight_change"))
@@ -162,10 +163,61 @@ def test_the_stronger_the_nearer(method, more, tmp_path, artifacts):
     assert ("extra_data", "none" if method == "l2sp" else "harmful_prompts") in rows
 
 
+@pytest.mark.parametrize("kind", [L2SP, EWC])
 @pytest.mark.parametrize("lam", [-1, float("nan"), "strong"])
-def test_a_lambda_that_is_no_strength_is_refused(lam):
+def test_a_lambda_that_is_no_strength_is_refused(kind, lam):
     with pytest.raises(UsageError, match=r"method\.lam="):
-        L2SP("l2sp", lam=lam)
+        kind("x", lam=lam)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_fisher_information_is_its_definition(lora):
+    """Mean over rows of the squared gradient of log p(answer | prompt), by finite differences; adapters at 0 or none."""
+    model = add_lora(make_llama(), LORA) if lora else make_llama()
+    trains = {n: p.requires_grad for n, p in model.named_parameters()}
+    rows = [{"input_ids": r["input_ids"], "prompt": len(r["input_ids"]) - 3} for r in random_rows(3, low=6, high=9)]
+    F = fisher(model, [*rows, {"input_ids": [5, 6, 7], "prompt": 3}])
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == trains
+    held = dict(matrices(model))
+    assert F.keys() == held.keys() and all(F[n].shape == W.shape and (F[n] >= 0).all() for n, W in held.items())
+    name = next(n for n in F if "layers.1.mlp.down_proj" in n)
+    weight, place = held[name], divmod(int(F[name].argmax()), F[name].shape[1])
+
+    def likelihood(row):
+        ids = torch.tensor([row["input_ids"]])
+        with torch.no_grad():
+            logp = model(ids).logits[0].log_softmax(-1)
+        return sum(float(logp[i - 1, ids[0, i]]) for i in range(row["prompt"], ids.shape[1]))
+
+    slopes = []
+    for row in rows:
+        sides = []
+        for step in (1e-2, -1e-2):
+            with torch.no_grad():
+                kept = weight[place].clone()
+                weight[place] += step
+                sides.append(likelihood(row))
+                weight[place] = kept
+        slopes.append((sides[0] - sides[1]) / 2e-2)
+    expected = sum(s * s for s in slopes) / 4  # the row without an answer counts as 0
+    assert float(F[name][place]) == pytest.approx(expected, rel=2e-2)
+
+
+def test_ewc_sees_the_anchors_and_shares_one_fisher(tmp_path, artifacts):
+    cfg = cell("ewc", tmp_path / "a", artifacts, "method.n_prompts=8", "eval.drift=false")
+    run_cell(cfg)
+    rows = {(r["metric"], r["set"]): r["value"] for r in Run(cfg).rows() if r["final"]}
+    assert rows["extra_data", "harmful_prompts"] == 8
+    assert 0 < rows["fisher_mean", "train"] < rows["fisher_max", "train"]
+    before = set((artifacts / "fisher").iterdir())
+    run_cell(cell("ewc", tmp_path / "b", artifacts, "method.n_prompts=8", "method.lam=5", "eval.drift=false"))
+    assert set((artifacts / "fisher").iterdir()) == before
+
+
+def test_a_pool_without_enough_requests_is_refused():
+    context = SimpleNamespace(loaded=SimpleNamespace(model=make_llama()), pools=SimpleNamespace(anchors=[]))
+    with pytest.raises(UserError, match="method=x needs 3 harmful prompts, the pool `anchors` has 0"):
+        EWC("x", n_prompts=3).training_data([], context, random.Random(0))
 
 
 def test_an_adapter_that_holds_an_update_is_refused():

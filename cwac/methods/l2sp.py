@@ -1,10 +1,10 @@
 """L2-SP: fine-tuning with a penalty on the distance from the weights that it starts from.
 
 Li, Grandvalet, Davoine: "Explicit Inductive Bias for Transfer Learning with Convolutional Networks", ICML 2018,
-arXiv:1802.01483. The loss gains lambda / 2 ||W - W_0||^2 (the paper's alpha), W_0 the pre-trained weights; here those of
-the aligned model. Official code, read at 1426356 of holyseven/TransferLearningClassification: `model/network_base.py`
-(`tf.nn.l2_loss`, which is half the squared norm), `run_classification/run_exp.py` (default 0.01) and
-`run_classification/train.sh`, whose L2-SP run has 0.1.
+arXiv:1802.01483. The loss gains lambda / 2 ||W - W_0||^2 (the paper's alpha), W_0 the pre-trained weights, here
+those of the aligned model. Official code, read at 1426356 of holyseven/TransferLearningClassification:
+`model/network_base.py` (`tf.nn.l2_loss`, which is half the squared norm), `run_classification/run_exp.py` (default
+0.01) and `run_classification/train.sh`, whose L2-SP run has 0.1.
 
 Deviations:
 - Nothing is new in a language model that is fine-tuned as it is, so the paper's second term, weight decay of the new
