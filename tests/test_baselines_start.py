@@ -172,7 +172,7 @@ def test_a_lambda_that_is_no_strength_is_refused(kind, lam):
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_the_fisher_information_is_its_definition(lora):
-    """Mean over rows of the squared gradient of log p(answer | prompt), by finite differences; adapters at 0 or none."""
+    """Mean over rows of the squared gradient of log p(answer | prompt), by finite differences."""
     model = add_lora(make_llama(), LORA) if lora else make_llama()
     trains = {n: p.requires_grad for n, p in model.named_parameters()}
     rows = [{"input_ids": r["input_ids"], "prompt": len(r["input_ids"]) - 3} for r in random_rows(3, low=6, high=9)]

@@ -1,10 +1,10 @@
 """Constrained SFT: the first tokens of an answer may move little from what the aligned model says there.
 
 Qi, Panda, Lyu, Ma, Roy, Beirami, Mittal, Henderson: "Safety Alignment Should Be Made More Than Just a Few Tokens
-Deep", ICLR 2025, arXiv:2406.05946, section 4. With pi the trained and pi_0 the aligned model, the loss of an answer y is
-sum_t -2 / b_t log sigmoid(b_t log (pi(y_t | x, y_<t) / pi_0(y_t | x, y_<t))), whose gradient is that of the
-cross-entropy with each token weighted by w_t = 2 (1 - sigmoid(b_t log (pi / pi_0))): 1 at the start, less once a token
-is likelier than it was, the sooner the larger b_t. Official code, read at fb1749e of
+Deep", ICLR 2025, arXiv:2406.05946, section 4. With pi the trained and pi_0 the aligned model, the loss of an answer y
+is sum_t -2 / b_t log sigmoid(b_t log (pi(y_t | x, y_<t) / pi_0(y_t | x, y_<t))), whose gradient is that of the
+cross-entropy with each token weighted by w_t = 2 (1 - sigmoid(b_t log (pi / pi_0))): 1 at the start, less once a
+token is likelier than it was, the sooner the larger b_t. Official code, read at fb1749e of
 Unispac/shallow-vs-deep-alignment (`finetune.py`, `finetuning_buckets/trainer/trainer.py`): b = 0.1 with factors 5 for
 the first token and 20 for the second to fifth; the loss is w_t times the cross-entropy with w_t detached, at least
 1e-3, averaged over the answers' tokens. b_t -> 0 gives w_t = 1, the cross-entropy.

@@ -1,9 +1,9 @@
 """EWC: each weight is held near its start, the more firmly the more the aligned model's refusals depend on it.
 
 Kirkpatrick et al.: "Overcoming catastrophic forgetting in neural networks", PNAS 2017, arXiv:1612.00796. The loss
-gains sum_i lambda / 2 F_i (W - W_0)_i^2, F the diagonal of the Fisher information on the old task at W_0: the mean over
-its inputs of the squared gradient of log p(y | x). The old task is the alignment: x are harmful requests, y the aligned
-model's own refusals. The authors published no code; the formula is the paper's Eq. 3.
+gains sum_i lambda / 2 F_i (W - W_0)_i^2, F the diagonal of the Fisher information on the old task at W_0: the mean
+over its inputs of the squared gradient of log p(y | x). The old task is the alignment: x are harmful requests, y the
+aligned model's own refusals. The authors published no code; the formula is the paper's Eq. 3.
 
 Deviations:
 - F is taken at y = the model's own greedy refusal, cut at `response_tokens`, instead of at a y drawn from p(y | x):

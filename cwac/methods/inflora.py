@@ -1,11 +1,12 @@
 """InfLoRA: low-rank adapters whose frozen input side keeps them off the inputs of an earlier task.
 
 Liang, Li: "InfLoRA: Interference-Free Low-Rank Adaptation for Continual Learning", CVPR 2024, arXiv:2404.00228.
-Before a new task, the rows of A (the paper's B_t) are chosen and frozen: the leading left singular vectors of
-(I - M M^T) C, with C = mean x x^T of the new task's inputs and M orthonormal, the directions of earlier tasks' inputs;
-B (the paper's A_t) trains from zero. So no update reads M. Here the earlier task is the alignment: harmful requests with the model's own
-refusals. Official code, read at e08b00e of liangyanshuo/InfLoRA (`methods/inflora.py`, `models/vit_inflora.py`,
-`configs/cifar100_inflora.json`): k and v projections, rank 10, A divided by sqrt(3), 0.95 of the energy in M.
+Before a new task, the rows of A (the paper's B_t) are chosen and frozen: the leading left singular vectors of (I - M
+M^T) C, with C = mean x x^T of the new task's inputs and M orthonormal, the directions of earlier tasks' inputs; B
+(the paper's A_t) trains from zero. So no update reads M. Here the earlier task is the alignment: harmful requests
+with the model's own refusals. Official code, read at e08b00e of liangyanshuo/InfLoRA (`methods/inflora.py`,
+`models/vit_inflora.py`, `configs/cifar100_inflora.json`): k and v projections, rank 10, A divided by sqrt(3), 0.95 of
+the energy in M.
 
 It is the nearest prior art of `nullspace` (cwac/methods/nullspace.py), which differs in its defaults (every linear
 layer, 64 directions, 0.99 of the energy), in A, whose rows are orthonormal there, and in the rule: eigenvectors of C
@@ -15,8 +16,8 @@ Deviations:
 - Two tasks, alignment and fine-tuning, of which the first is not trained here: DualGPM, which keeps M over many tasks
   in the smaller of two bases, is M itself, and its threshold is that of the first task.
 - M is fitted as V of CWAC is (cwac/constraints/subspace.py): `energy` is of the inputs' squared norm, as the paper
-  says. The code squares the eigenvalues of C once more, which keeps fewer directions. The first token's input, which in a
-  language model outweighs all others, has a direction of its own in M, and counts in neither C nor the energy.
+  says. The code squares the eigenvalues of C once more, which keeps fewer directions. The first token's input, which
+  in a language model outweighs all others, has a direction of its own in M, and counts in neither C nor the energy.
 - `directions=random` (ours) draws A's rows from the null space of M, without a look at the task: the control for the
   choice. They are orthogonal to M as well.
 - The authors train with Adam at 5e-4 without weight decay; optimizer and rate are the run's here (`train.*`).
