@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -179,7 +180,7 @@ def test_all_of_a_presets_cells_keep_their_ids(preset):
 
 
 def test_the_frozen_demo_is_of_the_recorded_runs():
-    """All of them, of the methods that it has: one that joined the preset since is not in it before it is made anew."""
+    """All of them, of the methods that it has: one that joined the preset since comes in when it is made anew."""
     columns = ["run_id", "method"]
     frozen = pd.read_csv(ROOT / "results" / "demo" / "results.csv", usecols=columns).drop_duplicates()
     recorded = [line.split()[0] for line in RECORDED["demo_full"]]
