@@ -145,6 +145,23 @@ OWN = {
         "method.opening": ["Sure", "xyzzy"],
     },
     "ldifs": {"method.lam": [1, 100], "method.layers": ["[0]", "[1,3]", "[9]"]},
+    "l2sp": {"method.lam": [0.01, 10]},
+    "ewc": {"method.lam": [1, 1e5], "method.n_prompts": [2, 500], "method.response_tokens": [2]},
+    "constrained_sft": {
+        "method.beta": [0.02, 1],
+        "method.factor": [1, 50],
+        "method.first_factor": [1, 20],
+        "method.length": [0, 1, 10],
+    },
+    "inflora": {
+        "method.rank": [2, 500],
+        "method.modules": ["all", "[down_proj]"],
+        "method.energy": [0.5, 1],
+        "method.directions": ["random"],
+        "method.n_rows": [2, 500],
+        "method.n_anchors": [4, 500],
+        "method.response_tokens": [0, 2],
+    },
     "lisa": {
         "method.rho": [0.1, 10],
         "method.align_steps": [2],

@@ -19,7 +19,8 @@ SEARCHES = [name for name in PRESETS if name.startswith("tune_")]
 
 
 def test_every_rival_and_every_reading_has_a_search():
-    rivals = "lisa bea safeinstr replay asft sppft safelora salora ldifs circuit_breaker vaccine"
+    rivals = "lisa bea safeinstr replay asft sppft safelora salora ldifs circuit_breaker vaccine l2sp ewc"
+    rivals += " constrained_sft inflora"
     rivals += " resta safe_delta booster repnoise"
     readings = "cwac cwac_literal weight_only activation_only cwac_closed weight_only_closed"
     assert {f"tune_{name}" for name in f"{rivals} {readings}".split()} <= set(SEARCHES)

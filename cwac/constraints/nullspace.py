@@ -5,7 +5,8 @@ with N^T V = 0, every update dW = C N^T leaves W V as it was, whatever C [d_out,
 space:
 
 - `rows`: those that carry most of the inputs' squared norm on rows that will be trained on. InfLoRA (Liang, Li,
-  CVPR 2024, arXiv:2404.00228) chooses its frozen matrix so, from a new task's inputs without those of old tasks.
+  CVPR 2024, arXiv:2404.00228) chooses its frozen matrix so, from a new task's inputs without those of old tasks
+  (cwac/methods/inflora.py has its very rule).
 - `benign`: the same on harmless instructions, which no training row decides on.
 - `gradient`: leading right singular vectors of the gradients at the start, without what they have along V; GPM (Saha,
   Garg, Roy, ICLR 2021, arXiv:2103.09762) projects gradients so, at each step.

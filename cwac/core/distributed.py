@@ -38,6 +38,18 @@ def agree(value: Any) -> Any:
     return box[0]
 
 
+def total(value: float, device) -> float:
+    """The sum over ranks; every rank must ask at once. device: where the ranks' tensors are, which they talk over."""
+    if world_size() == 1:
+        return value
+    import torch
+    import torch.distributed as dist
+
+    box = torch.tensor(float(value), dtype=torch.float64, device=device)
+    dist.all_reduce(box)
+    return float(box)
+
+
 def wait() -> None:
     """Return when every rank has come here."""
     if world_size() > 1:
