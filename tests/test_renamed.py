@@ -28,7 +28,7 @@ PAIRS = {
     "~method.activation.rank": "~method.activation.ranking",
     "method.activation.rank=activation,cosine": "method.activation.ranking=activation,cosine",
     "model.sae.slots=[1,2],auto": "model.sae.layers=[0,1],auto",
-    "method.activation.sae.router=fixed:2": "method.activation.sae.router=layer:1",
+    "method.activation.sae.router=fixed:2": "model.sae.router=layer:1",
     "method.weight={every: 4, free: [v_proj]},{soft: 1}": (
         "method.weight={project_every: 4, unconstrained: [v_proj]},{penalty_weight: 1}"
     ),
@@ -112,7 +112,9 @@ def test_an_old_yaml_wins_over_the_new_keys_default():
 def test_an_autoencoders_key_is_that_of_before():
     key = SAEConfig(layers=[0, 2], router="layer:1").key()
     assert key["slots"] == [1, 3] and key["router"] == "fixed:2" and "layers" not in key
-    assert renamed.current_group("model.sae", key) | {"seed": 0} == vars(SAEConfig(layers=[0, 2], router="layer:1"))
+    assert renamed.current_group("model.sae", key) | {"seed": 0, "pretrained": None} == vars(
+        SAEConfig(layers=[0, 2], router="layer:1")
+    )
     assert SAEConfig().key()["slots"] == "auto"
 
 

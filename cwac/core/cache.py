@@ -34,6 +34,7 @@ LONGEST_REPORT = 1 << 16
 
 WHAT = {
     "sae": "Sparse autoencoder over several layers' residuals (Eq. 9; RouteSAE, arXiv:2503.08200)",
+    "sae-quality": "How well a pretrained sparse autoencoder reads the aligned model's residuals",
     "latents": "Safety-critical latents of the autoencoder, ranked (section 4.1)",
     "targets": "The aligned model's features on harmful prompts, which L_safety preserves (Eq. 11)",
     "subspace": "Protected directions V of the anchors' activations (section 4.2)",

@@ -60,6 +60,7 @@ NEUTRAL: dict[str, Any] = {
     "method.weight.prefill": None,
     "method.weight.anchor_sources": [],
     "method.activation.space": "sae",
+    "method.activation.sae.pretrained": None,
 }
 """A key at its neutral value is left out of the identity (of a run, or of an evaluation), so that a new option orphans
 no finished run."""
@@ -106,7 +107,7 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
         for key in ("model.path", "model.hub_id", "model.revision", "model.kind"):
             flat.pop(key, None)
     return {
-        key: canonical(by_content(value) if key == "model.base" else value)
+        key: canonical(CONTENT[key](value) if key in CONTENT else value)
         for key, value in sorted(flat.items())
         if key not in NOT_IDENTITY
         # `model.sae` is resolved under the method that uses it, `model.shape` only serves estimates of cost,
@@ -191,6 +192,26 @@ def by_content(name: Any) -> Any:
     """The content hash of a model if `name` is the path of its folder; any other value, such as a hub id, as it is."""
     folder = Path(name).expanduser() if isinstance(name, str) and name else None
     return folder_content(folder) if folder is not None and folder.is_dir() else name
+
+
+def autoencoder_content(folder: Path) -> str:
+    """A hash of the autoencoders in a folder and below it: the folder's name, and names and bytes of their files."""
+    patterns = ("cfg.json", "activation_scaler.json", "*.safetensors")
+    files = sorted(path for pattern in patterns for path in folder.rglob(pattern))
+    named = [f"{path.relative_to(folder).as_posix()}\0{content(path)}" for path in files]
+    return hashlib.sha256("\n".join([folder.name, *named]).encode()).hexdigest()
+
+
+def pretrained_by_content(spec: Any) -> Any:
+    """`model.sae.pretrained` with the content hash in place of each folder; a hub id or null as it is."""
+    if isinstance(spec, list):
+        return [pretrained_by_content(one) for one in spec]
+    folder = Path(spec).expanduser() if isinstance(spec, str) and spec else None
+    return autoencoder_content(folder) if folder is not None and folder.is_dir() else spec
+
+
+CONTENT = {"model.base": by_content, "method.activation.sae.pretrained": pretrained_by_content}
+"""Keys whose value may name a folder -> what stands for it in a run's identity."""
 
 
 def short_hash(mapping: dict, length: int = 8) -> str:

@@ -146,6 +146,8 @@ def _rewrite_one(override: str) -> str:
                 announce(old, new)
     if any(name == key or name.startswith(f"{key}.") for name in ROUTERS) and new_router(value) != value:
         announce(value.lstrip("="), value := new_router(value))
+    if key.startswith("method.activation.sae."):  # all of it is `${model.sae}`, in which Hydra finds no single key
+        key = key.replace("method.activation.", "model.", 1)
     return f"{parts['sign'] or ''}{key}{value}"
 
 

@@ -32,7 +32,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from cwac.constraints.activation import ranked_latents, response_tokens
+from cwac.constraints.activation import check_pretrained, ranked_latents, response_tokens, sae_config
 from cwac.constraints.anchors import anchor_rows
 from cwac.constraints.settings import Activation, Weight
 from cwac.constraints.subspace import Basis, Constraint
@@ -104,6 +104,8 @@ class CWAC(Method):
         if self.activation is not None:
             n, available = self.activation.n_prompts, len(pools.step)
             check(n <= available, "activation.n_prompts", n, f"the pool has {available}: give at most that")
+            if self.activation.space == "sae":
+                check_pretrained(context.loaded.model, self.activation)
         return train
 
     def setup(self, model: nn.Module, context: Context) -> None:
@@ -142,27 +144,32 @@ class CWAC(Method):
             row = {"input_ids": [1] * (tokens + answer), "prompt": tokens}
             self._targets["anchors"] = self._target(model, [row] * n)
         elif self.activation is not None:
+            from cwac.constraints.sae import pretrained
             from cwac.constraints.sae.autoencoder import RoutedSAE
-            from cwac.constraints.sae.fit import SAEConfig
             from cwac.constraints.sae.target import SafetyTarget
             from cwac.models.hooks import layers_of
 
-            activation, config = self.activation, SAEConfig(**self.activation.sae)
+            activation, config = self.activation, sae_config(self.activation)
             d = model.get_input_embeddings().embedding_dim
-            layers = layers_of(model, config.layers)
-            with model.device:
-                sae = RoutedSAE(d, config.m or 8 * d, config.latents(d), layers, config.router).requires_grad_(False)
-            for parameter in sae.parameters():  # written to, or the operating system gives no memory
-                parameter.fill_(1 / d)
+            if config.pretrained is not None:
+                sae = pretrained.load(pretrained.find(config.pretrained, config.layers, model)).to(model.device)
+            else:
+                layers = layers_of(model, config.layers)
+                with model.device:
+                    sae = RoutedSAE(d, config.m or 8 * d, config.latents(d), layers, config.router)
+                sae.requires_grad_(False)
+                for parameter in sae.parameters():  # written to, or the operating system gives no memory
+                    parameter.fill_(1 / d)
             target = (activation.n_latents, activation.n_prompts, sizes.prompt_tokens, activation.gate)
             self._targets["anchors"] = SafetyTarget.stand_in(sae, *target, sizes.shared_tokens)
             estimate.tensors["SAE"] = list(sae.parameters())
-            # weights, gradients, two moments; and the tokens it is fitted on
-            fitted = 4 * sum(p.nbytes for p in sae.parameters())
-            tokens = config.tokens if config.cached_tokens is None else min(config.cached_tokens, config.tokens)
-            estimate.setup_bytes["fit of the SAE"] = fitted + min(
-                config.buffer_gib * 2**30, 2 * len(layers) * d * tokens
-            )
+            if config.pretrained is None:
+                # weights, gradients, two moments; and the tokens it is fitted on
+                fitted = 4 * sum(p.nbytes for p in sae.parameters())
+                tokens = config.tokens if config.cached_tokens is None else min(config.cached_tokens, config.tokens)
+                estimate.setup_bytes["fit of the SAE"] = fitted + min(
+                    config.buffer_gib * 2**30, 2 * len(layers) * d * tokens
+                )
         if self.weight is not None:
             modules, unconstrained = constrained(model, self.weight)
             dims = {input_group(name): base_layer(module).in_features for name, module in modules.items()}
@@ -327,7 +334,7 @@ class CWAC(Method):
         if never_fires and (activation.gate != "preact" or activation.units == "relative"):
             raise UserError(
                 f"none of the preserved latents fires on the step pool ({sae_report['dead_share']:.0%} of the SAE's "
-                "are dead), so L_safety would preserve nothing; fit it on more tokens (method.activation.sae.tokens), "
+                "are dead), so L_safety would preserve nothing; fit it on more tokens (model.sae.tokens), "
                 "or use method.activation.gate=preact with units=raw"
             )
         self._report.update(

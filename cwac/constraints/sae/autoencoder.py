@@ -15,6 +15,7 @@ from torch.nn.functional import embedding_bag
 from cwac.core import renamed
 from cwac.core.errors import UserError
 from cwac.models.adapters import holds_update
+from cwac.models.hooks import normalize
 from cwac.models.layers import decoder_layers
 
 with warnings.catch_warnings():
@@ -157,8 +158,25 @@ class RoutedSAE(nn.Module):
             return x[rows, torch.randint(x.shape[1], (len(x),), generator=generator).to(x.device)]
         return x[:, self.fixed]
 
-    def read_weights(self, x: Tensor) -> Tensor:
-        """Weights over layers [..., L_r] used when reading x [..., L_r, d]; one-hot except for `soft`."""
+    @property
+    def width(self) -> int:
+        """Dimension of what is read, u: the model's d."""
+        return self.d
+
+    @property
+    def readable(self) -> list[int]:
+        """Places in `layers` of those that may be read."""
+        return list(range(len(self.layers))) if self.router is not None else [self.fixed]
+
+    def normalize(self, r: Tensor, places: Sequence[int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(x, mean, std) of residuals r [..., L, d] of any of the layers; see `cwac.models.hooks.normalize`."""
+        return normalize(r)
+
+    def read_weights(self, x: Tensor, latents: Tensor | None = None) -> Tensor:
+        """Weights over layers [..., L_r] used when reading x [..., L_r, d]; one-hot except for `soft`.
+
+        latents: they are all read at one layer, so that which of them are wanted changes nothing.
+        """
         if self.router_mode == "soft":
             return self.probabilities(x)
         if self.router_mode == "hard":
@@ -167,14 +185,25 @@ class RoutedSAE(nn.Module):
             layer = torch.full(x.shape[:-2], self.fixed, device=x.device)
         return nn.functional.one_hot(layer, x.shape[-2]).to(x.dtype)
 
+    def mix(self, x: Tensor, weights: Tensor, places: Sequence[int] | None = None) -> Tensor:
+        """The mixture [..., d] of x [..., L, d] at some of the layers by their weights [..., L]."""
+        return (weights.unsqueeze(-1) * x).sum(-2)
+
     def read(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(u [..., d], place in `layers` [...]) of normalised residuals x [..., L_r, d], unscaled."""
         weights = self.read_weights(x)
-        return (weights.unsqueeze(-1) * x).sum(-2), weights.argmax(-1)
+        return self.mix(x, weights), weights.argmax(-1)
 
-    def pre(self, u: Tensor) -> Tensor:
-        """Pre-activations a = W_enc (u - b_pre) + b_enc, [..., M]."""
-        return nn.functional.linear(u - self.b_pre, self.w_enc, self.b_enc)
+    def pre(self, u: Tensor, latents: Tensor | None = None) -> Tensor:
+        """Pre-activations a = W_enc (u - b_pre) + b_enc, [..., M], or only those of `latents`."""
+        w, b = (self.w_enc, self.b_enc) if latents is None else (self.w_enc[latents], self.b_enc[latents])
+        return nn.functional.linear(u - self.b_pre, w, b)
+
+    def gate(self, pre: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents z [..., M] of all pre-activations, and the k-th largest of these, at least 0, tau [...]."""
+        top = pre.topk(self.k, dim=-1)
+        z = torch.zeros_like(pre).scatter(-1, top.indices, top.values.relu())
+        return z, top.values[..., -1].clamp_min(0)
 
     def encode(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Values [..., k] >= 0, sorted falling, and indices [..., k] of the k largest pre-activations (Eq. 9)."""
@@ -189,6 +218,24 @@ class RoutedSAE(nn.Module):
     def decode(self, values: Tensor, indices: Tensor) -> Tensor:
         """u_hat = W_dec z + b_pre, [N, d] (Eq. 9); the second factor of the reconstruction, by embedding bags."""
         return embedding_bag(indices, self.w_dec, per_sample_weights=values, mode="sum") + self.b_pre
+
+    def at_layer(self, x: Tensor, place: int) -> tuple[Tensor, Tensor]:
+        """u and u_hat [N, d] of x [N, L_r, d], all read at one layer, by its place in `layers`."""
+        u = x[:, place]
+        return u, self.decode(*self.encode(u))
+
+    def on_decoder(self, v: Tensor) -> Tensor:
+        """<v, W_dec,i> [..., M] of v [..., d]."""
+        return v @ self.w_dec.t()
+
+    def cosines(self, difference: Tensor) -> Tensor:
+        """Cosine [M] of each decoder row with a difference [d] of inputs; on the CPU."""
+        rows = nn.functional.normalize(self.w_dec.detach().float().cpu(), dim=1)
+        return rows @ nn.functional.normalize(difference, dim=0)
+
+    def contribution(self, z: Tensor, latents: Tensor, weights: Tensor) -> Tensor:
+        """What latents z [..., S] add to the normalised residual of each layer, [..., L_r, d]; weights as `mix`'s."""
+        return weights.unsqueeze(-1) * (z @ self.w_dec[latents]).unsqueeze(-2)
 
     def forward(self, u: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
         """(u_hat [N, d], values [N, k], indices [N, k]) of u [N, d].
@@ -224,6 +271,11 @@ class RoutedSAE(nn.Module):
         sae = cls(**renamed.current_group("model.sae", config))
         sae.load_state_dict(load_file(folder / "sae.safetensors"))
         return sae.requires_grad_(False)
+
+
+def tokens_at_once(sae: nn.Module, most: int = 4096) -> int:
+    """How many tokens to encode in one batch, so that latents [N, M] stay below half a GiB; at most `most`."""
+    return max(1, min(most, 2**27 // sae.m))
 
 
 def middle_block_hash(model: nn.Module) -> str:

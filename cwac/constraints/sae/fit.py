@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cwac.constraints.sae.autoencoder import RoutedSAE, middle_block_hash
+from cwac.constraints.sae.autoencoder import RoutedSAE, middle_block_hash, tokens_at_once
+from cwac.constraints.sae.pretrained import PretrainedSAE
 from cwac.core import renamed
 from cwac.core.errors import UserError
 from cwac.models.hooks import (
@@ -71,8 +72,18 @@ class SAEConfig:
     buffer_gib: float = 2.0
     backend: str = "auto"
     seed: int = 0
+    pretrained: str | list[str] | None = None
+    """Autoencoders that others have trained, instead of fitting one (`cwac.constraints.sae.pretrained.find`): a
+    folder, a hub id, or sae-lens' <release>/<id>; a list for several layers. Of the other fields only `layers` is read
+    then."""
 
     def __post_init__(self) -> None:
+        several = isinstance(self.pretrained, list | tuple)
+        names = self.pretrained if several else [self.pretrained or "none"]
+        if not names or not all(isinstance(name, str) for name in names):
+            raise UserError(
+                f"model.sae.pretrained={self.pretrained}: give a folder, a hub id, a list of these, or null to fit one"
+            )
         if not 0 <= self.harmful_share <= 1:
             raise UserError(f"model.sae.harmful_share={self.harmful_share}: must lie between 0 and 1")
         if self.batch < 1 or self.tokens < self.batch:
@@ -83,8 +94,10 @@ class SAEConfig:
             raise UserError(f"model.sae.backend={self.backend!r}: use auto, csr or dense")
 
     def key(self) -> dict[str, Any]:
-        """What identifies an autoencoder with these settings as an artifact."""
-        return renamed.hashed_group("model.sae", asdict(self))
+        """What identifies an autoencoder with these settings as an artifact; a pretrained one is none."""
+        settings = asdict(self)
+        del settings["pretrained"]
+        return renamed.hashed_group("model.sae", settings)
 
     def latents(self, d: int) -> int:
         """Active latents k for residuals of dimension d."""
@@ -301,20 +314,31 @@ def fit_sae(
 
 
 @torch.no_grad()
-def last_usage(model: nn.Module, sae: RoutedSAE, rows: Sequence[Row]) -> Tensor:
+def last_usage(model: nn.Module, sae: RoutedSAE | PretrainedSAE, rows: Sequence[Row]) -> Tensor:
     """Share of the rows' last tokens read at each layer, [L_r], on the CPU."""
     used = torch.zeros(len(sae.layers))
     with evaluating(model):
         for _, batch in batches(rows, device_of(model)):
             r = residuals(model, batch, sae.layers)
             last = last_tokens(r, batch["attention_mask"])
-            used += torch.bincount(sae.read(normalize(last)[0])[1], minlength=len(used)).cpu()
+            used += _read_at(sae, sae.read(sae.normalize(last)[0])[1], len(last)).cpu()
     return used / used.sum()
+
+
+def _read_at(sae: RoutedSAE | PretrainedSAE, places: Tensor | None, tokens: int) -> Tensor:
+    """How many tokens were read at each layer, [L_r], from their places [N]; None: all were, at every layer."""
+    if places is None:
+        return torch.full((len(sae.layers),), float(tokens))
+    return torch.bincount(places, minlength=len(sae.layers))
 
 
 @torch.no_grad()
 def quality(
-    model: nn.Module, sae: RoutedSAE, rows: Sequence[Row], harmful_rows: Sequence[Row], max_tokens: int = 10_000
+    model: nn.Module,
+    sae: RoutedSAE | PretrainedSAE,
+    rows: Sequence[Row],
+    harmful_rows: Sequence[Row],
+    max_tokens: int = 10_000,
 ) -> dict[str, Any]:
     """Reconstruction on held-out rows, read as the constraint reads: unscaled, at the routed layer.
 
@@ -323,7 +347,8 @@ def quality(
     read at that layer. `dead_share`: latents that never fired on the evaluated tokens, an upper bound when
     these are few; `dense_share`: fired on > 20 % of the general ones. Usage: share of tokens read at each
     layer, and its entropy relative to log L_r; `last_usage` the same at the rows' last tokens. Of each corpus
-    the first rows that make up `max_tokens` are used.
+    the first rows that make up `max_tokens` are used. Of several pretrained autoencoders FVU and L0 are of all layers
+    together, and `l0_is_k` is missing.
     """
     device, bos, n_layers = device_of(model), bos_ids(model), len(sae.layers)
     sae = sae.to(device)
@@ -333,27 +358,29 @@ def quality(
         if not corpus:
             raise UserError(f"no {label} rows to measure the SAE on: pass held-out ones")
         skip = shared_prefix(corpus)
-        fvu = [_Variance(sae.d, device) for _ in range(n_layers + 1)]
+        fvu = [_Variance(sae.width, device), *(_Variance(sae.d, device) for _ in range(n_layers))]
         fired = torch.zeros(sae.m, device=device)
         used = torch.zeros(n_layers, device=device)
         active = full = 0.0
         sizes = itertools.accumulate(len(row["input_ids"]) for row in corpus)
         sample = [row for row, size in zip(corpus, sizes, strict=True) if size <= max_tokens] or corpus[:1]
-        for _, batch in batches(sample, device, 2048):
+        for _, batch in batches(sample, device, tokens_at_once(sae, 2048)):
             with evaluating(model):
                 r = residuals(model, batch, sae.layers)
-            x = normalize(r)[0]
+            x = sae.normalize(r)[0]
             x = x[keep_mask(batch["input_ids"], batch["attention_mask"], r, bos, skip)]
             u, places = sae.read(x)
             values, indices = sae.encode(u)
             fvu[0].add(u, sae.decode(values, indices))
             # reading every token at every layer costs L_r encodings, so a smaller sample has to do
             for place in range(n_layers if fvu[1].n * n_layers < max_tokens else 0):
-                fvu[place + 1].add(x[:, place], sae.decode(*sae.encode(x[:, place])))
+                fvu[place + 1].add(*sae.at_layer(x, place))
             fired += torch.bincount(indices[values > 0], minlength=sae.m)
-            used += torch.bincount(places, minlength=n_layers)
+            used += _read_at(sae, places, len(u)).to(device)
             count = (values > 0).sum(-1)
-            active, full = active + count.sum().item(), full + (count == sae.k).sum().item()
+            active += count.sum().item()
+            if isinstance(sae, RoutedSAE):
+                full += (count == sae.k).sum().item()
         n = fvu[0].n
         if not n:
             raise UserError(f"the held-out {label} rows have no token beyond their shared opening: pass longer ones")
@@ -364,7 +391,7 @@ def quality(
             f"fvu_{label}": fvu[0].value(),
             f"fvu_per_layer_{label}": {layer: v.value() for layer, v in zip(sae.layers, fvu[1:], strict=True)},
             f"l0_{label}": active / n,
-            f"l0_is_k_{label}": full / n,
+            **({f"l0_is_k_{label}": full / n} if isinstance(sae, RoutedSAE) else {}),
             f"usage_{label}": dict(zip(sae.layers, (used / used.sum()).tolist(), strict=True)),
             f"usage_entropy_{label}": _entropy(used),
             f"last_usage_{label}": dict(zip(sae.layers, used_last.tolist(), strict=True)),

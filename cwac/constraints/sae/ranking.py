@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from cwac.constraints.sae.autoencoder import RoutedSAE
+from cwac.constraints.sae.autoencoder import RoutedSAE, tokens_at_once
+from cwac.constraints.sae.pretrained import PretrainedSAE
 from cwac.core.errors import UserError
 from cwac.data.tokenize import encode_prompt, pad_token_id, stop_tokens
 from cwac.models.hooks import (
@@ -28,7 +29,6 @@ from cwac.models.hooks import (
     device_of,
     keep_mask,
     last_tokens,
-    normalize,
     on_layers,
     residuals,
     shared_prefix,
@@ -69,27 +69,34 @@ def distinguishing_tokens(
 
 
 @torch.no_grad()
-def last_latents(model: nn.Module, sae: RoutedSAE, rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents z [P, M], the routed layer's place [P] and input u [P, d] at each prompt's last token; on the CPU."""
-    z, layer = torch.empty(len(rows), sae.m), torch.empty(len(rows), dtype=torch.long)
-    inputs = torch.empty(len(rows), sae.d)
+def last_latents(
+    model: nn.Module, sae: RoutedSAE | PretrainedSAE, rows: Sequence[Row]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents z [P, M], the routed layer's place [P] and input u [P, d] at each prompt's last token; on the CPU.
+
+    Of several pretrained autoencoders, u is [P, L_r d], and no layer is routed: its place is 0.
+    """
+    z, layer = torch.empty(len(rows), sae.m), torch.zeros(len(rows), dtype=torch.long)
+    inputs = torch.empty(len(rows), sae.width)
     with evaluating(model):
         for chosen, batch in batches(rows, device_of(model)):
             r = residuals(model, batch, sae.layers)
-            u, routed = sae.read(normalize(last_tokens(r, batch["attention_mask"]))[0])
-            z[chosen], layer[chosen], inputs[chosen] = sae.dense(u).cpu(), routed.cpu(), u.cpu()
+            u, routed = sae.read(sae.normalize(last_tokens(r, batch["attention_mask"]))[0])
+            z[chosen], inputs[chosen] = sae.dense(u).cpu(), u.cpu()
+            if routed is not None:
+                layer[chosen] = routed.cpu()
     return z, layer, inputs
 
 
 @torch.no_grad()
-def firing_rates(model: nn.Module, sae: RoutedSAE, rows: Sequence[Row]) -> Tensor:
+def firing_rates(model: nn.Module, sae: RoutedSAE | PretrainedSAE, rows: Sequence[Row]) -> Tensor:
     """Share of kept tokens on which each latent fires, [M]."""
     counts, n, skip = torch.zeros(sae.m), 0, shared_prefix(rows)
     with evaluating(model):
-        for _, batch in batches(rows, device_of(model)):
+        for _, batch in batches(rows, device_of(model), tokens_at_once(sae)):
             r = residuals(model, batch, sae.layers)
             keep = keep_mask(batch["input_ids"], batch["attention_mask"], r, bos_ids(model), skip)
-            x = normalize(r[keep])[0]
+            x = sae.normalize(r[keep])[0]
             values, indices = sae.encode(sae.read(x)[0])
             counts += torch.bincount(indices[values > 0], minlength=sae.m).cpu()
             n += len(x)
@@ -99,7 +106,11 @@ def firing_rates(model: nn.Module, sae: RoutedSAE, rows: Sequence[Row]) -> Tenso
 
 
 def attribution(
-    model: nn.Module, sae: RoutedSAE, rows: Sequence[Row], refusal: Sequence[int], compliance: Sequence[int]
+    model: nn.Module,
+    sae: RoutedSAE | PretrainedSAE,
+    rows: Sequence[Row],
+    refusal: Sequence[int],
+    compliance: Sequence[int],
 ) -> Tensor:
     """First-order effect [M] of each latent on the refusal margin at the last token, averaged over prompts.
 
@@ -127,16 +138,16 @@ def attribution(
             with torch.no_grad():
                 r = torch.stack([last_tokens(h, mask) for h in hidden], dim=1)  # [B, L_r, d]
                 g = torch.stack([last_tokens(h, mask) for h in grads], dim=1).float()
-                x, _, std = normalize(r)
-                weights = sae.read_weights(x).unsqueeze(-1)
-                z = sae.dense((weights * x).sum(1))
-                total += (z * ((weights * std * g).sum(1) @ sae.w_dec.t())).sum(0).cpu()
+                x, _, std = sae.normalize(r)
+                weights = sae.read_weights(x)
+                z = sae.dense(sae.mix(x, weights))
+                total += (z * sae.on_decoder(sae.mix(std * g, weights))).sum(0).cpu()
     return total / len(rows)
 
 
 def rank_latents(
     model: nn.Module,
-    sae: RoutedSAE,
+    sae: RoutedSAE | PretrainedSAE,
     harmful_rows: Sequence[Row],
     benign_rows: Sequence[Row],
     n: int = 100,
@@ -182,7 +193,7 @@ def rank_latents(
         _contrast(_resample(harmful, generator), _resample(benign, generator)) for _ in range(bootstraps)
     ])  # fmt: skip
     low = samples.quantile(0.05, dim=0)
-    direction = nn.functional.normalize(u_harmful.mean(0) - u_benign.mean(0), dim=0)
+    cosine = sae.cosines(u_harmful.mean(0) - u_benign.mean(0))
     rows = nn.functional.normalize(sae.w_dec.detach().float().cpu(), dim=1)
     fires_harmful = (harmful > 0).float().mean(0)
     fires_general = firing_rates(model, sae, benign_rows if general_rows is None else general_rows)
@@ -210,14 +221,14 @@ def rank_latents(
         "activation": harmful.mean(0),
         "contrast": contrast,
         "contrast+attribution": effect,
-        "cosine": rows @ direction,
+        "cosine": cosine,
         "random": torch.rand(sae.m, generator=generator),
     }[method]
     order = torch.argsort(score, descending=True, stable=True).tolist()
     if method not in ("activation", "random"):
         # stable: the eligible first, then what only the sign of its attribution rules out, each by score
         order = sorted(order, key=lambda i: (not eligible[i], not candidate[i]))
-        order, eligible = _merge_duplicates(order, eligible, rows, n)
+        order, eligible = _merge_duplicates(order, eligible, rows, n, getattr(sae, "place", None))
     chosen = torch.tensor(order[:n])
     frame = pd.DataFrame({
         "latent": chosen,
@@ -227,13 +238,13 @@ def rank_latents(
         "contrast": contrast[chosen],
         "contrast_low": low[chosen],
         "attribution": effect[chosen],
-        "cosine": (rows @ direction)[chosen],
+        "cosine": cosine[chosen],
         "mean_harmful": harmful.mean(0)[chosen],
         "mean_benign": benign.mean(0)[chosen],
         "fires_harmful": fires_harmful[chosen],
         "fires_benign": (benign > 0).float().mean(0)[chosen],
         "fires_general": fires_general[chosen],
-        "layer": [_layer(harmful[:, i], places, sae.layers) for i in chosen.tolist()],
+        "layer": [_layer(harmful[:, i], places_of(sae, i, places), sae.layers) for i in chosen.tolist()],
     })  # fmt: skip
     frame.attrs.update(method=method, eligible=int(eligible[chosen].sum()), eligible_total=int(eligible.sum()))
     frame.attrs["split_half"] = _split_half(harmful, benign, generator)
@@ -250,21 +261,33 @@ def _resample(z: Tensor, generator: torch.Generator) -> Tensor:
     return z[torch.randint(len(z), (len(z),), generator=generator)]
 
 
+def places_of(sae: RoutedSAE | PretrainedSAE, latent: int, places: Tensor) -> Tensor:
+    """Where a latent was read in each prompt, [P]: at its own layer, or where the prompt was routed, `places` [P]."""
+    return torch.full_like(places, int(sae.place[latent])) if isinstance(sae, PretrainedSAE) else places
+
+
 def _layer(z: Tensor, places: Tensor, layers: Sequence[int]) -> int:
     """The layer at which a latent [P] fires most, -1 if it never does."""
     fired = places[z > 0]
     return layers[int(fired.mode().values)] if len(fired) else -1
 
 
-def _merge_duplicates(order: list[int], eligible: Tensor, rows: Tensor, n: int) -> tuple[list[int], Tensor]:
-    """Of decoder rows at cosine > 0.95 the best-ranked stays; the others become ineligible and go last."""
+def _merge_duplicates(
+    order: list[int], eligible: Tensor, rows: Tensor, n: int, place: Tensor | None = None
+) -> tuple[list[int], Tensor]:
+    """Of decoder rows at cosine > 0.95 the best-ranked stays; the others become ineligible and go last.
+
+    place: per latent, the layer it belongs to, [M]; rows of two layers are no duplicates. None: all are of one.
+    """
     kept: list[int] = []
     dropped: list[int] = []
     eligible = eligible.clone()
+    of = None if place is None else place.tolist()
     for i in order:
         # only what can still be chosen has to be compared
         considered = len(kept) < n or eligible[i]
-        if considered and kept and (rows[kept] @ rows[i]).max() > 0.95:
+        alike = kept if of is None else [j for j in kept if of[j] == of[i]] if considered else []
+        if considered and alike and (rows[alike] @ rows[i]).max() > 0.95:
             eligible[i] = False
             dropped.append(i)
         else:
@@ -309,7 +332,7 @@ def matched_random(energy: Tensor, latents: Sequence[int], generator, neighbours
 def generate_edited(
     model: nn.Module,
     tokenizer: Any,
-    sae: RoutedSAE,
+    sae: RoutedSAE | PretrainedSAE,
     prompts: Sequence[Any],
     latents: Sequence[int],
     factor: float,
@@ -345,16 +368,16 @@ def generate_edited(
                     "use_cache": True,
                 }
                 r = residuals(model, {**inputs, CACHE: clean_cache}, layers)
-                x, _, std = normalize(r)
-                weights = sae.read_weights(x).unsqueeze(-1)  # [B, T, L_r, 1]
-                z = sae.dense((weights * x).sum(-2))[..., chosen]
-                shift = (factor - 1) * (z @ sae.w_dec[chosen])  # [B, T, d]
+                x, _, std = sae.normalize(r)
+                weights = sae.read_weights(x)  # [B, T, L_r]
+                z = sae.dense(sae.mix(x, weights))[..., chosen]
+                shift = (factor - 1) * sae.contribution(z, chosen, weights)  # [B, T, L_r, d]
                 editable = (mask.cumsum(1) > 1)[:, -step.shape[1] :]
-                shift = shift * editable.unsqueeze(-1)
+                shift = shift * editable[..., None, None]
 
-                def edit(layer: int, hidden: Tensor, weights=weights, std=std, shift=shift) -> Tensor:
+                def edit(layer: int, hidden: Tensor, std=std, shift=shift) -> Tensor:
                     at = layers.index(layer)
-                    return hidden + (weights[:, :, at] * std[:, :, at] * shift).to(hidden.dtype)
+                    return hidden + (std[:, :, at] * shift[:, :, at]).to(hidden.dtype)
 
                 with on_layers(model, layers, edit):
                     logits = model(**inputs, **{CACHE: edited_cache}).logits[:, -1]
@@ -374,7 +397,7 @@ def generate_edited(
 def causal_check(
     model: nn.Module,
     tokenizer: Any,
-    sae: RoutedSAE,
+    sae: RoutedSAE | PretrainedSAE,
     latents: Sequence[int],
     examples: Sequence[Any],
     judge: Any,

@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cwac.constraints.sae.autoencoder import RoutedSAE
+from cwac.constraints.sae.pretrained import PretrainedSAE
 from cwac.constraints.targets import locate
 from cwac.core.errors import UserError
-from cwac.models.hooks import Row, device_of, normalize, read_at, residuals
+from cwac.models.hooks import Row, device_of, read_at, residuals
 from cwac.models.layers import evaluating
 
 GATES = ("tau", "topk", "union", "base", "preact")
@@ -44,8 +45,8 @@ class _Prompt:
     z: Tensor  # [Q, S] the TopK features
     pre: Tensor  # [Q, S] pre-activations
     active: Tensor  # [Q, S] in the TopK and positive
-    tau: Tensor  # [Q] the k-th largest pre-activation, at least 0
-    raw: Tensor  # [Q, d] the routed residual before LayerNorm
+    tau: Tensor  # [Q] the k-th largest pre-activation, at least 0; [Q, S] where each latent has its own threshold
+    raw: Tensor  # [Q, d] the routed residual before LayerNorm; [Q, L_r d] where several layers are read at once
 
 
 class SafetyTarget:
@@ -56,11 +57,14 @@ class SafetyTarget:
 
     Gates decide what counts as feature i of the current model, a being its pre-activation. Active at
     baseline: a always (so that a latent that left the TopK still gets a gradient), except `topk`.
-    Inactive at baseline: `tau` a if a > tau, the baseline's k-th largest; `union` and `topk` the current
-    TopK feature; `base` nothing. `preact` compares pre-activations instead.
+    Inactive at baseline: `tau` a if a > tau, the baseline's k-th largest (of a pretrained autoencoder without TopK,
+    the latent's own threshold); `union` and `topk` the current feature; `base` nothing. `preact` compares
+    pre-activations instead.
     """
 
-    def __init__(self, sae: RoutedSAE, latents: Sequence[int], gate: Gate, units: str, prompts: list[_Prompt]):
+    def __init__(
+        self, sae: RoutedSAE | PretrainedSAE, latents: Sequence[int], gate: Gate, units: str, prompts: list[_Prompt]
+    ):
         self.sae, self.gate, self.units, self.prompts = sae, gate, units, prompts
         self.latents = torch.as_tensor(list(latents), dtype=torch.long)
 
@@ -78,7 +82,7 @@ class SafetyTarget:
     def build(
         cls,
         model: nn.Module,
-        sae: RoutedSAE,
+        sae: RoutedSAE | PretrainedSAE,
         latents: Sequence[int],
         prompt_rows: Sequence[Row],
         gate: Gate = "tau",
@@ -110,14 +114,13 @@ class SafetyTarget:
                 ids, where = locate(row, positions)
                 # one prompt at a time: no padding, and nothing depends on what it is batched with
                 r = residuals(model, {"input_ids": torch.tensor([ids], device=device_of(model))}, sae.layers)[0, where]
-                x = normalize(r)[0]  # [Q, L_r, d]
+                x = sae.normalize(r)[0]  # [Q, L_r, d]
                 sae.to(dtype=x.dtype)
-                weights = sae.read_weights(x)
-                pre = sae.pre((weights.unsqueeze(-1) * x).sum(-2))  # [Q, M]
-                top = pre.topk(sae.k, dim=-1)
-                z = torch.zeros_like(pre).scatter(-1, top.indices, top.values.relu())[:, chosen]
-                raw = (weights.unsqueeze(-1) * r).sum(-2)
-                tau = top.values[:, -1].clamp_min(0)
+                weights = sae.read_weights(x, chosen)
+                pre = sae.pre(sae.mix(x, weights))  # [Q, M]
+                z, tau = sae.gate(pre)
+                z, tau = z[:, chosen], tau[:, chosen] if tau.ndim > 1 else tau
+                raw = sae.mix(r, weights)
                 cached = (weights, z, pre[:, chosen], z > 0, tau, raw)
                 prompts.append(_Prompt(ids, where, *(t.cpu() for t in cached)))
         target = cls(sae, latents, gate, units, prompts)
@@ -127,17 +130,17 @@ class SafetyTarget:
 
     @classmethod
     def stand_in(
-        cls, sae: RoutedSAE, n_latents: int, n_prompts: int, tokens: int, gate: Gate, shared: int = 0
+        cls, sae: RoutedSAE | PretrainedSAE, n_latents: int, n_prompts: int, tokens: int, gate: Gate, shared: int = 0
     ) -> "SafetyTarget":
         """A target of these sizes without a model's answers, for what it costs; every layer that may be read is.
 
         tokens: of each prompt, of which the first `shared` are the same in all.
         """
         w, z = torch.ones(1, len(sae.layers)), torch.ones(1, n_latents)
-        answer = ([tokens - 1], w, z, z, z > 0, torch.ones(1), torch.ones(1, sae.d))
+        answer = ([tokens - 1], w, z, z, z > 0, torch.ones(1), torch.ones(1, sae.width))
         rows = ([0] * shared + [1 + i] * (tokens - shared) for i in range(n_prompts))
         target = cls(sae, range(n_latents), gate, "raw", [_Prompt(ids, *answer) for ids in rows])
-        target.used = list(range(len(sae.layers))) if sae.router is not None else [sae.fixed]
+        target.used = sae.readable
         return target
 
     def save(self, folder: Path) -> None:
@@ -150,7 +153,9 @@ class SafetyTarget:
         save_file(tensors, folder / "targets.safetensors")
 
     @classmethod
-    def load(cls, folder: Path, sae: RoutedSAE, latents: Sequence[int], gate: Gate, units: str) -> "SafetyTarget":
+    def load(
+        cls, folder: Path, sae: RoutedSAE | PretrainedSAE, latents: Sequence[int], gate: Gate, units: str
+    ) -> "SafetyTarget":
         """Read what `save` wrote, for the same autoencoder and latents."""
         stored = load_file(folder / "targets.safetensors")
         prompts = []
@@ -177,7 +182,8 @@ class SafetyTarget:
         elif self.gate == "base":
             q = torch.where(active, a, 0.0)
         elif self.gate == "tau":
-            tau = self._stack(prompts, "tau", a).unsqueeze(-1)
+            tau = self._stack(prompts, "tau", a)
+            tau = tau.unsqueeze(-1) if tau.ndim < a.ndim else tau
             q = torch.where(active | (a > tau * (1 + MARGIN)), a, 0.0)
         else:
             with full_precision(u):
@@ -221,16 +227,15 @@ class SafetyTarget:
         prompts = [self.prompts[int(i)] for i in indices]
         layers = [self.sae.layers[i] for i in self.used]
         r, mask = read_at(model, [(p.ids, p.positions) for p in prompts], layers)  # [B, Q, used, d]
-        x = normalize(r)[0]
-        weights = self._stack(prompts, "weights", x)[..., self.used].unsqueeze(-1)
+        x = self.sae.normalize(r, self.used)[0]
+        weights = self._stack(prompts, "weights", x)[..., self.used]
         if (self.sae.w_enc.device, self.sae.w_enc.dtype) != (x.device, x.dtype):
             self.sae.to(device=x.device, dtype=x.dtype)
-        u = (weights * x).sum(-2)
-        latents = self.latents.to(u.device)
+        u = self.sae.mix(x, weights, self.used)
         # only the |S| rows of the encoder: the other latents matter to `topk` and `union` alone
         with full_precision(u):
-            a = nn.functional.linear(u - self.sae.b_pre, self.sae.w_enc[latents], self.sae.b_enc[latents])
-        return a, prompts, (weights * r).sum(-2), mask, u
+            a = self.sae.pre(u, self.latents.to(u.device))
+        return a, prompts, self.sae.mix(r, weights, self.used), mask, u
 
     @staticmethod
     def _stack(prompts: list[_Prompt], name: str, like: Tensor) -> Tensor:
