@@ -3,6 +3,7 @@
 import copy
 import json
 from math import isnan
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from cwac.constraints import anchors
+from cwac.constraints.activation import sae_prompts
 from cwac.constraints.sae.autoencoder import RoutedSAE, largest
 from cwac.constraints.sae.fit import (
     SAEConfig,
@@ -36,7 +39,10 @@ from cwac.constraints.sae.ranking import (
     rank_latents,
 )
 from cwac.constraints.sae.target import GATES, SafetyTarget
-from cwac.core.errors import UserError
+from cwac.constraints.settings import Activation
+from cwac.core.config import compose
+from cwac.core.errors import UsageError, UserError
+from cwac.core.identity import run_id
 from cwac.data.examples import Example
 from cwac.data.refusals import KeywordJudge
 from cwac.models.generate import generate
@@ -743,3 +749,41 @@ def test_edited_generation_and_the_causal_check(fitted):
     alone = causal_check(model, tokenizer, sae, [1, 2, 3], examples, KeywordJudge(), draws=2, max_new_tokens=4)
     assert len(alone) == 4 and all(isnan(e["unchanged"]) and e["n"] == 8 for e in alone)
     assert all(e["refusal"] + e["harmful"] + e["other"] == pytest.approx(100) for e in alone)
+
+
+# --- the harmful prompts it is fitted on ----------------------------------------------------------------
+ANSWERS = {"a": "I'm sorry, but I can't help with that.", "b": "Sure, here is how.", "c": "I cannot assist with that."}
+
+
+def asked(monkeypatch):
+    """A context whose model refuses `a` and `c` of three prompts, and complies with `b`."""
+    monkeypatch.setattr(
+        anchors, "own_answers", lambda model, c, examples, tokens: [ANSWERS[e.prompt] for e in examples]
+    )
+    return SimpleNamespace(pools=SimpleNamespace(sae=[Example(id=p, prompt=p) for p in ANSWERS]))
+
+
+def test_the_autoencoder_is_fitted_on_the_prompts_that_the_model_refuses(monkeypatch):
+    """Section 4.1: harmful prompts that the model refuses."""
+    context = asked(monkeypatch)
+    assert [e.prompt for e in sae_prompts(None, context, Activation())] == ["a", "c"]
+    assert [e.prompt for e in sae_prompts(None, context, Activation(refused_only=False))] == ["a", "b", "c"]
+    context.pools.sae = context.pools.sae[:2]
+    with pytest.raises(UserError, match="refuses 1 of the 2 prompts of the pool `sae`.*enlarge pools.sae"):
+        sae_prompts(None, context, Activation())
+
+
+def test_a_run_whose_autoencoder_saw_all_prompts_has_another_id():
+    """Its old id is that of `refused_only: false`; where no autoencoder is fitted, the key moves nothing."""
+    ids = [run_id(compose(["method=cwac", f"method.activation.refused_only={given}"])) for given in ("true", "false")]
+    assert ids[0] != ids[1]
+    cfg = compose(["method=cwac", "method.activation.refused_only=false"])
+    del cfg.method.activation.refused_only  # as a run's own config.yaml from before
+    assert run_id(cfg) == ids[1]
+    other = ["method=cwac", "method.activation.space=residual"]
+    cfg = compose(other)
+    before = run_id(cfg)
+    del cfg.method.activation.refused_only
+    assert run_id(cfg) == before
+    with pytest.raises(UsageError, match="refused_only=False .*only space=sae reads it"):
+        Activation(space="residual", refused_only=False)

@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from cwac.constraints.anchors import anchor_rows, encode_prompts
+from cwac.constraints.anchors import anchor_rows, encode_prompts, refused
 from cwac.constraints.settings import Activation
 from cwac.core.cache import load_or_build
 from cwac.core.errors import UserError
+from cwac.data.examples import Example
 from cwac.models.context import Context, artifact_key
 
 
@@ -41,12 +42,15 @@ def ranked_latents(model: nn.Module, context: Context, activation: Activation) -
     def encode(examples, responses=False):
         return encode_prompts(context, examples, responses)
 
-    n_held_out = max(1, len(pools.sae) // 5)  # kept out of the fit for the quality report
-    harmful, held_out_harmful = encode(pools.sae[n_held_out:]), encode(pools.sae[:n_held_out])
+    prompts = sae_prompts(model, context, activation)
+    n_held_out = max(1, len(prompts) // 5)  # kept out of the fit for the quality report
+    harmful, held_out_harmful = encode(prompts[n_held_out:]), encode(prompts[:n_held_out])
     n_benign = max(1, len(pools.benign) // 5)
     general = encode(pools.benign[n_benign:], responses=True)
     held_out_general = encode(pools.benign[:n_benign], responses=True)
     key = {**artifact_key(context), "sae": config.key()}
+    if activation.refused_only:
+        key["prompts"] = "refused"
 
     def build(folder):
         sae, fitted = fit_sae(model, general, harmful, config)
@@ -73,6 +77,23 @@ def ranked_latents(model: nn.Module, context: Context, activation: Activation) -
     ranking_key = {**key, "rank": activation.ranking, "n": activation.n_latents}
     ranking = load_or_build(context.artifacts, "latents", ranking_key, build_ranking)
     return sae, pd.read_csv(ranking / "latents.csv"), report, ranking_key
+
+
+def sae_prompts(model: nn.Module, context: Context, activation: Activation) -> list[Example]:
+    """The harmful prompts that the autoencoder is fitted on: those of the pool `sae` that the aligned model refuses.
+
+    With `refused_only: false` all of the pool. Raises UserError if the model refuses none or if one is left alone.
+    """
+    prompts = context.pools.sae
+    if activation.refused_only:
+        prompts = [example for example, _ in refused(model, context, prompts)]
+        if len(prompts) < 2:
+            raise UserError(
+                f"the aligned model refuses {len(prompts)} of the {len(context.pools.sae)} prompts of the pool `sae`, "
+                "and the autoencoder needs two, one to fit and one to measure it; enlarge pools.sae, or use "
+                "method.activation.refused_only=false"
+            )
+    return prompts
 
 
 def response_tokens(positions: str) -> int:

@@ -60,9 +60,25 @@ NEUTRAL: dict[str, Any] = {
     "method.weight.prefill": None,
     "method.weight.anchor_sources": [],
     "method.activation.space": "sae",
+    "method.activation.refused_only": False,
+    "method.retain_states": "blocks",
+    "method.first_step": 0,
+    "method.empty_instructions": 0.0,
+    "method.unit": "token",
+    "method.lora_scaling": True,
+    "method.scaling": None,
+    "method.task_inputs": "aligned",
+    "method.answers_only": False,
 }
 """A key at its neutral value is left out of the identity (of a run, or of an evaluation), so that a new option orphans
 no finished run."""
+
+UNREAD_WITHOUT = {
+    "method.lora_scaling": lambda flat: flat.get("model.lora") is not None or "model.lora.r" in flat,
+    "method.activation.refused_only": lambda flat: flat.get("method.activation.space", "sae") == "sae",
+}
+"""Keys that determine a run's weights only under a condition on the others, which is asked of the flat mapping;
+elsewhere they are left out of the identity."""
 
 TINY_ORIGIN = (
     "34a0e25352e05fe5d428429c6fd636fbace566a0cce5391ceaaf81b6d44ce6bf",
@@ -109,6 +125,7 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
         key: canonical(by_content(value) if key == "model.base" else value)
         for key, value in sorted(flat.items())
         if key not in NOT_IDENTITY
+        and UNREAD_WITHOUT.get(key, bool)(flat)
         # `model.sae` is resolved under the method that uses it, `model.shape` only serves estimates of cost,
         # `task.aliases` only scoring, and LAYOUT only says how work is shared
         and not key.startswith(("model.sae.", "model.shape.", "task.aliases.", *LAYOUT))

@@ -37,7 +37,7 @@ from cwac.constraints.nullspace import (
     second_moments,
 )
 from cwac.constraints.settings import Activation, Weight
-from cwac.constraints.weight import anchor_bases, anchor_prompts
+from cwac.constraints.weight import anchor_bases, anchor_prompts, anchors_used
 from cwac.core.cache import digest, load_or_build
 from cwac.core.checks import check
 from cwac.core.errors import UsageError, UserError
@@ -108,7 +108,7 @@ class NullSpace(Method):
             raise UsageError(
                 f"method={self.name} brings its own adapter, and the model has one already; leave model.lora out"
             )
-        self._n_anchors = len(anchor_prompts(context.pools, self._weight))
+        anchor_prompts(context.pools, self._weight)  # its errors come before training
         if self.basis in ("rows", "gradient"):
             self._rows = rng.sample(train, min(self.n_rows, len(train)))
         elif self.basis == "benign":
@@ -119,6 +119,7 @@ class NullSpace(Method):
         if self._coupled is not None:
             self._coupled.setup(model, context)
         self._context = context
+        self._n_anchors = anchors_used(model, context, self._weight)
         modules = linears(model, self._weight.modules, self._weight.layers, "method.modules")
         rows = encoded(context, self._rows)
         key = {

@@ -46,7 +46,7 @@ class Replay(Method):
     """Length at which a refusal is cut; one that ends earlier is replayed with its end."""
 
     def extra_data(self) -> dict[str, int]:
-        return {"harmful_prompts": len(self._prompts)}  # the refusals are the model's own, as with CWAC's anchors
+        return {"harmful_prompts": len(self._rows)}  # the refusals are the model's own, as with CWAC's anchors
 
     def __post_init__(self):
         known = not isinstance(self.pools, str) and self.pools and set(self.pools) <= set(POOLS)
