@@ -276,7 +276,6 @@ UNREAD = {
 
 
 LATE = (
-    "refuses none of the anchor prompts",
     "protects every direction of every input",
     "none of the preserved latents fires",
 )

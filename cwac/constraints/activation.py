@@ -6,6 +6,8 @@ Deviations: see `cwac/constraints/sae/__init__.py` and `cwac/methods/cwac.py`.
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -15,7 +17,13 @@ from cwac.constraints.settings import Activation
 from cwac.core.cache import load_or_build
 from cwac.core.errors import UserError
 from cwac.data.examples import Example
+from cwac.data.web_text import documents, web_rows
 from cwac.models.context import Context, artifact_key
+
+HELD_OUT = 10_000
+"""Tokens of a corpus that measure the autoencoder, at most a fifth of its rows (ours)."""
+RANKED = 500_000
+"""Tokens that a corpus is read for where latents are ranked: enough for firing rates (ours)."""
 
 
 def ranked_latents(model: nn.Module, context: Context, activation: Activation) -> tuple[Any, Any, dict, dict]:
@@ -28,15 +36,10 @@ def ranked_latents(model: nn.Module, context: Context, activation: Activation) -
     import pandas as pd
 
     from cwac.constraints.sae.autoencoder import RoutedSAE
-    from cwac.constraints.sae.fit import SAEConfig, fit_sae, quality
+    from cwac.constraints.sae.fit import fit_sae, quality
     from cwac.constraints.sae.ranking import rank_latents
 
-    try:
-        config = SAEConfig(**{**activation.sae, "seed": 0})
-    except TypeError as error:
-        raise UserError(
-            f"method.activation.sae: {error}; see cwac.constraints.sae.fit.SAEConfig for its fields"
-        ) from error
+    config = sae_config(activation)
     pools = context.pools
 
     def encode(examples, responses=False):
@@ -45,14 +48,12 @@ def ranked_latents(model: nn.Module, context: Context, activation: Activation) -
     prompts = sae_prompts(model, context, activation)
     n_held_out = max(1, len(prompts) // 5)  # kept out of the fit for the quality report
     harmful, held_out_harmful = encode(prompts[n_held_out:]), encode(prompts[:n_held_out])
-    n_benign = max(1, len(pools.benign) // 5)
-    general = encode(pools.benign[n_benign:], responses=True)
-    held_out_general = encode(pools.benign[:n_benign], responses=True)
     key = {**artifact_key(context), "sae": config.key()}
     if activation.refused_only:
         key["prompts"] = "refused"
 
     def build(folder):
+        held_out_general, general = general_rows(context, config, config.tokens)
         sae, fitted = fit_sae(model, general, harmful, config)
         sae.save(folder)
         measured = quality(model, sae, held_out_general, held_out_harmful)
@@ -63,6 +64,7 @@ def ranked_latents(model: nn.Module, context: Context, activation: Activation) -
     report = json.loads((folder / "quality.json").read_text())
 
     def build_ranking(out):
+        general = general_rows(context, config, RANKED)[1]
         table = rank_latents(
             model,
             sae,
@@ -70,13 +72,28 @@ def ranked_latents(model: nn.Module, context: Context, activation: Activation) -
             encode(pools.benign),
             n=activation.n_latents,
             method=activation.ranking,
-            general_rows=general,
+            general_rows=general[:],
         )
         table.to_csv(out / "latents.csv", index=False)
 
     ranking_key = {**key, "rank": activation.ranking, "n": activation.n_latents}
     ranking = load_or_build(context.artifacts, "latents", ranking_key, build_ranking)
     return sae, pd.read_csv(ranking / "latents.csv"), report, ranking_key
+
+
+def sae_config(activation: Activation) -> Any:
+    """The `SAEConfig` of the settings. Raises UserError for an unknown field, a wrong value or an unread corpus."""
+    from cwac.constraints.sae.fit import SAEConfig
+
+    try:
+        config = SAEConfig(**{**activation.sae, "seed": 0})
+    except TypeError as error:
+        raise UserError(
+            f"method.activation.sae: {error}; see cwac.constraints.sae.fit.SAEConfig for its fields"
+        ) from error
+    if config.corpus is not None:
+        next(documents(config.corpus, config.corpus_text, config.corpus_config), None)
+    return config
 
 
 def sae_prompts(model: nn.Module, context: Context, activation: Activation) -> list[Example]:
@@ -94,6 +111,25 @@ def sae_prompts(model: nn.Module, context: Context, activation: Activation) -> l
                 "method.activation.refused_only=false"
             )
     return prompts
+
+
+def general_rows(context: Context, config: Any, tokens: int) -> tuple[Sequence[dict], Sequence[dict]]:
+    """The autoencoder's general text as encoded rows: those held out for its measurement, and those it is fitted on.
+
+    Without `config.corpus`, the pool `benign`: harmless instructions with their answers (ours; the paper, section 4.1,
+    has OpenWebText2). Of a corpus, enough for an autoencoder that is trained on so many `tokens`, less its harmful
+    share and what it does not cache. config: an `SAEConfig`.
+    """
+    if config.corpus is None:
+        rows = encode_prompts(context, context.pools.benign, responses=True)
+        n = max(1, len(rows) // 5)
+        return rows[:n], rows[n:]
+    wanted = tokens if config.cached_tokens is None else min(tokens, config.cached_tokens)
+    wanted = HELD_OUT + int((1 - config.harmful_share) * wanted)
+    settings = (config.corpus, wanted, context.max_length, config.corpus_text, config.corpus_config)
+    rows = web_rows(context.tokenizer, *settings)
+    ends = bisect_left(rows.ends, HELD_OUT)
+    return rows.split(max(1, min(ends, len(rows) // 5)))
 
 
 def response_tokens(positions: str) -> int:

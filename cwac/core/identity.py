@@ -24,6 +24,7 @@ its own."""
 NOT_IDENTITY = {
     "_target_",
     "method.fold",
+    "method.activation.sae.max_repeats",
     "train.logging_steps",
     "train.save_steps",
     "train.save_total_limit",
@@ -61,6 +62,10 @@ NEUTRAL: dict[str, Any] = {
     "method.weight.anchor_sources": [],
     "method.activation.space": "sae",
     "method.activation.refused_only": False,
+    "method.activation.sae.schedule": "ours",
+    "method.activation.sae.corpus": None,
+    "method.activation.sae.corpus_text": "text",
+    "method.activation.sae.corpus_config": None,
     "method.retain_states": "blocks",
     "method.first_step": 0,
     "method.empty_instructions": 0.0,
@@ -122,7 +127,7 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
         for key in ("model.path", "model.hub_id", "model.revision", "model.kind"):
             flat.pop(key, None)
     return {
-        key: canonical(by_content(value) if key == "model.base" else value)
+        key: canonical(CONTENT.get(key, lambda name: name)(value))
         for key, value in sorted(flat.items())
         if key not in NOT_IDENTITY
         and UNREAD_WITHOUT.get(key, bool)(flat)
@@ -208,6 +213,21 @@ def by_content(name: Any) -> Any:
     """The content hash of a model if `name` is the path of its folder; any other value, such as a hub id, as it is."""
     folder = Path(name).expanduser() if isinstance(name, str) and name else None
     return folder_content(folder) if folder is not None and folder.is_dir() else name
+
+
+def text_content(name: str) -> str:
+    """What identifies a corpus of text: the content of a file or of the files below a folder; a hub id as it is."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return content(*sorted(p for p in path.rglob("*") if p.is_file()))
+    return content(path) if path.is_file() else name
+
+
+CONTENT = {
+    "model.base": by_content,
+    "method.activation.sae.corpus": lambda name: None if name is None else text_content(name),
+}
+"""Keys whose value may be a path on this machine, which then counts by its content."""
 
 
 def short_hash(mapping: dict, length: int = 8) -> str:

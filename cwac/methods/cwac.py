@@ -32,7 +32,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from cwac.constraints.activation import ranked_latents, response_tokens, sae_prompts
+from cwac.constraints.activation import ranked_latents, response_tokens, sae_config, sae_prompts
 from cwac.constraints.anchors import anchor_rows
 from cwac.constraints.settings import Activation, Weight
 from cwac.constraints.subspace import Basis, Constraint
@@ -100,6 +100,9 @@ class CWAC(Method):
         if self.activation is not None:
             n, available = self.activation.n_prompts, len(pools.step)
             check(n <= available, "activation.n_prompts", n, f"the pool has {available}: give at most that")
+            if self.activation.space == "sae":
+                sae_config(self.activation)
+        self._check_anchors(context.loaded.model, context)
         return train
 
     def setup(self, model: nn.Module, context: Context) -> None:
@@ -112,14 +115,18 @@ class CWAC(Method):
             self._setup_weight(model, context)
 
     def _check_cheaply(self, model: nn.Module, context: Context) -> None:
-        """Refuse before the hours of an autoencoder what a few answers of the aligned model tell; they are cached.
+        if self.weight is not None:
+            constrained(model, self.weight)
+            self._refuse_refresh_of_an_adapter(model)
+        self._check_anchors(model, context)
+
+    def _check_anchors(self, model: nn.Module, context: Context) -> None:
+        """Refuse before anything is written what a few answers of the aligned model tell; they are cached.
 
         Counts the prompts that are used on the way: of the anchors, those that the model refuses.
         """
         pools, harmful, harmless = context.pools, 0, 0
         if self.weight is not None:
-            constrained(model, self.weight)
-            self._refuse_refresh_of_an_adapter(model)
             harmful += anchors_used(model, context, self.weight)
         if self.activation is not None:
             n = response_tokens(self.activation.positions)

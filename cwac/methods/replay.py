@@ -65,6 +65,7 @@ class Replay(Method):
                 f"{len(prompts)}; change method.budget or method.pools, or enlarge the pools (pools.*)"
             )
         self._prompts = prompts if self.budget is None else rng.sample(prompts, self.budget)
+        anchor_rows(context.loaded.model, context, self._prompts, self.response_tokens)  # refuses before writing
         return train
 
     def setup(self, model: nn.Module, context: Context) -> None:

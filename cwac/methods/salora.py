@@ -121,14 +121,18 @@ class SaLoRA(Method):
                 f"method.safety_rank={self.safety_rank} leaves an adapted layer of {narrow} outputs nothing to learn; "
                 "lower it"
             )
+        self._anchors(model, context)  # its errors come before anything is written
         self._task = rng.sample(train, min(self.n_task, len(train)))
         return train
+
+    def _anchors(self, model: nn.Module, context: Context) -> list[dict]:
+        return anchor_rows(model, context, context.pools.anchors[: self.n_prompts], self.response_tokens)
 
     def setup(self, model: nn.Module, context: Context) -> None:
         if self.scaling is not None:
             set_scaling_(model, self.scaling)
         adapted = adapted_layers(model, self.modules)
-        harmful = anchor_rows(model, context, context.pools.anchors[: self.n_prompts], self.response_tokens)
+        harmful = self._anchors(model, context)
         self._n_harmful = len(harmful)
         safe = leading_outputs(model, harmful, adapted, self.safety_rank, self.answers_only)
         self._energy = min(energy for _, energy in safe.values())
