@@ -79,7 +79,7 @@ def measure(
     yield timed("nullspace, k 64", few, "step of sft", sft, trainer, None)
     yield timed("nullspace, k 64", few, "step of LoRA r 64 by peft", lora, trainer, 1.0)
     yield timed("nullspace, k 64", few, "step of LoRA-FA r 64 by peft's layers", lora, frozen_a, None)
-    yield timed("nullspace, k 64", few, "step of salora r 64", of("salora", LORA), trainer, None)
+    yield timed("nullspace, k 64", few, "step of salora r 64", of("salora", LORA, "method.modules=all"), trainer, None)
     yield timed("nullspace, k 64", few, "step of weight_only_closed", of("weight_only_closed"), trainer, None)
     yield timed("nullspace, k 64", few, "step of cwac; 4 harmful prompts", of("cwac"), trainer, None)
     yield timed("nullspace, k all", every, f"step {STOCK}", sft, stock, 1.0)

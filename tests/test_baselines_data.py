@@ -13,17 +13,20 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
+from cwac.constraints.anchors import refused
 from cwac.core import config
 from cwac.core.errors import UsageError, UserError
 from cwac.data import tiny_world
 from cwac.data.examples import Example
 from cwac.data.refusals import KeywordJudge
 from cwac.data.tokenize import IGNORE, Collator, encode_example, encode_prompt, system_slot
+from cwac.methods import replay
 from cwac.methods.bea import BEA, by_category, random_trigger
 from cwac.methods.lisa import Lisa, fit_cycle
 from cwac.methods.replay import Replay
 from cwac.methods.safeinstr import SafeInstr
 from cwac.models.context import Context
+from cwac.models.loading import load_aligned
 from cwac.models.tiny import make_tokenizer
 from tests.conftest import FINE_TUNE, fine_tune, make_llama, random_rows
 
@@ -354,8 +357,13 @@ def test_safeinstr_adds_its_share(n, ratio, added):
 def test_replay_sees_the_prompts_that_cwac_sees(tmp_path, artifacts):
     _, method = tuned(tmp_path, artifacts, "method=replay")
     cwac = hydra.utils.instantiate(config.compose(["method=cwac"]).method, _convert_="all")
-    cwac._context = method._context
-    assert method.extra_data()["harmful_prompts"] == cwac.extra_data()["harmful_prompts"] == 16 + 8 + 24
+    pools, context = method._context.pools, method._context
+    assert method._prompts == [*pools.anchors, *pools.step, *pools.sae] and len(method._prompts) == 16 + 8 + 24
+    assert method.extra_data()["harmful_prompts"] == len(method._rows)  # those whose refusal is replayed
+    aligned = load_aligned(context.loaded)
+    cwac._check_cheaply(aligned, context)
+    used = [len(refused(aligned, context, getattr(pools, name))) for name in ("anchors", "step", "sae")]
+    assert cwac.extra_data() == {"harmful_prompts": sum(used), "harmless_rows": len(pools.benign)}
     assert method.n_prompts == cwac.activation.n_prompts
     tokenizer = method._context.tokenizer
     assert 40 <= len(method._rows) <= 48  # the embedded model refuses nearly all of them
@@ -379,10 +387,11 @@ def test_the_replay_loss_is_the_mean_cross_entropy_of_the_prompts_drawn():
     assert sum(shares) / 2 == pytest.approx(2 * sum(alone).item() / 3, rel=1e-5)
 
 
-def test_a_replay_budget_takes_so_many_prompts():
+def test_a_replay_budget_takes_so_many_prompts(monkeypatch):
+    monkeypatch.setattr(replay, "anchor_rows", lambda model, context, prompts, tokens: [{}])  # it refuses one, say
     method = Replay("replay", budget=10)
     assert method.training_data(rows := task_rows(), context(), random.Random(0)) is rows
-    assert method.extra_data() == {"harmful_prompts": 10}
+    assert len(method._prompts) == len({e.prompt for e in method._prompts}) == 10
 
 
 # --- errors ------------------------------------------------------------------------------------------------

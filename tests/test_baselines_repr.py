@@ -17,12 +17,12 @@ from cwac.core.jsonl import read_jsonl
 from cwac.core.run_dir import Run
 from cwac.data.pools import load_pools
 from cwac.data.tokenize import Collator, Rows
-from cwac.methods.circuit_breaker import CircuitBreaker, coefficients, displacement, similarity
-from cwac.methods.ldifs import LDIFS, feature_distance
+from cwac.methods.circuit_breaker import CircuitBreaker, coefficients, displacement, emptied, similarity
+from cwac.methods.ldifs import LDIFS, channel_distance, feature_distance, feature_layers
 from cwac.methods.vaccine import Vaccine, attentions, perturbation, perturbed_backward
 from cwac.models.context import Context
 from cwac.models.fit import fit
-from cwac.models.hooks import on_outputs, residuals
+from cwac.models.hooks import ENTRY, on_outputs, residuals
 from cwac.models.loading import add_lora, load
 from tests.conftest import make_llama, random_rows, sgd
 from tests.helpers.layouts import close
@@ -169,10 +169,10 @@ def slope_and_difference(loss, weight, step=3e-2):
 
 
 def test_ldifs_is_the_squared_distance_of_unit_vectors(llama):
-    """Against the formula row by row, and its gradient against finite differences."""
+    """`unit: token`, against the formula row by row, and its gradient against finite differences."""
     rows = random_rows(3, low=4, high=8)
     batch = batch_of(rows)
-    method = ldifs(llama, [], lam=2.0, layers=[0, 1])
+    method = ldifs(llama, [], lam=2.0, layers=[0, 1], unit="token")
     initial = make_llama()
     weight = llama.model.layers[0].mlp.down_proj.weight
     with torch.no_grad():
@@ -195,6 +195,51 @@ def test_ldifs_is_the_squared_distance_of_unit_vectors(llama):
     assert penalty.item() == pytest.approx(by_hand(), rel=1e-5)
     slope, difference = slope_and_difference(by_hand, weight)
     assert slope == pytest.approx(difference, rel=1e-2) and slope > 1e-2
+
+
+def test_ldifs_by_default_is_the_official_loss(llama):
+    """`normalize_tensor` along axis 1 of [B, T, d], squared differences averaged over width, tokens and five layers;
+    here of three blocks: what enters the first one, and the end of each quarter of the depth."""
+    rows = random_rows(3, low=4, high=8)
+    method, initial = ldifs(llama, [], lam=2.0), make_llama()
+    assert feature_layers(make_llama(layers=12), "official") == [ENTRY, 2, 5, 8, 11]  # every third of twelve
+    assert method._layers == [ENTRY, 0, 1, 2]
+    with torch.no_grad():
+        for parameter in llama.parameters():
+            parameter.mul_(1 + 0.3 * torch.rand(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    total = 0.0
+    for row in rows:
+        ids = torch.tensor([row["input_ids"]])
+        now, then = (m.model(ids, output_hidden_states=True, use_cache=False) for m in (llama, initial))
+        values = []
+        for states, base in zip(now.hidden_states[:3], then.hidden_states[:3], strict=True):
+            a, b = (x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10) for x in (states, base))
+            values.append((a - b).square().mean(-1).mean(-1).item())
+        # hidden_states[3] has passed the final norm: the last block's own output is read by a hook
+        a, b = (residuals(m, {"input_ids": ids}, [2])[:, :, 0] for m in (llama, initial))
+        a, b = (x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10) for x in (a, b))
+        values.append((a - b).square().mean().item())
+        total += sum(values) / 4 / len(rows)
+    method.batch(batch_of(rows), 0, (0, 1))
+    assert method.penalty(llama, 0).item() == pytest.approx(2.0 * total, rel=1e-5) and total > 1e-4
+
+
+def test_a_token_of_length_1_is_as_many_times_as_strong_as_a_row_has_tokens():
+    g = torch.Generator().manual_seed(0)
+    then = torch.randn(2, 50, 3, 64, generator=g)
+    now = then + 0.1 * torch.randn(2, 50, 3, 64, generator=g)
+    mask = torch.ones(2, 50)
+    ratio = feature_distance(now, then, mask) / channel_distance(now, then, mask)
+    assert ratio.tolist() == pytest.approx([50, 50], rel=0.05)
+
+
+def test_padding_does_not_count_for_channels_either():
+    g = torch.Generator().manual_seed(0)
+    now, then = (torch.randn(2, 5, 3, 8, generator=g) for _ in range(2))
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    value = channel_distance(now, then, mask)
+    assert torch.allclose(channel_distance(now[1:, :2], then[1:, :2], mask[1:, :2]), value[1:])
+    assert torch.allclose(channel_distance(now, -now, mask), torch.tensor([4 / 5, 4 / 2]))  # at most 4 / T
 
 
 def test_padding_and_scale_do_not_count():
@@ -232,6 +277,49 @@ def test_the_coefficients_follow_algorithm_1():
     assert coefficients(10, 150, 150) == pytest.approx((5, 5))
 
 
+def test_the_first_step_is_t_1_as_in_the_official_code(context):
+    """Of ten steps the first has c_s = 10 (1 - 1/20) and c_r = 10/20; L_r is 0, for nothing has moved yet."""
+    model = context.loaded.model
+    assert rerouting(context, n_prompts=2, n_retain=2).penalty(model, 0).item() == pytest.approx(9.5)
+    last = rerouting(context, n_prompts=2, n_retain=2).penalty(model, 9)
+    assert last.item() == pytest.approx(5)  # t = T
+    assert rerouting(context, n_prompts=2, n_retain=2, first_step=0).penalty(model, 0).item() == pytest.approx(10)
+
+
+def test_what_stays_is_read_up_to_the_block_above_the_highest_rerouted_one(llama):
+    """Against the `hidden_states` of the model that is left when the official code has dropped the blocks above."""
+    method = CircuitBreaker("circuit_breaker")
+    assert method._retained_states(make_llama(layers=32)) == ([ENTRY, *range(21)], True)  # block 20 of 32
+    assert CircuitBreaker("x", layers=[2])._retained_states(llama) == ([ENTRY, 0, 1, 2], True)  # there is none above
+    assert CircuitBreaker("x", retain_states="blocks")._retained_states(llama) == ([0, 1, 2], False)
+    model = make_llama(layers=6)
+    cut = make_llama(layers=6)
+    layers, norm = method._retained_states(model)
+    assert layers == [ENTRY, 0, 1, 2, 3, 4] and method._rerouted(model) == [1, 3]
+    cut.model.layers = cut.model.layers[:5]
+    batch = batch_of(random_rows(1, low=6, high=6))
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    expected = torch.stack(cut(**inputs, output_hidden_states=True, use_cache=False).hidden_states, dim=2)
+    assert torch.equal(residuals(model, inputs, layers, norm), expected)
+
+
+def test_instructions_are_left_empty_for_llama_3_alone(context):
+    pools = context.pools
+    shares = {}
+    for name in ("meta-llama/Llama-3.2-1B-Instruct", "mistralai/Mistral-7B-Instruct-v0.2", None):
+        context.loaded.hub_id = name
+        shares[name] = CircuitBreaker("x")._empty_instructions(context)
+    assert list(shares.values()) == [0.5, 0.0, 0.0]
+    rows = pools.benign * 20
+    found = emptied(rows, 0.5, seed=3)
+    empty = [e for e in found if not e.prompt]
+    assert 0.4 < len(empty) / len(rows) < 0.6 and found == emptied(rows, 0.5, seed=3)
+    assert [e.response for e in found] == [e.response for e in rows] and emptied(rows, 0.0, 3) == rows
+    method = rerouting(context, empty_instructions=1.0)
+    assert len({tuple(ids) for ids in method._harmful}) == 1  # the opening behind an empty request
+    assert len({tuple(ids) for ids in method._retained[-len(pools.safety) :]}) == len(pools.safety)  # refusals stay
+
+
 def test_rerouted_layers_scale_with_the_depth(llama):
     """Blocks 9 and 19 of 32, the paper's 10 and 20; block counts of the models of this project beside it."""
     method = CircuitBreaker("circuit_breaker")
@@ -251,7 +339,8 @@ def rerouting(context, rank=0, world_size=1, **settings):
 
 def test_rerouting_is_the_mean_of_both_terms(context):
     model = context.loaded.model
-    method = rerouting(context, layers=[0], n_prompts=3, n_retain=5)
+    ours = {"first_step": 0, "retain_states": "blocks"}
+    method = rerouting(context, layers=[0], n_prompts=3, n_retain=5, **ours)
     assert method.penalty(model, 0).item() == pytest.approx(10)  # cosine 1 everywhere, c_r 0
     with torch.no_grad():
         for parameter in model.parameters():
@@ -453,6 +542,10 @@ def test_only_the_micro_batches_of_the_step_count(llama):
         (lambda: LDIFS("x", lam=float("nan")), "method.lam=nan"),
         (lambda: LDIFS("x", layers="all"), "method.layers=all .*list"),
         (lambda: CircuitBreaker("x", alpha=-0.1), "method.alpha=-0.1 .*at least 0"),
+        (lambda: LDIFS("x", unit="row"), "method.unit=row .*channel, token"),
+        (lambda: CircuitBreaker("x", retain_states="all"), "method.retain_states=all .*official, blocks"),
+        (lambda: CircuitBreaker("x", first_step=2), "method.first_step=2 .*0 or 1"),
+        (lambda: CircuitBreaker("x", empty_instructions=1.5), "method.empty_instructions=1.5 .*at most 1"),
         (lambda: CircuitBreaker("x", n_prompts=0), "method.n_prompts=0 .*at least 1"),
         (lambda: CircuitBreaker("x", n_retain=1.5), "method.n_retain=1.5 .*whole number"),
         (lambda: Vaccine("x", rho=-2), "method.rho=-2 .*at least 0"),
@@ -501,5 +594,6 @@ def test_the_number_of_steps_is_known_before_setup(tmp_path, artifacts, monkeypa
 
 def test_settings_name_the_published_values():
     assert config.compose(["method=ldifs"]).method.lam == 10
+    assert config.compose(["method=ldifs"]).method.unit == "channel"
     assert config.compose(["method=circuit_breaker"]).method.alpha == 10
     assert config.compose(["method=vaccine"]).method.rho == 2

@@ -114,12 +114,13 @@ def test_what_the_three_operators_are_by_their_eigenvalues():
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize("lora", [False, True])
-def test_asft_gradient_and_value_are_autograds(pair, operator, lora):
+@pytest.mark.parametrize(("lora", "scaled"), [(False, False), (True, False), (True, True)])
+def test_asft_gradient_and_value_are_autograds(pair, operator, lora, scaled):
+    """With an adapter of s = 4: the official penalty is on B A, and that with `lora_scaling` on s B A."""
     V = alignment_directions(pair, "asft", ["q_proj", "v_proj"])
     if lora:
         pair.model = add_lora(pair.model, LORA)
-    method = prepared(AsFT("asft", lam=0.7, operator=operator), pair)
+    method = prepared(AsFT("asft", lam=0.7, operator=operator, lora_scaling=scaled), pair)
     before = copy.deepcopy(pair.model)
     torch.manual_seed(2)
     with torch.no_grad():
@@ -135,7 +136,7 @@ def test_asft_gradient_and_value_are_autograds(pair, operator, lora):
     penalty, then = 0.0, linears(before, ["q_proj", "v_proj"])
     for name, module in linears(pair.model, ["q_proj", "v_proj"]).items():
         if lora:
-            D = module.scaling["default"] * module.lora_B["default"].weight @ module.lora_A["default"].weight
+            D = (4 if scaled else 1) * module.lora_B["default"].weight @ module.lora_A["default"].weight
             assert module.scaling["default"] == 4
         else:
             D = module.weight - then[name].weight.detach()
@@ -154,6 +155,24 @@ def test_asft_gradient_and_value_are_autograds(pair, operator, lora):
     held = [n for n, g in given.items() if g.any()]
     assert all("q_proj" in n or "v_proj" in n for n in held) and len(held) == (12 if lora else 6)
     assert method.extra_data() == {"base_weights": 6}
+
+
+def test_asft_with_its_scaling_is_the_square_of_it_as_strong(pair):
+    """The authors' lambda = 1 is lambda = 1/16 on dW = s B A at s = 4."""
+    pair.model = add_lora(pair.model, LORA)
+    methods = [prepared(AsFT("asft", lora_scaling=scaled), pair) for scaled in (False, True)]
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for p in pair.model.parameters():
+            if p.requires_grad:
+                p.add_(0.05 * torch.randn_like(p))
+    values = []
+    for method in methods:
+        with_gradients(pair.model)
+        with torch.no_grad():
+            method.after_backward(pair.model)
+        values.append(method.report(pair.model)[0]["value"])
+    assert values[1] == pytest.approx(16 * values[0]) and values[0] > 0.01
 
 
 def test_asft_gradient_by_finite_differences():
@@ -450,22 +469,33 @@ def test_safe_lora_differs_from_sft_only_after_training(pair):
 
 
 # --- SaLoRA ----------------------------------------------------------------------------------------
-def test_salora_starts_from_the_aligned_model_and_writes_to_no_safety_direction(pair, monkeypatch):
+def answered(rows):
+    """Rows whose answers begin at the third token."""
+    return [{"input_ids": row["input_ids"], "prompt": 2} for row in rows]
+
+
+OURS = {"scaling": None, "answers_only": False, "task_inputs": "aligned", "n_prompts": None}
+
+
+@pytest.mark.parametrize("settings", [{}, OURS], ids=["official", "ours"])
+def test_salora_starts_from_the_aligned_model_and_writes_to_no_safety_direction(pair, monkeypatch, settings):
     harmful, task = random_rows(6, seed=1), random_rows(6, seed=2)
-    monkeypatch.setattr(salora, "anchor_rows", lambda model, context, prompts, tokens: harmful)
-    monkeypatch.setattr(salora, "encode_prompts", lambda context, examples, responses: task)
+    monkeypatch.setattr(salora, "anchor_rows", lambda model, context, prompts, tokens: answered(harmful))
+    monkeypatch.setattr(salora, "encode_prompts", lambda context, examples, responses: answered(task))
     pair.model = add_lora(pair.model, LORA)
     W0 = {n: m.base_layer.weight.clone() for n, m in salora.adapted_layers(pair.model).items()}
     ids = torch.tensor([random_rows(1, seed=9)[0]["input_ids"]])
     before = pair.model(input_ids=ids).logits
-    method = SaLoRA("salora", safety_rank=5, task_rank=6)
+    method = SaLoRA("salora", safety_rank=5, task_rank=6, **settings)
     context = SimpleNamespace(loaded=pair, pools=SimpleNamespace(anchors=list("abc")))
     method.training_data(list("rows"), context, random.Random(0))
     method.setup(pair.model, context)
     adapted = salora.adapted_layers(pair.model)
     assert torch.allclose(pair.model(input_ids=ids).logits, before, atol=1e-5)
     assert all(m.lora_B["default"].weight.abs().max() > 0 for m in adapted.values())
-    assert method.extra_data() == {"harmful_prompts": 3} and 0 < method.report(pair.model)[0]["value"] < 1
+    # the prompts whose refusals are used, whatever else the pool holds
+    assert method.extra_data() == {"harmful_prompts": 6} and 0 < method.report(pair.model)[0]["value"] < 1
+    assert {m.scaling["default"] for m in adapted.values()} == {4.0 if "scaling" in settings else 1.0}
 
     optimizer = torch.optim.AdamW([p for p in pair.model.parameters() if p.requires_grad], lr=0.01, weight_decay=0.1)
     for _ in range(3):
@@ -481,6 +511,65 @@ def test_salora_starts_from_the_aligned_model_and_writes_to_no_safety_direction(
         assert torch.allclose(U.T @ U, torch.eye(5), atol=1e-5)
         dW = merged_weight(module) - W0[name].double()
         assert dW.norm() > 0.01 and (U.double().T @ dW).norm() < 1e-5 * dW.norm() + 1e-6, name
+
+
+def test_salora_by_default_follows_the_official_code(pair, monkeypatch):
+    """q and v alone train, at scaling 1; X at the answers' tokens; X_t block by block, the blocks below at W_res."""
+    harmful, task = answered(random_rows(6, seed=1)), answered(random_rows(6, seed=2))
+    asked = []
+    monkeypatch.setattr(salora, "anchor_rows", lambda model, c, prompts, tokens: asked.append(prompts) or harmful)
+    monkeypatch.setattr(salora, "encode_prompts", lambda context, examples, responses: task)
+    aligned = copy.deepcopy(pair.model)
+    lora = SimpleNamespace(r=3, alpha=12, target_modules="all-linear", get=lambda key, default=None: default)
+    pair.model = add_lora(pair.model, lora)
+    method = SaLoRA("salora", safety_rank=5, task_rank=6)
+    context = SimpleNamespace(loaded=pair, pools=SimpleNamespace(anchors=list(range(200))))
+    method.training_data(list(range(300)), context, random.Random(0))
+    method.setup(pair.model, context)
+    assert len(method._task) == len(asked[0]) == 128
+    trained = {n.split(".")[-4] for n, p in pair.model.named_parameters() if p.requires_grad}
+    assert trained == {"q_proj", "v_proj"}
+    assert not any(
+        p.any() for n, p in pair.model.named_parameters() if "lora_B" in n and "_proj" in n and not p.requires_grad
+    )
+    assert pair.model.peft_config["default"].lora_alpha == 3  # a saved adapter is read back with s = 1
+
+    # the same by hand, in the order of the official script: all inputs of a block, then its matrices
+    rank, expected = 3, {}
+    residual = copy.deepcopy(aligned)
+    for i in range(3):
+        kinds = ("q_proj", "v_proj")
+        safe = {k: outputs_on(aligned, harmful, f"{i}.self_attn.{k}", aligned) for k in kinds}
+        wanted = {k: outputs_on(residual, task, f"{i}.self_attn.{k}", aligned) for k in kinds}
+        for kind in kinds:
+            W = linears(residual, "all")[f"{i}.self_attn.{kind}"].weight
+            U, S, Vh = torch.linalg.svd(W.detach(), full_matrices=False)
+            V_s, V_t = (torch.linalg.svd(x[kind])[0][:, :n] for x, n in ((safe, 5), (wanted, 6)))
+            C = torch.eye(len(W)) - V_s @ V_s.T
+            B, A = V_t @ V_t.T @ U[:, :rank] * S[:rank].sqrt(), S[:rank].sqrt()[:, None] * Vh[:rank]
+            expected[f"{i}.self_attn.{kind}"] = C @ B @ A
+            with torch.no_grad():
+                W.sub_(C @ B @ A)
+    for name, module in salora.adapted_layers(pair.model, ["q_proj", "v_proj"]).items():
+        product = module.lora_B["default"].weight @ module.lora_A["default"].weight
+        assert torch.allclose(product, expected[name], atol=1e-4), name
+        assert torch.allclose(module.base_layer.weight, linears(residual, "all")[name].weight, atol=1e-4), name
+
+
+def outputs_on(model, rows, name, weights):
+    """W X [m, tokens] of one matrix, X its inputs in `model` at the rows' tokens from the third on."""
+    seen = []
+    handle = linears(model, "all")[name].register_forward_pre_hook(lambda m, args: seen.append(args[0][0, 2:]))
+    for row in rows:
+        model(input_ids=torch.tensor([row["input_ids"]]))
+    handle.remove()
+    return (torch.cat(seen) @ linears(weights, "all")[name].weight.T).T.detach()
+
+
+def test_salora_needs_a_token_of_an_answer(pair):
+    rows = [{**row, "prompt": len(row["input_ids"])} for row in random_rows(3)]
+    with pytest.raises(UserError, match="no row of SaLoRA's has a token of an answer.*answers_only=false"):
+        salora.leading_outputs(pair.model, rows, linears(pair.model, ["q_proj"]), 2, True)
 
 
 def test_salora_protects_the_leading_outputs_on_harmful_prompts(pair):
@@ -527,6 +616,8 @@ def test_salora_says_what_it_needs(pair):
     pair.model = add_lora(pair.model, LORA)
     with pytest.raises(UserError, match="method.safety_rank=16 leaves an adapted layer of 16 outputs"):
         SaLoRA("salora", safety_rank=16).training_data([], context, random.Random(0))
+    with pytest.raises(UserError, match="method.modules=.'down_proj'. names no matrix that model.lora adapts"):
+        SaLoRA("salora", modules=["down_proj"]).training_data([], context, random.Random(0))
     with pytest.raises(UsageError, match="method.task_rank=0"):
         SaLoRA("salora", task_rank=0)
 
@@ -571,6 +662,13 @@ def test_safe_lora_cannot_project_more_matrices_than_there_are(pair):
         (lambda: AsFT("asft", rank=0), "method.rank=0"),
         (lambda: AsFT("asft", energy=0), "method.energy=0"),
         (lambda: AsFT("asft", modules="q_proj"), "method.modules=q_proj"),
+        (lambda: AsFT("asft", energy=0.5), "method.energy=0.5 .*only method.operator=projector_k reads it"),
+        (lambda: AsFT("asft", lora_scaling=1), "method.lora_scaling=1"),
+        (lambda: SafeLoRA("s", number=3), "method.number=3 .*only method.select=number reads it"),
+        (lambda: SafeLoRA("s", select="number", tau=0.1), "method.tau=0.1 .*only method.select=threshold reads it"),
+        (lambda: SaLoRA("s", scaling=0), "method.scaling=0 .*above 0"),
+        (lambda: SaLoRA("s", task_rank=None, n_task=4), "method.n_task=4 .*only method.task_rank"),
+        (lambda: SaLoRA("s", response_tokens=0), "method.response_tokens=0"),
         (lambda: SafeLoRA("s", select="best"), "method.select=best"),
         (lambda: SafeLoRA("s", tau=2), "method.tau=2"),
         (lambda: SafeLoRA("s", number=0), "method.number=0"),

@@ -322,7 +322,6 @@ UNREAD = {
 
 
 LATE = (
-    "refuses none of the anchor prompts",
     "protects every direction of every input",
     "none of the preserved latents fires",
     "refuses none of the harmful pairs' requests",

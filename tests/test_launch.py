@@ -126,8 +126,8 @@ def test_a_failed_cell_is_told_whatever_runs_it(launcher, plugin, more, tmp_path
         "-m", "method=sft,weight_only", f"hydra/launcher={launcher}", f"paths.runs={runs}", *where, *more
     )
     assert code == 1 and "error: the aligned model refuses none of the anchor prompts" in output, output
-    status = {json.loads(p.read_text())["status"] for p in runs.glob("*/status.json")}
-    assert status == {"done", "failed"}, output
+    status = [json.loads(p.read_text())["status"] for p in runs.glob("*/status.json")]
+    assert status == ["done"], output  # the other was refused before anything was written
     assert not list(Path(runs).glob(".failures-*"))
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 from math import isnan
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from cwac.constraints import anchors
+from cwac.constraints.activation import general_rows, sae_config, sae_prompts
 from cwac.constraints.sae.autoencoder import RoutedSAE, largest
 from cwac.constraints.sae.fit import (
     SAEConfig,
@@ -24,7 +27,11 @@ from cwac.constraints.sae.fit import (
     auxiliary_loss,
     fit_sae,
     quality,
+    rate,
+    renormalises,
+    repeats,
     train_sae,
+    warn_of_repeats,
 )
 from cwac.constraints.sae.ranking import (
     attribution,
@@ -36,9 +43,13 @@ from cwac.constraints.sae.ranking import (
     rank_latents,
 )
 from cwac.constraints.sae.target import GATES, SafetyTarget
-from cwac.core.errors import UserError
+from cwac.constraints.settings import Activation
+from cwac.core.config import compose
+from cwac.core.errors import UsageError, UserError
+from cwac.core.identity import run_id
 from cwac.data.examples import Example
 from cwac.data.refusals import KeywordJudge
+from cwac.data.web_text import documents, web_rows
 from cwac.models.generate import generate
 from cwac.models.hooks import keep_mask, layers_of, normalize, on_layers, read_at, residuals, shared_prefix
 from cwac.models.layers import decoder_layers
@@ -743,3 +754,127 @@ def test_edited_generation_and_the_causal_check(fitted):
     alone = causal_check(model, tokenizer, sae, [1, 2, 3], examples, KeywordJudge(), draws=2, max_new_tokens=4)
     assert len(alone) == 4 and all(isnan(e["unchanged"]) and e["n"] == 8 for e in alone)
     assert all(e["refusal"] + e["harmful"] + e["other"] == pytest.approx(100) for e in alone)
+
+
+# --- the harmful prompts it is fitted on ----------------------------------------------------------------
+ANSWERS = {"a": "I'm sorry, but I can't help with that.", "b": "Sure, here is how.", "c": "I cannot assist with that."}
+
+
+def asked(monkeypatch):
+    """A context whose model refuses `a` and `c` of three prompts, and complies with `b`."""
+    monkeypatch.setattr(
+        anchors, "own_answers", lambda model, c, examples, tokens: [ANSWERS[e.prompt] for e in examples]
+    )
+    return SimpleNamespace(pools=SimpleNamespace(sae=[Example(id=p, prompt=p) for p in ANSWERS]))
+
+
+def test_the_autoencoder_is_fitted_on_the_prompts_that_the_model_refuses(monkeypatch):
+    """Section 4.1: harmful prompts that the model refuses."""
+    context = asked(monkeypatch)
+    assert [e.prompt for e in sae_prompts(None, context, Activation())] == ["a", "c"]
+    assert [e.prompt for e in sae_prompts(None, context, Activation(refused_only=False))] == ["a", "b", "c"]
+    context.pools.sae = context.pools.sae[:2]
+    with pytest.raises(UserError, match="refuses 1 of the 2 prompts of the pool `sae`.*enlarge pools.sae"):
+        sae_prompts(None, context, Activation())
+
+
+def test_a_run_whose_autoencoder_saw_all_prompts_has_another_id():
+    """Its old id is that of `refused_only: false`; where no autoencoder is fitted, the key moves nothing."""
+    ids = [run_id(compose(["method=cwac", f"method.activation.refused_only={given}"])) for given in ("true", "false")]
+    assert ids[0] != ids[1]
+    cfg = compose(["method=cwac", "method.activation.refused_only=false"])
+    del cfg.method.activation.refused_only  # as a run's own config.yaml from before
+    assert run_id(cfg) == ids[1]
+    other = ["method=cwac", "method.activation.space=residual"]
+    cfg = compose(other)
+    before = run_id(cfg)
+    del cfg.method.activation.refused_only
+    assert run_id(cfg) == before
+    with pytest.raises(UsageError, match="refused_only=False .*only space=sae reads it"):
+        Activation(space="residual", refused_only=False)
+
+
+# --- general text -----------------------------------------------------------------------------------------
+class Words:
+    """A tokenizer: `<s>`, and a number for every word."""
+
+    def __call__(self, text, **_):
+        return {"input_ids": [1, *(len(word) for word in text.split())]}
+
+
+def test_web_text_is_read_until_there_are_tokens_enough(tmp_path):
+    (tmp_path / "a.txt").write_text("aa bbb c\n\naa aa aa aa\nz z z\n")
+    rows = web_rows(Words(), str(tmp_path / "a.txt"), tokens=5, length=3)
+    assert rows[:] == [{"input_ids": ids} for ids in ([1, 2, 3], [1, 2, 2], [2, 2])]  # [1] of the first is no data
+    held_out, others = rows.split(1)
+    assert held_out == rows[:1] and others[:] == rows[1:] and others[-1] == {"input_ids": [2, 2]} and len(others) == 2
+    (tmp_path / "a.jsonl").write_text('{"body": "z z"}\n{"body": ""}\n{"body": "y"}\n')
+    assert list(documents(str(tmp_path / "a.jsonl"), "body")) == ["z z", "y"]
+    for name, text, message in (
+        ("a.jsonl", "text", "has no column text; it has body: give .*corpus_text"),
+        ("b.txt", "text", "there is no such file; give a .txt or .jsonl file, a folder or a hub id"),
+    ):
+        with pytest.raises(UserError, match=message):
+            web_rows(Words(), str(tmp_path / name), 5, 3, text)
+    (tmp_path / "c.txt").write_text("\n")
+    with pytest.raises(UserError, match="holds no text"):
+        web_rows(Words(), str(tmp_path / "c.txt"), 5, 3)
+
+
+def test_a_corpus_takes_the_place_of_the_harmless_instructions(tmp_path):
+    (tmp_path / "web.txt").write_text("\n".join(f"word {'x' * (i % 7 + 1)} more" for i in range(50)))
+    context = SimpleNamespace(tokenizer=Words(), max_length=64)
+    config = sae_config(Activation(sae={"corpus": str(tmp_path / "web.txt"), "tokens": 100, "batch": 10}))
+    held_out, rows = general_rows(context, config, 100)
+    assert len(held_out) == 10 and len(rows) == 40 and rows[0]["input_ids"] == [1, 4, 10 % 7 + 1, 4]
+    with pytest.raises(UserError, match="corpus=.*there is no such file"):  # before anything is written
+        sae_config(Activation(sae={"corpus": str(tmp_path / "none.txt")}))
+    with pytest.raises(UserError, match="corpus_text=body: only model.sae.corpus has one"):
+        SAEConfig(corpus_text="body")
+
+
+def test_a_corpus_on_this_machine_counts_by_its_content(tmp_path):
+    ids = []
+    for name, text in (("a", "one"), ("b", "one"), ("c", "two")):
+        (tmp_path / f"{name}.txt").write_text(text)
+        ids.append(run_id(compose(["method=cwac", f"+model.sae.corpus={tmp_path / name}.txt"])))
+    assert ids[0] == ids[1] != ids[2] and ids[0] != run_id(compose(["method=cwac"]))
+    assert SAEConfig(corpus=str(tmp_path / "a.txt")).key() == SAEConfig(corpus=str(tmp_path / "b.txt")).key()
+    quiet = [run_id(compose(["method=cwac", f"model.sae.max_repeats={n}"])) for n in ("null", 3)]
+    assert quiet[0] == quiet[1] and SAEConfig(max_repeats=None).key() == SAEConfig().key()
+
+
+def test_how_often_a_corpus_is_repeated_is_told(caplog):
+    """100 rows of 11 tokens, the first of which is no data, at 70 % of 30,000 tokens: 21 times each."""
+    rows = [{"input_ids": [7, *range(10)]}, *({"input_ids": [7, i, *range(9)]} for i in range(20, 119))]
+    cfg = SAEConfig(tokens=30_000, batch=100)
+    assert repeats(rows, 0.7, cfg) == pytest.approx(21)
+    assert repeats(rows, 0.7, SAEConfig(tokens=30_000, batch=100, cached_tokens=300)) == pytest.approx(100)
+    warn_of_repeats(rows, 0.7, "harmful", cfg)
+    assert "harmful corpus 21 times (model.sae.tokens=30000): give it more prompts (pools.*)" in caplog.text
+    caplog.clear()
+    warn_of_repeats(rows, 0.3, "general", cfg)  # 9 times
+    warn_of_repeats(rows, 0.7, "harmful", SAEConfig(tokens=30_000, batch=100, max_repeats=None))
+    assert not caplog.text
+
+
+# --- RouteSAE's recipe ------------------------------------------------------------------------------------
+def test_the_literal_schedule_is_route_saes():
+    """`LinearWarmupLR` by hand for 1,000 steps: W = 50, D = 200; decoder rows after batches 0, 10, 20, ..."""
+    cfg = SAEConfig(schedule="routesae", renorm_every=10, lr=5e-4)
+    rates = [rate(step, 1000, cfg) for step in range(1000)]
+    assert rates[0] == 0 and rates[25] == 0.5 and rates[50] == rates[799] == 1
+    assert rates[800] == pytest.approx(150 / 750) and rates[875] == pytest.approx(75 / 750)
+    assert rates[950] == rates[999] == 0
+    assert [step for step in range(25) if renormalises(step, cfg)] == [0, 10, 20]
+    ours = SAEConfig(renorm_every=10)
+    assert rate(0, 1000, ours) == pytest.approx(1 / 50) and rate(800, 1000, ours) == 1
+    assert rate(900, 1000, ours) == 0.5
+    assert [step for step in range(25) if renormalises(step, ours)] == [9, 19]
+
+
+def test_the_literal_preset_is_route_saes():
+    sae = compose(["model=llama2", "variant=sae_routesae"]).method.activation.sae
+    given = {"router": "hard", "fallback": False, "k": 64, "batch": 32768, "harmful_share": 0.0, "lr": 5e-4}
+    given |= {"schedule": "routesae", "clip": None, "auxk": 0.0, "center": False, "renorm_every": 10}
+    assert {key: sae[key] for key in given} == given

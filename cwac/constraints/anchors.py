@@ -20,14 +20,16 @@ from cwac.models.generate import generate
 def encode_prompts(context: Context, examples: list[Example], responses: bool = False) -> list[dict]:
     """Token ids of each example's prompt, rendered as it is served, cut at the context's maximum length.
 
-    responses: append the example's own response to its prompt. Returns one `{"input_ids": [...]}` per example.
+    responses: append the example's own response to its prompt. Returns one `{"input_ids": [...], "prompt": n}` per
+    example, where n is the length of the prompt in tokens.
     """
     rows = []
     for example in examples:
         ids = encode_prompt(context.tokenizer, example.messages, context.template)
+        n = len(ids)
         if responses and example.response:
             ids = ids + context.tokenizer(example.response, add_special_tokens=False)["input_ids"]
-        rows.append({"input_ids": ids[: context.max_length]})
+        rows.append({"input_ids": ids[: context.max_length], "prompt": min(n, context.max_length)})
     return rows
 
 
@@ -65,28 +67,34 @@ def own_answers(
     return [row["response"] for row in read_jsonl(folder / "answers.jsonl")]
 
 
-def anchor_rows(model: nn.Module, context: Context, examples: list[Example], tokens: int) -> list[dict]:
-    """Encoded prompts that the aligned model refuses, each followed by the first `tokens` tokens of its refusal.
+def refused(model: nn.Module, context: Context, examples: list[Example], tokens: int = 0) -> list[tuple[Example, str]]:
+    """The examples whose prompts the aligned model refuses, each with its answer; a keyword rule says which.
 
-    Prompts that the model does not refuse are left out. Returns one `{"input_ids": [...], "prompt": n}` per kept
-    prompt, where n is the length of the prompt in tokens.
+    tokens: the maximum length of the answers, at least 16.
     Raises UserError if the model refuses none of the prompts, because there would be nothing to preserve.
     """
-    rows = encode_prompts(context, examples)
     answers = own_answers(model, context, examples, max(tokens, 16))
     verdicts = KeywordJudge().judge([e.prompt for e in examples], answers)
-    refused = [i for i, v in enumerate(verdicts) if v.verdict == "refusal"]
-    if not refused:
+    kept = [(e, a) for e, a, v in zip(examples, answers, verdicts, strict=True) if v.verdict == "refusal"]
+    if not kept:
         raise UserError(
             "the aligned model refuses none of the anchor prompts, so there is no refusal to preserve; use an aligned "
             "model (model.kind=tiny or smollm2 align themselves) or other prompts in pools.anchors"
         )
+    return kept
+
+
+def anchor_rows(model: nn.Module, context: Context, examples: list[Example], tokens: int) -> list[dict]:
+    """Encoded prompts that the aligned model refuses, each followed by the first `tokens` tokens of its refusal.
+
+    Prompts that the model does not refuse are left out. Returns one `{"input_ids": [...], "prompt": n}` per kept
+    prompt, where n is the length of the prompt in tokens. Raises UserError as `refused` does.
+    """
+    found = refused(model, context, examples, tokens)
     kept = []
-    for i in refused:
-        answer = context.tokenizer(answers[i], add_special_tokens=False)["input_ids"][:tokens]
-        kept.append(
-            {"input_ids": (rows[i]["input_ids"] + answer)[: context.max_length], "prompt": len(rows[i]["input_ids"])}
-        )
+    for row, (_, answer) in zip(encode_prompts(context, [e for e, _ in found]), found, strict=True):
+        said = context.tokenizer(answer, add_special_tokens=False)["input_ids"][:tokens]
+        kept.append({"input_ids": (row["input_ids"] + said)[: context.max_length], "prompt": row["prompt"]})
     return kept
 
 

@@ -30,10 +30,10 @@ class Reference:
         self.frozen = None if self.adapted is not None else copy.deepcopy(model).requires_grad_(False).eval()
 
     @torch.no_grad()
-    def hidden_states(self, batch: dict[str, Tensor], layers: Sequence[int]) -> Tensor:
-        """The outputs [B, T, L, d] of the L decoder blocks `layers`, counted from 0, in the initial model."""
+    def hidden_states(self, batch: dict[str, Tensor], layers: Sequence[int], norm: bool = False) -> Tensor:
+        """The initial model's states [B, T, L, d] at the L `layers`; both arguments are as in `residuals`."""
         with self._initial() as model:
-            return residuals(model, batch, layers)
+            return residuals(model, batch, layers, norm)
 
     @torch.no_grad()
     def logits(self, batch: dict[str, Tensor]) -> Tensor:
@@ -65,13 +65,14 @@ def model_layers(model: nn.Module, layers: Sequence[int] | None) -> list[int]:
     return chosen
 
 
-def check_layers(layers) -> None:
-    """Raises UsageError unless `layers` is None or a list of whole numbers.
+def check_layers(layers, *words: str) -> None:
+    """Raises UsageError unless `layers` is None, one of `words` or a list of whole numbers.
 
     This check needs no model, so it can run before one is loaded; `model_layers` checks the range.
     """
     listed = layers is None or (not isinstance(layers, int | str) and all(isinstance(i, int) for i in layers))
-    check(listed, "layers", layers, "give a list of layer numbers, or null")
+    given = isinstance(layers, str) and layers in words
+    check(listed or given, "layers", layers, ", ".join(["give a list of layer numbers", *words]) + ", or null")
 
 
 def precise(x: Tensor) -> Tensor:

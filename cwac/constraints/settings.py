@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from cwac.core.checks import check, check_whole, is_number
+from cwac.core.checks import check, check_flag, check_whole, is_number
 
 SPACES = ("sae", "residual", "logits")
 """The spaces in which the activation constraint can preserve the model: see `Activation.space`."""
@@ -149,6 +149,9 @@ class Activation:
     units: str = "raw"
     """`raw`, or `relative`, which divides L_safety by the aligned model's own squared latents: the mean over prompts
     of their sum."""
+    refused_only: bool = True
+    """Whether the autoencoder is fitted and measured on those prompts of the pool `sae` alone that the aligned model
+    refuses (4.1), or on all of them (ours)."""
     space: str = "sae"
     """What is preserved: `sae`, the latents of the autoencoder (the paper). Ours: `residual`, the residual stream at
     the autoencoder's layers; `logits`, the next-token distribution over the refusal, which needs
@@ -166,13 +169,14 @@ class Activation:
         rankings = ("contrast+attribution", "contrast", "activation", "cosine", "random")
         check(self.ranking in rankings, "activation.ranking", self.ranking, f"use one of {', '.join(rankings)}")
         check(self.units in ("raw", "relative"), "activation.units", self.units, "use raw or relative")
+        check_flag("activation.refused_only", self.refused_only)
         check(self.space in SPACES, "activation.space", self.space, f"use one of {', '.join(SPACES)}")
         place = r"last|prompt|(template|response):[1-9]\d*"
         check(
             re.fullmatch(place, str(self.positions)), "activation.positions", self.positions, "use last or response:4"
         )
         if self.space != "sae":
-            for key in ("n_latents", "gate", "ranking", "units"):
+            for key in ("n_latents", "gate", "ranking", "units", "refused_only"):
                 usual, value = getattr(type(self), key), getattr(self, key)
                 remedy = f"only space=sae reads it: leave it at {usual}, or use method.activation.space=sae"
                 check(value == usual, f"activation.{key}", value, remedy)

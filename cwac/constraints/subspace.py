@@ -63,13 +63,19 @@ class Basis:
 
 
 def capture(
-    model: nn.Module, rows: Sequence[dict], modules: dict[str, nn.Module], visit, batch_size: int = 16
+    model: nn.Module,
+    rows: Sequence[dict],
+    modules: dict[str, nn.Module],
+    visit,
+    batch_size: int = 16,
+    answers_only: bool = False,
 ) -> None:
     """Run `rows` through the model and call visit(name, x, first) with the inputs of each module.
 
     x: [tokens, d_in], the inputs at all tokens but the first of each row; first: [.., d_in], those at the first
     tokens. Padding is dropped. A token that n rows of a batch share (`cwac.models.packing`) is passed once, multiplied
     by sqrt(n), so that sums of squares and of products are the same as if it were passed for each row.
+    answers_only: pass only the tokens after a row's prompt, of which `row["prompt"]` is the length in tokens.
     """
     first = later = None  # `Counted` tokens of the batch that runs at the moment
 
@@ -82,7 +88,11 @@ def capture(
     unread = unread_logits(model)
     with torch.no_grad(), evaluating(model), on_inputs(modules, record):
         for start in range(0, len(order), batch_size):
-            inputs, places = together(model, [rows[i]["input_ids"] for i in order[start : start + batch_size]])
+            chosen = [rows[i] for i in order[start : start + batch_size]]
+            inputs, places = together(model, [row["input_ids"] for row in chosen])
+            if answers_only:
+                lengths = torch.tensor([row["prompt"] for row in chosen]).unsqueeze(1)
+                places = places.masked_fill(torch.arange(places.shape[1]) < lengths, -1)
             first, later = Counted(places[:, :1], target), Counted(places[:, 1:], target)
             model(**{key: value.to(target) for key, value in inputs.items()}, use_cache=False, **unread)
 

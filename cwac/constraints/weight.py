@@ -96,6 +96,12 @@ def weight_anchors(model: nn.Module, context: Context, weight: Weight) -> list[d
     return rows
 
 
+def anchors_used(model: nn.Module, context: Context, weight: Weight) -> int:
+    """How many prompts `weight_anchors` uses: those that the model refuses, or all of them given `weight.prefill`."""
+    rows = weight_anchors(model, context, weight)
+    return len(rows) if weight.prefill is None else len(anchor_prompts(context.pools, weight))
+
+
 def anchor_prompts(pools: Pools, weight: Weight) -> list[Example]:
     """The prompts of the anchor pool that the settings select. Raises UsageError if the pool has too few of them."""
     prompts, sources = pools.anchors, set(weight.anchor_sources)

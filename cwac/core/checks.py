@@ -70,3 +70,11 @@ def check_modules(key: str, value) -> None:
     """`all`, or a list of names of linear layers."""
     named = value == "all" if isinstance(value, str) else all(isinstance(name, str) for name in value)
     check(named, key, value, "use all, or a list such as [q_proj,v_proj]")
+
+
+def check_unread(key: str, value, usual, read: bool, where: str) -> None:
+    """Refuse a value that would change nothing: one other than the `usual` where nothing reads the key.
+
+    where: the setting under which it is read, such as `select=number`.
+    """
+    check(read or value == usual, key, value, f"only method.{where} reads it: leave it at {usual}, or use that")

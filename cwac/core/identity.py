@@ -24,6 +24,7 @@ its own."""
 NOT_IDENTITY = {
     "_target_",
     "method.fold",
+    "method.activation.sae.max_repeats",
     "train.logging_steps",
     "train.save_steps",
     "train.save_total_limit",
@@ -61,9 +62,29 @@ NEUTRAL: dict[str, Any] = {
     "method.weight.anchor_sources": [],
     "method.activation.space": "sae",
     "method.activation.sae.pretrained": None,
+    "method.activation.refused_only": False,
+    "method.activation.sae.schedule": "ours",
+    "method.activation.sae.corpus": None,
+    "method.activation.sae.corpus_text": "text",
+    "method.activation.sae.corpus_config": None,
+    "method.retain_states": "blocks",
+    "method.first_step": 0,
+    "method.empty_instructions": 0.0,
+    "method.unit": "token",
+    "method.lora_scaling": True,
+    "method.scaling": None,
+    "method.task_inputs": "aligned",
+    "method.answers_only": False,
 }
 """A key at its neutral value is left out of the identity (of a run, or of an evaluation), so that a new option orphans
 no finished run."""
+
+UNREAD_WITHOUT = {
+    "method.lora_scaling": lambda flat: flat.get("model.lora") is not None or "model.lora.r" in flat,
+    "method.activation.refused_only": lambda flat: flat.get("method.activation.space", "sae") == "sae",
+}
+"""Keys that determine a run's weights only under a condition on the others, which is asked of the flat mapping;
+elsewhere they are left out of the identity."""
 
 TINY_ORIGIN = (
     "34a0e25352e05fe5d428429c6fd636fbace566a0cce5391ceaaf81b6d44ce6bf",
@@ -107,9 +128,10 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
         for key in ("model.path", "model.hub_id", "model.revision", "model.kind"):
             flat.pop(key, None)
     return {
-        key: canonical(CONTENT[key](value) if key in CONTENT else value)
+        key: canonical(CONTENT.get(key, lambda name: name)(value))
         for key, value in sorted(flat.items())
         if key not in NOT_IDENTITY
+        and UNREAD_WITHOUT.get(key, bool)(flat)
         # `model.sae` is resolved under the method that uses it, `model.shape` only serves estimates of cost,
         # `task.aliases` only scoring, and LAYOUT only says how work is shared
         and not key.startswith(("model.sae.", "model.shape.", "task.aliases.", *LAYOUT))
@@ -210,8 +232,20 @@ def pretrained_by_content(spec: Any) -> Any:
     return autoencoder_content(folder) if folder is not None and folder.is_dir() else spec
 
 
-CONTENT = {"model.base": by_content, "method.activation.sae.pretrained": pretrained_by_content}
-"""Keys whose value may name a folder -> what stands for it in a run's identity."""
+def text_content(name: str) -> str:
+    """What identifies a corpus of text: the content of a file or of the files below a folder; a hub id as it is."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return content(*sorted(p for p in path.rglob("*") if p.is_file()))
+    return content(path) if path.is_file() else name
+
+
+CONTENT = {
+    "model.base": by_content,
+    "method.activation.sae.pretrained": pretrained_by_content,
+    "method.activation.sae.corpus": lambda name: None if name is None else text_content(name),
+}
+"""Keys whose value may be a path on this machine, which then counts by its content."""
 
 
 def short_hash(mapping: dict, length: int = 8) -> str:

@@ -33,6 +33,7 @@ OPTIONAL = (
     *(f"model.{key}" for key in ("trigger_tokens", "n_train", "hub_id", "license")),
     *(f"model.sae.{key}" for key in ("fallback", "harmful_share", "lr", "warmup", "decay", "clip", "auxk")),
     *(f"model.sae.{key}" for key in ("dead_after", "center", "buffer_gib", "backend", "seed", "renorm_every")),
+    *(f"model.sae.{key}" for key in ("schedule", "corpus", "corpus_text", "corpus_config", "max_repeats")),
     *(f"pools.{key}" for key in ("take", "beavertails_split", "poison_categories")),
     *(f"task.{key}" for key in ("n_held_out", "replace", "aliases", "response", "label", "text", "instruction")),
 )

@@ -16,9 +16,9 @@ Deviations:
   `projector_k` is what can be meant by it.
 - Full-parameter training is ours (the code is LoRA only): the chosen matrices are penalised, everything else trains
   freely.
-- LoRA: dW = s B A, the change of the weights. The authors' code leaves out the scaling s = alpha / r, so that one
-  lambda means another strength at another alpha; its lambda = 1 at s = 4 is lambda = 1/16 here. With s, LoRA and
-  full-parameter runs penalise the same function of the weights.
+- LoRA: the authors' code penalises B A and leaves out the scaling s = alpha / r, so one lambda means another strength
+  at another alpha: it is s^2 times weaker on the change of the weights, dW = s B A (16 times at s = 4). That is the
+  default; with `lora_scaling` (ours) LoRA and full-parameter runs penalise the same function of the weights.
 - The gradient is added in closed form once per optimizer step, before clipping; the authors add the loss after
   dividing the task loss by the accumulation steps, which multiplies lambda by them.
 - A matrix with V = 0, which the alignment did not touch, has C = 0 (the limit of `official`).
@@ -34,7 +34,15 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from cwac.core.checks import check_choice, check_modules, check_number, check_share, check_whole
+from cwac.core.checks import (
+    check_choice,
+    check_flag,
+    check_modules,
+    check_number,
+    check_share,
+    check_unread,
+    check_whole,
+)
 from cwac.core.distributed import local, spread, whole
 from cwac.core.errors import UserError
 from cwac.data.examples import Example
@@ -105,7 +113,10 @@ class Full:
 
 
 class Adapter:
-    """The penalty of a LoRA adapter, dW = s B A with A [r, n] and B [m, r]; dW is never formed."""
+    """The penalty of a LoRA adapter, dW = s B A with A [r, n] and B [m, r]; dW is never formed.
+
+    scaling: s, or 1 for the authors' form, which takes B A for dW.
+    """
 
     def __init__(self, A: nn.Linear, B: nn.Linear, scaling: float, operator: Operator):
         self.A, self.B, self.scaling, self.operator = A, B, scaling, operator
@@ -136,7 +147,9 @@ class AsFT(Method):
     rank: int | None = None
     """Singular directions of V to keep, for large matrices; None keeps all."""
     energy: float = 0.9
-    """Share of ||V||_F^2 that `projector_k` keeps."""
+    """Share of ||V||_F^2 that `projector_k` keeps; no other operator reads it."""
+    lora_scaling: bool = False
+    """With LoRA: whether dW is s B A, the change of the weights (ours), or B A, as in the authors' code."""
 
     needs_step_hooks: ClassVar[bool] = True
     needs_base_weights: ClassVar[bool] = True
@@ -147,6 +160,8 @@ class AsFT(Method):
         check_choice("operator", self.operator, OPERATORS)
         check_whole("rank", self.rank, 1, null=True)
         check_share("energy", self.energy)
+        check_unread("energy", self.energy, type(self).energy, self.operator == "projector_k", "operator=projector_k")
+        check_flag("lora_scaling", self.lora_scaling)
         self._total, self._steps = 0.0, 0
 
     def extra_data(self) -> dict[str, int]:
@@ -173,7 +188,8 @@ class AsFT(Method):
             self._operators[name] = operator
             if not hasattr(module, "lora_A"):
                 self._terms.append(Full(module, operator))
-            self._terms += [Adapter(*adapter, operator) for adapter in active_adapters(module)]
+            for A, B, s in active_adapters(module):
+                self._terms.append(Adapter(A, B, s if self.lora_scaling else 1.0, operator))
 
     def after_backward(self, model: nn.Module) -> None:
         value = sum(term.add_gradient_(self.lam) for term in self._terms)

@@ -5,8 +5,16 @@ with Circuit Breakers", NeurIPS 2024, arXiv:2406.04313, Algorithm 1. At step t o
 L = c_s L_s + c_r L_r, c_s = alpha (1 - t / 2T), c_r = alpha t / 2T,
 L_s = mean ReLU(cos(rep(x_s), rep_0(x_s))) on harmful requests with their answers,
 L_r = mean ||rep(x_r) - rep_0(x_r)||_2 on what must stay; rep_0 is the initial model.
-The paper's settings and the official loss were read in published excerpts and in copies of `lorra_circuit_breaker.py`
-of GraySwanAI/circuit-breakers, which itself was out of reach.
+Settings and loss follow the official code, GraySwanAI/circuit-breakers, which was read in copies of
+`lorra_circuit_breaker.py` and `cb_train_dataset.py` in other public repositories (the repository itself had none).
+
+What the official code does beyond the paper, and this does too:
+- Its step counter is raised before it is read, so t runs from 1 to T (`first_step`).
+- It drops the blocks above the one after the highest rerouted one (block 20 of 32), and L_r compares all
+  `hidden_states` of the model that is left: the embedding, and every block's output up to block 20, of which the last
+  has passed the final norm (`retain_states`).
+- For Llama-3 about half of the harmful rows and of the harmless ones have an empty instruction, so that a harmful
+  answer is rerouted whatever it answers (`empty_instructions`).
 
 Deviations:
 - The paper trains an adapter before a model is deployed and has no user data; here RR is added to the loss of the
@@ -16,29 +24,31 @@ Deviations:
   opening that is the same for all (ours). No harmful content is needed or written.
 - x_r: harmless instructions with answers (`benign`) and requests with refusals (`safety`), drawn from both together;
   the paper uses UltraChat, XSTest and, for one model, refusals.
-- Rerouted layers 10 and 20 of 32 (counted from 1, so blocks 9 and 19) are scaled to the depth. L_r reads every block's
-  output, as the official code does, but not the embedding. Whatever trains is trained; the paper trains LoRA on the
-  layers up to the last rerouted one.
+- Rerouted layers 10 and 20 of 32 (counted from 1, so blocks 9 and 19) are scaled to the depth. Whatever trains is
+  trained; the paper trains LoRA on the layers up to the last rerouted one.
 - Means are per row, over real tokens and layers, then over rows, so that they do not depend on how rows are batched or
-  spread over ranks; the official code averages L_s over the batch's tokens and counts padding as 0 in L_r.
+  spread over ranks; the official code averages L_s over the batch's tokens, and L_r over all 1,024 places of a row
+  with padding as 0 (its rows are conversations of about that length).
 """
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from cwac.constraints.reference import Reference, check_layers, mean_over_tokens, model_layers, precise
-from cwac.core.checks import check_number, check_whole
+from cwac.core.checks import check, check_choice, check_number, check_whole
 from cwac.core.errors import UsageError, UserError
+from cwac.data.examples import Example
 from cwac.data.tokenize import Collator, encode_example, encode_prompt
 from cwac.methods.base import Context, Method, draw, share_of
-from cwac.models.hooks import residuals
+from cwac.models.hooks import ENTRY, residuals
 from cwac.models.layers import decoder_layers
 
 
@@ -56,12 +66,24 @@ class CircuitBreaker(Method):
     """Rows to be preserved per optimizer step."""
     opening: str = "Sure, here is"
     """How a compliant answer begins."""
+    retain_states: str = "official"
+    """What L_r compares: `official`, the embedding and the blocks up to the one above the highest rerouted one, whose
+    output is read through the final norm; `blocks`, the output of every block (ours)."""
+    first_step: int = 1
+    """t of the first optimizer step: 1 as in the official code, or 0 (ours), where L_r begins at a weight of 0."""
+    empty_instructions: float | None = None
+    """Share of the harmful and of the harmless rows whose instruction is left empty; None for what the official code
+    does: one half for a model with `llama-3` in its name, 0 for every other."""
 
     def __post_init__(self):
         check_number("alpha", self.alpha, 0)
         check_whole("n_prompts", self.n_prompts, 1)
         check_whole("n_retain", self.n_retain, 1)
         check_layers(self.layers)
+        check_choice("retain_states", self.retain_states, ("official", "blocks"))
+        check_whole("first_step", self.first_step, 0)
+        check(self.first_step <= 1, "first_step", self.first_step, "give 0 or 1")
+        check_number("empty_instructions", self.empty_instructions, 0, 1, null=True)
 
     def extra_data(self) -> dict[str, int]:
         if not self.alpha:
@@ -87,35 +109,52 @@ class CircuitBreaker(Method):
             return
         self._reference = Reference(model)
         pools, opening = context.pools, self._encode_opening(context)
-        requests = [
-            encode_prompt(context.tokenizer, e.messages, context.template) for e in [*pools.anchors, *pools.step]
-        ]
-        self._harmful = [(ids + opening)[: context.max_length] for ids in requests]
+        empty = self._empty_instructions(context)
+        requests = emptied([*pools.anchors, *pools.step], empty, context.seed)
+        retained = [*emptied(pools.benign, empty, context.seed), *pools.safety]
+        prompts = [encode_prompt(context.tokenizer, e.messages, context.template) for e in requests]
+        self._harmful = [(ids + opening)[: context.max_length] for ids in prompts]
         self._retained = [
-            encode_example(context.tokenizer, e, context.template, context.max_length)["input_ids"]
-            for e in [*pools.benign, *pools.safety]
+            encode_example(context.tokenizer, e, context.template, context.max_length)["input_ids"] for e in retained
         ]
 
     def penalty(self, model: nn.Module, step: int) -> torch.Tensor | None:
         if not self.alpha:
             return None
-        reroute, retain = coefficients(self.alpha, step, self._context.steps)
-        loss = reroute * self._mean(model, step, self._harmful, self.n_prompts, self._rerouted(model), similarity)
-        if retain:  # at step 0 there is nothing to pull back
-            every = model_layers(model, None)
-            loss = loss + retain * self._mean(model, step, self._retained, self.n_retain, every, displacement)
+        reroute, retain = coefficients(self.alpha, step + self.first_step, self._context.steps)
+        rerouted = self._rerouted(model)
+        loss = reroute * self._mean(model, step, self._harmful, self.n_prompts, rerouted, similarity)
+        if retain:
+            states, norm = self._retained_states(model)
+            loss = loss + retain * self._mean(
+                model, step, self._retained, self.n_retain, states, displacement, norm=norm
+            )
         return loss
 
-    def _mean(self, model, step: int, rows: list[list[int]], n: int, layers: list[int], measure: Callable):
-        """Mean of `measure` over this rank's share of the rows drawn for the step."""
+    def _mean(
+        self, model, step: int, rows: list[list[int]], n: int, layers: list[int], measure: Callable, norm: bool = False
+    ):
+        """Mean of `measure` over this rank's share of the rows drawn for the step; layers, norm: as in `residuals`."""
         context = self._context
         mine, share = share_of(draw(len(rows), n, context.seed, step), context)
         device = next(model.parameters()).device
         batch = Collator(0)([{"input_ids": rows[i]} for i in mine])
         inputs = {k: batch[k].to(device) for k in ("input_ids", "attention_mask")}
-        then = self._reference.hidden_states(inputs, layers)
-        values = mean_over_tokens(measure(residuals(model, inputs, layers), then), inputs["attention_mask"])
+        then = self._reference.hidden_states(inputs, layers, norm)
+        values = mean_over_tokens(measure(residuals(model, inputs, layers, norm), then), inputs["attention_mask"])
         return share * values.mean()
+
+    def _retained_states(self, model: nn.Module) -> tuple[list[int], bool]:
+        """The layers that L_r compares, and whether the deepest is read through the final norm."""
+        if self.retain_states == "blocks":
+            return model_layers(model, None), False
+        deepest = min(max(self._rerouted(model)) + 1, len(decoder_layers(model)) - 1)
+        return [ENTRY, *range(deepest + 1)], True
+
+    def _empty_instructions(self, context: Context) -> float:
+        if self.empty_instructions is not None:
+            return self.empty_instructions
+        return 0.5 if "llama-3" in str(context.loaded.hub_id).lower() else 0.0
 
     def _rerouted(self, model: nn.Module) -> list[int]:
         n = len(decoder_layers(model))
@@ -136,9 +175,20 @@ class CircuitBreaker(Method):
 
 
 def coefficients(alpha: float, step: int, steps: int) -> tuple[float, float]:
-    """c_s and c_r at a step counted from 0, of `steps` in all: c_s falls from alpha to alpha / 2, c_r rises to it."""
+    """c_s and c_r at t = `step` of `steps`: c_s falls from alpha at t = 0 to alpha / 2 at t = T, c_r rises to it."""
     progress = step / (2 * steps)
     return alpha * (1 - progress), alpha * progress
+
+
+def emptied(examples: list[Example], share: float, seed: int) -> list[Example]:
+    """The examples with about a `share` of them, drawn by the seed, asked nothing: their user's turn is empty."""
+    rng = random.Random(f"empty-{seed}")
+    rows = []
+    for example in examples:
+        if rng.random() < share:
+            example = replace(example, prompt="", input="")
+        rows.append(example)
+    return rows
 
 
 def similarity(now: torch.Tensor, then: torch.Tensor) -> torch.Tensor:

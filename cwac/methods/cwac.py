@@ -32,13 +32,14 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from cwac.constraints.activation import check_pretrained, ranked_latents, response_tokens, sae_config
+from cwac.constraints.activation import check_pretrained, ranked_latents, response_tokens, sae_config, sae_prompts
 from cwac.constraints.anchors import anchor_rows
 from cwac.constraints.settings import Activation, Weight
 from cwac.constraints.subspace import Basis, Constraint
 from cwac.constraints.weight import (
     anchor_bases,
     anchor_prompts,
+    anchors_used,
     constrained,
     fit_bases,
     freeze_others_,
@@ -75,6 +76,8 @@ class CWAC(Method):
         self._constraint: Constraint | None = None
         self._context: Context | Sizes = Sizes()
         self._report: dict[str, float] = {}
+        self._used: dict[str, int] = {}
+        """What `extra_data` says."""
         self._targets: dict[str, Any] = {}
         self._anchors: list[dict] = []
         """Rows that V is refitted on, with `refresh_steps` alone; `estimate_memory` has none and refits nothing."""
@@ -84,14 +87,7 @@ class CWAC(Method):
         """Whether the weights have not moved since they were projected."""
 
     def extra_data(self) -> dict[str, int]:
-        pools, prompts, harmless = self._context.pools, [], 0
-        if self.weight is not None:
-            prompts += anchor_prompts(pools, self.weight)
-        if self.activation is not None:
-            prompts += pools.step
-            if self.activation.space == "sae":
-                prompts, harmless = [*prompts, *pools.sae], len(pools.benign)
-        return {"harmful_prompts": len(prompts)} | ({"harmless_rows": harmless} if harmless else {})
+        return self._used
 
     def training_data(self, train: list[Example], context: Context, rng: random.Random) -> list[Example]:
         pools = context.pools
@@ -105,7 +101,9 @@ class CWAC(Method):
             n, available = self.activation.n_prompts, len(pools.step)
             check(n <= available, "activation.n_prompts", n, f"the pool has {available}: give at most that")
             if self.activation.space == "sae":
+                sae_config(self.activation)
                 check_pretrained(context.loaded.model, self.activation)
+        self._check_anchors(context.loaded.model, context)
         return train
 
     def setup(self, model: nn.Module, context: Context) -> None:
@@ -118,17 +116,27 @@ class CWAC(Method):
             self._setup_weight(model, context)
 
     def _check_cheaply(self, model: nn.Module, context: Context) -> None:
-        """Refuse before the hours of an autoencoder what a few answers of the aligned model tell; they are cached."""
         if self.weight is not None:
             constrained(model, self.weight)
             self._refuse_refresh_of_an_adapter(model)
-            weight_anchors(model, context, self.weight)
+        self._check_anchors(model, context)
+
+    def _check_anchors(self, model: nn.Module, context: Context) -> None:
+        """Refuse before anything is written what a few answers of the aligned model tell; they are cached.
+
+        Counts the prompts that are used on the way: of the anchors, those that the model refuses.
+        """
+        pools, harmful, harmless = context.pools, 0, 0
+        if self.weight is not None:
+            harmful += anchors_used(model, context, self.weight)
         if self.activation is not None:
             n = response_tokens(self.activation.positions)
-            for prompts in (context.pools.step, context.pools.validation):
-                anchor_rows(model, context, prompts, n)
+            harmful += len(anchor_rows(model, context, pools.step, n))
+            anchor_rows(model, context, pools.validation, n)
             if self.activation.space == "sae":
-                anchor_rows(model, context, context.pools.sae, 0)
+                anchor_rows(model, context, pools.sae, 0)
+                harmful, harmless = harmful + len(sae_prompts(model, context, self.activation)), len(pools.benign)
+        self._used = {"harmful_prompts": harmful} | ({"harmless_rows": harmless} if harmless else {})
 
     def _refuse_refresh_of_an_adapter(self, model: nn.Module) -> None:
         lora = any("lora_" in name for name, _ in model.named_parameters())

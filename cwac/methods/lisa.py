@@ -26,7 +26,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from cwac.core.checks import check_number, check_whole
+from cwac.core.checks import check_number, check_unread, check_whole
 from cwac.core.distributed import spread, whole
 from cwac.core.errors import UserError
 from cwac.data.examples import Example
@@ -73,6 +73,11 @@ class Lisa(Method):
         check_whole("guide_data_num", self.guide_data_num, 0)
         check_number("prox_after", self.prox_after, 0, 1)
         check_whole("min_cycles", self.min_cycles, 1, null=True)
+        for key, read, where in (
+            ("guide_data_num", self.align_steps > 0, "align_steps above 0"),
+            ("prox_after", self.rho > 0, "rho above 0"),
+        ):
+            check_unread(key, getattr(self, key), getattr(type(self), key), read, where)
         self._reference: dict[str, torch.Tensor] = {}
         self._seen: set[int] = set()
         self._step = -1

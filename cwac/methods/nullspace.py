@@ -37,9 +37,9 @@ from cwac.constraints.nullspace import (
     second_moments,
 )
 from cwac.constraints.settings import Activation, Weight
-from cwac.constraints.weight import anchor_bases, anchor_prompts
+from cwac.constraints.weight import anchor_bases, anchor_prompts, anchors_used
 from cwac.core.cache import digest, load_or_build
-from cwac.core.checks import check
+from cwac.core.checks import check, check_unread
 from cwac.core.errors import UsageError, UserError
 from cwac.data.examples import Example
 from cwac.data.tokenize import encode_example
@@ -87,6 +87,7 @@ class NullSpace(Method):
         check(self.basis in BASES, "basis", self.basis, f"use one of {', '.join(BASES)}")
         whole = isinstance(self.n_rows, int) and not isinstance(self.n_rows, bool) and self.n_rows >= 1
         check(whole, "n_rows", self.n_rows, "give a whole number of at least 1")
+        check_unread("n_rows", self.n_rows, type(self).n_rows, self.basis != "complement", "basis (another)")
         check(self.fold is None or isinstance(self.fold, bool), "fold", self.fold, "give true, false or null")
         try:
             self._weight = Weight(**{key: getattr(self, key) for key in ANCHORS})
@@ -108,7 +109,7 @@ class NullSpace(Method):
             raise UsageError(
                 f"method={self.name} brings its own adapter, and the model has one already; leave model.lora out"
             )
-        self._n_anchors = len(anchor_prompts(context.pools, self._weight))
+        anchors_used(context.loaded.model, context, self._weight)  # its errors come before anything is written
         if self.basis in ("rows", "gradient"):
             self._rows = rng.sample(train, min(self.n_rows, len(train)))
         elif self.basis == "benign":
@@ -119,6 +120,7 @@ class NullSpace(Method):
         if self._coupled is not None:
             self._coupled.setup(model, context)
         self._context = context
+        self._n_anchors = anchors_used(model, context, self._weight)
         modules = linears(model, self._weight.modules, self._weight.layers, "method.modules")
         rows = encoded(context, self._rows)
         key = {

@@ -46,7 +46,7 @@ class Replay(Method):
     """Length at which a refusal is cut; one that ends earlier is replayed with its end."""
 
     def extra_data(self) -> dict[str, int]:
-        return {"harmful_prompts": len(self._prompts)}  # the refusals are the model's own, as with CWAC's anchors
+        return {"harmful_prompts": len(self._rows)}  # the refusals are the model's own, as with CWAC's anchors
 
     def __post_init__(self):
         known = not isinstance(self.pools, str) and self.pools and set(self.pools) <= set(POOLS)
@@ -65,6 +65,7 @@ class Replay(Method):
                 f"{len(prompts)}; change method.budget or method.pools, or enlarge the pools (pools.*)"
             )
         self._prompts = prompts if self.budget is None else rng.sample(prompts, self.budget)
+        anchor_rows(context.loaded.model, context, self._prompts, self.response_tokens)  # refuses before writing
         return train
 
     def setup(self, model: nn.Module, context: Context) -> None:

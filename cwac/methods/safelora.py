@@ -24,7 +24,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from cwac.core.checks import check_choice, check_modules, check_number, check_whole
+from cwac.core.checks import check_choice, check_modules, check_number, check_unread, check_whole
 from cwac.core.errors import UserError
 from cwac.data.examples import Example
 from cwac.methods.base import Context, Method
@@ -77,6 +77,8 @@ class SafeLoRA(Method):
         check_choice("select", self.select, ("threshold", "number"))
         check_number("tau", self.tau, -1, 1)
         check_whole("number", self.number, 1)
+        check_unread("number", self.number, type(self).number, self.select == "number", "select=number")
+        check_unread("tau", self.tau, type(self).tau, self.select == "threshold", "select=threshold")
         check_modules("modules", self.modules)
         self._cosines: dict[str, float] = {}
 

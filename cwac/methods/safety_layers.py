@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 from cwac.constraints.anchors import encode_prompts
 from cwac.core.cache import digest, load_or_build
-from cwac.core.checks import check, check_whole, is_number
+from cwac.core.checks import check, check_unread, check_whole, is_number
 from cwac.core.errors import UserError
 from cwac.data.examples import Example
 from cwac.data.refusals import KeywordJudge, content_words
@@ -85,6 +85,10 @@ class Localisation:
         factor = is_number(self.alpha) and 0 < self.alpha != 1
         remedy = "give a positive factor such as 1.15, auto, or null for the cosine curves alone"
         check(factor or self.alpha in ("auto", None), "localisation.alpha", self.alpha, remedy)
+        for key in ("max_alpha", "n_over_rejection", "max_new_tokens"):
+            read = self.alpha == "auto" if key == "max_alpha" else self.alpha is not None
+            where = "localisation.alpha=auto" if key == "max_alpha" else "localisation.alpha (a number, or auto)"
+            check_unread(f"localisation.{key}", getattr(self, key), getattr(type(self), key), read, where)
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,9 @@ class SPPFT(Method):
         if self.layers == "auto":
             queries(context, self.localisation)  # refuses pools that are too small
             return train
+        usual = self.localisation == Localisation()
+        remedy = f"method.layers={list(self.layers)} needs no search: leave it out, or use method.layers=auto"
+        check(usual, "localisation", self.localisation, remedy)
         n = len(decoder_layers(context.loaded.model))
         if self.layers[1] >= n:
             raise UserError(

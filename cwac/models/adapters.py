@@ -25,6 +25,16 @@ def active_adapters(module: nn.Module) -> Iterator[tuple[nn.Linear, nn.Linear, f
             yield down[name], module.lora_B[name], module.scaling[name]
 
 
+def set_scaling_(model: nn.Module, scaling: float) -> None:
+    """Give every LoRA adapter of a model the scaling s by alpha = s r, so that a saved one is read back the same."""
+    for module in model.modules():
+        for name in getattr(module, "lora_A", {}):
+            module.scaling[name], module.lora_alpha[name] = scaling, scaling * module.r[name]
+    for config in getattr(model, "peft_config", {}).values():
+        alpha = scaling * config.r
+        config.lora_alpha = int(alpha) if alpha == int(alpha) else alpha
+
+
 def holds_update(model: nn.Module) -> bool:
     """Whether an adapter changes what the model computes: B A is not 0, as after a training or a start like PiSSA's.
 

@@ -107,22 +107,49 @@ def on_layers(model: nn.Module, layers: Sequence[int], hook: Callable[[int, Tens
             block.gradient_checkpointing = True
 
 
-def residuals(model: nn.Module, batch: dict[str, Any], layers: Sequence[int]) -> Tensor:
+ENTRY = -1
+"""Stands among layers for what enters the first block: the embedding, `hidden_states[0]`."""
+
+
+def final_norm(model: nn.Module) -> nn.Module:
+    """The norm between the last decoder block and the head. Raises UserError where there is none of a known name."""
+    blocks = decoder_layers(model)
+    for module in model.modules():
+        if any(child is blocks for child in module.children()):
+            for name in ("norm", "final_layernorm", "final_layer_norm", "ln_f"):
+                if isinstance(getattr(module, name, None), nn.Module):
+                    return getattr(module, name)
+    raise UserError(f"{type(model).__name__} has no final norm beside its decoder blocks; it is not supported here")
+
+
+def residuals(model: nn.Module, batch: dict[str, Any], layers: Sequence[int], norm: bool = False) -> Tensor:
     """Residual stream after `layers`, [B, T, L_r, d], in the model's dtype and with its graph.
 
-    The forward pass ends at the deepest of them: what lies above it is never computed.
+    The forward pass ends at the deepest of them, the last: what lies above it is never computed.
     batch: the model's own arguments; `labels` are left out, a cache may be passed.
+    layers: decoder blocks counted from 0, in order; `ENTRY`, first, for what enters block 0. norm: the deepest is read
+    through the model's final norm, as `hidden_states[-1]` of a model that ends there.
     """
     seen: dict[int, Tensor] = {}
 
     def record(layer: int, hidden: Tensor) -> None:
         seen[layer] = hidden
         if layer == layers[-1]:
+            if norm:
+                seen[layer] = final_norm(model)(hidden)
             raise _Deepest
 
+    def enter(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        record(ENTRY, args[0] if args else kwargs["hidden_states"])
+
     inputs = {"use_cache": False, **{k: v for k, v in batch.items() if k != "labels"}}
-    with on_layers(model, layers, record), suppress(_Deepest):
-        model(**inputs)
+    entry = [decoder_layers(model)[0].register_forward_pre_hook(enter, with_kwargs=True)] if ENTRY in layers else []
+    try:
+        with on_layers(model, [layer for layer in layers if layer != ENTRY], record), suppress(_Deepest):
+            model(**inputs)
+    finally:
+        for handle in entry:
+            handle.remove()
     return torch.stack([seen[layer] for layer in layers], dim=2)
 
 

@@ -18,8 +18,13 @@ Deviations:
   - ReLU after TopK (ours; differs only where fewer than k pre-activations are positive).
   - AuxK for dead latents, decoder rows of unit norm after every step (RouteSAE: no AuxK, every 10).
   - The hard router scales what it trains on by its probability, as RouteSAE does, and reads
-    unscaled, as RouteSAE's own hooks do. The rest of the literal recipe (arXiv:2503.08200) is model.sae with
-    k=64 router=hard batch=32768 lr=5e-4 clip=null auxk=0 center=false renorm_every=10.
+    unscaled, as RouteSAE's own hooks do.
+  - `variant=sae_routesae` is RouteSAE's recipe to the letter, from swei2001/RouteSAEs at 9a5fd28: general text alone,
+    no fallback, its schedule (`rate` and `renormalises` in fit.py), no clipping, no AuxK, b_pre at 0. Three things of
+    its code it still lacks: training on padding, BOS and outliers; negative latents where fewer than k are positive;
+    the encoder's uniform start, of which it has the norm.
+  - General text is the pool `benign`, harmless instructions with answers (ours; the paper's is OpenWebText2), unless
+    `model.sae.corpus` names web text. Harmful prompts are those that the model refuses (section 4.1).
   - L_safety: the layer is the baseline's, cached (routing again would let the model lower the loss by
     changing the layer); the default gate `tau` gives a latent that left the TopK a gradient, which
     the literal `topk` does not. Both agree on the unchanged model.

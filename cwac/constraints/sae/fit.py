@@ -4,6 +4,7 @@ Recipe: RouteSAE (arXiv:2503.08200), AuxK from Gao et al. (arXiv:2406.04093); de
 """
 
 import itertools
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from cwac.constraints.sae.autoencoder import RoutedSAE, middle_block_hash, token
 from cwac.constraints.sae.pretrained import PretrainedSAE
 from cwac.core import renamed
 from cwac.core.errors import UserError
+from cwac.core.identity import text_content
 from cwac.models.hooks import (
     Row,
     batches,
@@ -31,6 +33,8 @@ from cwac.models.hooks import (
     shared_prefix,
 )
 from cwac.models.layers import evaluating
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -69,6 +73,18 @@ class SAEConfig:
     """Start b_pre at the data mean; otherwise at 0, with torch's default encoder scale (RouteSAE)."""
     renorm_every: int = 1
     """Steps between renormalisations of the decoder rows; at 1 their gradient is projected as well."""
+    schedule: str = "ours"
+    """How the rate warms up and falls and when decoder rows are renormalised: `ours`, or `routesae` as in the official
+    code (see `rate`): its first step has a rate of 0, and the first renormalisation comes after it."""
+    corpus: str | None = None
+    """General text in place of the pool `benign`, harmless instructions with answers (ours; the paper has
+    OpenWebText2): a file `.txt` or `.jsonl`, a folder, or an id of the hub, streamed (`cwac.data.web_text`)."""
+    corpus_text: str = "text"
+    """The corpus's column that holds the text."""
+    corpus_config: str | None = None
+    """The configuration of a corpus of the hub."""
+    max_repeats: float | None = 10.0
+    """A warning is given where a corpus's distinct tokens are trained on more often than this; None accepts it."""
     buffer_gib: float = 2.0
     backend: str = "auto"
     seed: int = 0
@@ -92,11 +108,21 @@ class SAEConfig:
             )
         if self.backend not in ("auto", "csr", "dense"):
             raise UserError(f"model.sae.backend={self.backend!r}: use auto, csr or dense")
+        if self.schedule not in ("ours", "routesae"):
+            raise UserError(f"model.sae.schedule={self.schedule!r}: use ours or routesae")
+        for key in ("corpus_text", "corpus_config"):
+            if self.corpus is None and getattr(self, key) != getattr(type(self), key):
+                raise UserError(f"model.sae.{key}={getattr(self, key)}: only model.sae.corpus has one; give that too")
 
     def key(self) -> dict[str, Any]:
         """What identifies an autoencoder with these settings as an artifact; a pretrained one is none."""
-        settings = asdict(self)
-        del settings["pretrained"]
+        settings = {k: v for k, v in asdict(self).items() if k not in ("max_repeats", "pretrained")}
+        # at their defaults these stay out of the key: artifacts that are older than they are still found
+        for name in ("schedule", "corpus", "corpus_text", "corpus_config"):
+            if settings[name] == getattr(type(self), name):
+                del settings[name]
+        if self.corpus is not None:
+            settings["corpus"] = text_content(self.corpus)
         return renamed.hashed_group("model.sae", settings)
 
     def latents(self, d: int) -> int:
@@ -110,6 +136,29 @@ class SAEConfig:
         return 2e-3 * (5e-4 / 2e-3) ** share
 
 
+def rate(step: int, steps: int, cfg: SAEConfig) -> float:
+    """The learning rate at a step counted from 0, as a share of its greatest value.
+
+    `ours`: (step + 1) / W during the W warm-up steps, 1, and (steps - step) / D during the last D. `routesae`, from
+    `LinearWarmupLR` in utils.py of swei2001/RouteSAEs at 9a5fd28, with W = steps / 20 and D = steps / 5: step / W, 1,
+    and then (steps - W - step) / (steps - W - D), which begins at about 1/5 and is 0 for the last W steps.
+    """
+    if cfg.schedule == "ours":
+        warm, tail = max(1, int(cfg.warmup * steps)), max(1, int(cfg.decay * steps))
+        return min(1.0, (step + 1) / warm, (steps - step) / tail if cfg.decay else 1.0)
+    warm, tail = int(cfg.warmup * steps), int(cfg.decay * steps)
+    if step < warm:
+        return step / warm
+    if step < steps - tail:
+        return 1.0
+    return max(0.0, (steps - warm - step) / (steps - warm - tail))
+
+
+def renormalises(step: int, cfg: SAEConfig) -> bool:
+    """Whether decoder rows are scaled to length 1 after this step, counted from 0."""
+    return (step + (cfg.schedule == "ours")) % cfg.renorm_every == 0
+
+
 class TokenBuffer:
     """Shuffled normalised residuals of one corpus, [L_r, d] in fp16 each, in draws of any size.
 
@@ -121,7 +170,9 @@ class TokenBuffer:
     def __init__(self, model, rows: Sequence[Row], layers, capacity: int, once: bool, generator, label: str):
         if not rows:
             raise UserError(f"the SAE's {label} corpus is empty: give it rows, or change sae.harmful_share")
-        self.model, self.rows, self.layers, self.skip = model, rows, layers, shared_prefix(rows)
+        # of web text, whose rows are no list, a part tells what all share
+        self.skip = shared_prefix(rows if isinstance(rows, list) else rows[:4096])
+        self.model, self.rows, self.layers = model, rows, layers
         self.capacity, self.generator, self.label = capacity, generator, label
         self.seconds, self.tokens_read, self.whole = 0.0, 0, False
         self._stream, self._left, self._at = self._activations(), [], 0
@@ -194,10 +245,7 @@ def train_sae(
         # without centring the recipe is RouteSAE's, whose encoder rows have torch's default norm
         sae.initialise_(first, generator, center=cfg.center, scale=None if cfg.center else 3**-0.5)
     optimizer = torch.optim.Adam(sae.parameters(), lr=cfg.learning_rate(steps), fused=True)
-    warm, tail = max(1, int(cfg.warmup * steps)), max(1, int(cfg.decay * steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min(1.0, (s + 1) / warm, (steps - s) / tail if cfg.decay else 1.0)
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps, cfg))
     idle = torch.zeros(sae.m, dtype=torch.long, device=device)  # tokens since each latent last fired
     began, losses, fvus = time.perf_counter(), [], []
     with tqdm(range(steps), desc="sparse autoencoder", unit="step") as bar:
@@ -224,7 +272,7 @@ def train_sae(
                     nn.utils.clip_grads_with_norm_(sae.parameters(), cfg.clip, norm)
             optimizer.step()
             schedule.step()
-            if (step + 1) % cfg.renorm_every == 0 or step + 1 == steps:
+            if renormalises(step, cfg) or step + 1 == steps:
                 sae.unit_rows_()
             losses.append(loss.item())
             with torch.no_grad():
@@ -283,6 +331,8 @@ def fit_sae(
         capacity = max(cfg.batch, int(min(part * memory, wanted)))
         return TokenBuffer(model, corpus, layers, capacity, cfg.cached_tokens is not None, generator, label)
 
+    for corpus, part, label in ((rows, 1 - share, "general"), (harmful_rows or [], share, "harmful")):
+        warn_of_repeats(corpus, part, label, cfg)
     general = buffer(rows, 1 - share, "general")
     harmful = buffer(harmful_rows or [], share, "harmful")
 
@@ -311,6 +361,29 @@ def fit_sae(
     report["seconds_model"] = sum(source.seconds for source in (general, harmful) if source is not None)
     sae.info["fit"] = {k: v for k, v in report.items() if not k.startswith("seconds") and k != "last_usage"}
     return sae, report
+
+
+def repeats(rows: Sequence[Row], part: float, cfg: SAEConfig) -> float:
+    """How often each distinct token of a corpus is trained on that gives the share `part` of all tokens."""
+    whole = isinstance(rows, list)
+    skip = shared_prefix(rows if whole else rows[:4096])
+    length = sum(len(row["input_ids"]) for row in rows) if whole else len(rows.tokens)
+    distinct = max(1, length - skip * len(rows))
+    if cfg.cached_tokens is not None:
+        distinct = min(distinct, max(1, int(part * cfg.cached_tokens)))
+    return part * cfg.tokens / distinct
+
+
+def warn_of_repeats(rows: Sequence[Row], part: float, label: str, cfg: SAEConfig) -> None:
+    """Say, before hours of fitting, that a corpus is repeated more than `max_repeats` times."""
+    if cfg.max_repeats is None or not part or not rows or (times := repeats(rows, part, cfg)) <= cfg.max_repeats:
+        return
+    more = "more prompts (pools.*)" if label == "harmful" else "web text (model.sae.corpus=<hub id or file>)"
+    log.warning(
+        "the autoencoder sees every distinct token of its %s corpus %.0f times (model.sae.tokens=%d): give it %s or "
+        "fewer tokens; model.sae.max_repeats=null accepts it",
+        *(label, times, cfg.tokens, more),
+    )
 
 
 @torch.no_grad()
