@@ -62,8 +62,8 @@ def test_a_run_trains_k_and_v_alone_and_reads_nothing_of_the_anchors(which, tmp_
     head = d.hidden_size // d.num_attention_heads
     wide = getattr(d, "num_key_value_heads", d.num_attention_heads) * head
     assert rows["trained_parameters", "train"] == 2 * 4 * wide * d.num_hidden_layers
-    assert rows["weight_leak", "anchors"] < 1e-3
-    assert next(r["value"] for r in run.rows() if r["metric"] == "weight_change") > 0
+    assert rows["weight_change", "anchors"] == 0  # of down_proj, which has no adapter
+    assert 0 < rows["weight_leak_all", "anchors"] < 0.1  # M holds 0.95 of the energy
     assert run.status["guard"] is True
     assert rows["extra_data", "harmful_prompts"] > 0
 
