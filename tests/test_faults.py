@@ -418,7 +418,9 @@ def test_an_sae_whose_latents_are_all_dead_is_refused(artifacts, tmp_path, monke
         return sae
 
     monkeypatch.setattr(RoutedSAE, "load", staticmethod(dead))
-    own = shutil.copytree(artifacts, tmp_path / "artifacts")  # what a dead SAE gives must not be found by other tests
+    # What a dead SAE gives must not be found by other tests, and what a living one gave must not be found here.
+    made_of_it = shutil.ignore_patterns("latents", "targets")
+    own = shutil.copytree(artifacts, tmp_path / "artifacts", ignore=made_of_it)
     cfg = config.compose(["method=activation_only", *FINE_TUNE, f"paths.artifacts={own}"])
     with pytest.raises(UserError, match="none of the preserved latents fires"):
         fine_tune(cfg, tmp_path)
