@@ -224,8 +224,8 @@ def set_label(of: str) -> str:
 def plate(view: View, most: int) -> Plate:
     """HS and FA of at most `most` methods as dots with 95 % intervals; the dotted line is the aligned model's."""
     methods = chosen(view, most)
-    with matplotlib.rc_context({"font.size": 10}):
-        figure, grid = panels(1, 2, (8.2, 0.9 + 0.38 * len(methods)), sharey=True)
+    with matplotlib.rc_context({"font.size": 12}):
+        figure, grid = panels(1, 2, (8.6, 1.1 + 0.42 * len(methods)), sharey=True)
         for ax, metric in zip(grid[0], LOOKS, strict=True):
             colour, marker = LOOKS[metric]
             start = view.value(paper.ALIGNED, metric)
@@ -240,15 +240,15 @@ def plate(view: View, most: int) -> Plate:
                     ax.hlines(place, max(found["low"], 0), min(found["high"], 100), color=colour, linewidth=1.6)
                 ax.plot(found["mean"], place, marker, color=colour, markersize=7, clip_on=False, zorder=3)
                 ax.annotate(f"{found['mean']:.0f}", (found["mean"], place), (0, 6), textcoords="offset points",
-                            ha="center", fontsize=8, color="0.15")  # fmt: skip
+                            ha="center", fontsize=10, color="0.15")  # fmt: skip
             ax.set_xlim(-3, 103)
             ax.set_ylim(len(methods) - 0.4, -0.7)
             ax.set_yticks(range(len(methods)), [paper.method_label(m) for m in methods])
             better = "lower is better" if metric == "HS" else "higher is better"
-            ax.set_xlabel(f"{paper.METRICS[metric]}: {better}")
+            ax.set_xlabel(f"{paper.METRICS[metric]}\n{better}")
             bare(ax)
             ax.grid(axis="x", color="0.9", linewidth=0.6)
-        figure.suptitle(view.cell, fontsize=11)
+        figure.suptitle(view.cell, fontsize=13)
     dotted = (
         " The dotted line is the aligned model before fine-tuning."
         if view.value(paper.ALIGNED, "HS") is not None

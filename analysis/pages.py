@@ -24,7 +24,7 @@ import pandas as pd
 from analysis import audit, headline, paper, tables
 from analysis.collect import Collection, at_end, pooled, read_exported
 from analysis.headline import View
-from cwac.core.config import command
+from cwac.core.config import about, command
 from cwac.core.errors import UserError
 
 CAMPAIGN = "smollm2_rivals"
@@ -378,11 +378,7 @@ def stale() -> dict[Path, str]:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, 1 if --check found something, 2 for bad input."""
-    parser = argparse.ArgumentParser(
-        prog="python -m analysis.pages",
-        description=__doc__.split("\n")[0],
-        epilog="example: python -m analysis.pages --check",
-    )
+    parser = argparse.ArgumentParser(prog="python -m analysis.pages", **about(__doc__))
     parser.add_argument("--check", action="store_true", help="say which pages are not current, and write nothing")
     args = parser.parse_args(argv)
     changed = stale()

@@ -71,10 +71,8 @@ def mapped(text: str, uri: str) -> str:
         relative = posixpath.relpath(page, posixpath.dirname(uri) or ".")
         return f"{match['text']}({relative}{'#' + anchor if anchor else ''})"
 
-    parts = CODE.split(text)
-    return "".join(
-        part if part.startswith(("`", " ")) and CODE.fullmatch(part) else LINK.sub(change, part) for part in parts
-    )
+    parts = CODE.split(text)  # every second part is code, which holds no links
+    return "".join(part if k % 2 else LINK.sub(change, part) for k, part in enumerate(parts))
 
 
 def pictures(text: str, uri: str) -> set[str]:
@@ -158,7 +156,7 @@ def section(name: str, short: dict[str, dict]) -> str:
 
     content, said, entry = settings(name), comments(name), short.get(name, {})
     title, body, deviations = split(docstring(content["_target_"]))
-    based = next((m for m in (short.get(name, {}).get("like"),) if m), None)
+    based = entry.get("like")
     parts = [f"## {paper.method_label(name)} {{ #{name} }}", f"`method={name}`. {said[' ']}"]
     parts.append(" ".join(entry["idea"].split()) if "idea" in entry else f"{title}\n\n{paragraphs(body)}")
     if "equation" in entry:
@@ -206,9 +204,9 @@ def methods_page() -> str:
     """One section a method of conf/method, so that a new one appears by itself."""
     short = yaml.safe_load((ROOT / "docs" / "methods.yaml").read_text(encoding="utf-8"))
     start = (
-        "# The methods\n\nOne section a defence: the idea, the equation, its keys with their values and where these come "
-        "from, and where the code departs from the paper. L is the loss on the task, W the weights, W_0 those of the "
-        "aligned model, dW = W - W_0. How to add one: [add a method](add_a_method.md)."
+        "# The methods\n\nOne section a defence: the idea, the equation, its keys with their values and where these "
+        "come from, and where the code departs from the paper. L is the loss on the task, W the weights, W_0 those of "
+        "the aligned model, dW = W - W_0. How to add one: [add a method](add_a_method.md)."
     )
     return "\n\n".join([start, *(section(name, short) for name in methods())]) + "\n"
 
@@ -231,4 +229,9 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Links as the site needs them."""
-    return mapped(markdown, page.file.src_uri)
+    from mkdocs.exceptions import PluginError
+
+    try:
+        return mapped(markdown, page.file.src_uri)
+    except DeadLink as error:
+        raise PluginError(f"dead link in {error}") from None
