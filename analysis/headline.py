@@ -129,8 +129,8 @@ def usual_rate(rows: pd.DataFrame) -> float:
 
 
 def ratio_of(ends: pd.DataFrame) -> float:
-    """The harmful ratio at which most methods have HS; of several the largest up to 0.2, where methods differ."""
-    counts = ends.groupby("harmful_ratio")["method"].nunique()
+    """The harmful ratio with most finished runs; of several the largest up to 0.2, where methods differ most."""
+    counts = ends.groupby("harmful_ratio")["run_id"].nunique()
     best = [float(r) for r in counts[counts == counts.max()].index]
     poisoned = [r for r in best if 0 < r <= 0.2]
     return max(poisoned) if poisoned else min((r for r in best if r > 0), default=best[0])
@@ -157,7 +157,7 @@ def sentence(view: View) -> str:
         low = min(view.methods, key=lambda m: view.mean(m, "HS"))
         return f"{view.cell}: the lowest HS is that of {names([low])}, {view.mean(low, 'HS'):.0f} %."
     p = view.p_value("cwac", "sft")
-    tested = "one seed, so no test" if math.isnan(p) else f"p {below(p)}"
+    tested = "one seed, so no test" if math.isnan(p) else f"p-value {below(p)}"
     return (
         f"{view.cell}: plain fine-tuning (SFT) leaves a model that complies with {sft['mean']:.0f} % of harmful "
         f"requests, CWAC one that complies with {cwac['mean']:.0f} % ({tested}); {beaten(view)}."
@@ -165,8 +165,8 @@ def sentence(view: View) -> str:
 
 
 def below(p: float) -> str:
-    """`< 0.001` or `= 0.03`."""
-    return "< 0.001" if p < 0.001 else f"= {p:.2g}"
+    """`below 0.001` or `0.03`."""
+    return "below 0.001" if p < 0.001 else f"{p:.2g}"
 
 
 def beaten(view: View, method: str = "cwac") -> str:

@@ -11,6 +11,7 @@ import argparse
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import audit, headline, paper, tables
+from analysis import audit, headline, paper, stats, tables
 from analysis.collect import Collection, at_end, pooled, read_exported
 from analysis.headline import View
 from cwac.core.config import about, command
@@ -329,6 +330,19 @@ def energy_of(path: Path) -> float:
     return float(path.parent.name.removeprefix("energy-")) if path.parent.name.startswith("energy-") else 0.99
 
 
+def gate(page: Path) -> str:
+    """The checks of SmolLM2's alignment that ships, on validation prompts, with exact intervals of the percentages."""
+    path = ROOT / "cwac" / "assets" / "smollm2_align" / "gate.json"
+    rows = []
+    for check in json.loads(path.read_text(encoding="utf-8"))["checks"]:
+        percent = "nats" not in check["name"]
+        low, high = stats.exact(check["value"], check["n"]) if percent else (math.nan, math.nan)
+        shown = f"{check['value']:.1f} [{low:.1f}, {high:.1f}]" if percent else f"{check['value']:.3g}"
+        rows.append([check["name"], shown, str(check["n"]), f"{check['threshold']:g}"])
+    table_ = tables.markdown(["check", "value", "n", "threshold"], rows, width=10_000)
+    return f"{table_}\n\nFrom `cwac/assets/smollm2_align/gate.json`."
+
+
 MAKERS: dict[str, Callable[..., str]] = {
     "figure": figure,
     "reading": reading,
@@ -342,6 +356,7 @@ MAKERS: dict[str, Callable[..., str]] = {
     "sheet": sheet,
     "include": include,
     "gradients": gradients,
+    "gate": gate,
 }
 
 

@@ -39,6 +39,8 @@ ANSWERS = 2
 """Answers shown of each set and method."""
 LONGEST = 600
 """Characters of an answer that are shown."""
+LARGEST = 150_000
+"""Characters of an SVG above which a figure is shown as a PNG."""
 SPARE = re.compile(r"(?<![\w#.-])-?\d+\.\d{3,}(?![\w.])")
 """Coordinates of an SVG in more digits than a screen shows."""
 
@@ -140,7 +142,8 @@ def summary_section(campaign: Campaign) -> Section:
     )
     first = max(found, key=lambda v: len(v.methods))
     pair = p_note(first)
-    body = "\n\n".join([said, headline.table(first), headline.WORDS + pair])
+    ratio = "p: share of harmful rows in the training data. "
+    body = "\n\n".join([said, headline.table(first), ratio + headline.WORDS + pair])
     return Section("summary", "What came out", body, plates=[headline.plate(first, headline.ROWS - 1)], folded=False)
 
 
@@ -149,8 +152,8 @@ def p_note(view: headline.View) -> str:
     if "cwac" not in view.methods or "sft" not in view.methods:
         return ""
     return (
-        " p: of the difference in HS between CWAC and SFT, paired by seed and by prompt, the larger of the two; a "
-        "method beats CWAC where its own p is at most 0.05 and it loses no more than 5 points of FA or OR."
+        " p-value: of the difference in HS between CWAC and SFT, paired by seed and by prompt, the larger of the two; a "
+        "method beats CWAC where its own p-value is at most 0.05 and it loses no more than 5 points of FA or OR."
     )
 
 
@@ -353,13 +356,17 @@ def provenance_section(campaign: Campaign, argv: Sequence[str]) -> Section:
 # --- rendering ----------------------------------------------------------------------------------------
 
 
-def svg(figure: Figure) -> str:
-    """The figure as a data URI; equal figures give equal bytes."""
+def picture(figure: Figure) -> str:
+    """The figure as a data URI; equal figures give equal bytes. An SVG, or a PNG where that would be `LARGEST`."""
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "cwac", "svg.fonttype": "none"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = SPARE.sub(lambda m: f"{float(m[0]):.2f}".rstrip("0").rstrip("."), buffer.getvalue().decode())
-    return "data:image/svg+xml;base64," + base64.b64encode(re.sub(r"\n\s*", "\n", text).encode()).decode()
+    if len(text) < LARGEST:
+        return "data:image/svg+xml;base64," + base64.b64encode(text.encode()).decode()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def render_markdown(text: str) -> Markup:
@@ -375,7 +382,7 @@ def to_html(campaign: Campaign, sections: Sequence[Section], headline: str) -> s
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
-    environment.filters |= {"markdown": render_markdown, "svg": svg}
+    environment.filters |= {"markdown": render_markdown, "picture": picture}
     template = environment.get_template("report.html.j2")
     return template.render(title=f"CWAC: {campaign.name}", headline=headline, sections=sections)
 

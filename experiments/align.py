@@ -414,7 +414,7 @@ def _check(name: str, value: float, n: int, at_least: float | None = None, at_mo
 
 
 @command
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Rebuild the adapter and its gate report from the data; exit code 1 if it misses its gate."""
     parser = argparse.ArgumentParser(prog="python -m experiments.align", **about(__doc__))
     parser.add_argument("--data", default=None, help="folder laid out like the hub; default: the hub itself")
@@ -422,7 +422,7 @@ def main() -> int:
     parser.add_argument("--out", default="artifacts/smollm2_align", help="where the adapter and gate.json go")
     rounds = len(ROUNDS) + len(MENDING)
     parser.add_argument("--rounds", type=int, default=rounds, help="how many of the rounds to train")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     base_folder = smollm2.prepare(args.base)
     splits = alignment_splits(args.data)
     folders, trained = train_rounds(base_folder, splits, Path(f"{args.out}_rounds"), ROUNDS[: args.rounds])

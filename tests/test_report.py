@@ -7,6 +7,7 @@ from collections import Counter
 
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
 from analysis import claims, compare, demo, gallery, paper, records, report
 from analysis.collect import Cell
@@ -116,6 +117,14 @@ def test_figures_of_safety_against_utility_leave_out_what_has_no_poison():
 def test_coordinates_of_a_figure_have_the_digits_that_a_screen_shows():
     text = report.SPARE.sub(lambda m: f"<{m[0]}>", 'M 12.345678 -0.1234L9.5"#a1.23456" v1.2.3456 id="m1234.5678x"')
     assert text == 'M <12.345678> -0.1234L9.5"#a1.23456" v1.2.3456 id="m1234.5678x"'
+
+
+def test_a_figure_of_many_lines_is_a_picture_of_points():
+    few, many = Figure(), Figure()
+    few.subplots().plot([0, 1], [0, 1])
+    many.subplots().plot(range(20_000), [k % 7 for k in range(20_000)], "o")
+    assert report.picture(few).startswith("data:image/svg+xml;base64,")
+    assert report.picture(many).startswith("data:image/png;base64,") and len(report.picture(many)) < 150_000
 
 
 def test_what_a_model_wrote_is_escaped_and_harmful_answers_are_redacted(campaign, undrawn):
