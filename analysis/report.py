@@ -152,8 +152,8 @@ def p_note(view: headline.View) -> str:
     if "cwac" not in view.methods or "sft" not in view.methods:
         return ""
     return (
-        " p-value: of the difference in HS between CWAC and SFT, paired by seed and by prompt, the larger of the two; a "
-        "method beats CWAC where its own p-value is at most 0.05 and it loses no more than 5 points of FA or OR."
+        " p-value: of the difference in HS between CWAC and SFT, paired by seed and by prompt, the larger of the two; "
+        "a method beats CWAC where its own p-value is at most 0.05 and it loses no more than 5 points of FA or OR."
     )
 
 
