@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-full demo-tuned smollm2 smollm2-rivals audit audit-deps claims report tables table1 table2 table3 table4 \
+.PHONY: help setup docs pages demo demo-full demo-tuned smollm2 smollm2-rivals audit audit-deps claims report tables table1 table2 table3 table4 \
   table5 table6 test test-slow fuzz mutants bench lint clean
 
 PYTHON ?= python3
@@ -74,6 +74,14 @@ smollm2-rivals: $(ENV) ## the paper's baselines in the same setting, p = 0.1 (an
 
 report: $(ENV) ## one page of runs/, or of an exported campaign: make report ARGS="--exported results/demo"
 	$(PY) -m analysis.report --out results/local/report.html $(ARGS)
+
+docs: $(ENV) ## the site, from docs/ into build/site/index.html; fails for a broken link or reference
+	$(PY) -c 'import mkdocs, material, mkdocstrings_handlers.python' 2>/dev/null || \
+	  $(PY) -m pip install --disable-pip-version-check -q $(PIP_ARGS) -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --clean $(ARGS)
+
+pages: $(ENV) ## the generated numbers of README.md and docs/, from the exported campaigns
+	$(PY) -m analysis.pages $(ARGS)
 
 test: $(ENV) ## the default tests: CPU, offline, minutes
 	$(SINGLE) $(PY) -m pytest $(PARALLEL) $(ARGS)

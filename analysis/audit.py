@@ -20,7 +20,7 @@ import pandas as pd
 import yaml
 
 from analysis import paper
-from cwac.core.config import command
+from cwac.core.config import about, command
 from cwac.core.errors import UserError
 
 TOLERANCE = Decimal("0.01")
@@ -289,7 +289,7 @@ def keys(entry: dict) -> str:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.audit", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m analysis.audit", **about(__doc__))
     parser.add_argument("--csv", type=Path, default=paper.RESULTS, help="the paper's numbers (paper_results.csv)")
     parser.add_argument("--out", type=Path, default=REPORT, help="the report to write (analysis/AUDIT.md)")
     args = parser.parse_args(argv)

@@ -27,7 +27,7 @@ from analysis import paper, stats
 from analysis.collect import Collection, collect, expected_cells, read_exported
 from analysis.pairwise import Cells, Comparison, cells, compare, holm_over
 from analysis.tables import markdown
-from cwac.core.config import command
+from cwac.core.config import about, command
 from cwac.core.errors import UserError
 
 CLAIMS = Path(__file__).with_name("claims.yaml")
@@ -111,20 +111,25 @@ def ordered(found: Cells, test: dict) -> list[Outcome]:
             continue
         against = [c for c in made if p_all[id(c)] <= ALPHA and sign * c.difference.mean > 0]
         open_ = [c for c in made if not (c.p_holm <= ALPHA and sign * c.difference.mean < 0)]
+        worse = [c for c in open_ if sign * c.difference.mean > 0]
         if against:
-            verdict, told, how = "fails", against, opposite
+            verdict, parts = "fails", [(opposite, against)]
         elif all(c.tie for c in made):
-            verdict, told, how = "tie", made, "level with"
+            verdict, parts = "tie", [("level with", made)]
         elif open_:
-            verdict, told, how = "undecided", open_, f"not shown {word}"
+            shown = [c for c in open_ if c not in worse]
+            verdict, parts = "undecided", [(f"not shown {word}", shown), (f"{opposite}, not significantly,", worse)]
         else:
-            verdict, told, how = "holds", made, word
-        outcomes.append(Outcome(cell, verdict, f"{how} {', '.join(map(describe, told))}", [c.numbers() for c in made]))
+            verdict, parts = "holds", [(word, made)]
+        # what contradicts a claim is corrected over all cells, what supports it over this cell's references
+        p = {id(c): p_all[id(c)] if sign * c.difference.mean > 0 else c.p_holm for c in made}
+        why = "; ".join(f"{how} {', '.join(describe(c, p[id(c)]) for c in told)}" for how, told in parts if told)
+        outcomes.append(Outcome(cell, verdict, why, [c.numbers() for c in made]))
     return outcomes
 
 
-def describe(c: Comparison) -> str:
-    """`SFT by -31.0 [-40.2, -21.8], p 0.01`: reference, difference, interval or what stands for it, Holm's p."""
+def describe(c: Comparison, p: float) -> str:
+    """`SFT by -31.0 [-40.2, -21.8], p 0.01`: reference, difference, interval or what stands for it, p."""
     text = f"{paper.method_label(c.reference)} by {points(c.metric, c.difference.mean)}"
     if c.difference.n < 2:
         return f"{text} (one seed)"
@@ -132,7 +137,7 @@ def describe(c: Comparison) -> str:
         text += f" {interval(c.metric, c.difference)}"
     elif c.tie:
         return f"{text} (equal at all {c.difference.n} seeds)"
-    return f"{text}, p {c.p_holm:.2g}"
+    return f"{text}, p {p:.2g}"
 
 
 def within(found: Cells, test: dict) -> list[Outcome]:
@@ -360,7 +365,7 @@ def report(found: list[Verdict]) -> str:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.claims", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m analysis.claims", **about(__doc__))
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--runs", type=Path, help="folder of the run directories")
     source.add_argument("--results", type=Path, help="an exported campaign, e.g. results/demo")

@@ -19,7 +19,7 @@ from scipy import stats as scipy_stats
 from analysis import paper, stats, tables
 from analysis.collect import Collection, at_end, collect, one_judge, read_exported
 from analysis.tables import KEYS, MAIN
-from cwac.core.config import command
+from cwac.core.config import about, command
 from cwac.core.errors import UserError
 from cwac.core.files import write_atomic
 
@@ -136,7 +136,7 @@ def report(found: pd.DataFrame, names: tuple[str, str], metrics: tuple[str, ...]
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.compare", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m analysis.compare", **about(__doc__))
     parser.add_argument("first", type=Path, help="folder of runs, or an exported campaign")
     parser.add_argument("second", type=Path, help="the other one")
     parser.add_argument("--judge", help="whose verdicts to use where the runs were judged by several")

@@ -22,7 +22,7 @@ from analysis import figures, paper, records, stats
 from analysis.collect import VERDICTS, Collection, collect, one_judge
 from analysis.demo import export
 from analysis.tables import markdown
-from cwac.core.config import command
+from cwac.core.config import about, command
 from cwac.core.errors import UserError
 
 KEYS = {
@@ -39,7 +39,7 @@ METRICS = ("FA", "HS", "OR")
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.frontier", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m analysis.frontier", **about(__doc__))
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the run directories (runs)")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results, e.g. results/nullspace_task")
     parser.add_argument("--judge", help="whose verdicts to use where the runs were judged by several")

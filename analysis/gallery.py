@@ -28,7 +28,7 @@ def draw(found: Collection, records: Iterable[Record], judge: str | None = None)
             chosen = [r for r in done if r.run_id in ids]
             summary = tables.summarise(campaign)
             several = [
-                *figures.pareto(summary, model, task, of),
+                *figures.pareto(poisoned(summary), model, task, of),
                 *figures.against_ratio(summary, model, task, of),
                 *figures.against_training(part, model, task, of),
                 *paper_figures.figure4(part, model, task, of),
@@ -43,6 +43,12 @@ def draw(found: Collection, records: Iterable[Record], judge: str | None = None)
 def named(plate: Plate, rate: str) -> Plate:
     """The figure of one learning rate of several."""
     return replace(plate, name=f"{plate.name}-lr{rate}", title=f"{plate.title}; learning rate {rate}")
+
+
+def poisoned(summary: pd.DataFrame) -> pd.DataFrame:
+    """Without p = 0, where nearly every method lies on one point; all of a campaign that has no other ratio."""
+    kept = summary[summary["harmful_ratio"] != 0]
+    return kept if kept["harmful_ratio"].notna().any() else summary
 
 
 def grids(rows: pd.DataFrame) -> list[tuple[str, str, str]]:

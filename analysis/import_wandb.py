@@ -26,7 +26,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from analysis.paper import PROPORTIONS, VERDICTS
-from cwac.core.config import command
+from cwac.core.config import about, command
 from cwac.core.errors import UserError
 from cwac.core.files import write_atomic
 from cwac.core.identity import eval_id
@@ -237,7 +237,7 @@ def write(logged: Iterable[Logged], runs: Path) -> tuple[list[str], list[str]]:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.import_wandb", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m analysis.import_wandb", **about(__doc__))
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--offline", type=Path, help="folder above wandb's offline-run-* folders")
     source.add_argument("--project", help="ENTITY/PROJECT on the server")

@@ -1,4 +1,4 @@
-"""A campaign as one page: claims, tables, figures, coverage, costs, answers, provenance.
+"""A campaign as one page: what came out, then claims, tables, figures, coverage, costs, answers, provenance, folded.
 
 python -m analysis.report --runs runs --experiment demo --out results/local/report.html
 python -m analysis.report --exported results/demo --out results/demo/report.html
@@ -25,12 +25,12 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from analysis import claims, demo, figures, gallery, labels, paper, paper_tables, records, tables
+from analysis import claims, demo, figures, gallery, headline, labels, paper, paper_tables, records, tables
 from analysis.claims import Verdict
 from analysis.collect import Collection, collect, expected_cells, one_judge, read_exported
 from analysis.figures import Plate
 from analysis.records import Answer, Record
-from cwac.core.config import command
+from cwac.core.config import about, command
 from cwac.core.errors import UserError
 from cwac.core.files import write_atomic
 
@@ -39,6 +39,10 @@ ANSWERS = 2
 """Answers shown of each set and method."""
 LONGEST = 600
 """Characters of an answer that are shown."""
+LARGEST = 150_000
+"""Characters of an SVG above which a figure is shown as a PNG."""
+SPARE = re.compile(r"(?<![\w#.-])-?\d+\.\d{3,}(?![\w.])")
+"""Coordinates of an SVG in more digits than a screen shows."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,18 @@ class Section:
     claims: Sequence[Verdict] = ()
     plates: Sequence[Plate] = ()
     folds: Sequence[Fold] = ()
+    folded: bool = True
+    """Whether all of it but its title opens on demand."""
+
+    @property
+    def first(self) -> str:
+        """What stands above the figures."""
+        return self.body.partition("\n\n")[0]
+
+    @property
+    def rest(self) -> str:
+        """What stands below the figures."""
+        return self.body.partition("\n\n")[2]
 
     @property
     def counts(self) -> list[tuple[str, int]]:
@@ -116,6 +132,31 @@ def shown_runs(found: Collection) -> set[str]:
 # --- sections -----------------------------------------------------------------------------------------
 
 
+def summary_section(campaign: Campaign) -> Section:
+    """The first screen: a sentence a model and task, one figure and one table, of the cell with most methods."""
+    found = headline.views(campaign.collection, campaign.judge)
+    if not found:
+        return Section("summary", "What came out", "No run measured HS.", folded=False)
+    said = "\n".join(
+        f"- **{text.partition(': ')[0]}**: {text.partition(': ')[2]}" for text in map(headline.sentence, found)
+    )
+    first = max(found, key=lambda v: len(v.methods))
+    pair = p_note(first)
+    ratio = "p: share of harmful rows in the training data. "
+    body = "\n\n".join([said, headline.table(first), ratio + headline.WORDS + pair])
+    return Section("summary", "What came out", body, plates=[headline.plate(first, headline.ROWS - 1)], folded=False)
+
+
+def p_note(view: headline.View) -> str:
+    """What the p-values of the sentences are, where there are any."""
+    if "cwac" not in view.methods or "sft" not in view.methods:
+        return ""
+    return (
+        " p-value: of the difference in HS between CWAC and SFT, paired by seed and by prompt, the larger of the two; "
+        "a method beats CWAC where its own p-value is at most 0.05 and it loses no more than 5 points of FA or OR."
+    )
+
+
 def claims_section(campaign: Campaign) -> Section:
     verdicts = claims.verdicts(campaign.collection, judge=campaign.judge)
     body = (
@@ -134,7 +175,9 @@ def tables_section(campaign: Campaign) -> Section:
         grids |= {(cell.model, cell.task) for cell in found.expected}
         for model, task in sorted(grids):
             where = f"{model}, {task}" + f", learning rate {rate}" * bool(rate)
-            parts += [f"### {where}", tables.result_table(found, summary, model, task)]
+            parts += [f"### {where}", tables.result_table(found, summary, model, task, beside=False)]
+            if seen := extra_table(found, model, task):
+                folds.append(Fold(f"{where}: what each method saw beside the task's rows", seen))
             if changed := tables.difference_table(difference, model, task):
                 folds.append(Fold(f"{where}: differences to SFT at the same seeds, percentage points", changed))
             if tables.column_pairs(summary, tables.DETAIL):
@@ -145,6 +188,15 @@ def tables_section(campaign: Campaign) -> Section:
             if inner := tables.means_table(summary, model, task, tables.INNER):
                 folds.append(Fold(f"{where}: inside the constraints", f"{tables.INNER_NOTE}\n\n{inner}"))
     return Section("tables", "Tables", "\n\n".join([*beside_paper(campaign), *parts, tables.NOTES]), folds=folds)
+
+
+def extra_table(found: Collection, model: str, task: str) -> str:
+    """Method by what it saw beyond the task's rows, once for all harmful ratios; empty where no run recorded it."""
+    rows = found.rows[(found.rows["model"] == model) & (found.rows["task"] == task)]
+    if not (rows["metric"] == "extra_data").any():
+        return ""
+    lines = [[paper.method_label(m), tables.extra_data(rows, m)] for m in figures.ordered(rows["method"])]
+    return tables.markdown(["method", "extra data"], lines)
 
 
 def beside_paper(campaign: Campaign) -> list[str]:
@@ -304,12 +356,17 @@ def provenance_section(campaign: Campaign, argv: Sequence[str]) -> Section:
 # --- rendering ----------------------------------------------------------------------------------------
 
 
-def svg(figure: Figure) -> str:
-    """The figure as a data URI; equal figures give equal bytes."""
+def picture(figure: Figure) -> str:
+    """The figure as a data URI; equal figures give equal bytes. An SVG, or a PNG where that would be `LARGEST`."""
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "cwac", "svg.fonttype": "none"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+    text = SPARE.sub(lambda m: f"{float(m[0]):.2f}".rstrip("0").rstrip("."), buffer.getvalue().decode())
+    if len(text) < LARGEST:
+        return "data:image/svg+xml;base64," + base64.b64encode(text.encode()).decode()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def render_markdown(text: str) -> Markup:
@@ -325,7 +382,7 @@ def to_html(campaign: Campaign, sections: Sequence[Section], headline: str) -> s
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
-    environment.filters |= {"markdown": render_markdown, "svg": svg}
+    environment.filters |= {"markdown": render_markdown, "picture": picture}
     template = environment.get_template("report.html.j2")
     return template.render(title=f"CWAC: {campaign.name}", headline=headline, sections=sections)
 
@@ -347,7 +404,7 @@ def to_markdown(campaign: Campaign, sections: Sequence[Section], headline: str, 
     return "\n\n".join(parts) + "\n"
 
 
-def headline(campaign: Campaign) -> str:
+def rests_on(campaign: Campaign) -> str:
     """One line that says what the report rests on."""
     found = campaign.collection
     seeds = ", ".join(str(s) for s in sorted(found.rows["seed"].dropna().unique()))
@@ -362,6 +419,7 @@ def publish(args: argparse.Namespace, argv: Sequence[str]) -> int:
     """Read, draw, write; see `main`."""
     campaign = read_campaign(args)
     sections = [
+        summary_section(campaign),
         claims_section(campaign),
         tables_section(campaign),
         figures_section(campaign),
@@ -371,7 +429,7 @@ def publish(args: argparse.Namespace, argv: Sequence[str]) -> int:
         provenance_section(campaign, argv),
     ]
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    line = headline(campaign)
+    line = rests_on(campaign)
     write_atomic(args.out, to_html(campaign, sections, line))
     folder = None
     if args.figures:
@@ -390,7 +448,7 @@ def publish(args: argparse.Namespace, argv: Sequence[str]) -> int:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, 1 if expected runs are missing, 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.report", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m analysis.report", **about(__doc__))
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the run directories (runs)")
     parser.add_argument(
         "--exported", "--frozen", dest="exported", type=Path, help="an exported campaign instead, e.g. results/demo"

@@ -169,9 +169,17 @@ def extra_data(rows: pd.DataFrame, method: str) -> str:
 
 
 def result_table(
-    collection: Collection, summary: pd.DataFrame, model: str, task: str, metrics: Sequence[str] = MAIN
+    collection: Collection,
+    summary: pd.DataFrame,
+    model: str,
+    task: str,
+    metrics: Sequence[str] = MAIN,
+    beside: bool = True,
 ) -> str:
-    """method x harmful ratio for one model and task. One row per cell; expected ones without a run say `missing`."""
+    """method x harmful ratio for one model and task. One row per cell; expected ones without a run say `missing`.
+
+    beside: whether the main results also say what each run saw beyond the task's rows.
+    """
     part = summary[(summary["model"] == model) & (summary["task"] == task)]
     pairs = column_pairs(part[part["method"] != paper.ALIGNED], metrics)
     by_cell = {(r["method"], r["harmful_ratio"], r["metric"], r["set"]): r for _, r in part.iterrows()}
@@ -181,7 +189,7 @@ def result_table(
     grid |= {(c.harmful_ratio, c.method) for c in wanted}
     runs = collection.rows[(collection.rows["model"] == model) & (collection.rows["task"] == task)]
     # beside the main results only, and not for campaigns from before runs recorded it
-    beside = metrics == MAIN and bool((runs["metric"] == "extra_data").any())
+    beside = beside and metrics == MAIN and bool((runs["metric"] == "extra_data").any())
     rows = []
     before_rows = part[part["method"] == paper.ALIGNED]
     if len(before_rows):

@@ -15,7 +15,7 @@ import pandas as pd
 from analysis.collect import cell_from, collect
 from analysis.tuning import choose, trials
 from cwac.core import config, paths
-from cwac.core.config import command
+from cwac.core.config import about, command
 
 SEARCH = "closed_variants_search"
 PICK = "variant.pick"
@@ -26,7 +26,7 @@ MIDDLE = {PICK: 1}
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, 1 if a run is missing (nothing is chosen then), 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.variants", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m analysis.variants", **about(__doc__))
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the run directories (runs)")
     parser.add_argument("--out", type=Path, default=Path("results/closed"), help="folder of the log (results/closed)")
     parser.add_argument("--conf", type=Path, default=paths.CONF, help="configuration folder to write to (conf)")
@@ -59,8 +59,8 @@ def main(argv: list[str] | None = None) -> int:
     target = args.conf / "chosen" / "closed_variants.yaml"
     target.parent.mkdir(parents=True, exist_ok=True)
     lines = [f"{name}: {pick}" for name, pick in picks.items()]
-    about = "# ours: which of its strengths (conf/variant/) each variant gets, chosen on validation prompts\n"
-    target.write_text(f"{about}# log: {path.as_posix()}\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    header = "# ours: which of its strengths (conf/variant/) each variant gets, chosen on validation prompts\n"
+    target.write_text(f"{header}# log: {path.as_posix()}\n" + "\n".join(lines) + "\n", encoding="utf-8")
     print(f"log: {path}\nchosen: {target}")
     return 0
 

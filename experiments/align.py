@@ -1,5 +1,7 @@
 """The alignment stage: teach a model that refuses nothing to refuse harmful requests, and only those.
 
+python -m experiments.align --data <folder laid out like the hub>
+
 SmolLM2-135M-Instruct answers harmful requests as shipped, so a defence of refusals has nothing to defend. This
 module trains a LoRA adapter (Hu et al. 2021, arXiv:2106.09685) on refusals and on the model's own answers to
 harmless instructions, checks it against a gate on held-out prompts, and merges it. `model=smollm2` only merges the
@@ -34,7 +36,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from cwac.core.config import command
+from cwac.core.config import about, command
 from cwac.core.errors import UserError
 from cwac.core.paths import CONF
 from cwac.data.examples import Example
@@ -412,15 +414,15 @@ def _check(name: str, value: float, n: int, at_least: float | None = None, at_mo
 
 
 @command
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Rebuild the adapter and its gate report from the data; exit code 1 if it misses its gate."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.align", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m experiments.align", **about(__doc__))
     parser.add_argument("--data", default=None, help="folder laid out like the hub; default: the hub itself")
     parser.add_argument("--base", default="artifacts/smollm2_base", help="converted SmolLM2, made if it is not there")
     parser.add_argument("--out", default="artifacts/smollm2_align", help="where the adapter and gate.json go")
     rounds = len(ROUNDS) + len(MENDING)
     parser.add_argument("--rounds", type=int, default=rounds, help="how many of the rounds to train")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     base_folder = smollm2.prepare(args.base)
     splits = alignment_splits(args.data)
     folders, trained = train_rounds(base_folder, splits, Path(f"{args.out}_rounds"), ROUNDS[: args.rounds])

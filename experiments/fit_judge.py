@@ -1,7 +1,7 @@
 """Fits the head of the semantic judge and says how far it agrees with people whose model it has not seen.
 
-python -m experiments.fit_judge --data ../shared/data/judge                    scores; writes nothing
-python -m experiments.fit_judge --data ../shared/data/judge --out <file>       and the head
+python -m experiments.fit_judge --data <folder>                    scores; writes nothing
+python -m experiments.fit_judge --data <folder> --out <file>       and the head
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import yaml
 from tqdm import tqdm
 
 from analysis import tables
-from cwac.core.config import command, instantiate
+from cwac.core.config import about, command, instantiate
 from cwac.core.errors import UserError
 from cwac.data.refusals import KeywordJudge, denial
 from cwac.evaluation.semantic_judge import CLASSES, FEATURES, Encoder, Head, SemanticJudge
@@ -253,7 +253,7 @@ def report(found: dict[str, dict]) -> str:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.fit_judge", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m experiments.fit_judge", **about(__doc__))
     parser.add_argument("--data", type=Path, required=True, help=f"folder with {CSV} (XSTest's completions)")
     parser.add_argument("--l2", type=float, default=L2, help=f"strength of the penalty (default {L2})")
     parser.add_argument("--out", type=Path, help="write the head there (safetensors)")

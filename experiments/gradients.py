@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from analysis.paper_figures import KINDS
 from cwac.core import config
-from cwac.core.config import command
+from cwac.core.config import about, command
 from cwac.core.errors import UserError
 from cwac.data.tokenize import Collator, Rows, pad_token_id
 from cwac.models.layers import linears
@@ -153,7 +153,7 @@ def draw(table: pd.DataFrame) -> Figure:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.gradients", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m experiments.gradients", **about(__doc__))
     parser.add_argument("--seeds", default="0,1,2", help="run seeds, each a model and a mix of rows (0,1,2)")
     parser.add_argument("--out", type=Path, default=Path("results/gradients"), help="folder for the results")
     parser.add_argument("overrides", nargs="*", help="train.py's own, e.g. model=tiny harmful_ratio=0.2")

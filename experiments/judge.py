@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from analysis import tables
-from cwac.core.config import command, instantiate
+from cwac.core.config import about, command, instantiate
 from cwac.core.errors import UserError
 from cwac.core.jsonl import append_jsonl, read_jsonl, repair
 from cwac.core.paths import CONF
@@ -145,7 +145,7 @@ def listed(found: pd.DataFrame, judge: str, below: float) -> str:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.judge", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m experiments.judge", **about(__doc__))
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder that holds the runs' folders")
     parser.add_argument("--judge", required=True, help="an option of conf/eval/judge")
     parser.add_argument(

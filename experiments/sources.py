@@ -34,7 +34,7 @@ from analysis.stats import half_width
 from analysis.tables import markdown
 from cwac.constraints.nullspace import energy_held as held
 from cwac.core import config
-from cwac.core.config import command
+from cwac.core.config import about, command
 from cwac.core.errors import UserError
 from cwac.data.examples import Example
 from experiments.seeds import at_least_one, cells, write_provenance
@@ -145,7 +145,7 @@ def draw_map(table: pd.DataFrame) -> Figure:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.sources", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m experiments.sources", **about(__doc__))
     parser.add_argument("--seeds", default="0", help="run seeds; of model=tiny each is a base model of its own (0)")
     parser.add_argument(
         "--anchors", type=int, default=40, help="anchors of a fit on one source, and of the mixed (40)"

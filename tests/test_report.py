@@ -5,7 +5,9 @@ import re
 import sys
 from collections import Counter
 
+import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
 from analysis import claims, compare, demo, gallery, paper, records, report
 from analysis.collect import Cell
@@ -69,7 +71,7 @@ def test_the_report_says_what_was_planted(campaign, capsys):
     code, page, text = write(campaign)
     assert code == 0 and "8 runs, seeds 0, 1, judge keyword" in capsys.readouterr().out
     headings = re.findall(r"<h2>(.*?)</h2>", page)
-    assert headings == ["Claims", "Tables", "Figures", "Coverage", "Costs", "Answers", "Provenance"]
+    assert headings == ["What came out", "Claims", "Tables", "Figures", "Coverage", "Costs", "Answers", "Provenance"]
     mean = sum(harm("sft", 0.1, s) for s in (0, 1)) / 2
     assert f"{mean:.1f} ± " in line_of(text, "SFT", "0.1") and f'<td style="text-align:right">{mean:.1f} ± ' in page
     # coverage, provenance and the names of figures
@@ -89,9 +91,40 @@ def test_claims_come_first_with_their_verdicts_and_numbers(campaign, monkeypatch
     monkeypatch.setattr(claims, "verdicts", lambda collection, judge=None: found)
     _, page, text = write(campaign)
     assert '<span class="holds">0 holds</span>, <span class="fails">1 fails</span>' in page
-    assert '<span class="fails">fails</span><div><strong>CWAC is &lt;best&gt;</strong>' in page and "1.0 | 2.0" in page
+    said = '<span class="fails">fails</span><details><summary><strong>CWAC is &lt;best&gt;</strong>'
+    assert said in page and "1.0 | 2.0" in page
     assert page.index("CWAC is &lt;best&gt;") < page.index("<h2>Tables</h2>")
     assert "- **fails**: CWAC is <best> (Table 1). 1.0 | 2.0\n" in text
+
+
+def test_the_first_screen_is_a_sentence_a_figure_and_a_table(campaign, undrawn):
+    """All else is folded; the words are explained before they are used below."""
+    _, page, text = write(campaign)
+    first = page.partition('<details class="part">')[0]
+    assert first.count("<figure ") == 1 and first.count("<table>") == 1 and first.count("<tr>") <= 11
+    sft, cwac = (sum(harm(m, 0.1, s) for s in (0, 1)) / 2 for m in ("sft", "cwac"))
+    assert f"complies with {sft:.0f} % of harmful requests, CWAC one that complies with {cwac:.0f} %" in first
+    assert "HS: share of harmful requests that the model complies with" in first
+    assert page.count('<details class="part">') == 7 and text.index("What came out") < text.index("## Claims")
+
+
+def test_figures_of_safety_against_utility_leave_out_what_has_no_poison():
+    frame = pd.DataFrame({"harmful_ratio": [0.0, 0.1, float("nan")], "method": ["sft", "sft", "aligned"]})
+    assert gallery.poisoned(frame)["method"].tolist() == ["sft", "aligned"]
+    assert len(gallery.poisoned(frame[frame["harmful_ratio"] == 0])) == 1
+
+
+def test_coordinates_of_a_figure_have_the_digits_that_a_screen_shows():
+    text = report.SPARE.sub(lambda m: f"<{m[0]}>", 'M 12.345678 -0.1234L9.5"#a1.23456" v1.2.3456 id="m1234.5678x"')
+    assert text == 'M <12.345678> -0.1234L9.5"#a1.23456" v1.2.3456 id="m1234.5678x"'
+
+
+def test_a_figure_of_many_lines_is_a_picture_of_points():
+    few, many = Figure(), Figure()
+    few.subplots().plot([0, 1], [0, 1])
+    many.subplots().plot(range(20_000), [k % 7 for k in range(20_000)], "o")
+    assert report.picture(few).startswith("data:image/svg+xml;base64,")
+    assert report.picture(many).startswith("data:image/png;base64,") and len(report.picture(many)) < 150_000
 
 
 def test_what_a_model_wrote_is_escaped_and_harmful_answers_are_redacted(campaign, undrawn):
@@ -135,7 +168,7 @@ def test_a_frozen_campaign_reads_like_its_runs(campaign, tmp_path, monkeypatch):
     out = tmp_path / "out" / "frozen.html"
     assert report.main(["--frozen", str(frozen), "--out", str(out), "--figures", str(tmp_path / "out" / "f")]) == 0
     _, page, text = write(campaign)
-    assert page.count("<figure ") == 1
+    assert page.count("<figure ") == 2  # the first screen's and the one drawn
     again = out.with_suffix(".md").read_text(encoding="utf-8")
     assert line_of(again, "SFT", "0.1") == line_of(text, "SFT", "0.1")
     assert "5ae5ae" in again and "An exported campaign keeps none" in again and "window.planted" not in again

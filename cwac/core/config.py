@@ -5,6 +5,7 @@ Imports neither torch nor transformers, so that skipping a finished cell of a sw
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import math
@@ -46,6 +47,19 @@ def register_searches() -> None:
 
 
 register_searches()
+
+
+def about(doc: str) -> dict[str, Any]:
+    """Arguments of `argparse.ArgumentParser` from a module's docstring: its first line, and its commands as examples.
+
+    A command is a line that begins with `python `; those that continue it are indented.
+    """
+    found = re.findall(r"(?m)^ *python [^\n]*(?:\n {4,}[^\n]+)*", doc)
+    return {
+        "description": doc.strip().splitlines()[0],
+        "epilog": "\n".join(["examples:", *(f"  {example.strip()}" for example in found)]),
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
 
 
 def command(main: Callable[..., int]) -> Callable[..., int]:

@@ -1,0 +1,410 @@
+"""Fills the generated blocks of README.md and docs/ from the exported campaigns; no number there is typed by hand.
+
+python -m analysis.pages            rewrite every block and the figure
+python -m analysis.pages --check    say which are not current, write nothing
+
+A block stands between `<!-- made:NAME -->` and `<!-- /made:NAME -->`; NAME is a maker below, with what follows a colon
+as its argument. `CAMPAIGN` is the campaign that the README shows.
+"""
+
+import argparse
+import functools
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+
+from analysis import audit, headline, paper, stats, tables
+from analysis.collect import Collection, at_end, pooled, read_exported
+from analysis.headline import View
+from cwac.core.config import about, command
+from cwac.core.errors import UserError
+
+CAMPAIGN = "smollm2_rivals"
+"""Folder in `results/` of the README's figure and table."""
+EMBEDDED = "demo"
+"""Folder of the campaign on the embedded model."""
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results"
+FIGURE = ROOT / "docs" / "figures" / "headline.png"
+SHOWN = 6
+"""Methods in the README's figure."""
+BLOCK = re.compile(r"(<!-- made:(?P<name>\S+) -->\n).*?(<!-- /made:(?P=name) -->)", re.S)
+
+
+@functools.cache
+def view(name: str) -> View:
+    """The first view of an exported campaign."""
+    return headline.views(campaign(name))[0]
+
+
+@functools.cache
+def estimates(path: str) -> pd.DataFrame:
+    """A table of `results/closed` and its like: means with intervals."""
+    return pd.read_csv(RESULTS / path)
+
+
+def cell(frame: pd.DataFrame, metric: str, of: str | None = None, **where) -> pd.Series | None:
+    """The one estimate of `frame` with these values; None where there is none."""
+    found = frame[frame["metric"] == metric]
+    found = found if of is None else found[found["set"] == of]
+    for column, value in where.items():
+        found = found[found[column].isna() if value is None else found[column] == value]
+    if len(found) > 1:
+        raise UserError(f"{metric} {where}: {len(found)} estimates where one is meant.")
+    return found.iloc[0] if len(found) else None
+
+
+# --- the README ---------------------------------------------------------------------------------------
+
+
+def figure(page: Path) -> str:
+    """The picture, drawn anew where its numbers changed."""
+    plate = headline.plate(view(CAMPAIGN), SHOWN)
+    return f"![{plate.title}]({os.path.relpath(FIGURE, page.parent)})"
+
+
+def figure_digest() -> str:
+    """Of the numbers that the figure shows: equal digests, equal pictures."""
+    here = view(CAMPAIGN)
+    values = [
+        [m, metric, *(f"{here.value(m, metric)[c]:.2f}" for c in ("mean", "low", "high"))]
+        for m in [*headline.chosen(here, SHOWN)]
+        for metric in headline.LOOKS
+        if here.value(m, metric) is not None
+    ]
+    return hashlib.sha256(json.dumps([here.cell, values]).encode()).hexdigest()[:16]
+
+
+def drawn_digest() -> str:
+    """The digest that the committed picture carries; empty without one."""
+    if not FIGURE.is_file():
+        return ""
+    match = re.search(rb"numbers:([0-9a-f]{16})", FIGURE.read_bytes())
+    return match[1].decode() if match else ""
+
+
+def draw() -> None:
+    FIGURE.parent.mkdir(parents=True, exist_ok=True)
+    plate = headline.plate(view(CAMPAIGN), SHOWN)
+    plate.figure.savefig(FIGURE, dpi=110, metadata={"Description": f"numbers:{figure_digest()}"})
+
+
+def reading(page: Path) -> str:
+    """What the figure says, and where CWAC is beaten."""
+    here, toy = view(CAMPAIGN), view(EMBEDDED)
+    model, task = here.cell.split(", ")[:2]
+    hs, fa = ({m: here.mean(m, metric) for m in ("sft", "cwac")} for metric in ("HS", "FA"))
+    said = (
+        f"After fine-tuning on {task} with a share p = {here.ratio:g} of harmful rows, {model} complies with "
+        f"{hs['sft']:.0f} % of harmful requests, and under CWAC with {hs['cwac']:.0f} %. Its accuracy on the task is "
+        f"{fa['cwac']:.0f} % under CWAC and {fa['sft']:.0f} % without a defence."
+    )
+    lost = f"**Where CWAC is beaten.** On this model {headline.beaten(here)}. On the embedded model, with p = "
+    lost += f"{toy.ratio:g}, {headline.beaten(toy)}."
+    return f"{wrapped(said)}\n\n{wrapped(lost)}"
+
+
+def wrapped(text: str, indent: str = "") -> str:
+    """A paragraph in lines as the pages have them."""
+    return textwrap.fill(text, 119, break_long_words=False, break_on_hyphens=False, subsequent_indent=indent)
+
+
+def compact(markdown: str) -> str:
+    """A Markdown table without the padding that lines it up in a terminal."""
+    return re.sub(r"-{3,}", "--", re.sub(r" {2,}", " ", markdown))
+
+
+def table(page: Path) -> str:
+    """At most ten rows, and what their words mean."""
+    here = view(CAMPAIGN)
+    words = wrapped(f"{headline.WORDS} From `results/{CAMPAIGN}`: {here.cell}.")
+    return f"{compact(headline.table(here))}\n\n{words}"
+
+
+def found(page: Path) -> str:
+    """What the project found, one sentence each, with the page that shows it."""
+    made = (ratio_limit(), all_or_nothing(), holds_for(), adapter(), rehearsal(), averages())
+    return "\n".join(wrapped(f"- {text}", "  ") for text in made)
+
+
+def link(text: str, path: str) -> str:
+    return f"[{text}]({path})"
+
+
+def ratio_limit() -> str:
+    hs = pooled_hs("smollm2_table3")
+    most = max(hs)
+    where = link("how much poison", "docs/results/how_much_poison.md")
+    return (
+        f"CWAC protects a real model from a little poison and not from much: with p = {most:g} its HS is "
+        f"{hs[most]['cwac']:.0f} %, SFT's {hs[most]['sft']:.0f} % ({where})."
+    )
+
+
+@functools.cache
+def pooled_hs(name: str) -> dict[float, dict[str, float]]:
+    """Mean HS over all sets of harmful prompts: harmful ratio -> method -> percent."""
+    frame = harm(name).groupby(["harmful_ratio", "method"])["value"].mean()
+    made: dict[float, dict[str, float]] = {}
+    for (ratio, method), value in frame.items():
+        made.setdefault(float(ratio), {})[method] = float(value)
+    return made
+
+
+@functools.cache
+def harm(name: str) -> pd.DataFrame:
+    """HS at the end of training, pooled over sets, one row a run."""
+    rows = campaign(name).rows
+    return at_end(pooled(rows[rows["metric"] == "HS"]))
+
+
+def all_or_nothing() -> str:
+    free = estimates("closed/free.csv")
+    hs = free[(free["metric"] == "HS") & (free["arm"] == "constrained") & (free["matrix"] != "none")]["mean"]
+    none = cell(free, "HS", arm="freed", matrix="none")["mean"]
+    return (
+        f"Constrain everything or nothing: one of the {len(hs)} types of matrix alone leaves HS at {hs.min():.0f} % "
+        f"or more, all of them together at {none:.0f} % ({link('findings', 'docs/findings.md')})."
+    )
+
+
+def holds_for() -> str:
+    goal = estimates("closed/break.csv")
+    last = goal[(goal["preset"] == "closed_goal") & (goal["step"] == goal["step"].max())]
+    worst = last["harmful_ratio"].max()
+    closed = cell(last, "HS", method="weight_only_closed", held=0.999, harmful_ratio=worst)["mean"]
+    sft = cell(last, "HS", method="sft", harmful_ratio=worst)["mean"]
+    return (
+        f"Closed so, it held on the embedded model for ten times the paper's epochs: HS {closed:.0f} % where SFT has "
+        f"{sft:.0f} % ({link('how long', 'docs/results/how_long.md')})."
+    )
+
+
+def adapter() -> str:
+    rows = json.loads((ROOT / "benchmarks" / "latest.json").read_text(encoding="utf-8"))
+    ratios = [r["ratio"] for r in rows if "nullspace, k 64" in r["name"] and "Trainer" in r["rival"]]
+    cost = f"its step takes {ratios[0]:.2f} of SFT's" if ratios else "needs no projection"
+    where = link("null-space adapters", "docs/nullspace.md")
+    return f"An adapter in the null space of the anchors promises the same by construction, and {cost} ({where})."
+
+
+def rehearsal() -> str:
+    toy = view(EMBEDDED)
+    values = [toy.mean(m, "HS") for m in ("replay", "cwac")]
+    return (
+        f"Replaying the model's own refusals of CWAC's prompts protects the embedded model better than CWAC: HS "
+        f"{values[0]:.0f} against {values[1]:.0f} % ({link('all methods', 'docs/results/all_methods.md')})."
+    )
+
+
+def averages() -> str:
+    counts = audit.counts(audit.findings())
+    wrong = next(n for kind, n in counts.items() if "average" in kind.lower())
+    return (
+        f"The paper's averages do not add up: {wrong} of them do not follow from the cells they are of "
+        f"({link('audit', 'analysis/AUDIT.md')})."
+    )
+
+
+# --- pages of results ---------------------------------------------------------------------------------
+
+
+@functools.cache
+def campaign(name: str) -> Collection:
+    """An exported campaign, with what the pages show of it: HS, FA, OR and extra data, before and after training."""
+    found = read_exported(RESULTS / name)
+    rows = found.rows[found.rows["metric"].isin(headline.MEASURED)]
+    rows = rows[rows["final"] | (rows["epoch"] == 0)]
+    return replace(found, rows=rows)
+
+
+def overview(page: Path, name: str) -> str:
+    """Every method of a campaign: HS at each ratio, FA and OR where they are worst."""
+    collection = campaign(name)
+    summary = tables.summarise(collection)
+    parts = [
+        f"**{headline.named(m)}, {paper.TASKS.get(t, t)}**\n\n{tables.overview_table(collection, summary, m, t)}"
+        for m, t in tables.grids(collection, summary)
+    ]
+    seeds = ", ".join(str(s) for s in sorted(collection.rows["seed"].dropna().unique()))
+    return "\n\n".join([*parts, f"`results/{name}`: {len(collection.runs)} runs, seeds {seeds}."])
+
+
+def picture(page: Path, name: str) -> str:
+    """A picture of an exported campaign, copied beside the pages so that the site holds it."""
+    path = RESULTS / name
+    if not path.is_file():
+        raise UserError(f"results/{name} is missing.")
+    return f"![{path.stem} of {path.parent.name}]({os.path.relpath(path, page.parent)})"
+
+
+def beside_paper(page: Path, name: str) -> str:
+    """`tableN.md` of an exported campaign: ours, the paper's and the gap."""
+    folder = RESULTS / name
+    text = next(iter(sorted(folder.glob("table[1-6].md")))).read_text(encoding="utf-8")
+    body = text.split("\n", 2)[2] if text.startswith("#") else text
+    return re.split(r"\n(?=Percentages|\*\*Missing)", body)[0].strip() + f"\n\nFrom `results/{name}`."
+
+
+def steps(page: Path, preset: str) -> str:
+    """`results/closed/break.csv`: HS at the last step, method and energy by harmful ratio."""
+    frame = estimates("closed/break.csv")
+    frame = frame[(frame["preset"] == preset) & (frame["metric"] == "HS")]
+    frame = frame[frame["step"] == frame["step"].max()]
+    axis = "learning_rate" if frame["learning_rate"].nunique() > 1 else "harmful_ratio"
+    columns = sorted(frame[axis].unique())
+    rows = []
+    keys = frame[["method", "held"]].drop_duplicates().sort_values(["method", "held"])
+    for method, held in sorted(keys.to_numpy().tolist(), key=lambda k: (paper.method_order(k[0]), k[1])):
+        one = {axis: None, "method": method, "held": None if pd.isna(held) else held}
+        values = [cell(frame, "HS", **{**one, axis: c}) for c in columns]
+        energy = "-" if pd.isna(held) else f"{held:g}"
+        rows.append([paper.method_label(method), energy, *map(tables.show, values)])
+    shown = "p" if axis == "harmful_ratio" else "rate"
+    table_ = tables.markdown(["method", "energy", *(f"{shown} = {c:g}" for c in columns)], rows, key=2)
+    return f"{table_}\n\nHS after {frame['step'].max():g} steps. From `results/closed/break.csv`."
+
+
+def grid(page: Path, spec: str) -> str:
+    """`FILE:KEYS:METRICS`: an estimates file of `results/closed` as a table, one row a setting.
+
+    A metric may name its set, `HS/own+category`; `+` stands for a space there.
+    """
+    name, keys, metrics = spec.split(":")
+    frame, by = estimates(f"closed/{name}.csv"), keys.split(",")
+    rows = []
+    for key, part in frame.groupby(by, dropna=False, sort=False):
+        values = []
+        for metric in metrics.split(","):
+            metric, _, of = metric.partition("/")
+            value = cell(part, metric, of.replace("+", " ") or None)
+            values.append("-" if value is None else tables.show(value))
+        rows.append([*("-" if pd.isna(k) else f"{k:g}" if isinstance(k, float) else str(k) for k in key), *values])
+    titles = [m.replace("/", " ").replace("+", " ") for m in metrics.split(",")]
+    table_ = tables.markdown([*by, *titles], rows, key=len(by))
+    return f"{table_}\n\nFrom `results/closed/{name}.csv`."
+
+
+def sheet(page: Path, path: str) -> str:
+    """A small CSV file as it stands, numbers to three digits."""
+    frame = estimates(path)
+    rows = [
+        [f"{v:.3g}" if isinstance(v, float) else str(v).replace("|", "\\|") for v in row]
+        for row in frame.to_numpy().tolist()
+    ]
+    return f"{tables.markdown([*frame.columns], rows)}\n\nFrom `results/{path}`."
+
+
+def include(page: Path, spec: str) -> str:
+    """`PATH:N`: the N-th Markdown table of a file in `results/`, counted from 1."""
+    path, _, number = spec.rpartition(":")
+    text = (RESULTS / path).read_text(encoding="utf-8")
+    found = re.findall(r"(?:^\|.*\n)+", text, re.M)
+    return f"{found[int(number) - 1].strip()}\n\nFrom `results/{path}`."
+
+
+def gradients(page: Path) -> str:
+    """`results/gradients`: squared norm outside V by energy, median over matrices, mean over seeds."""
+    folder, rows = RESULTS / "gradients", []
+    files = [*folder.glob("energy-*/gradients.csv"), folder / "gradients.csv"]
+    for path in sorted(files, key=energy_of):
+        frame = pd.read_csv(path)
+        outside = 1 - frame[["poison_inside", "task_inside", "random_inside"]]
+        means = 100 * outside.groupby(frame["seed"]).median().mean()
+        rows.append([f"{energy_of(path):g}", *(f"{means[c]:.1f}" for c in outside.columns)])
+    header = ["energy", "of the poison's gradient outside V, %", "of the task's, %", "of a random direction, %"]
+    return f"{tables.markdown(header, rows, width=10_000)}\n\nFrom `results/gradients`."
+
+
+def energy_of(path: Path) -> float:
+    """That a folder of `results/gradients` is named after; the default of `conf/method/cwac.yaml` for the first."""
+    return float(path.parent.name.removeprefix("energy-")) if path.parent.name.startswith("energy-") else 0.99
+
+
+def gate(page: Path) -> str:
+    """The checks of SmolLM2's alignment that ships, on validation prompts, with exact intervals of the percentages."""
+    path = ROOT / "cwac" / "assets" / "smollm2_align" / "gate.json"
+    rows = []
+    for check in json.loads(path.read_text(encoding="utf-8"))["checks"]:
+        percent = "nats" not in check["name"]
+        low, high = stats.exact(check["value"], check["n"]) if percent else (math.nan, math.nan)
+        shown = f"{check['value']:.1f} [{low:.1f}, {high:.1f}]" if percent else f"{check['value']:.3g}"
+        rows.append([check["name"], shown, str(check["n"]), f"{check['threshold']:g}"])
+    table_ = tables.markdown(["check", "value", "n", "threshold"], rows, width=10_000)
+    return f"{table_}\n\nFrom `cwac/assets/smollm2_align/gate.json`."
+
+
+MAKERS: dict[str, Callable[..., str]] = {
+    "figure": figure,
+    "reading": reading,
+    "table": table,
+    "found": found,
+    "overview": overview,
+    "picture": picture,
+    "beside_paper": beside_paper,
+    "steps": steps,
+    "grid": grid,
+    "sheet": sheet,
+    "include": include,
+    "gradients": gradients,
+    "gate": gate,
+}
+
+
+# --- the command --------------------------------------------------------------------------------------
+
+
+def pages() -> list[Path]:
+    """README.md and every page of docs/."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def fill(page: Path, text: str) -> str:
+    """The text of a page with every block made anew. Raises UserError for a block without a maker."""
+
+    def make(match: re.Match) -> str:
+        name, _, argument = match["name"].partition(":")
+        if name not in MAKERS:
+            raise UserError(f"{page.name}: no maker of block {name}. Remedy: one of {', '.join(MAKERS)}.")
+        body = MAKERS[name](page, argument) if argument else MAKERS[name](page)
+        if page.parent != ROOT and name == "found":
+            body = re.sub(r"\]\(docs/", "](", body)
+        return f"{match[1]}{body}\n{match[3]}"
+
+    return BLOCK.sub(make, text)
+
+
+def stale() -> dict[Path, str]:
+    """What is not as the exported campaigns say, and what it should hold; the figure with an empty text."""
+    old = {page: page.read_text(encoding="utf-8") for page in pages()}
+    found = {page: new for page, text in old.items() if (new := fill(page, text)) != text}
+    return found | ({FIGURE: ""} if drawn_digest() != figure_digest() else {})
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns the exit status: 0, 1 if --check found something, 2 for bad input."""
+    parser = argparse.ArgumentParser(prog="python -m analysis.pages", **about(__doc__))
+    parser.add_argument("--check", action="store_true", help="say which pages are not current, and write nothing")
+    args = parser.parse_args(argv)
+    changed = stale()
+    for page, text in changed.items():
+        print(f"{'not current' if args.check else 'written'}: {page.relative_to(ROOT).as_posix()}")
+        if not args.check and page != FIGURE:
+            page.write_text(text, encoding="utf-8")
+    if FIGURE in changed and not args.check:
+        draw()
+    return 1 if changed and args.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""README and docs: generated numbers are current, sentences can be read, links lead somewhere, code blocks run."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from analysis import headline, pages
+from analysis.collect import collect
+from tests.helpers.results import METHODS, cell_of, harm, rows_of, write_run
+
+ROOT = pages.ROOT
+README = ROOT / "README.md"
+FOLDERS = ("conf", "experiments", "results", "findings")
+"""Whose README is a page of the site as well."""
+TEXTS = [README, *sorted((ROOT / "docs").rglob("*.md")), *(ROOT / name / "README.md" for name in FOLDERS)]
+NUMBER = re.compile(r"(?<![\w./=_-])[-+]?\d[\d,.]*(?![\w/_-])(?:e-?\d+)?")
+ids = {"ids": lambda p: p.relative_to(ROOT).as_posix()}
+
+
+def prose(text: str) -> list[str]:
+    """Paragraphs and list items, without code, tables, headings and what is generated."""
+    text = re.sub(r"<!-- (\w+:\S+) -->.*?<!-- /\1 -->", "\n", text, flags=re.S)
+    text = re.sub(r"(?m)^ *(```|~~~).*?^ *\1 *$", "\n", text, flags=re.S)
+    text = re.sub(r"(?m)^(\||#| {4,}\S|!\[).*$", "", text)
+    return [p for p in re.split(r"\n\s*\n|\n(?=\s*(?:[-*]|\d+\.) )", text) if p.strip()]
+
+
+def sentences(paragraph: str) -> list[str]:
+    plain = re.sub(
+        r"`[^`]*`|\]\([^)]*\)|arXiv:[\d.]+|\b(?:section|Section|Table|Tables|Figure|Figures)s? [\d. to,and]+",
+        " ",
+        paragraph,
+    )
+    return re.split(r"(?<=[.!?])\s+", plain)
+
+
+@pytest.mark.parametrize("page", TEXTS, **ids)
+def test_no_sentence_has_more_than_three_numbers(page):
+    for paragraph in prose(page.read_text(encoding="utf-8")):
+        for sentence in sentences(paragraph):
+            assert len(NUMBER.findall(sentence)) <= 3, sentence
+
+
+@pytest.mark.parametrize("page", TEXTS, **ids)
+def test_no_paragraph_is_longer_than_five_lines(page):
+    for paragraph in prose(page.read_text(encoding="utf-8")):
+        assert len(paragraph.strip().splitlines()) <= 5 and len(paragraph) <= 5 * 121, paragraph
+
+
+def test_the_checks_of_sentences_find_what_they_look_for():
+    assert len(NUMBER.findall("HS is 48.9 ± 19.1 below SFT's and 34.4 ± 25.3 there, FA +7.2 ± 21.2")) == 6
+    assert NUMBER.findall("Llama-2-7B and SST-2 on one H200, see 4.2 or p = 0.5.") == ["4.2", "0.5."]
+    assert (
+        len(prose("a\nb\n\n- c\n  d\n- e\n\n| 1 | 2 |\n\n```\n1 2 3 4\n```\n<!-- made:x -->\n1\n<!-- /made:x -->"))
+        == 3
+    )
+
+
+def test_the_readme_is_short():
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 160 and len(text.encode()) <= 9 * 1024
+
+
+def test_the_readme_has_no_measured_number_outside_its_blocks():
+    for paragraph in prose(README.read_text(encoding="utf-8")):
+        plain = re.sub(r"`[^`]*`|\]\([^)]*\)|arXiv:[\d.]+|Apache-2.0|Python 3\.\d+|Version [\d.]+", "", paragraph)
+        assert not re.search(r"\d+\.\d|±|\d %", plain), paragraph
+
+
+def test_generated_blocks_are_those_of_the_exported_campaigns():
+    """Remedy: python -m analysis.pages"""
+    assert pages.stale() == {}
+
+
+@pytest.mark.parametrize("page", TEXTS, **ids)
+def test_links_lead_to_files_that_are_there(page):
+    text = re.sub(r"(?m)^ *```.*?^ *```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not re.match(r"https?:", link):
+            path = link.partition("#")[0]
+            assert not path or (page.parent / path).exists() or path.endswith(SITE_ONLY), link
+
+
+SITE_ONLY = ("methods.md", "reference.md")
+"""Pages that the site makes when it is built."""
+
+
+def test_a_number_that_changed_makes_a_page_stale(tmp_path, monkeypatch):
+    monkeypatch.setitem(pages.MAKERS, "planted", lambda page: "new")
+    page = tmp_path / "page.md"
+    text = "before\n<!-- made:planted -->\nold\n<!-- /made:planted -->\nafter"
+    assert pages.fill(page, text) == text.replace("old", "new")
+    with pytest.raises(pages.UserError, match="no maker of block gone"):
+        pages.fill(page, text.replace("planted", "gone"))
+
+
+# --- what a campaign comes to -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def view(tmp_path):
+    """Six methods at three ratios, planted; `cwac_closed` costs accuracy."""
+    for method in METHODS:
+        for ratio in (0.0, 0.2, 0.5):
+            for seed in (0, 1, 2):
+                cell = cell_of(method, ratio, seed)
+                fa = 60.0 if method == "cwac_closed" else 95.0
+                write_run(tmp_path, cell, rows_of(cell, min(99.0, harm(method, ratio, seed)), fa))
+    return headline.views(collect(tmp_path))[0]
+
+
+def test_the_ratio_shown_is_the_largest_up_to_a_fifth(view):
+    assert view.ratio == 0.2 and view.methods == [
+        "sft",
+        "weight_only",
+        "activation_only",
+        "cwac",
+        "weight_only_closed",
+        "cwac_closed",
+    ]
+
+
+def test_the_headline_says_what_beats_cwac_at_no_cost(view):
+    """The closed methods are lower; one of them loses 35 points of accuracy."""
+    mean = sum(harm("cwac", 0.2, s) for s in (0, 1, 2)) / 3
+    assert view.better() == (["weight_only_closed"], ["weight_only_closed"])
+    text = headline.sentence(view)
+    assert f"CWAC one that complies with {mean:.0f} % (p-value " in text
+    assert text.endswith("CWAC is beaten at its own accuracy by weight-only closed.")
+
+
+def test_a_table_of_ten_rows_begins_with_the_aligned_model_and_the_lowest_hs(view):
+    lines = headline.table(view).splitlines()
+    firsts = [line.split("|")[1].strip() for line in lines[2:]]
+    assert firsts[:2] == ["aligned, not fine-tuned", "CWAC closed (ours)"] and firsts[-1] == "SFT" and len(firsts) == 7
+    few = headline.table(view, most=4).splitlines()
+    assert len(few) == 2 + 4 and any("| CWAC " in line for line in few) and any("| SFT " in line for line in few)
+
+
+def test_the_figure_marks_every_method_shown(view):
+    plate = headline.plate(view, 5)
+    axes = plate.figure.axes
+    assert [t.get_text() for t in axes[0].get_yticklabels()][-1] == "SFT" and len(axes[0].get_yticklabels()) == 5
+    assert "p = 0.2" in plate.title
+
+
+def test_one_learning_rate_of_several_is_shown(tmp_path):
+    frame = pd.DataFrame({"learning_rate": [1e-4, 1e-4, 1e-3], "method": ["sft", "cwac", "sft"]})
+    assert headline.usual_rate(frame) == 1e-4
+
+
+# --- code blocks --------------------------------------------------------------------------------------
+
+
+def blocks(kind: str) -> list[str]:
+    return re.findall(rf"(?m)^```{kind}\n(.*?)^```", README.read_text(encoding="utf-8"), re.S)
+
+
+def test_the_readmes_code_defends_a_trainer(tmp_path):
+    """Its twelve lines as they stand, in an empty folder; the output is the README's but for its timings."""
+    (code,) = blocks("python")
+    lines = [line for line in code.splitlines() if line]
+    assert len(lines) <= 12
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = {k for line in blocks("text")[0].splitlines() for k in re.findall(r"'(\w+)':", line)}
+    assert said and said <= set(re.findall(r"'(\w+)':", done.stdout))
+
+
+@pytest.mark.slow
+def test_the_readmes_two_commands_run(tmp_path):
+    """`make demo` of two methods and one seed, then `make report`, in a copy of the repository."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
+    for name in listed:
+        if name and not name.startswith(("results/", "tests/")):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tmp_path / name)
+    commands = [line.split("#")[0].strip() for line in blocks("bash")[0].splitlines()]
+    assert commands == ["make demo", "make report"]
+    small = "method=sft,weight_only seed=0 harmful_ratio=0.1"
+    env = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    for command, more in zip(commands, (f"ARGS={small}", ""), strict=True):
+        words = [*command.split(), f"PY={sys.executable}", *([more] if more else [])]
+        done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "results" / "local" / "report.html").stat().st_size > 10_000
+    assert Path(tmp_path / "results" / "local" / "demo" / "table.md").read_text().count("| SFT") >= 1
