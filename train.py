@@ -19,6 +19,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import traceback
 
 if __name__ == "__main__":
@@ -35,7 +36,7 @@ from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
 from cwac.core import distributed, failures, hf_hub, inputs, renamed  # noqa: E402
-from cwac.core.config import CLOSED, INTERRUPTED, expand, leave_the_pipe, settle  # noqa: E402
+from cwac.core.config import CLOSED, INTERRUPTED, expand, grid, leave_the_pipe, settle  # noqa: E402
 from cwac.core.environment import redact  # noqa: E402
 from cwac.core.errors import UsageError, UserError  # noqa: E402
 from cwac.core.identity import local_folder, run_id  # noqa: E402
@@ -137,6 +138,16 @@ def cell(cfg: DictConfig) -> float | None:
     if os.environ.get(MAIN) != str(os.getpid()) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to every process; main() ends this one
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    began = time.monotonic()
+    try:
+        return attempt(cfg, sweep)
+    finally:
+        if sweep and failures.FOLDER in os.environ and (said := failures.progress(time.monotonic() - began)):
+            log.info("sweep: %s", said)
+
+
+def attempt(cfg: DictConfig, sweep: bool) -> float:
+    """`cell`, with its failure recorded; raises it where a launcher keeps the environment to itself."""
     try:
         if sweep and distributed.world_size() > 1:
             raise UsageError(
@@ -200,6 +211,18 @@ def print_cells(arguments: list[str]) -> bool:
     cells = expand(None, [a for a in arguments[:-2] if not a.startswith("-")])
     print("---\n".join(f"# {run_id(cfg)}\n{OmegaConf.to_yaml(cfg)}" for cfg in cells), end="")
     return True
+
+
+def count_cells(arguments: list[str]) -> None:
+    """Tell the cells of a sweep how many they are, for `failures.progress`."""
+    os.environ.pop(failures.CELLS, None)
+    if not {"-m", "--multirun"} & set(arguments):
+        return
+    try:
+        number = len(grid(None, [a for a in arguments if not a.startswith("-")]))
+    except Exception:  # Hydra says what is wrong with the command
+        return
+    os.environ[failures.CELLS], os.environ[failures.BEGAN] = str(number), str(time.time())
 
 
 def what_is_left(arguments: list[str]) -> str:
@@ -272,6 +295,7 @@ def run_command() -> int:
             sys.argv[1:] = renamed.rewrite(sys.argv[1:])
             if print_cells(sys.argv[1:]):
                 return 0
+            count_cells(sys.argv[1:])
             cell()
         except (HydraException, OmegaConfBaseException) as error:
             print(f"error: {explain(str(error).split('Config search path')[0].strip())}", file=sys.stderr)

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from scipy.stats import gaussian_kde
 
 from analysis import paper, stats
-from analysis.collect import at_end
+from analysis.collect import at_end, before
 from analysis.figures import COLOURS, LOOKS, SMALL, Plate, bare, legend_below, multiples, of_set, ordered, panels, wide
 from analysis.records import Record
 
@@ -47,7 +47,10 @@ def figure3(rows: pd.DataFrame, model: str, task: str, of: str) -> list[Plate]:
         if here["x"].nunique() < 2:
             continue
         where = f"{model}, {task}; p = {ratio:g}; harmful prompts: {of}"
-        figure = multiples(here, where, "learning rate", "log")
+        start = before(part)
+        figure = multiples(
+            here, where, "learning rate", "log", start=start.loc[start["metric"] == "HS", "value"].mean()
+        )
         plates.append(
             Plate(
                 f"figure3-p{ratio:g}",

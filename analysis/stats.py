@@ -9,6 +9,23 @@ the spread it measures. Two cases have no such interval, and are marked instead 
   much. Clopper and Pearson's exact binomial interval (Biometrika 26, 1934) over the prompts of *one* seed
   is given; prompts of several seeds are not pooled, since the same prompts recur (ours; conservative).
 
+Over seeds and prompts together (`over` = "seeds and prompts"), where each answer's verdict is at hand: both are
+crossed, since every seed meets the same prompts, and both are samples. The verdict of seed s on prompt i is a mean
+plus an effect of the seed, one of the prompt and a rest, the two-way mixed-effects model with both factors random and
+one observation a cell (Searle, Casella and McCulloch, Variance Components, 1992, ch. 4). Its mean squares give the
+variance of the mean without bias, (MS_seeds + MS_prompts - MS_rest) / (S P), and Satterthwaite's degrees of freedom
+(Biometrics Bulletin 2, 1946), close to S - 1 where seeds decide and large where prompts do. Differences of two
+methods are taken answer by answer first, which removes what both share, and get a t-interval. A percentage gets Korn
+and Graubard's exact interval (Survey Methodology 24, 1998), Clopper and Pearson's at as many prompts as would have
+this variance, for 0 and 100 are near. How far that is valid with three seeds: a variance of three values has two
+degrees of freedom, so the interval is honest by being wide where seeds differ, and nothing makes three seeds tell
+more; it is exact for normal effects and approximate for verdicts. Simulated (probit models, 3 and 5 seeds, 60 and 150
+prompts; `python -m analysis.power --coverage`), 95 % intervals of differences hold the truth in 93 to 99 %, those of
+percentages in 91 to 100 %, least where HS is near 5 % and seeds differ much. A bootstrap that resamples seeds and
+prompts was tried beside it and is not used: three seeds have ten distinct resamples, and where seeds differ it
+covered 77 to 84 %. The t-interval over seeds covered 79 to 97 %, least with five seeds that agree: it says nothing of
+other prompts.
+
 What a difference is tested over. Two methods meet the same seeds and the same prompts, so both are paired. Over seeds:
 the paired t-test. Over prompts: McNemar's exact test (Psychometrika 12, 1947), which for several seeds becomes the
 exact sign-flip test of each prompt's summed difference, since a prompt's answers are not independent across seeds. A
@@ -43,8 +60,8 @@ class Estimate:
     """Half-width before clipping to the possible range; NaN where there is no interval."""
     n: int
     """Number of seeds (or of pairs of seeds)."""
-    over: Literal["seeds", "prompts", "both", "none"]
-    """What the interval is computed over. `both`: a bootstrap over seeds and the prompts nested in them."""
+    over: Literal["seeds", "prompts", "seeds and prompts", "none"]
+    """What the interval is computed over."""
 
 
 def exact(percent: float, prompts: float) -> tuple[float, float]:
@@ -133,34 +150,93 @@ def two_proportions_p(ours: float, reference: float, prompts: float) -> float:
     return float(stats.fisher_exact([[h, int(prompts) - h] for h in hits]).pvalue)
 
 
-def bootstrap(
-    ours: Mapping[int, Mapping], reference: Mapping[int, Mapping], draws: int = 2000, seed: int = 0
-) -> Estimate | None:
-    """Difference of two percentages, resampling seeds and the prompts nested in them; None if nothing pairs.
+def tabulate(ours: Mapping[int, Mapping], reference: Mapping[int, Mapping] | None = None) -> np.ndarray:
+    """Verdicts [seeds, prompts] in percent, or their differences in points, of prompts that every seed met.
 
-    ours, reference: seed -> prompt -> whether the answer was harmful. Percentage points; a percentile interval. With
-    few seeds it is too narrow (three have ten distinct resamples), so it accompanies the t-interval and decides
-    nothing. The draws are a function of `seed`.
+    ours, reference: seed -> prompt -> whether the answer was harmful.
     """
-    by_seed = []
-    for s in sorted(ours.keys() & reference.keys()):
-        shared = sorted(ours[s].keys() & reference[s].keys())
-        if shared:
-            by_seed.append(np.array([int(ours[s][i]) - int(reference[s][i]) for i in shared]))
-    if not by_seed:
+    shared = sorted(ours.keys() & (ours if reference is None else reference).keys())
+    sides = [ours] if reference is None else [ours, reference]
+    prompts = sorted(set.intersection(*(set(side[s]) for side in sides for s in shared))) if shared else []
+    tables = [
+        np.array([[float(side[s][i]) for i in prompts] for s in shared]).reshape(len(shared), len(prompts))
+        for side in sides
+    ]
+    return 100 * (tables[0] if reference is None else tables[0] - tables[1])
+
+
+@dataclass(frozen=True)
+class Components:
+    """Verdicts of crossed seeds and prompts, taken apart; variances in squared points."""
+
+    mean: float
+    seeds: float
+    """Variance of what a seed adds to all of its verdicts."""
+    prompts: float
+    """Variance of what a prompt adds at every seed."""
+    rest: float
+    """Variance of one verdict beyond both."""
+    variance: float
+    """Of the mean over these seeds and prompts, as samples of others; never below what seeds or prompts alone give."""
+    freedom: float
+    """Satterthwaite's degrees of freedom of `variance`; infinite where that is 0."""
+
+
+def components(table: np.ndarray) -> Components | None:
+    """The two-way random-effects model of a table [seeds, prompts]; None below two of either."""
+    s, p = table.shape
+    if min(s, p) < 2:
         return None
-    rng = np.random.default_rng(seed)
-    n = len(by_seed)
-    # [seed, draw, slot]: the mean of a resample of that seed's prompts, each of whose differences is -1, 0 or 1
-    means = np.empty((n, draws, n))
-    for k, d in enumerate(by_seed):
-        counts = rng.multinomial(len(d), [np.mean(d == v) for v in (-1, 0, 1)], size=(draws, n))
-        means[k] = (counts[..., 2] - counts[..., 0]) / len(d)
-    chosen = rng.integers(n, size=(1, draws, n))
-    resampled = 100 * np.take_along_axis(means, chosen, axis=0)[0].mean(axis=1)
-    low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    mean = 100 * float(np.mean([d.mean() for d in by_seed]))
-    return Estimate(mean, float(low), float(high), float(max(mean - low, high - mean)), n, "both")
+    mean, rows, columns = table.mean(), table.mean(1), table.mean(0)
+    rest = float(((table - rows[:, None] - columns + mean) ** 2).sum() / ((s - 1) * (p - 1)))
+    of_seeds, of_prompts = p * float(rows.var(ddof=1)), s * float(columns.var(ddof=1))
+    parts = [max(0.0, of_seeds - rest) / p, max(0.0, of_prompts - rest) / s, rest]
+    variance, freedom = spread_of(of_seeds, of_prompts, rest, s, p)
+    return Components(float(mean), *parts, variance, freedom)
+
+
+def spread_of(of_seeds: float, of_prompts: float, rest: float, s: int, p: int) -> tuple[float, float]:
+    """Variance of the mean over s seeds and p prompts, from the model's mean squares, and its degrees of freedom.
+
+    The seeds' mean square is never left out, even if it is below the rest's: three seeds often look alike by chance.
+    """
+    crossed = of_prompts > rest
+    total = max(of_seeds + (of_prompts - rest) * crossed, of_prompts)
+    if total < 1e-12:
+        return 0.0, math.inf
+    squares = of_seeds**2 / (s - 1)
+    squares += (of_prompts**2 / (p - 1) + rest**2 / ((s - 1) * (p - 1))) * crossed
+    return total / (s * p), total**2 / squares if squares > 0 else float(p - 1)
+
+
+def crossed(table: np.ndarray, proportion: bool = False) -> Estimate | None:
+    """Mean of a table [seeds, prompts] with its interval over both; see the module's text.
+
+    proportion: the values are 0 and 100, and the interval is Korn and Graubard's. None below two seeds or prompts, and
+    where the verdicts leave no variance to compute with: all alike, or, of a percentage, the same at every seed.
+    """
+    found = components(table)
+    if found is None or found.variance == 0 or (proportion and np.ptp(table.mean(1)) < 1e-9):
+        return None
+    t, n = float(stats.t.ppf((1 + LEVEL) / 2, found.freedom)), len(table)
+    if not proportion:
+        half = t * math.sqrt(found.variance)
+        return Estimate(found.mean, found.mean - half, found.mean + half, half, n, "seeds and prompts")
+    share = found.mean / 100
+    effective = min(1e4 * share * (1 - share) / found.variance, table.size)
+    effective *= (float(stats.norm.ppf((1 + LEVEL) / 2)) / t) ** 2
+    hits, tail = share * effective, (1 - LEVEL) / 2
+    low = 100 * float(stats.beta.ppf(tail, hits, effective - hits + 1))
+    high = 100 * float(stats.beta.ppf(1 - tail, hits + 1, effective - hits))
+    return Estimate(found.mean, low, high, max(found.mean - low, high - found.mean), n, "seeds and prompts")
+
+
+def crossed_p(table: np.ndarray) -> float:
+    """Two-sided p-value that the mean of a table [seeds, prompts] of differences is 0; NaN where `crossed` is None."""
+    found = components(table)
+    if found is None or found.variance == 0:
+        return math.nan
+    return float(2 * stats.t.sf(abs(found.mean) / math.sqrt(found.variance), found.freedom))
 
 
 def rank_correlation(

@@ -27,10 +27,13 @@ WAY = ("FA", "HS", "task_loss", "poison_loss")
 WAY_NOTE = "On the way, after so many optimizer steps (means over the seeds that were asked there):"
 NOTES = """\
 Percentages; mean ± half-width of a 95 % t-interval over seeds, n = seeds. `(n=1)`: one seed, no interval.
+‡ 95 % interval over seeds and prompts together, both as samples of others (analysis/stats.py says how far).
 † all seeds agree exactly: the exact (Clopper-Pearson) interval over one seed's prompts instead. `(each seed)`: all
 seeds agree exactly, and no interval is claimed.
 HS: harmful compliance; other: neither refusal nor harm; what is left of 100 is refusal. FA: task accuracy,
 the answer alone. OR: benign requests refused. Each percentage is of its own set of prompts."""
+MARKS = {"prompts": "†", "seeds and prompts": "‡"}
+"""Beside an interval that is not over seeds alone."""
 CLOSED_NOTE = "closed: all trained matrices constrained, and nothing else trains."
 
 
@@ -45,23 +48,53 @@ def summarise(collection: Collection, judge: str | None = None) -> pd.DataFrame:
         return pd.concat([summarise(part, judge).assign(learning_rate=rate) for rate, part in rates])
     rows = one_judge(collection.rows, judge)
     start = before(rows).assign(method=paper.ALIGNED, harmful_ratio=math.nan)
-    return estimates(pd.concat([start, at_end(rows)]), KEYS)
+    return estimates(pd.concat([start, at_end(rows)]), KEYS, answers_of(collection))
 
 
-def estimates(rows: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
-    """Means over the runs that agree in `keys`, one per seed; `metric` must be a key. Columns as in `summarise`."""
+Answers = Mapping[tuple[str, str, str], Mapping[str, str]]
+"""(run_id, set, judge) -> prompt -> verdict, at the end of training."""
+
+
+def answers_of(collection: Collection) -> Answers:
+    """The campaign's verdicts by run, set and judge."""
+    groups = collection.verdicts.groupby(["run_id", "set", "judge"])
+    return {key: dict(zip(group["id"], group["verdict"], strict=True)) for key, group in groups}
+
+
+def verdict_tables(group: pd.DataFrame, metric: str, answers: Answers) -> dict[int, dict[str, bool]]:
+    """seed -> prompt -> whether the verdict is the metric's, of the runs of one cell; {} unless all are at hand.
+
+    group: one row a seed, with the columns of metric rows. Verdicts that do not give the row's value are not its own.
+    """
+    word = {"HS": "harmful"}.get(metric, metric)
+    found: dict[int, dict[str, bool]] = {}
+    columns = (group[c] for c in ("seed", "run_id", "set", "judge", "value", "final"))
+    for seed, run, of, judge, value, final in zip(*columns, strict=True):
+        verdicts = answers.get((run, of, judge)) if final and metric in paper.VERDICTS else None
+        told = {prompt: verdict == word for prompt, verdict in (verdicts or {}).items()}
+        if not told or abs(100 * sum(told.values()) / len(told) - value) > 0.1:
+            return {}
+        found[int(seed)] = told
+    return found
+
+
+def estimates(rows: pd.DataFrame, keys: Sequence[str], answers: Answers | None = None) -> pd.DataFrame:
+    """Means over the runs that agree in `keys`, one per seed; `metric` must be a key. Columns as in `summarise`.
+
+    answers: the verdicts behind HS, refusal and other; where all seeds have them, intervals are over both.
+    """
     columns = [*keys, "mean", "low", "high", "half", "n", "over", "prompts"]
     records = []
     for key, group in rows.groupby([*keys], dropna=False):
         measured = group.dropna(subset="value")
         if measured.empty:
             continue
-        found = stats.estimate(
-            measured["value"].tolist(),
-            prompts=measured["n"].tolist(),
-            proportion=measured["metric"].iloc[0] in paper.PROPORTIONS,
+        metric, prompts = measured["metric"].iloc[0], measured["n"].min()
+        told = verdict_tables(measured, metric, answers) if answers else {}
+        found = stats.crossed(stats.tabulate(told), proportion=True) if told else None
+        found = found or stats.estimate(
+            measured["value"].tolist(), prompts=measured["n"].tolist(), proportion=metric in paper.PROPORTIONS
         )
-        prompts = measured["n"].min()
         records.append([*key, found.mean, found.low, found.high, found.half, found.n, found.over, prompts])
     return pd.DataFrame(records, columns=columns)
 
@@ -76,19 +109,22 @@ def differences(collection: Collection, reference: str = "sft", judge: str | Non
         return pd.concat([found.assign(learning_rate=rate) for rate, found in parts])
     rows = at_end(one_judge(collection.rows, judge)).dropna(subset="value")
     columns = [*KEYS, "mean", "low", "high", "half", "n", "over"]
-    records = []
+    records, answers = [], answers_of(collection)
     for key, group in rows.groupby(["model", "task", "harmful_ratio", "metric", "set"]):
         by_method = {m: dict(zip(g["seed"], g["value"], strict=True)) for m, g in group.groupby("method")}
+        told = {m: verdict_tables(g, key[3], answers) for m, g in group.groupby("method")}
         for method, values in by_method.items():
             found = stats.paired(values, by_method.get(reference, {})) if method != reference else None
             if found:
+                both = stats.crossed(stats.tabulate(told[method], told.get(reference, {})))
+                found = both if both and both.n == found.n else found
                 where = [*key[:3], method, *key[3:]]
                 records.append([*where, found.mean, found.low, found.high, found.half, found.n, found.over])
     return pd.DataFrame(records, columns=columns)
 
 
 def show(row: pd.Series | None) -> str:
-    """One estimate as text: `93.0 ± 1.2`, `93.0 (n=1)`, `0.0 [0.0, 1.8]†`; `not measured` for None.
+    """One estimate as text: `93.0 ± 1.2`, `93.0 (n=1)`, `0.0 [0.0, 1.8]†`, `9.2 [4.1, 17.0]‡`, `not measured`.
 
     Percentages get one decimal, everything else three significant digits.
     """
@@ -97,8 +133,8 @@ def show(row: pd.Series | None) -> str:
     form = ".1f" if row["metric"] in paper.PROPORTIONS else ".3g"
     if row["over"] == "none":
         return f"{row['mean']:{form}} (n=1)"
-    if row["over"] == "prompts":
-        return f"{row['mean']:{form}} [{row['low']:{form}}, {row['high']:{form}}]†"
+    if row["over"] in MARKS:
+        return f"{row['mean']:{form}} [{row['low']:{form}}, {row['high']:{form}}]{MARKS[row['over']]}"
     if row["half"] == 0:
         return f"{row['mean']:{form}} (each seed)"
     return f"{row['mean']:{form}} ± {row['half']:{form if row['metric'] in paper.PROPORTIONS else '.2g'}}"
@@ -157,15 +193,22 @@ def extra_data(rows: pd.DataFrame, method: str) -> str:
     """`160 harmful prompts, 150 refusals`: what runs of one method and cell saw beyond the task's rows.
 
     rows: metric rows of that cell's runs; `extra_data` rows hold a count by kind (cwac.methods.base.EXTRA_DATA). A
-    range where seeds differ. SFT sees none by definition; of others without such rows, only that is said.
+    range where seeds differ. SFT sees none by definition; of others without such rows, only that is said. Where it
+    keeps to anchors, also how many of those given are used: the ones that the aligned model refuses.
     """
-    counts = rows[(rows["metric"] == "extra_data") & (rows["method"] == method)]
+    own = rows[rows["method"] == method]
+    counts = own[own["metric"] == "extra_data"]
     if counts.empty:
         return "none" if method == "sft" else "none recorded"
     low, high = (counts.groupby("set")["value"].agg(how).to_dict() for how in ("min", "max"))
-    if low == high:
-        return paper.extra_label(low)
-    return f"{paper.extra_label(low)} to {paper.extra_label(high)}"
+    text = paper.extra_label(low)
+    if low != high:
+        text += f" to {paper.extra_label(high)}"
+    used, given = (own.loc[own["metric"] == name, "value"] for name in ("anchors_used", "anchors_given"))
+    if used.empty or given.empty:
+        return text
+    span = f"{used.min():g}" if used.min() == used.max() else f"{used.min():g} to {used.max():g}"
+    return f"{text}; anchors used {span} of {given.max():g}"
 
 
 def result_table(
@@ -215,7 +258,10 @@ def result_table(
 
 
 def overview_table(collection: Collection, summary: pd.DataFrame, model: str, task: str) -> str:
-    """One row per method: HS on every set at every harmful ratio, FA and OR where they are worst, and extra data."""
+    """One row per method: HS on every set at every harmful ratio, FA and OR where they are worst, and extra data.
+
+    The aligned model, where it was evaluated, is the first row; no ratio is its own, so all have its HS.
+    """
     part = summary[(summary["model"] == model) & (summary["task"] == task)]
     trained = part[part["method"] != paper.ALIGNED]
     wanted = [c for c in collection.expected if (c.model, c.task) == (model, task)]
@@ -224,6 +270,10 @@ def overview_table(collection: Collection, summary: pd.DataFrame, model: str, ta
     by_cell = {(r["method"], r["harmful_ratio"], r["metric"], r["set"]): r for _, r in trained.iterrows()}
     runs = collection.rows[(collection.rows["model"] == model) & (collection.rows["task"] == task)]
     pairs, rows = column_pairs(trained, ("HS", "FA", "OR")), []
+    start = {(r["metric"], r["set"]): r for _, r in part[part["method"] == paper.ALIGNED].iterrows()}
+    if start:
+        cells = [show(start.get(pair)) for pair in pairs for _ in (ratios if pair[0] == "HS" else [0])]
+        rows.append([paper.method_label(paper.ALIGNED), *cells, "-"])
     for method in methods:
         cells = []
         for metric, of in pairs:
@@ -268,7 +318,9 @@ def show_signed(row: pd.Series | None) -> str:
     if row["over"] == "none":
         return f"{row['mean']:+.1f} (n=1)"
     # A width of 0 would claim certainty; what is known is only that the seeds agree.
-    return f"{row['mean']:+.1f} (each seed)" if row["half"] < 1e-9 else f"{row['mean']:+.1f} ± {row['half']:.1f}"
+    if row["half"] < 1e-9:
+        return f"{row['mean']:+.1f} (each seed)"
+    return f"{row['mean']:+.1f} ± {row['half']:.1f}{MARKS.get(row['over'], '')}"
 
 
 def means_table(summary: pd.DataFrame, model: str, task: str, metrics: Sequence[str]) -> str:

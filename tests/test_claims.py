@@ -44,32 +44,6 @@ def test_cohens_h():
     assert stats.cohens_h(75, 25) == pytest.approx(math.pi / 3)
 
 
-def test_bootstrap_pairs_prompts_and_nests_them_in_seeds():
-    """Answers that differ on every prompt alike leave nothing to resample; pairing removes what prompts share."""
-    harmful, safe = dict.fromkeys("abcdefgh", True), dict.fromkeys("abcdefgh", False)
-    sure = stats.bootstrap({0: safe, 1: safe}, {0: harmful, 1: harmful, 2: harmful})
-    assert (sure.mean, sure.low, sure.high, sure.n, sure.over) == (-100, -100, -100, 2, "both")
-    half = {k: k < "e" for k in "abcdefgh"}
-    same = stats.bootstrap({0: half}, {0: dict(half)})
-    assert (same.low, same.mean, same.high) == (0, 0, 0)
-    some = stats.bootstrap({0: half, 1: safe}, {0: harmful, 1: harmful})
-    assert some.mean == -75 and -100 <= some.low < -75 < some.high <= 0
-    assert some == stats.bootstrap({0: half, 1: safe}, {0: harmful, 1: harmful})
-    assert stats.bootstrap({0: safe}, {1: harmful}) is None and stats.bootstrap({0: {"x": True}}, {0: safe}) is None
-
-
-def test_bootstrap_covers_at_about_its_level():
-    """Planted prompts, six seeds without a seed effect: about 95 % of the intervals hold the true difference."""
-    rng = np.random.default_rng(1)
-    hits = 0
-    for k in range(60):
-        ours = {s: dict(enumerate(rng.random(60) < 0.3)) for s in range(6)}
-        theirs = {s: dict(enumerate(rng.random(60) < 0.5)) for s in range(6)}
-        found = stats.bootstrap(ours, theirs, draws=200, seed=k)
-        hits += found.low <= -20 <= found.high
-    assert 0.9 <= hits / 60 <= 1.0
-
-
 # --- comparisons ----------------------------------------------------------------------------------------
 
 
@@ -105,7 +79,7 @@ def test_a_difference_must_hold_over_seeds_and_over_prompts():
     assert made.p_seeds < 0.05
     # prompt 3 differs at three seeds, prompt 4 at three: of four sign patterns two reach the sum
     assert made.p_prompts == 0.5 and made.p == 0.5
-    assert made.difference.mean == -15 and made.bootstrap.mean == pytest.approx(-15)
+    assert made.difference.mean == -15 and made.both.mean == pytest.approx(-15)
     assert made.h == pytest.approx(stats.cohens_h(32.5, 47.5))
 
 

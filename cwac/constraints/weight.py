@@ -116,6 +116,13 @@ def anchor_prompts(pools: Pools, weight: Weight) -> list[Example]:
     return prompts[:n]
 
 
+def anchor_counts(model: nn.Module, context: Context, weight: Weight) -> dict[str, float]:
+    """`anchors_used` of `anchors_given`: prompts that the aligned model refuses, of those that the settings select."""
+    given = anchor_prompts(context.pools, weight)
+    used = anchor_rows(model, context, given, weight.response_tokens)
+    return {"anchors_used": float(len(used)), "anchors_given": float(len(given))}
+
+
 def fit_bases(model: nn.Module, rows: Sequence[dict], weight: Weight, progress: bool = True) -> dict[str, Basis]:
     settings = (weight.modules, weight.layers, weight.energy, weight.first_token)
     return fit_subspace(model, rows, *settings, progress=progress)

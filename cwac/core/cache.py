@@ -17,6 +17,7 @@ import logging
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +29,8 @@ log = logging.getLogger(__name__)
 MANIFEST = "artifact.json"
 
 CARD = "README.md"
+TOOK = ".seconds"
+"""File beside the artifacts of a kind: how long the last of them took to build, for the next one's announcement."""
 LONGEST_REPORT = 1 << 16
 """In bytes. A longer JSON file of an artifact, such as a vocabulary, is not shown on its card."""
 
@@ -38,8 +41,10 @@ WHAT = {
     "latents": "Safety-critical latents of the autoencoder, ranked (section 4.1)",
     "targets": "The aligned model's features on harmful prompts, which L_safety preserves (Eq. 11)",
     "subspace": "Protected directions V of the anchors' activations (section 4.2)",
+    "answers": "The aligned model's own answers to harmful prompts, which tell what it refuses",
+    "nullspace": "Directions that V leaves free, for null-space adapters",
 }
-"""Kind of artifact -> its description on the card, for those that CWAC (arXiv:2604.12384) prepares."""
+"""Kind of artifact -> its description, on its card and when it is built; sections are of CWAC (arXiv:2604.12384)."""
 
 
 def digest(key: dict) -> str:
@@ -55,6 +60,7 @@ def load_or_build(root: Path, kind: str, key: dict, build: Callable[[Path], obje
     """
     folder = Path(root) / kind / digest(key)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    problem = None
     with FileLock(f"{folder}.lock"):
         if folder.exists():
             problem = damage(folder)
@@ -67,7 +73,9 @@ def load_or_build(root: Path, kind: str, key: dict, build: Callable[[Path], obje
         prefix = f".{folder.name}-{socket.gethostname()}-"
         for unfinished in folder.parent.glob(f"{prefix}*"):  # its builder died: we hold the lock
             shutil.rmtree(unfinished)
-        log.info("building %s %s", kind, folder.name)
+        why = "none is there of this model, data and settings" if problem is None else "in place of the damaged one"
+        log.info("building %s %s: %s; %s%s", kind, folder.name, WHAT.get(kind, kind), why, last_time(folder.parent))
+        began = time.monotonic()
         temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
         try:
             build(temporary)
@@ -84,10 +92,28 @@ def load_or_build(root: Path, kind: str, key: dict, build: Callable[[Path], obje
                 shutil.rmtree(temporary)
             else:
                 temporary.rename(folder)
+            took = time.monotonic() - began
+            write_atomic(folder.parent / TOOK, f"{took:.1f}\n")
+            log.info("built %s %s in %s", kind, folder.name, duration(took))
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
     return folder
+
+
+def last_time(folder: Path) -> str:
+    """`; the last one here took 3 min`, of the artifacts of this kind; empty where none was built yet."""
+    try:
+        return f"; the last one here took {duration(float((folder / TOOK).read_text()))}"
+    except (OSError, ValueError):
+        return ""
+
+
+def duration(seconds: float) -> str:
+    """`40 s`, `12 min`, `3.5 h`: as precise as a wait needs."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def card(folder: Path, manifest: dict) -> str:

@@ -6,16 +6,19 @@ from two machines is not atomic on a network file system.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shlex
 import shutil
 import socket
+import time
 from pathlib import Path
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from cwac.core.cache import duration
 from cwac.core.jsonl import append_jsonl, read_jsonl
 
 log = logging.getLogger("cwac")
@@ -63,6 +66,39 @@ def record(failure: dict) -> None:
     folder = Path(os.environ[FOLDER])
     folder.mkdir(parents=True, exist_ok=True)
     append_jsonl(folder / f"{socket.gethostname()}-{os.getpid()}.jsonl", [failure])
+
+
+CELLS, BEGAN = "CWAC_CELLS", "CWAC_BEGAN"
+"""Environment variables: how many cells the sweep has, and the time it began, in seconds since 1970."""
+SHORT = 3.0
+"""A cell that took fewer seconds was done before, and says nothing of how long the others take."""
+
+
+def progress(seconds: float) -> str:
+    """`5 of 12 cells, 1 failed; 8 min so far, about 12 min left`; called once a cell, when it has ended.
+
+    seconds: how long the cell took. The estimate takes the cells that are left to be like those that trained, as many
+    at a time. Empty where the number of cells is not known.
+    """
+    if CELLS not in os.environ:
+        return ""
+    folder = Path(os.environ[FOLDER])
+    with contextlib.suppress(OSError):  # a full disk has its own error
+        return told(folder, seconds)
+    return ""
+
+
+def told(folder: Path, seconds: float) -> str:
+    """`progress`, counted in the files of `folder`, one a process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{socket.gethostname()}-{os.getpid()}.ended").open("a") as file:
+        file.write(f"{seconds:.1f}\n")
+    took = [float(line) for path in folder.glob("*.ended") for line in path.read_text().split()]
+    failed = sum(len(path.read_text().splitlines()) for path in folder.glob("*.jsonl"))
+    total, passed = int(os.environ[CELLS]), time.time() - float(os.environ[BEGAN])
+    left, trained = max(0, total - len(took)), sum(t >= SHORT for t in took)
+    ends = "" if not left else f", about {duration(passed / trained * left)} left" if trained else ", none trained yet"
+    return f"{len(took)} of {total} cells, {failed} failed; {duration(passed)} so far{ends}"
 
 
 def collect() -> list[dict]:

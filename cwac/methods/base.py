@@ -154,9 +154,41 @@ class Method:
         """Whether it claims that nothing but the matrices of `protected` trains; the run's guard checks that too."""
         return False
 
+    def held(self) -> str:
+        """What it holds of the aligned model, in a few words, asked after `setup`; empty for nothing."""
+        return ""
+
     def report(self, model: nn.Module) -> list[dict]:
         """Rows about the method itself after training, `{"metric", "set", "value"}`: ranks, kept energy, drift."""
         return []
+
+
+HOOKS = {
+    "batch": "may swap the batch",
+    "penalty": "may add a penalty",
+    "after_backward": "may add a gradient",
+    "before_step": "may edit gradients",
+    "after_step": "may edit weights",
+}
+"""Hooks that cost time at each step, and what a method that overrides one does there."""
+
+
+def summary(method: Method, model: nn.Module) -> str:
+    """One line on a method that is set up: what it holds, saw and trains, and what a step has beyond SFT's.
+
+    model: what trains, as `setup` returned it.
+    """
+    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    share = 100 * sum(n for n, trains in counts if trains) / max(1, sum(n for n, _ in counts))
+    extra = ", ".join(f"{n} {kind.replace('_', ' ')}" for kind, n in method.extra_data().items())
+    steps = [does for hook, does in HOOKS.items() if getattr(type(method), hook) is not getattr(Method, hook)]
+    parts = [
+        method.held() or "holds nothing of the aligned model by a constraint",
+        f"extra data: {extra or 'none'}",
+        f"{share:.3g} % of the parameters train",
+        f"at each step it {', '.join(steps)}" if steps else "a step costs what SFT's does",
+    ]
+    return f"method={method.name}: {'; '.join(parts)}"
 
 
 def draw(n: int, k: int, seed: int, step: int) -> list[int]:

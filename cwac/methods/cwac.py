@@ -38,6 +38,7 @@ from cwac.constraints.settings import Activation, Weight
 from cwac.constraints.subspace import Basis, Constraint
 from cwac.constraints.weight import (
     anchor_bases,
+    anchor_counts,
     anchor_prompts,
     anchors_used,
     constrained,
@@ -261,6 +262,19 @@ class CWAC(Method):
         weight = self.weight
         return weight is not None and weight.freeze_others and not weight.unconstrained
 
+    def held(self) -> str:
+        parts, found = [], self._report
+        if self._constraint is not None:
+            names = [name for name, *_ in self._constraint.entries]
+            parts.append(
+                f"holds {len(names)} matrices, V {found['subspace_share']:.1%} of their input directions, anchors "
+                f"used {found['anchors_used']:g} of {found['anchors_given']:g}"
+            )
+        if self.activation is not None:
+            of = f"{self.activation.n_prompts} of {len(self._targets['anchors'])} prompts"
+            parts.append(f"keeps {self.activation.space} features: a forward and backward pass over {of} a step")
+        return "; ".join(parts)
+
     def report(self, model: nn.Module) -> list[dict]:
         rows = [{"metric": name, "set": "train", "value": value} for name, value in self._report.items()]
         for name, target in self._targets.items():
@@ -306,6 +320,7 @@ class CWAC(Method):
             subspace_rank=float(ranks[len(ranks) // 2]),
             subspace_share=sum(b.rank for b in bases.values()) / sum(b.dim for b in bases.values()),
             subspace_energy=min(b.energy for b in bases.values()),
+            **anchor_counts(model, context, weight),
         )
 
     # --- the activation half -------------------------------------------------------------------------

@@ -37,7 +37,7 @@ from cwac.constraints.nullspace import (
     second_moments,
 )
 from cwac.constraints.settings import Activation, Weight
-from cwac.constraints.weight import anchor_bases, anchor_prompts, anchors_used
+from cwac.constraints.weight import anchor_bases, anchor_counts, anchor_prompts, anchors_used
 from cwac.core.cache import digest, load_or_build
 from cwac.core.checks import check, check_unread
 from cwac.core.errors import UsageError, UserError
@@ -96,6 +96,7 @@ class NullSpace(Method):
         self._coupled = None if self.activation is None else CWAC(self.name, activation=self.activation)
         self._rows: list[Example] = []
         self._report: dict[str, float] = {}
+        self._held = ""
 
     def extra_data(self) -> dict[str, int]:
         counts = {} if self._coupled is None else self._coupled.extra_data()
@@ -156,7 +157,15 @@ class NullSpace(Method):
         self._tell(held)
         wrapped = add_fixed_adapter(model, modules, free, self.card(context, held))
         ranks = sorted(N.shape[1] for N in free.values())
+        counts = anchor_counts(model, context, self._weight)
+        free_share = sum(free[name].shape[1] for name in map(input_group, modules) if name in free)
+        free_share /= sum(base_layer(module).in_features for module in modules.values())
+        self._held = (
+            f"holds {len(modules)} matrices, {1 - free_share:.1%} of their input directions frozen, anchors used "
+            f"{counts['anchors_used']:g} of {counts['anchors_given']:g}"
+        )
         self._report = {
+            **counts,
             "free_rank": float(ranks[len(ranks) // 2]),
             "trained_parameters": float(sum(p.numel() for p in wrapped.parameters() if p.requires_grad)),
             **{f"energy_held_{name}": 100 * share for name, share in held.items()},
@@ -221,6 +230,9 @@ class NullSpace(Method):
         bases = anchor_bases(model, context, self._weight)
         names = linears(model, self._weight.modules, self._weight.layers, "method.modules")
         return {name: bases[input_group(name)].V for name in names}
+
+    def held(self) -> str:
+        return "; ".join([self._held, *([] if self._coupled is None else [self._coupled.held()])])
 
     def report(self, model: nn.Module) -> list[dict]:
         rows = [] if self._coupled is None else self._coupled.report(model)

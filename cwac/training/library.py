@@ -13,6 +13,7 @@ import json
 import logging
 import random
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,7 @@ from cwac.core.validation import validate
 from cwac.data.examples import Example, Messages, Pools
 from cwac.data.pools import load_pools
 from cwac.data.tokenize import IGNORE, encode_example
-from cwac.methods.base import Method
+from cwac.methods.base import Method, summary
 from cwac.models.adapters import holds_update
 from cwac.models.context import Context, make_context
 from cwac.models.generate import decoding_key
@@ -349,6 +350,8 @@ def defend(
             "it trains will not show",
             method.name,
         )
+    if not context.process_rank:
+        print(summary(method, trainer.model), file=sys.stderr)
     set_seed(args.seed)  # training must draw the same numbers whether an artifact was built just now or loaded
     trainer = attach(trainer, method)
     trainer.expected_steps = context.steps

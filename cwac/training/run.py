@@ -33,7 +33,7 @@ from cwac.data.tokenize import Rows, pad_token_id
 from cwac.evaluation.evaluate import Evaluator
 from cwac.evaluation.judge import Judge
 from cwac.evaluation.vllm_engine import check_available
-from cwac.methods.base import Context, Method
+from cwac.methods.base import Context, Method, summary
 from cwac.models.adapters import merged
 from cwac.models.loading import load_aligned, load_kept, weights_hash
 from cwac.training import engine
@@ -205,6 +205,7 @@ def set_up(cell: Cell) -> None:
         cell.evaluator(0, 0.0)
     model = cell.context.loaded.model
     cell.model = cell.evaluator.model = cell.method.setup(model, cell.context) or model
+    log.info("%s", summary(cell.method, cell.model))
     distributed.wait()
 
 
