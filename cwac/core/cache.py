@@ -37,8 +37,9 @@ WHAT = {
     "latents": "Safety-critical latents of the autoencoder, ranked (section 4.1)",
     "targets": "The aligned model's features on harmful prompts, which L_safety preserves (Eq. 11)",
     "subspace": "Protected directions V of the anchors' activations (section 4.2)",
+    "judge-encoder": "all-MiniLM-L6-v2, the sentence encoder of the semantic judge (arXiv:1908.10084)",
 }
-"""Kind of artifact -> its description on the card, for those that CWAC (arXiv:2604.12384) prepares."""
+"""Kind of artifact -> its description on the card; sections and equations are those of CWAC (arXiv:2604.12384)."""
 
 
 def digest(key: dict) -> str:
