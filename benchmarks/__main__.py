@@ -21,6 +21,7 @@ PARTS = {
     "prepared": {},
     "steps": {},
     "evaluation": {},
+    "judge": {},
     "nullspace": {"steps": 4},
     "engines": {},
     "methods": {"steps": 60},

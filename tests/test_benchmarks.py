@@ -16,6 +16,7 @@ from benchmarks import (
     constraint,
     engines,
     evaluation,
+    judge,
     large,
     methods,
     prepared,
@@ -43,6 +44,16 @@ class Clock:
     def __call__(self) -> float:
         self.now += self.tick
         return self.now
+
+
+class Numbers:
+    """Stands in for a tokenizer: any text is 5,000 tokens, and a token's text is its number."""
+
+    def __call__(self, text: str, **_) -> dict:
+        return {"input_ids": list(range(5000))}
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(map(str, ids))
 
 
 @pytest.fixture
@@ -174,6 +185,32 @@ def test_generation_and_preparation_in_miniature(random_model):
     assert [row["bar"] for row in rows] == [0.125, 0.0, 0.02] and rows[1]["ratio"] == 0
     with pytest.raises(UserError, match="--prompts 5: give 6"):
         next(evaluation.measure(prompts=5, alone=2, repeats=3))
+
+
+def test_the_semantic_judge_in_miniature(monkeypatch):
+    """Each answer takes 3 s on this clock, so that 1,000 take a hundred times the bar's 30."""
+    clock = Clock(0)
+    monkeypatch.setattr(time, "process_time", clock)
+    read = []
+
+    def judged(prompts, responses):
+        read.extend(zip(prompts, responses, strict=True))
+        clock.now += 3.0 * len(responses)
+
+    encoder = SimpleNamespace(tokenizer=Numbers())
+    monkeypatch.setattr(judge, "instantiate", lambda cfg: SimpleNamespace(encoder=encoder, judge=judged))
+    short, long = judge.measure(answers=2, repeats=2)
+    assert (short["ratio"], short["bar"], short["met"]) == (100, 1, False)
+    assert (long["ratio"], long["bar"]) == (100, None)
+    assert len({prompt for prompt, _ in read[:4]}) == 4
+    assert [len(text.split()) for _, text in read] == [62] * 4 + [254] * 4  # and two marks at its ends
+    with pytest.raises(UserError, match="--answers 200 --repeats 2"):
+        next(judge.measure(answers=200, repeats=2))
+
+
+def test_without_its_encoder_the_semantic_judge_is_not_measured(tmp_path):
+    (row,) = judge.measure(overrides=["harmful=2", f"artifacts={tmp_path}"])
+    assert "eval.judge.harmful=2" in row.reason and row.barred
 
 
 def test_the_engines_in_miniature(random_model, monkeypatch):

@@ -108,7 +108,7 @@ def test_a_model_that_refuses_nothing_is_told_so_before_an_autoencoder_is_fitted
     assert call(*overrides(random_model, tmp_path, "method=cwac", "harmful_ratio=0.1")) == 1
     assert "error: the aligned model refuses none of the anchor prompts" in capfd.readouterr().err
     assert {p.name for p in (tmp_path / "artifacts").iterdir() if p.is_dir()} == {"answers"}
-    assert not [p for p in (tmp_path / "runs").iterdir() if p.is_dir()]  # no folder of a failed run
+    assert not list((tmp_path / "runs").glob("*/config.yaml"))  # no folder of a failed run
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from cwac.core import config, files, hf_hub, identity
+from cwac.core import cache, config, files, hf_hub, identity
 from cwac.core.errors import UserError
 from cwac.core.paths import CONF
 from cwac.evaluation import semantic_judge
@@ -272,6 +272,11 @@ def test_the_hub_serves_where_no_index_does(tmp_path, monkeypatch):
     monkeypatch.setattr(hf_hub, "download", lambda model, key: tmp_path / model)
     judge = config.instantiate(later.configure("semantic", [f"artifacts={tmp_path}"]))
     assert judge._folder == tmp_path / "sentence-transformers" / "all-MiniLM-L6-v2"
+
+
+def test_the_encoders_card_says_what_it_is(tmp_path):
+    card = cache.card(tmp_path, {"kind": "judge-encoder", "key": {"wheel": "a==1"}, "files": {}})
+    assert "# all-MiniLM-L6-v2, the sentence encoder of the semantic judge" in card
 
 
 @pytest.mark.parametrize(

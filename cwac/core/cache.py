@@ -43,6 +43,7 @@ WHAT = {
     "subspace": "Protected directions V of the anchors' activations (section 4.2)",
     "answers": "The aligned model's own answers to harmful prompts, which tell what it refuses",
     "nullspace": "Directions that V leaves free, for null-space adapters",
+    "judge-encoder": "all-MiniLM-L6-v2, the sentence encoder of the semantic judge (arXiv:1908.10084)",
 }
 """Kind of artifact -> its description, on its card and when it is built; sections are of CWAC (arXiv:2604.12384)."""
 
