@@ -362,7 +362,8 @@ def main(argv: list[str] | None = None) -> int:
     frozen = (args.campaign / "results.csv").is_file()
     collection = read_exported(args.campaign) if frozen else collect(args.campaign)
     parts = []
-    for metric in args.metrics:
+    measured = set(collection.rows["metric"])
+    for metric in [m for m in args.metrics if m in measured]:
         found = cells(collection, metric, judge=args.judge)
         parts += [every_pair(part, metric) for part in (together(found), found) if len(part.rows)]
     pairs = pd.concat([part for part in parts if len(part)], ignore_index=True) if any(map(len, parts)) else None
