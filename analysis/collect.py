@@ -252,13 +252,17 @@ def collect(runs: Path | str, expected: Iterable[Cell] | None = None) -> Collect
 def split(collection: Collection, runs: Path, keys: Sequence[str], cells: Iterable[DictConfig] = ()) -> Collection:
     """The campaign with every value of `keys` as a method of its own: `cwac, energy 0.99` (`paper.SETTING`).
 
-    keys: dotted keys of a run's configuration, such as method.weight.energy; a method without them keeps its name.
+    keys: dotted keys of a run's configuration, such as method.weight.energy; a method without them keeps its name, and
+    so does one at the value that stands behind a key: train.learning_rate=2e-5.
     cells: the configurations of the expected runs, since one that is missing has left none. Raises UserError for a key
     that no run has.
     """
     settings = {name: settings_of(runs / name) for name in collection.runs}
     for cfg in cells:
         settings.setdefault(run_id(cfg), flatten(OmegaConf.to_container(cfg, resolve=True)))
+    given = [key.partition("=") for key in keys]
+    plain = {key: text_of(yaml.load(value, LOADER)) for key, equals, value in given if equals}
+    keys = [key for key, _, _ in given]
     names = {key: key.rpartition(".")[2] for key in keys}
     for key in keys:
         if not any(key in found for found in settings.values()):
@@ -271,7 +275,8 @@ def split(collection: Collection, runs: Path, keys: Sequence[str], cells: Iterab
 
     def method(name: str, of: str) -> str:
         found = settings.get(name, {})
-        shown = [f"{names[key]} {text_of(found[key])}" for key in keys if key in found]
+        values = {key: text_of(found[key]) for key in keys if key in found}
+        shown = [f"{names[key]} {value}" for key, value in values.items() if value != plain.get(key)]
         return of + SETTING * bool(shown) + SETTING.join(shown)
 
     rows = collection.rows

@@ -46,11 +46,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for the results, e.g. results/demo")
     parser.add_argument(
         "--by",
-        nargs="+",
+        action="append",
         default=[],
         metavar="KEY",
-        help="a row for each value of these keys, e.g. method.weight.energy; without it, for each value of those keys "
-        "of a method in which runs of one cell and seed differ",
+        help="a row for each value of this key, e.g. method.weight.energy; as train.learning_rate=2e-5, that value keeps "
+        "the method's plain name; may be given several times; without it, for each value of those keys of a method in "
+        "which runs of one cell and seed differ",
     )
     parser.add_argument("--judge", help="whose verdicts to use where the runs were judged by several")
     parser.add_argument(

@@ -15,7 +15,7 @@ import matplotlib
 import pandas as pd
 
 from analysis import pairwise, paper, stats, tables
-from analysis.collect import Collection, at_end, before, one_judge, pooled
+from analysis.collect import Collection, at_end, before, one_judge, pooled, swept
 from analysis.figures import Plate, bare, panels
 
 ROWS = 10
@@ -112,7 +112,7 @@ def views(collection: Collection, judge: str | None = None) -> list[View]:
         start = before(here)
         if not before(part).shape[0] and len(start):  # the aligned model was asked at another ratio
             part = pd.concat([part, here[here.index.isin(start.index)]])
-        if part["learning_rate"].nunique() > 1:
+        if swept(part):
             rate = usual_rate(part)
             part = part[part["learning_rate"] == rate]
         runs = set(part["run_id"])

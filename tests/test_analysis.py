@@ -499,6 +499,14 @@ def test_values_of_a_methods_key_are_rows_of_their_own(tmp_path, capsys, by):
     assert set(again.rows["method"]) == {"sft", "cwac, energy 0.9", "cwac, energy 0.99", "cwac, energy 0.999"}
 
 
+def test_a_value_that_stands_behind_the_key_keeps_the_methods_name(tmp_path, capsys):
+    swept_by_energy(tmp_path / "runs")
+    out = tmp_path / "out"
+    by = ["--by", "method.weight.energy=9e-1"]
+    assert demo.main(["--runs", str(tmp_path / "runs"), "--out", str(out), *by]) == 0
+    assert set(read_exported(out).rows["method"]) == {"sft", "cwac", "cwac, energy 0.99", "cwac, energy 0.999"}
+
+
 def test_a_key_that_no_run_has_is_refused_by_name(tmp_path, capsys):
     swept_by_energy(tmp_path / "runs")
     assert demo.main(["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--by", "method.energy"]) == 2
