@@ -261,7 +261,7 @@ def split(collection: Collection, runs: Path, keys: Sequence[str], cells: Iterab
     for cfg in cells:
         settings.setdefault(run_id(cfg), flatten(OmegaConf.to_container(cfg, resolve=True)))
     given = [key.partition("=") for key in keys]
-    plain = {key: text_of(yaml.load(value, LOADER)) for key, equals, value in given if equals}
+    plain = {key: text_of(OmegaConf.create(f"value: {value}").value) for key, equals, value in given if equals}
     keys = [key for key, _, _ in given]
     names = {key: key.rpartition(".")[2] for key in keys}
     for key in keys:
