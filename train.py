@@ -45,7 +45,7 @@ from cwac.core.metrics import objective  # noqa: E402
 from cwac.core.paths import CONF  # noqa: E402
 from cwac.core.run_dir import Run  # noqa: E402
 from cwac.core.tracking import Tracker  # noqa: E402
-from cwac.core.validation import validate  # noqa: E402
+from cwac.core.validation import validate, what_bitsandbytes_is_for  # noqa: E402
 
 log = logging.getLogger("cwac")
 COLLECT = gc.get_threshold()
@@ -103,7 +103,13 @@ def execute(cfg: DictConfig, run: Run) -> float | None:
     """The story of a run: prepare, set up the method, train, evaluate, record (cwac/training/run.py)."""
     gc.set_threshold(*COLLECT)  # a training's garbage can be large
     if cfg.model.kind == "hub" and local_folder(cfg.model) is None:  # before the seconds that torch takes to import
-        hf_hub.resolve(cfg.model.hub_id, cfg.model.get("revision"), "model.hub_id", cfg.model.get("license"))
+        lacks = what_bitsandbytes_is_for(cfg)
+        try:
+            hf_hub.resolve(cfg.model.hub_id, cfg.model.get("revision"), "model.hub_id", cfg.model.get("license"))
+        except UserError as error:
+            raise (UserError(f"{error}. Besides, {lacks}") if lacks else error) from None
+        if lacks:
+            raise UserError(lacks)
     from cwac.training import run as steps
 
     cell = steps.prepare(cfg, run)
@@ -176,8 +182,10 @@ def attempt(cfg: DictConfig, sweep: bool) -> float:
         }
         if not expected:
             log.error("%s", redact("".join(traceback.format_exception(error))))
-        elif sweep:
+        elif sweep and os.environ.get(MAIN) != str(os.getpid()):  # into the log of a launcher's process
             log.error("%s: %s", overrides, error)
+        elif sweep:
+            log.error("%s failed; the end of the sweep says why", overrides)
         if failures.FOLDER not in os.environ:  # a launcher that keeps the environment to itself has to tell
             raise
         failures.record(failure)
@@ -323,11 +331,14 @@ def run_command() -> int:
         failed = failures.collect()
     if len(failed) > 1:
         print(f"error: {len(failed)} cells failed; the same command again runs only these:", file=sys.stderr)
+    same: dict[str, list[dict]] = {}
     for failure in failed:
         if distributed.process_rank() and failure["code"] == 2:  # what is wrong with the command, rank 0 says
             continue
-        where = f"[{failure['cell']}] " if len(failed) > 1 else ""
-        print(f"error: {where}{failure['message']}", file=sys.stderr)
+        same.setdefault(failure["message"], []).append(failure)
+    for message, cells in same.items():
+        where = " ".join(f"[{failure['cell']}]" for failure in cells) + " " if len(failed) > 1 else ""
+        print(f"error: {where}{message}", file=sys.stderr)
     return max((failure["code"] for failure in failed), default=0)
 
 

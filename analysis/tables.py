@@ -339,6 +339,25 @@ def means_table(summary: pd.DataFrame, model: str, task: str, metrics: Sequence[
     return markdown(["method", *(heading(pair, pairs) for pair in pairs)], rows)
 
 
+def utility(rows: pd.DataFrame) -> str:
+    """What `experiments.utility` measured, one row a method and harmful ratio: means over n seeds; empty without any.
+
+    A run that was measured twice counts with its newest rows.
+    """
+    found = rows[rows["metric"] == "utility"].sort_values("time", kind="stable")
+    found = found.drop_duplicates(["run_id", "set"], keep="last")
+    if found.empty:
+        return ""
+    sets, table = list(dict.fromkeys(found["set"])), []
+    keys = ["model", "task", "method", "harmful_ratio"]
+    for cell, part in sorted(found.groupby(keys), key=lambda c: (*c[0][:2], paper.method_order(c[0][2]), c[0][3])):
+        means = part.groupby("set")["value"].mean()
+        model, task, method, ratio = cell
+        shown = [f"{means[of]:.4g}" if of in means else "not measured" for of in sets]
+        table.append([f"{model}, {task}", paper.method_label(method), f"{ratio:g}", part["run_id"].nunique(), *shown])
+    return markdown(["grid", "method", "p", "n", *sets], table, key=4)
+
+
 def training_table(rows: pd.DataFrame, model: str, task: str, metrics: Sequence[str] = WAY) -> str:
     """method x harmful ratio x optimizer step, the numbers behind the training figure; empty without any on the way.
 
@@ -411,6 +430,9 @@ def results(
             parts += [WAY_NOTE, way]
         if inner := means_table(summary, model, task, INNER):
             parts += [INNER_NOTE, inner]
+        of_grid = (collection.rows["model"] == model) & (collection.rows["task"] == task)
+        if used := utility(collection.rows[of_grid]):
+            parts += ["Utility (experiments.utility), means over n runs:", used]
         if cost := means_table(summary, model, task, COST):
             parts += ["Cost, means over seeds and harmful ratios (peak memory in MiB):", cost]
     return parts

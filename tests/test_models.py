@@ -1,5 +1,6 @@
 """Models from the hub: one line for what is in the way, the commit that was loaded, and never the token."""
 
+import importlib.util
 import json
 import os
 
@@ -152,12 +153,20 @@ def test_offline_each_cell_says_in_one_line_what_is_missing_and_no_token_is_writ
     """A hub that refuses connections stands for one out of reach: model first, then the data, and no retries."""
     closed = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path)}
     runs = tmp_path / "runs"
-    process = launch("-m", "model=llama2,qwen", "method=sft", f"paths.runs={runs}", env=closed)
+    process = launch("-m", "model=llama2,qwen", "method=sft,lisa", f"paths.runs={runs}", env=closed)
     output, _ = process.communicate(timeout=HANGS)
     assert process.returncode == 1
     said = [line for line in output.splitlines() if line.startswith("error: [")]
     assert len(said) == 2 and "model.hub_id=meta-llama/Llama-2-7b-chat-hf could not be reached" in said[0]
     assert "model.hub_id=Qwen/Qwen2.5-7B-Instruct could not be reached" in said[1] and "Traceback" not in output
+    assert "error: 4 cells failed" in output and output.count("could not be reached") == 2
+    for line, model in zip(
+        said, ("llama2", "qwen"), strict=True
+    ):  # both cells of a model, and what serves both models
+        assert [f"model={model} method={m} " in line for m in ("sft", "lisa")] == [True, True]
+        assert "'+model.path=<folder>/${model.name}'" in line
+        if importlib.util.find_spec("bitsandbytes") is None:
+            assert line.endswith("(another run id)") and "train.optim=adamw_torch_fused" in line
     written = [p.read_text(errors="replace") for p in runs.rglob("*") if p.is_file()]
     assert not any(TOKEN in text for text in [output, *written])
 

@@ -14,6 +14,8 @@ from cwac.core.errors import UserError
 
 PROBE_SECONDS = 5
 """How long to wait for the hub before the cache, and then the error."""
+LOCAL = "model.kind=folder +model.path=<folder> (for several models: '+model.path=<folder>/${model.name}')"
+"""How to use a copy of a model on this machine, in one run and in a sweep."""
 NOT_NEEDED = ["original/*", "consolidated*", "*.bin", "*.pth", "*.pt", "*.gguf", "*.onnx", "*.msgpack", "*.h5"]
 """Second copies of the weights in other formats; the safetensors are what is read, where there are any."""
 
@@ -72,7 +74,7 @@ def resolve(
         raise UserError(
             f"{key}={hub_id} could not be reached: the hub ({constants.ENDPOINT}) does not answer "
             f"({first_line(error)}) and the cache has no copy; connect, or give a local one with "
-            + ("model.kind=folder +model.path=<folder>" if key == "model.hub_id" else f"{key}=<folder>")
+            + (LOCAL if key == "model.hub_id" else f"{key}=<folder>")
         ) from error
     return Resolved(hub_id, metadata.commit_hash, True)
 

@@ -5,6 +5,8 @@ The keys of a method are checked by its own class when it is built, which is the
 
 from __future__ import annotations
 
+import importlib.util
+import re
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -148,6 +150,24 @@ def validate_model(cfg: DictConfig) -> None:
             f"model.dtype={cfg.model.dtype} rounds a projected update away; method={cfg.method.name} needs fp32 "
             "masters: use model.dtype=float32 with train.bf16=true, or train an adapter, which is fp32 (model.lora)"
         )
+
+
+def what_bitsandbytes_is_for(cfg: DictConfig, optim: str | None = None) -> str | None:
+    """What needs the package bitsandbytes, which is not installed, with the remedy; None where nothing does.
+
+    optim: the optimizer's name where it is known better than by `train.optim`, such as by the trainer's default.
+    """
+    optim = optim or str(cfg.train.get("optim") or "")
+    quantised = bool(cfg.model.get("load_in_4bit"))
+    needed = quantised or re.search("^paged|bnb|^adamw_8bit|^lion|^ademamix", optim)
+    if not needed or importlib.util.find_spec("bitsandbytes") is not None:
+        return None
+    if quantised:
+        return "model.load_in_4bit=true needs bitsandbytes, which is not installed; pip install -e '.[gpu]'"
+    return (
+        f"train.optim={optim} needs bitsandbytes, which is not installed; pip install -e '.[gpu]' in the checkout, or "
+        "use train.optim=adamw_torch_fused, whose moments take 8 bytes a weight instead of 2 (another run id)"
+    )
 
 
 def validate_evaluation(cfg: DictConfig) -> None:

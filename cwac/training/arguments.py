@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import fields
 
@@ -16,6 +14,7 @@ from cwac.core import distributed
 from cwac.core.errors import UsageError, UserError
 from cwac.core.keys import did_you_mean, near
 from cwac.core.run_dir import Run
+from cwac.core.validation import what_bitsandbytes_is_for
 from cwac.methods.base import Method
 
 OURS = ("max_length", "template")
@@ -104,10 +103,8 @@ def check_precision(cfg: DictConfig, args: TrainingArguments, method: Method) ->
             "keep_weights=true: merging the adapter into 4 bits would round its update away; use keep_weights=false "
             "with model.load_in_4bit=true"
         )
-    key = "model.load_in_4bit=true" if quantised else f"train.optim={args.optim.value}"
-    needed = quantised or re.search("^paged|bnb|^adamw_8bit|^lion|^ademamix", args.optim.value)
-    if needed and importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(f"{key} needs bitsandbytes, which is not installed; pip install -e '.[gpu]'")
+    if lacks := what_bitsandbytes_is_for(cfg, args.optim.value):
+        raise UserError(lacks)
 
 
 def steps_per_epoch(args: TrainingArguments, rows: int) -> int:
