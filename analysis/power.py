@@ -216,7 +216,7 @@ def report(table: pd.DataFrame, pilot: str) -> str:
         blocks += [
             f"## {difference:g} points of {metric} against {name}",
             f"Power {POWER:g} at 5 %. Pilot: {first.pilot_seeds} seeds, {first.pilot_prompts:.0f} prompts, "
-            f"{first.cells} cell{'s' * (first.cells != 1)}; `± now` is the expected half-width of its 95 % intervals. "
+            f"{first.cells} cell{'s' * int(first.cells != 1)}; `± now`: half-width to expect of its 95 % intervals. "
             f"{most[0].upper()}{most[1:]}. Hours: all seeds of the method; {name}'s come once to it.",
             markdown(header, rows),
         ]

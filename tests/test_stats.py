@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from analysis import pairwise, power, stats, tables
+from analysis import pairwise, paper, power, stats, tables
 from analysis.collect import Collection, tidy
 from analysis.pairwise import cells
 from tests.helpers.results import cell_of, line_of, row
@@ -175,3 +175,18 @@ def test_needs_are_read_from_a_pilot(capsys, tmp_path, monkeypatch):
     assert "10 points of HS against SFT" in (tmp_path / "power.md").read_text()
     assert power.main([str(tmp_path), "--reference", "nobody"]) == 2
     assert "nobody" in capsys.readouterr().err
+
+
+def test_tables_name_the_aligned_model_and_the_anchors_that_were_used():
+    cell = cell_of("cwac", 0.1, 0)
+    records = [
+        row(cell, "HS", 3.0, epoch=0, step=0, final=False, set="harmful", judge="keyword"),
+        row(cell, "HS", 40.0, set="harmful", judge="keyword"),
+        row(cell, "extra_data", 346.0, set="harmful_prompts", n=None),
+        row(cell, "anchors_used", 302.0, set="train", n=None),
+        row(cell, "anchors_given", 346.0, set="train", n=None),
+    ]
+    found = Collection(tidy(records)[0], runs=[cell.run_id])
+    shown = tables.overview(found, tables.summarise(found))
+    assert "3.0 (n=1)" in line_of(shown, paper.method_label(paper.ALIGNED))
+    assert "346 harmful prompts; anchors used 302 of 346" in line_of(shown, "CWAC")

@@ -41,6 +41,7 @@ WHAT = {
     "latents": "Safety-critical latents of the autoencoder, ranked (section 4.1)",
     "targets": "The aligned model's features on harmful prompts, which L_safety preserves (Eq. 11)",
     "subspace": "Protected directions V of the anchors' activations (section 4.2)",
+    "tiny": "The embedded model, aligned",
     "answers": "The aligned model's own answers to harmful prompts, which tell what it refuses",
     "nullspace": "Directions that V leaves free, for null-space adapters",
     "judge-encoder": "all-MiniLM-L6-v2, the sentence encoder of the semantic judge (arXiv:1908.10084)",
