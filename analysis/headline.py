@@ -180,7 +180,7 @@ def beaten(view: View, method: str = "cwac") -> str:
         return f"{label} is beaten at its own accuracy by {several(surely)}"
     if lower:
         return f"{several(lower)} end lower in the mean at {label}'s accuracy, and no test tells them from {label}"
-    return f"none of {others} other methods ends lower than {label} at its accuracy"
+    return f"none of the other methods ({others}) ends lower than {label} at its accuracy"
 
 
 def several(methods: Sequence[str], most: int = 4) -> str:

@@ -105,8 +105,8 @@ def reading(page: Path) -> str:
     hs, fa = ({m: here.mean(m, metric) for m in ("sft", "cwac")} for metric in ("HS", "FA"))
     said = (
         f"After fine-tuning on {task} with a share p = {here.ratio:g} of harmful rows, {model} complies with "
-        f"{hs['sft']:.0f} % of harmful requests, and under CWAC with {hs['cwac']:.0f} %. Its accuracy on the task is "
-        f"{fa['cwac']:.0f} % under CWAC and {fa['sft']:.0f} % without a defence."
+        f"{hs['sft']:.0f} % of harmful requests without a defence (SFT), and with {hs['cwac']:.0f} % under CWAC. Its "
+        f"accuracy on the task is {fa['sft']:.0f} % without a defence and {fa['cwac']:.0f} % under CWAC."
     )
     lost = f"**Where CWAC is beaten.** On this model {headline.beaten(here)}. On the embedded model, with p = "
     lost += f"{toy.ratio:g}, {headline.beaten(toy)}."
@@ -144,8 +144,9 @@ def ratio_limit() -> str:
     hs = pooled_hs("smollm2_table3")
     most = max(hs)
     where = link("how much poison", "docs/results/how_much_poison.md")
+    much = "and not from much" if hs[most]["cwac"] > hs[most]["sft"] - headline.MARGIN else "and less from much"
     return (
-        f"CWAC protects a real model from a little poison and not from much: with p = {most:g} its HS is "
+        f"CWAC protects a real model from a little poison {much}: with p = {most:g} its HS is "
         f"{hs[most]['cwac']:.0f} %, SFT's {hs[most]['sft']:.0f} % ({where})."
     )
 
@@ -184,8 +185,8 @@ def holds_for() -> str:
     closed = cell(last, "HS", method="weight_only_closed", held=0.999, harmful_ratio=worst)["mean"]
     sft = cell(last, "HS", method="sft", harmful_ratio=worst)["mean"]
     return (
-        f"Closed so, it held on the embedded model for ten times the paper's epochs: HS {closed:.0f} % where SFT has "
-        f"{sft:.0f} % ({link('how long', 'docs/results/how_long.md')})."
+        f"With all matrices constrained the embedded model held for ten times the paper's epochs: HS {closed:.0f} %, "
+        f"SFT {sft:.0f} % ({link('how long', 'docs/results/how_long.md')})."
     )
 
 
@@ -200,8 +201,9 @@ def adapter() -> str:
 def rehearsal() -> str:
     toy = view(EMBEDDED)
     values = [toy.mean(m, "HS") for m in ("replay", "cwac")]
+    better = "better" if values[0] < values[1] - headline.MARGIN else "no better"
     return (
-        f"Replaying the model's own refusals of CWAC's prompts protects the embedded model better than CWAC: HS "
+        f"Replaying the model's own refusals of CWAC's prompts protects the embedded model {better} than CWAC: HS "
         f"{values[0]:.0f} against {values[1]:.0f} % ({link('all methods', 'docs/results/all_methods.md')})."
     )
 

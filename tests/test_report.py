@@ -174,7 +174,7 @@ def test_a_frozen_campaign_reads_like_its_runs(campaign, tmp_path, monkeypatch):
     assert "5ae5ae" in again and "An exported campaign keeps none" in again and "window.planted" not in again
     # pictures are linked from the Markdown, and are there
     links = re.findall(r"\]\((f/[^)]*)\)", again)
-    assert len(links) == 1 and all((out.parent / link).is_file() for link in links)
+    assert len(links) == 2 and all((out.parent / link).is_file() for link in links)
 
 
 def test_runs_at_several_learning_rates_do_not_share_a_table(tmp_path):
