@@ -50,8 +50,8 @@ def main(argv: list[str] | None = None) -> int:
         default=[],
         metavar="KEY",
         help="a row for each value of this key, e.g. method.weight.energy; given as train.learning_rate=2e-5, that "
-        "value keeps the method's plain name; may be given several times; without it, for each value of those keys of a "
-        "method in which runs of one cell and seed differ",
+        "value keeps the method's plain name; may be given several times; without it, for each value of those keys of "
+        "a method in which runs of one cell and seed differ",
     )
     parser.add_argument("--judge", help="whose verdicts to use where the runs were judged by several")
     parser.add_argument(
