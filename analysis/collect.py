@@ -263,7 +263,7 @@ def split(collection: Collection, runs: Path, keys: Sequence[str], cells: Iterab
     given = [key.partition("=") for key in keys]
     plain = {key: text_of(OmegaConf.create(f"value: {value}").value) for key, equals, value in given if equals}
     keys = [key for key, _, _ in given]
-    names = {key: key.rpartition(".")[2] for key in keys}
+    names = {key: "rate" if key == "train.learning_rate" else key.rpartition(".")[2] for key in keys}
     for key in keys:
         if not any(key in found for found in settings.values()):
             known = sorted(
