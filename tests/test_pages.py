@@ -1,5 +1,6 @@
 """README and docs: generated numbers are current, sentences can be read, links lead somewhere, code blocks run."""
 
+import math
 import os
 import re
 import shutil
@@ -98,6 +99,39 @@ def test_a_number_that_changed_makes_a_page_stale(tmp_path, monkeypatch):
     assert pages.fill(page, text) == text.replace("old", "new")
     with pytest.raises(pages.UserError, match="no maker of block gone"):
         pages.fill(page, text.replace("planted", "gone"))
+
+
+def planted(**columns) -> pd.DataFrame:
+    fixed = {"metric": "HS", "set": "toy", "low": 1.0, "high": 9.0, "half": 4.0, "n": 3, "over": "seeds"}
+    return pd.DataFrame({**fixed, **columns})
+
+
+def test_a_grid_has_one_row_a_setting_with_its_estimate(monkeypatch):
+    frame = planted(matrix=["down", "down", "v"], metric=["HS", "FA", "HS"], mean=[5.0, 90.0, 7.5])
+    monkeypatch.setattr(pages, "estimates", lambda path: frame)
+    lines = pages.grid(README, "free:matrix:HS,FA").splitlines()
+    assert [c.strip() for c in lines[2].split("|")[1:-1]] == ["down", "5.0 ± 4.0", "90.0 ± 4.0"]
+    assert [c.strip() for c in lines[3].split("|")[1:-1]] == ["v", "7.5 ± 4.0", "-"]
+    with pytest.raises(pages.UserError, match="2 estimates where one is meant"):
+        pages.cell(pd.concat([frame, frame]), "HS", matrix="v")
+
+
+def test_steps_shows_the_last_of_them_at_each_ratio(monkeypatch):
+    frame = planted(
+        preset="closed_goal",
+        learning_rate=1e-4,
+        method=["sft", "sft", "sft", "weight_only_closed"],
+        held=[math.nan, math.nan, math.nan, 0.99],
+        harmful_ratio=[0.1, 0.1, 1.0, 0.1],
+        step=[30, 60, 60, 60],
+        mean=[1.0, 50.0, 99.0, 2.0],
+    )
+    monkeypatch.setattr(pages, "estimates", lambda path: frame)
+    lines = pages.steps(README, "closed_goal").splitlines()
+    assert [c.strip() for c in lines[0].split("|")[1:-1]] == ["method", "energy", "p = 0.1", "p = 1"]
+    assert [c.strip() for c in lines[2].split("|")[1:-1]] == ["SFT", "-", "50.0 ± 4.0", "99.0 ± 4.0"]
+    assert [c.strip() for c in lines[3].split("|")[1:-1]][1:] == ["0.99", "2.0 ± 4.0", "not measured"]
+    assert "HS after 60 steps." in lines[-1]
 
 
 # --- what a campaign comes to -------------------------------------------------------------------------
