@@ -9,6 +9,7 @@ such as `analysis` are too general for everybody's site-packages. Imports next t
 from __future__ import annotations
 
 import ast
+import contextlib
 import os
 import re
 import sys
@@ -76,7 +77,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     there = commands()
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(usage(there))
+        with contextlib.suppress(BrokenPipeError):  # a reader that has gone, as of `... | head`
+            print(usage(there), flush=True)
         return 0 if arguments else 2
     if arguments[0] == "completion":
         print(COMPLETION.replace("@NAMES@", " ".join([*there, "completion"])), end="")
