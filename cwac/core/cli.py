@@ -9,11 +9,12 @@ such as `analysis` are too general for everybody's site-packages. Imports next t
 from __future__ import annotations
 
 import ast
+import contextlib
 import os
+import re
 import sys
 from pathlib import Path
 
-from cwac import __version__
 from cwac.core.paths import PACKAGE
 
 HOME = next((p for p in (PACKAGE / "commands", PACKAGE.parent) if (p / "train.py").is_file()), PACKAGE.parent)
@@ -46,6 +47,11 @@ def commands() -> dict[str, Path]:
     return found
 
 
+def version() -> str:
+    """What `cwac.__version__` says, read from its file: core imports nothing above it."""
+    return re.search(r'^__version__ = "(.+)"$', (PACKAGE / "__init__.py").read_text(encoding="utf-8"), re.M)[1]
+
+
 def usage(there: dict[str, Path]) -> str:
     """The names of all commands, each with the first line of its module's docstring."""
     lines = ["usage: cwac COMMAND ...     (cwac COMMAND --help tells more)", ""]
@@ -67,11 +73,12 @@ def main(argv: list[str] | None = None) -> int:
     """Become the command that the first argument names; returns 2 for one that is none."""
     arguments = sys.argv[1:] if argv is None else argv
     if arguments[:1] == ["--version"]:
-        print(f"cwac {__version__}")
+        print(f"cwac {version()}")
         return 0
     there = commands()
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(usage(there))
+        with contextlib.suppress(BrokenPipeError):  # a reader that has gone, as of `... | head`
+            print(usage(there), flush=True)
         return 0 if arguments else 2
     if arguments[0] == "completion":
         print(COMPLETION.replace("@NAMES@", " ".join([*there, "completion"])), end="")
