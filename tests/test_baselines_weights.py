@@ -251,12 +251,16 @@ def test_asft_does_not_depend_on_the_layout(tmp_path, monkeypatch):
     assert close(whole, torch.load(tmp_path / "two.pt", weights_only=True)["penalised"]) < 1e-5
 
 
+FIXED_LAYERS = ["method.layers=[1,2]", "method.localisation={n_draws: 500, n_queries: 100, n_over_rejection: 100}"]
+"""SPPFT without a search, whose settings are then those of its yaml: others are refused."""
+
+
 @pytest.mark.parametrize("method", ["asft", "sppft", "safelora"])
 def test_with_lora(method, tmp_path, artifacts):
     """An adapter trains, only where the method lets it."""
     lora = ["model.lora={r: 4, alpha: 8, target_modules: all-linear}", "train.learning_rate=0.01", "train.max_steps=3"]
     if method == "sppft":
-        lora.append("method.layers=[1,2]")
+        lora += FIXED_LAYERS
     cfg = cell(method, tmp_path, artifacts, *lora)
     run_cell(cfg)
     before, after = load_file(aligned_folder(Run(cfg)) / "model.safetensors"), trained_weights(Run(cfg))
@@ -287,7 +291,7 @@ def test_sppft_freezes_the_range_and_nothing_else(freeze_norms, tmp_path, artifa
         "sppft",
         tmp_path,
         artifacts,
-        "method.layers=[1,2]",
+        *FIXED_LAYERS,
         f"method.freeze_norms={freeze_norms}",
         "train.max_steps=2",
         "train.weight_decay=0.1",  # which must not reach a frozen weight either

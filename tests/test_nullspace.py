@@ -380,7 +380,8 @@ def test_in_a_script_of_ones_own_the_weights_are_those_of_train_py(basis, tmp_pa
     one, two = weights(theirs), weights(trainer.model)
     assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
     trainer.save_model(tmp_path / "saved")
-    assert "anchors: 16 prompts" in (tmp_path / "saved" / "README.md").read_text()
+    # of 16 prompts this base refuses 15
+    assert "anchors: 15 prompts" in (tmp_path / "saved" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

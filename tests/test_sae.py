@@ -45,7 +45,7 @@ from cwac.constraints.sae.ranking import (
 from cwac.constraints.sae.target import GATES, SafetyTarget
 from cwac.constraints.settings import Activation
 from cwac.core.config import compose
-from cwac.core.errors import UsageError, UserError
+from cwac.core.errors import UserError
 from cwac.core.identity import run_id
 from cwac.data.examples import Example
 from cwac.data.refusals import KeywordJudge
@@ -790,8 +790,7 @@ def test_a_run_whose_autoencoder_saw_all_prompts_has_another_id():
     before = run_id(cfg)
     del cfg.method.activation.refused_only
     assert run_id(cfg) == before
-    with pytest.raises(UsageError, match="refused_only=False .*only space=sae reads it"):
-        Activation(space="residual", refused_only=False)
+    assert run_id(compose([*other, "method.activation.refused_only=true"])) == before
 
 
 # --- general text -----------------------------------------------------------------------------------------

@@ -176,7 +176,7 @@ class Activation:
             re.fullmatch(place, str(self.positions)), "activation.positions", self.positions, "use last or response:4"
         )
         if self.space != "sae":
-            for key in ("n_latents", "gate", "ranking", "units", "refused_only"):
+            for key in ("n_latents", "gate", "ranking", "units"):
                 usual, value = getattr(type(self), key), getattr(self, key)
                 remedy = f"only space=sae reads it: leave it at {usual}, or use method.activation.space=sae"
                 check(value == usual, f"activation.{key}", value, remedy)

@@ -63,6 +63,7 @@ NEUTRAL: dict[str, Any] = {
     "method.activation.space": "sae",
     "method.activation.sae.pretrained": None,
     "method.activation.refused_only": False,
+    "model.refused_only": False,
     "method.activation.sae.schedule": "ours",
     "method.activation.sae.corpus": None,
     "method.activation.sae.corpus_text": "text",
