@@ -36,6 +36,7 @@ NOT_IDENTITY = {
     "model.license",
     "model.n_train",  # its value stands under task.n_train
     "model.trigger_tokens",  # its value stands under method.trigger_tokens
+    "model.refused_only",  # its value stands under method.activation.refused_only
     "model.safety_layers",  # resolved under the method that uses it
 }
 """Keys within these groups that change only what is logged, kept or evaluated, and not what is trained."""
@@ -63,7 +64,6 @@ NEUTRAL: dict[str, Any] = {
     "method.activation.space": "sae",
     "method.activation.sae.pretrained": None,
     "method.activation.refused_only": False,
-    "model.refused_only": False,
     "method.activation.sae.schedule": "ours",
     "method.activation.sae.corpus": None,
     "method.activation.sae.corpus_text": "text",
