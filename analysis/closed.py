@@ -347,8 +347,8 @@ def draw(curves: pd.DataFrame, points: pd.DataFrame, routes: pd.DataFrame) -> di
         name, part = preset.removeprefix("closed_"), curves[curves["preset"] == preset]
         if name == "rates":
             part = part[part["method"] != "sft"]  # the table has it
-            rates = [f"{paper.SETTING}rate {rate:g}" for rate in part["learning_rate"]]
-            part = part.assign(method=part["method"] + rates)
+            runs = zip(part["method"], part["learning_rate"], strict=True)
+            part = part.assign(method=[f"{method}{paper.SETTING}rate {rate:g}" for method, rate in runs])
         elif name == "goal":
             held = part["method"] + paper.SETTING + "energy " + part["held"]
             part = part.assign(method=held.where(part["method"].isin(CLOSED), part["method"]))

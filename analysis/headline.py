@@ -152,15 +152,15 @@ def chosen(view: View, most: int) -> list[str]:
 
 def sentence(view: View) -> str:
     """What a model's runs come to: HS of SFT and CWAC with the p-value of their difference, and what beats CWAC."""
-    sft, cwac = (view.value(method, "HS") for method in ("sft", "cwac"))
-    if sft is None or cwac is None:
+    plain, coupled = (view.value(method, "HS") for method in ("sft", "cwac"))
+    if plain is None or coupled is None:
         low = min(view.methods, key=lambda m: view.mean(m, "HS"))
         return f"{view.cell}: the lowest HS is that of {names([low])}, {view.mean(low, 'HS'):.0f} %."
     p = view.p_value("cwac", "sft")
     tested = "one seed, so no test" if math.isnan(p) else f"p-value {below(p)}"
     return (
-        f"{view.cell}: plain fine-tuning (SFT) leaves a model that complies with {sft['mean']:.0f} % of harmful "
-        f"requests, CWAC one that complies with {cwac['mean']:.0f} % ({tested}); {beaten(view)}."
+        f"{view.cell}: plain fine-tuning (SFT) leaves a model that complies with {plain['mean']:.0f} % of harmful "
+        f"requests, CWAC one that complies with {coupled['mean']:.0f} % ({tested}); {beaten(view)}."
     )
 
 

@@ -26,7 +26,7 @@ import pandas as pd
 from analysis import paper, stats
 from analysis.collect import Collection, at_end, collect, one_judge, pooled, read_exported, swept
 from analysis.tables import markdown
-from cwac.core.config import command
+from cwac.core.config import about, command
 from cwac.core.errors import UserError
 from cwac.core.files import write_atomic
 
@@ -352,7 +352,7 @@ def stands(pairs: pd.DataFrame, about: str) -> str:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.pairwise", description="Rank methods by every pair.")
+    parser = argparse.ArgumentParser(prog="python -m analysis.pairwise", **about(__doc__))
     parser.add_argument("campaign", type=Path, help="an exported campaign, e.g. results/demo, or a folder of runs")
     parser.add_argument("--metrics", nargs="+", default=["HS", "FA"], help="metrics to rank by (HS FA)")
     parser.add_argument("--about", default="cwac", help="the method whose standing is told in words (cwac)")

@@ -88,7 +88,7 @@ def test_the_shell_completes_commands_and_hydras_keys(tmp_path):
 
 
 def test_no_message_names_the_package_on_an_index():
-    """It is on none: `pip install 'cwac[gpu]'` would install somebody else's."""
+    """It is on none: whoever asks pip for it by its bare name, or for an extra of that, gets somebody else's."""
     texts = {
         p: p.read_text(encoding="utf-8") for g in ("cwac", "experiments", "analysis") for p in (ROOT / g).rglob("*.py")
     }

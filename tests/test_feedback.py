@@ -30,11 +30,12 @@ def test_durations_are_as_precise_as_a_wait_needs(seconds, text):
 
 
 def test_a_sweep_counts_its_cells_and_estimates_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 10_000.0)
     monkeypatch.setenv(failures.FOLDER, str(tmp_path / "f"))
     monkeypatch.delenv(failures.CELLS, raising=False)
     assert failures.progress(50.0) == ""  # a single run
     monkeypatch.setenv(failures.CELLS, "5")
-    monkeypatch.setenv(failures.BEGAN, str(time.time() - 600))
+    monkeypatch.setenv(failures.BEGAN, "9400")
     assert failures.progress(0.2) == "1 of 5 cells, 0 failed; 10 min so far, none trained yet"
     failures.record({"num": 1, "cell": "seed=1", "message": "no", "code": 1})
     assert failures.progress(590.0) == "2 of 5 cells, 1 failed; 10 min so far, about 30 min left"
