@@ -133,10 +133,13 @@ def test_overrides_win_over_a_preset():
 
 
 def test_the_papers_presets_at_the_scale_of_two_cores_share_the_cells_of_smollm2():
-    """So that `table3 model=smollm2 scale=two_cores` goes on from `make smollm2`, and trains as little."""
+    """So that `table3 model=smollm2 scale=two_cores` goes on from `make smollm2`, and trains as little.
+
+    CWAC's autoencoder there was fitted on all prompts of its pool.
+    """
     small = ["model=smollm2", "scale=two_cores"]
     mine = {identity.run_id(cfg) for name in ("smollm2", "smollm2_rivals") for cfg in config.expand(name)}
-    table3 = config.expand("table3", [*small, "harmful_ratio=0.1"])
+    table3 = config.expand("table3", [*small, "harmful_ratio=0.1", "model.refused_only=false"])
     assert len(table3) == 21 and {identity.run_id(cfg) for cfg in table3} <= mine
     figure3 = config.expand("figure3", [*small, "seed=0"])
     assert {(cfg.task.n_train, cfg.train.num_train_epochs, cfg.eval.n_harmful) for cfg in figure3} == {(64, 5, 30)}
