@@ -28,14 +28,14 @@ from analysis.headline import View
 from cwac.core.config import about, command
 from cwac.core.errors import UserError
 
-CAMPAIGN = "smollm2_rivals"
+CAMPAIGN = "smollm2_main"
 """Folder in `results/` of the README's figure and table."""
 EMBEDDED = "demo"
 """Folder of the campaign on the embedded model."""
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
 FIGURE = ROOT / "docs" / "figures" / "headline.png"
-SHOWN = 6
+SHOWN = 7
 """Methods in the README's figure."""
 BLOCK = re.compile(r"(<!-- made:(?P<name>\S+) -->\n).*?(<!-- /made:(?P=name) -->)", re.S)
 
