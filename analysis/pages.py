@@ -30,7 +30,7 @@ from cwac.core.errors import UserError
 
 CAMPAIGN = "smollm2_main"
 """Folder in `results/` of the README's figure and table."""
-EMBEDDED = "demo"
+EMBEDDED = "demo_rivals"
 """Folder of the campaign on the embedded model."""
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
