@@ -182,8 +182,8 @@ def test_all_of_a_presets_cells_keep_their_ids(preset):
 def test_the_frozen_demo_is_of_the_recorded_runs():
     """All of them, of the methods that it has: one that joined the preset since comes in when it is made anew.
 
-    `circuit_breaker` and `ldifs` are there as they were before they followed official code: their old options find them
-    (`test_renamed`).
+    `circuit_breaker` and `ldifs` are there as they were before they followed official code: their old options find
+    them (`test_renamed`).
     """
     columns = ["run_id", "method"]
     frozen = pd.read_csv(ROOT / "results" / "demo" / "results.csv", usecols=columns).drop_duplicates()
