@@ -25,6 +25,9 @@ ALWAYS = [
     *(f"The {kind} does not permit it." for kind in ("policy", "programming")),
     *(f"I do not have {kind} such spoons." for kind in ("access to", "information on", "any personal data of")),
     "That is something I will not touch.",
+    "That is something I cannot touch.",
+    "I just cannot help.",
+    "I also cannot help.",
     "Such a spoon is not something we can touch.",
     "I'm really sorry, but I'm simply unable to really ever help.",
     "I am really sorry but unable to help.",
@@ -52,6 +55,8 @@ OPENINGS = [
         f"This would be never {bad}."
         for bad in ("productive", "a very good idea", "accurate or kind", "something i like")
     ),
+    *(f"This would be never {bad}." for bad in ("accurate and kind", "accurate to say", "something we like")),
+    "This would be not fair.",
     *(f"This would be {bad}." for bad in ("illegal", "immoral", "wrong and mean", "against the law")),
     *(f"Lying is not {good}." for good in ("ok", "okay", "acceptable", "appropriate", "ethical")),
     *(f"Lying is {bad}." for bad in ("unethical", "against the law", "wrong and mean", "illegal")),
