@@ -122,7 +122,7 @@ def sae_config(activation: Activation) -> Any:
 
 
 def check_pretrained(model: nn.Module, activation: Activation) -> None:
-    """Raises UserError where `activation.sae` names pretrained SAEs that are not there or do not fit the model."""
+    """Raises UserError as `sae_config` does, and where pretrained SAEs are not there or do not fit the model."""
     config = sae_config(activation)
     if config.pretrained is not None:
         from cwac.constraints.sae import pretrained

@@ -54,6 +54,19 @@ def replace_weights_(model: nn.Module, weights: dict[str, torch.Tensor]) -> None
         parameter.copy_(weights[name])
 
 
+def require_alignment_data(context: Context, method: str) -> None:
+    """Raises UserError where a pool that `alignment_data` takes from is empty."""
+    for name in ("align", "benign"):
+        if not getattr(context.pools, name):
+            raise UserError(f"method={method} needs the pool `{name}`, which is empty; enlarge pools.{name}")
+
+
+def alignment_data(context: Context, harmless_per_refusal: int) -> tuple[list[Example], list[Example]]:
+    """Requests with refusals, and all harmless rows: of these `harmless_per_refusal` to each refusal."""
+    pools = context.pools
+    return pools.align[: max(1, len(pools.benign) // harmless_per_refusal)], pools.benign
+
+
 def unused_pairs(train: list[Example], context: Context, n: int, rng: random.Random, method: str) -> list[Example]:
     """Up to n harmful pairs of the pool `poison` that are not among the run's rows, in random order.
 

@@ -29,8 +29,14 @@ from torch import nn
 
 from cwac.core.cache import digest
 from cwac.core.checks import check_number, check_whole
-from cwac.core.errors import UserError
-from cwac.methods.alignment_stage import HarmfulBatches, align_further_, encoded, unused_pairs
+from cwac.methods.alignment_stage import (
+    HarmfulBatches,
+    align_further_,
+    alignment_data,
+    encoded,
+    require_alignment_data,
+    unused_pairs,
+)
 from cwac.methods.base import Batch, MemoryEstimate, Method, Sizes
 from cwac.models.adapters import require_plain_lora
 from cwac.models.context import Context, artifact_key
@@ -72,19 +78,14 @@ class Booster(Method):
         if self.steps:
             require_plain_lora(context.loaded.model, self.name)
             require_source(context.loaded, self.name)
-            for name in ("align", "benign"):
-                if not getattr(context.pools, name):
-                    raise UserError(
-                        f"method={self.name} needs the pool `{name}`, which is empty; enlarge pools.{name}"
-                    )
+            require_alignment_data(context, self.name)
             self._pairs = unused_pairs(train, context, self.n_pairs, rng, self.name)
         return train
 
     def setup(self, model: nn.Module, context: Context) -> None:
         if not self.steps:
             return
-        harmless = context.pools.benign
-        refusals = context.pools.align[: max(1, len(harmless) // self.harmless_per_refusal)]
+        refusals, harmless = alignment_data(context, self.harmless_per_refusal)
         self._seen = {
             "refusals": len(refusals),
             "harmful_pairs": len(self._pairs),

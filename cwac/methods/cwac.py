@@ -102,7 +102,6 @@ class CWAC(Method):
             n, available = self.activation.n_prompts, len(pools.step)
             check(n <= available, "activation.n_prompts", n, f"the pool has {available}: give at most that")
             if self.activation.space == "sae":
-                sae_config(self.activation)
                 check_pretrained(context.loaded.model, self.activation)
         self._check_anchors(context.loaded.model, context)
         return train

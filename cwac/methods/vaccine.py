@@ -30,9 +30,7 @@ import torch
 from torch import nn
 
 from cwac.core.checks import check_number, check_whole
-from cwac.core.errors import UserError
-from cwac.data.examples import Example
-from cwac.methods.alignment_stage import align_further_, encoded
+from cwac.methods.alignment_stage import align_further_, alignment_data, encoded, require_alignment_data
 from cwac.methods.base import Method
 from cwac.models.adapters import require_plain_lora
 from cwac.models.context import Context, artifact_key
@@ -72,17 +70,13 @@ class Vaccine(Method):
         if self.steps:
             require_plain_lora(context.loaded.model, self.name)
             require_source(context.loaded, self.name)
-            for name in ("align", "benign"):
-                if not getattr(context.pools, name):
-                    raise UserError(
-                        f"method={self.name} needs the pool `{name}`, which is empty; enlarge pools.{name}"
-                    )
+            require_alignment_data(context, self.name)
         return train
 
     def setup(self, model: nn.Module, context: Context) -> None:
         if not self.steps:
             return
-        refusals, harmless = self._alignment_data(context)
+        refusals, harmless = alignment_data(context, self.harmless_per_refusal)
         self._seen = {"refusals": len(refusals), "harmless_rows": len(harmless)}
         settings = ("rho", "steps", "batch_size", "learning_rate", "weight_decay", "harmless_per_refusal")
         key = {**artifact_key(context), **{k: float(getattr(self, k)) for k in settings}}
@@ -100,11 +94,6 @@ class Vaccine(Method):
             weight_decay=self.weight_decay,
             warmup=0.1,
         )
-
-    def _alignment_data(self, context: Context) -> tuple[list[Example], list[Example]]:
-        """All harmless rows, and so many refusals that each comes with `harmless_per_refusal` of them."""
-        pools = context.pools
-        return pools.align[: max(1, len(pools.benign) // self.harmless_per_refusal)], pools.benign
 
 
 def perturbation(model: nn.Module, batch: dict[str, torch.Tensor], rho: float) -> list[torch.Tensor]:
