@@ -72,21 +72,21 @@ def values_of(cfg: DictConfig, keys: list[str]) -> dict:
 
 
 def tried(cells: list[DictConfig]) -> list[dict]:
-    """The values a search tries, each a mapping of `method.` keys, in its order.
+    """The values a search tries, each a mapping of keys of `method` or `train`, in its order.
 
     Raises UserError where its cells differ in something else than these and the seed, or try one value only.
     """
     identities = [identity.identity(cfg) for cfg in cells]
     varied = sorted(k for k in identities[0] if len({str(flat.get(k)) for flat in identities}) > 1)
-    keys = [k for k in varied if k.startswith("method.")]
+    keys = [k for k in varied if k.startswith(("method.", "train."))]
     if other := sorted(set(varied) - {*keys, "seed", "model.base_seed", "origin"}):
-        raise UserError(f"this search varies {', '.join(other)}. Remedy: vary a method's keys and the seed only.")
+        raise UserError(f"this search varies {', '.join(other)}. Remedy: vary keys of the method or of train, and the seed.")
     values: list[dict] = []
     for cfg in cells:
         if (value := values_of(cfg, keys)) not in values:
             values.append(value)
     if len(values) < 2:
-        raise UserError("this search tries one value only. Remedy: leave the sweep over the method's key as it is.")
+        raise UserError("this search tries one value only. Remedy: leave its sweep as it is.")
     return values
 
 

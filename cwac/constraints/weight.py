@@ -117,10 +117,9 @@ def anchor_prompts(pools: Pools, weight: Weight) -> list[Example]:
 
 
 def anchor_counts(model: nn.Module, context: Context, weight: Weight) -> dict[str, float]:
-    """`anchors_used` of `anchors_given`: prompts that the aligned model refuses, of those that the settings select."""
+    """`anchors_used` of `anchors_given`: the prompts that V is fitted on, of those that the settings select."""
     given = anchor_prompts(context.pools, weight)
-    used = anchor_rows(model, context, given, weight.response_tokens)
-    return {"anchors_used": float(len(used)), "anchors_given": float(len(given))}
+    return {"anchors_used": float(anchors_used(model, context, weight)), "anchors_given": float(len(given))}
 
 
 def fit_bases(model: nn.Module, rows: Sequence[dict], weight: Weight, progress: bool = True) -> dict[str, Basis]:
