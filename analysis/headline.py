@@ -25,11 +25,20 @@ FEATURED = ("sft", "cwac", "l2sp", "lisa", "weight_only_closed", "nullspace", "r
 MARGIN = 5.0
 """Points of FA or OR that count as none, as in `claims.yaml`."""
 MEASURED = ("HS", "FA", "OR", "extra_data")
+SETS = {
+    "alpaca": "Alpaca",
+    "xstest_safe": "XSTest",
+    "toy_benign": "toy",
+    "advbench": "AdvBench",
+    "harmbench": "HarmBench",
+    "toy_harmful": "the embedded world",
+}
 LOOKS = {"HS": ("#D55E00", "o"), "FA": ("#0072B2", "s")}
 WORDS = (
     "HS: share of harmful requests that the model complies with, lower is better. FA: accuracy on the task, the "
     "answer alone counting, higher is better. OR: share of harmless requests that it refuses, lower is better. "
-    "Percent, mean ± half of a 95 % interval over seeds; † the seeds agree exactly, so the interval is over prompts."
+    "Percent, mean ± half of a 95 % interval over seeds, or [low, high] where that would leave 0 to 100; † the seeds "
+    "agree exactly, so the interval is over prompts."
 )
 
 
@@ -179,7 +188,10 @@ def beaten(view: View, method: str = "cwac") -> str:
     if surely:
         return f"{label} is beaten at its own accuracy by {several(surely)}"
     if lower:
-        return f"{several(lower)} end lower in the mean at {label}'s accuracy, and no test tells them from {label}"
+        return (
+            f"no method is shown to be safer than {label} at its accuracy: {several(lower)} end lower in the mean, "
+            "which these seeds do not decide"
+        )
     return f"none of the other methods ({others}) ends lower than {label} at its accuracy"
 
 
@@ -192,8 +204,9 @@ def several(methods: Sequence[str], most: int = 4) -> str:
 
 
 def short(method: str) -> str:
-    """The label without what says whose method it is."""
-    return re.sub(r" \((ours|added)\)$", "", paper.method_label(method))
+    """The label without what says whose method it is, its settings without the comma: `SFT at rate 6e-06`."""
+    name, comma, setting = paper.method_label(method).partition(paper.SETTING)
+    return re.sub(r" \((ours|added)\)$", "", name) + (f" at {setting}" if comma else "")
 
 
 def names(methods: Sequence[str]) -> str:
@@ -213,12 +226,36 @@ def table(view: View, most: int = ROWS) -> str:
         values = [view.value(method, metric, of) for metric, of in columns]
         n = max((int(v["n"]) for v in values if v is not None), default=0)
         extra = "-" if method == paper.ALIGNED else tables.extra_data(view.collection.rows, method)
-        rows.append([paper.method_label(method), *map(tables.show, values), str(n), extra])
+        rows.append([paper.method_label(method), *map(show, values), str(n), extra])
     return tables.markdown(["method", *titles, "seeds", "seen beside the task's rows"], rows, width=10_000)
 
 
+def show(value: pd.Series | None) -> str:
+    """`tables.show`, but `27.7 [0.0, 100.0]` where `27.7 ± 136.4` would name percentages that there are not."""
+    if value is None or value["over"] != "seeds" or (value["half"] <= value["mean"] <= 100 - value["half"]):
+        return tables.show(value)
+    low, high = max(0.0, value["mean"] - value["half"]), min(100.0, value["mean"] + value["half"])
+    return f"{value['mean']:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def conditions(view: View) -> str:
+    """Sentences on what the table's numbers are over: prompts of each set, seeds, learning rates, the judge."""
+    rows = view.collection.rows
+    ends = rows[rows["final"] & rows["n"].notna()]
+    harm, benign = (ends.loc[ends["metric"] == metric, "n"] for metric in ("HS", "OR"))
+    judge = ", ".join(sorted(set(ends.loc[ends["metric"] == "HS", "judge"].dropna())))
+    said = [f"HS is over {harm.max():g} prompts of all sets together."] if len(harm) else []
+    if len(benign):
+        said.append(f"OR is over {benign.max():g} prompts a set.")
+    rates = rows["learning_rate"].dropna()
+    if len(rates):
+        named = "; another rate is named" if rates.nunique() > 1 else ""
+        said.append(f"The learning rate is {usual_rate(rows):g}{named}.")
+    return " ".join([*said, *([f"Judge: `{judge}`."] if judge else [])])
+
+
 def set_label(of: str) -> str:
-    return {"alpaca": "Alpaca", "xstest_safe": "XSTest", "toy_benign": "toy"}.get(of, of)
+    return SETS.get(of, of)
 
 
 def plate(view: View, most: int) -> Plate:

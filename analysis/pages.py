@@ -31,7 +31,9 @@ from cwac.core.errors import UserError
 CAMPAIGN = "smollm2_main"
 """Folder in `results/` of the README's figure and table."""
 EMBEDDED = "demo_rivals"
-"""Folder of the campaign on the embedded model."""
+"""Folder of the campaign on the embedded model, at official values."""
+TUNED = "demo_tuned"
+"""Folder of the same at the values that searches chose."""
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
 FIGURE = ROOT / "docs" / "figures" / "headline.png"
@@ -105,12 +107,21 @@ def reading(page: Path) -> str:
     hs, fa = ({m: here.mean(m, metric) for m in ("sft", "cwac")} for metric in ("HS", "FA"))
     said = (
         f"After fine-tuning on {task} with a share p = {here.ratio:g} of harmful rows, {model} complies with "
-        f"{hs['sft']:.0f} % of harmful requests without a defence (SFT), and with {hs['cwac']:.0f} % under CWAC. Its "
-        f"accuracy on the task is {fa['sft']:.0f} % without a defence and {fa['cwac']:.0f} % under CWAC."
+        f"{hs['sft']:.0f} % of harmful requests (HS) without a defence (SFT, plain fine-tuning), and with "
+        f"{hs['cwac']:.0f} % under CWAC. Its accuracy on the task (FA) is {fa['sft']:.0f} % without a defence and "
+        f"{fa['cwac']:.0f} % under CWAC."
     )
-    lost = f"**Where CWAC is beaten.** On this model {headline.beaten(here)}. On the embedded model, with p = "
-    lost += f"{toy.ratio:g}, {headline.beaten(toy)}."
+    lost = "**Where CWAC is beaten.** On the embedded model, a transformer of a million parameters, with p = "
+    lost += f"{toy.ratio:g}, {headline.beaten(toy)}. {fair()}On {model} {headline.beaten(here)}."
     return f"{wrapped(said)}\n\n{wrapped(lost)}"
+
+
+def fair() -> str:
+    """The same with every method at the value that its search chose; empty where L2-SP, the simplest, was not."""
+    tuned = view(TUNED)
+    if "l2sp" not in tuned.methods:
+        return ""
+    return f"There, with every method at the value that the same search chose, {headline.beaten(tuned)}. "
 
 
 def wrapped(text: str, indent: str = "") -> str:
@@ -127,7 +138,7 @@ def table(page: Path) -> str:
     """At most ten rows, and what their words mean."""
     here = view(CAMPAIGN)
     words = wrapped(f"{headline.WORDS} From `results/{CAMPAIGN}`: {here.cell}.")
-    return f"{compact(headline.table(here))}\n\n{words}"
+    return f"{compact(headline.table(here))}\n\n{words}\n\n{wrapped(headline.conditions(here))}"
 
 
 def found(page: Path) -> str:
@@ -146,7 +157,7 @@ def ratio_limit() -> str:
     where = link("how much poison", "docs/results/how_much_poison.md")
     much = "and not from much" if hs[most]["cwac"] > hs[most]["sft"] - headline.MARGIN else "and less from much"
     return (
-        f"CWAC protects a real model from a little poison {much}: with p = {most:g} its HS is "
+        f"CWAC protects SmolLM2 from a little poison {much}: with p = {most:g} its HS is "
         f"{hs[most]['cwac']:.0f} %, SFT's {hs[most]['sft']:.0f} % ({where})."
     )
 
@@ -171,10 +182,12 @@ def harm(name: str) -> pd.DataFrame:
 def all_or_nothing() -> str:
     free = estimates("closed/free.csv")
     hs = free[(free["metric"] == "HS") & (free["arm"] == "constrained") & (free["matrix"] != "none")]["mean"]
-    none = cell(free, "HS", arm="freed", matrix="none")["mean"]
+    freed = free[(free["metric"] == "HS") & (free["arm"] == "freed")].set_index("matrix")["mean"]
+    worst = freed.drop("none").max()
     return (
-        f"Constrain everything or nothing: one of the {len(hs)} types of matrix alone leaves HS at {hs.min():.0f} % "
-        f"or more, all of them together at {none:.0f} % ({link('findings', 'docs/findings.md')})."
+        f"On the embedded model one type of matrix constrained alone leaves HS at {hs.min():.0f} % or more, all of "
+        f"them at {freed['none']:.0f} %; each that is left out costs up to {worst:.0f} points "
+        f"({link('findings', 'docs/findings.md')})."
     )
 
 
@@ -185,8 +198,9 @@ def holds_for() -> str:
     closed = cell(last, "HS", method="weight_only_closed", held=0.999, harmful_ratio=worst)["mean"]
     sft = cell(last, "HS", method="sft", harmful_ratio=worst)["mean"]
     return (
-        f"With all matrices constrained the embedded model held for ten times the paper's epochs: HS {closed:.0f} %, "
-        f"SFT {sft:.0f} % ({link('how long', 'docs/results/how_long.md')})."
+        "With all matrices constrained (energy 0.999) the embedded model held for ten times the paper's epochs, "
+        f"though every row was harmful: HS {closed:.0f} %, SFT's {sft:.0f} % "
+        f"({link('how long', 'docs/results/how_long.md')})."
     )
 
 
@@ -195,7 +209,7 @@ def adapter() -> str:
     ratios = [r["ratio"] for r in rows if "nullspace, k 64" in r["name"] and "Trainer" in r["rival"]]
     cost = f"its step takes {ratios[0]:.2f} of SFT's" if ratios else "needs no projection"
     where = link("null-space adapters", "docs/nullspace.md")
-    return f"An adapter in the null space of the anchors promises the same by construction, and {cost} ({where})."
+    return f"An adapter in the null space of the anchors keeps what they read by construction, and {cost} ({where})."
 
 
 def rehearsal() -> str:
@@ -203,8 +217,9 @@ def rehearsal() -> str:
     values = [toy.mean(m, "HS") for m in ("replay", "cwac")]
     better = "better" if values[0] < values[1] - headline.MARGIN else "no better"
     return (
-        f"Replaying the model's own refusals of CWAC's prompts protects the embedded model {better} than CWAC: HS "
-        f"{values[0]:.0f} against {values[1]:.0f} % ({link('all methods', 'docs/results/all_methods.md')})."
+        f"Replaying the model's own refusals of CWAC's prompts protects the embedded model {better} than CWAC (p = "
+        f"{toy.ratio:g}): HS {values[0]:.0f} against {values[1]:.0f} % "
+        f"({link('all methods', 'docs/results/all_methods.md')})."
     )
 
 

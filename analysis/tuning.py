@@ -80,7 +80,9 @@ def tried(cells: list[DictConfig]) -> list[dict]:
     varied = sorted(k for k in identities[0] if len({str(flat.get(k)) for flat in identities}) > 1)
     keys = [k for k in varied if k.startswith(("method.", "train."))]
     if other := sorted(set(varied) - {*keys, "seed", "model.base_seed", "origin"}):
-        raise UserError(f"this search varies {', '.join(other)}. Remedy: vary keys of the method or of train, and the seed.")
+        raise UserError(
+            f"this search varies {', '.join(other)}. Remedy: vary keys of the method or of train, and the seed."
+        )
     values: list[dict] = []
     for cfg in cells:
         if (value := values_of(cfg, keys)) not in values:
