@@ -7,6 +7,7 @@ from two machines is not atomic on a network file system.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 import shlex
@@ -15,6 +16,7 @@ import socket
 import time
 from pathlib import Path
 
+from hydra.core.plugins import Plugins
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
@@ -22,6 +24,8 @@ from cwac.core.cache import duration
 from cwac.core.jsonl import append_jsonl, read_jsonl
 
 log = logging.getLogger("cwac")
+OURS = {"hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher": "cwac.core.slurm.SlurmLauncher"}
+"""A launcher's class -> ours, a subclass that takes its place; Hydra itself takes launchers from plugins alone."""
 SWEEPER = "hydra_plugins.hydra_optuna_sweeper._impl"
 FOLDER = "CWAC_FAILURES"
 """Environment variable: the folder; launchers hand it to their processes."""
@@ -35,6 +39,9 @@ class OnSharedDisk(Callback):
         os.environ[FOLDER] = str(folder.absolute())
         if searches_over_seeds(config):
             logging.getLogger(SWEEPER).addFilter(not_one_seed)
+        if (launcher := config.hydra.launcher.get("_target_")) in OURS:
+            module, name = OURS[launcher].rsplit(".", 1)
+            Plugins.instance().class_name_to_class[launcher] = getattr(importlib.import_module(module), name)
 
     def on_multirun_end(self, config: DictConfig, **kwargs) -> None:
         """Optuna names the best single run; over seeds the next command names the best value."""

@@ -1,0 +1,153 @@
+"""A sweep on SLURM: a job of one array each cell, followed by `squeue` to the end of the last of them.
+
+hydra-submitit-launcher asks `sacct` how its jobs fare, which says nothing where the cluster keeps no accounts, and stops
+at the first job that was lost. Here a job that ended without a result is a failed cell, named at the end of the sweep
+like any other, and the rest go on. Needs the extra `slurm`; `failures.OnSharedDisk` imports it for such a sweep alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import shutil
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Sequence
+
+from hydra.core.singleton import Singleton
+from hydra.core.utils import JobReturn, JobStatus, filter_overrides
+from hydra_plugins.hydra_submitit_launcher import submitit_launcher
+from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
+
+from cwac.core import failures
+from cwac.core.errors import UsageError
+
+log = logging.getLogger(__name__)
+LOOK = 20.0
+"""Seconds between two calls of `squeue` (ours)."""
+ENDED = frozenset("BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED TIMEOUT".split())
+"""States from which a job comes back only by being queued again, when it is in another state."""
+FORGOTTEN = "no longer known to squeue"
+
+
+class SlurmLauncher(submitit_launcher.SlurmLauncher):
+    """`submitit_slurm`, whose jobs are followed by `squeue` and whose sweep outlives a lost job."""
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
+        """Submit the cells, wait for all; a lost one is recorded (`failures.record`) and returns infinity.
+
+        Raises UsageError where there is no SLURM or where it refuses the jobs.
+        """
+        jobs = self.submit(job_overrides, initial_job_idx)
+        array = jobs[0].job_id.split("_")[0]
+        log.info("SLURM took the sweep's %d cells as job %s", len(jobs), array)
+        try:
+            lost = follow(jobs)
+        except KeyboardInterrupt:
+            log.warning("the sweep's jobs stay in SLURM's queue and go on; scancel %s ends them", array)
+            raise
+        returned = []
+        for number, (job, overrides) in enumerate(zip(jobs, job_overrides, strict=True), initial_job_idx):
+            if (state := lost.get(job.job_id)) is None and job.exception() is not None:
+                state = "an error of the process itself"
+            returned.append(job.result() if state is None else failed(job, number, overrides, state))
+        return returned
+
+    def submit(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list:
+        """The jobs of submitit, one a cell."""
+        import submitit
+
+        if missing := [name for name in ("sbatch", "srun", "squeue") if shutil.which(name) is None]:
+            raise UsageError(
+                f"hydra/launcher=slurm: no {' and no '.join(missing)} on this machine; start the sweep on a machine "
+                "that submits to SLURM, or choose hydra/launcher=local"
+            )
+        params = dict(self.params)
+        folder, timeouts = params.pop("submitit_folder"), params.pop("max_num_timeout")
+        shared = {field.name for field in dataclasses.fields(BaseQueueConf)}
+        executor = submitit.AutoExecutor(cluster="slurm", folder=folder, slurm_max_num_timeout=timeouts)
+        executor.update_parameters(**{k if k in shared else f"slurm_{k}": v for k, v in params.items()})
+        numbers = range(initial_job_idx, initial_job_idx + len(job_overrides))
+        for number, overrides in zip(numbers, job_overrides, strict=True):
+            log.info("\t#%d : %s", number, " ".join(filter_overrides(overrides)))
+        calls = [
+            (list(overrides), "hydra.sweep.dir", number, f"job_id_for_{number}", Singleton.get_state())
+            for number, overrides in zip(numbers, job_overrides, strict=True)
+        ]
+        try:
+            return executor.map_array(self, *zip(*calls, strict=True))
+        except submitit.core.utils.FailedJobError as error:
+            raise UsageError(
+                f"SLURM refused the sweep's {len(calls)} jobs: {' '.join(str(error).split())}; mend hydra.launcher "
+                "(partition, account, qos, timeout_min, gpus_per_node, mem_gb, ...), or sweep fewer cells at once "
+                "where the queue or an array may not be as long"
+            ) from None
+
+
+def failed(job, number: int, overrides: Sequence[str], state: str) -> JobReturn:
+    """Record a cell whose job is lost; what the sweeper is told of it."""
+    cell = " ".join(overrides)
+    message = (
+        f"SLURM's job {job.job_id} ended without a result ({state}); its log is {job.paths.stderr}; the same command "
+        "goes on from its last checkpoint"
+    )
+    log.error("%s: %s", cell, message)
+    failures.record({"num": number, "cell": cell, "message": message, "code": 1})
+    return JobReturn(overrides=list(overrides), status=JobStatus.COMPLETED, _return_value=math.inf)
+
+
+def follow(jobs: list) -> dict[str, str]:
+    """Wait until each job left a result or ended without; job id -> state, of those without.
+
+    A job is lost when two looks in a row found it ended: its result may be on its way over the network, and a job that
+    is queued again can be seen ended for a moment.
+    """
+    waiting = {job.job_id: job for job in jobs}
+    lost: dict[str, str] = {}
+    suspects: dict[str, str] = {}
+    told: Counter = Counter()
+    looked = -math.inf
+    while waiting:
+        waiting = {name: job for name, job in waiting.items() if not has_result(job)}
+        if waiting and time.monotonic() - looked >= LOOK:
+            looked = time.monotonic()
+            if (states := squeue({name.split("_")[0] for name in waiting})) is not None:
+                now = Counter(states[name] for name in waiting if name in states)
+                if now != told:
+                    log.info("SLURM: %s", ", ".join(f"{n} {state}" for state, n in sorted(now.items())) or "none left")
+                    told = now
+                ended = {name: states.get(name, FORGOTTEN) for name in waiting}
+                ended = {name: state for name, state in ended.items() if state in ENDED or state == FORGOTTEN}
+                lost.update({name: state for name, state in ended.items() if name in suspects})
+                suspects = ended
+                waiting = {name: job for name, job in waiting.items() if name not in lost}
+        time.sleep(0.5)
+    return lost
+
+
+def has_result(job) -> bool:
+    """Whether the job's process left what the cell returned, or the error that ended it."""
+    folder = job.paths.folder
+    with contextlib.suppress(OSError):  # makes a network file system look again
+        folder.chmod(folder.stat().st_mode)
+    return job.paths.result_pickle.exists()
+
+
+def squeue(arrays: set[str]) -> dict[str, str] | None:
+    """Job id -> state, with the reason of those that wait, of all jobs of these arrays that SLURM still knows.
+
+    None where `squeue` does not answer, which says nothing of the jobs.
+    """
+    command = ["squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%r", f"--jobs={','.join(arrays)}"]
+    asked = subprocess.run(command, capture_output=True, text=True)
+    if asked.returncode and "Invalid job id" not in asked.stderr:
+        log.warning("squeue does not answer (%s); the sweep goes on waiting", " ".join(asked.stderr.split()))
+        return None
+    found = {}
+    for line in asked.stdout.splitlines():
+        name, state, reason = line.strip().split("|", 2)
+        found[name] = f"{state} ({reason})" if state == "PENDING" else state
+    return found
