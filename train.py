@@ -358,7 +358,8 @@ def run_command() -> int:
         same.setdefault(failure["message"], []).append(failure)
     for message, cells in same.items():
         where = " ".join(f"[{failure['cell']}]" for failure in cells) + " " if len(failed) > 1 else ""
-        print(f"error: {where}{message}", file=sys.stderr)
+        only = f" [{cells[0]['cell']}]" if len(failed) == 1 and int(os.environ.get(failures.CELLS, 1)) > 1 else ""
+        print(f"error: {where}{message}{only}", file=sys.stderr)
     return max((failure["code"] for failure in failed), default=0)
 
 

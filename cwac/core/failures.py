@@ -9,14 +9,17 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import math
 import os
 import shlex
 import shutil
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
@@ -24,7 +27,10 @@ from cwac.core.cache import duration
 from cwac.core.jsonl import append_jsonl, read_jsonl
 
 log = logging.getLogger("cwac")
-OURS = {"hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher": "cwac.core.slurm.SlurmLauncher"}
+OURS = {
+    "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher": "cwac.core.slurm.SlurmLauncher",
+    "hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher": "cwac.core.ray_cluster.RayLauncher",
+}
 """A launcher's class -> ours, a subclass that takes its place; Hydra itself takes launchers from plugins alone."""
 SWEEPER = "hydra_plugins.hydra_optuna_sweeper._impl"
 FOLDER = "CWAC_FAILURES"
@@ -73,6 +79,24 @@ def record(failure: dict) -> None:
     folder = Path(os.environ[FOLDER])
     folder.mkdir(parents=True, exist_ok=True)
     append_jsonl(folder / f"{socket.gethostname()}-{os.getpid()}.jsonl", [failure])
+
+
+def lost(number: int, overrides: Sequence[str], message: str) -> JobReturn:
+    """Record a cell whose process ended without telling; returns what the sweeper is told of it.
+
+    number: the cell's place in the sweep. message: what the launcher knows of the end.
+    """
+    cell = " ".join(overrides)
+    log.error("%s: %s", cell, message)
+    record(
+        {
+            "num": number,
+            "cell": cell,
+            "message": f"{message}; the same command goes on from its last checkpoint",
+            "code": 1,
+        }
+    )
+    return JobReturn(overrides=list(overrides), status=JobStatus.COMPLETED, _return_value=math.inf)
 
 
 CELLS, BEGAN = "CWAC_CELLS", "CWAC_BEGAN"

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from hydra.core.singleton import Singleton
-from hydra.core.utils import JobReturn, JobStatus, filter_overrides
+from hydra.core.utils import JobReturn, filter_overrides
 from hydra_plugins.hydra_submitit_launcher import submitit_launcher
 from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
 
@@ -37,7 +37,7 @@ class SlurmLauncher(submitit_launcher.SlurmLauncher):
     """`submitit_slurm`, whose jobs are followed by `squeue` and whose sweep outlives a lost job."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
-        """Submit the cells, wait for all; a lost one is recorded (`failures.record`) and returns infinity.
+        """Submit the cells, wait for all; a lost one is recorded and returns infinity (`failures.lost`).
 
         Raises UsageError where there is no SLURM or where it refuses the jobs.
         """
@@ -53,7 +53,11 @@ class SlurmLauncher(submitit_launcher.SlurmLauncher):
         for number, (job, overrides) in enumerate(zip(jobs, job_overrides, strict=True), initial_job_idx):
             if (state := lost.get(job.job_id)) is None and job.exception() is not None:
                 state = "an error of the process itself"
-            returned.append(job.result() if state is None else failed(job, number, overrides, state))
+            if state is None:
+                returned.append(job.result())
+                continue
+            log_file = f"its log is {job.paths.stderr}"
+            returned.append(failures.lost(number, overrides, f"SLURM's job {job.job_id} ended ({state}); {log_file}"))
         return returned
 
     def submit(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list:
@@ -85,18 +89,6 @@ class SlurmLauncher(submitit_launcher.SlurmLauncher):
                 "(partition, account, qos, timeout_min, gpus_per_node, mem_gb, ...), or sweep fewer cells at once "
                 "where the queue or an array may not be as long"
             ) from None
-
-
-def failed(job, number: int, overrides: Sequence[str], state: str) -> JobReturn:
-    """Record a cell whose job is lost; what the sweeper is told of it."""
-    cell = " ".join(overrides)
-    message = (
-        f"SLURM's job {job.job_id} ended without a result ({state}); its log is {job.paths.stderr}; the same command "
-        "goes on from its last checkpoint"
-    )
-    log.error("%s: %s", cell, message)
-    failures.record({"num": number, "cell": cell, "message": message, "code": 1})
-    return JobReturn(overrides=list(overrides), status=JobStatus.COMPLETED, _return_value=math.inf)
 
 
 def follow(jobs: list) -> dict[str, str]:

@@ -6,7 +6,7 @@ seconds=${SECONDS_A_STEP:-2.5}   # of the long cells where they are to be met wh
 patience=${PATIENCE:-1800}       # seconds after which what is waited for is taken not to come
 
 # Six cells of the embedded model: three of SFT, three of an SFT that can be made to last (tests/pausing.py).
-cells=(model=tiny seed=0,1,2 method=sft,pause harmful_ratio=0.1 train.max_steps=60 train.save_steps=5
+cells=(model=tiny seed=0,1,2 method=sft,pause harmful_ratio=0.1 train.max_steps=50 train.save_steps=5
        task.n_train=64 eval.n_task=16 eval.n_harmful=16 eval.n_benign=8 eval.max_new_tokens=8
        eval.progress=false eval.drift=false 'hydra.searchpath=[file://tests/conf]')
 
@@ -39,5 +39,5 @@ has_checkpoint() { ls "$(run_of "$1" "$2" "$3")"/checkpoint-*/complete.json; }
 process_of() { sed -n 's/.*"pid": \([0-9]*\).*/\1/p' "$(run_of "$1" "$2" "$3")/status.json"; }
 names() { grep '^error:' "$1" | grep -q -- "seed=$3 method=$2"; }               # names LOG METHOD SEED
 number_failed() { grep -q "^error: $2 cells failed" "$1"; }
-resumed() { grep -q 'resum\|goes on from\|checkpoint-' "$(run_of "$1" "$2" "$3")/train.log"; }
+resumed() { grep -q 'goes on from step' "$(run_of "$1" "$2" "$3")/train.log"; }
 same() { "$python" "$root/tests/cluster/same_results.py" "$1" "$2"; }           # same RUNS RUNS
