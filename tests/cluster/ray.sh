@@ -12,7 +12,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 folder=${1:-$(mktemp -d)}
 mkdir -p "$folder"
-runs=$folder/runs port=${RAY_PORT:-16379}
+runs=$folder/runs port=${RAY_PORT:-26379}
 export RAY_USAGE_STATS_ENABLED=0 RAY_ADDRESS=127.0.0.1:$port
 
 "$python" -c 'import ray, hydra_plugins.hydra_ray_launcher' 2> /dev/null || {
@@ -25,6 +25,8 @@ start() {
         --node-ip-address=127.0.0.1 --include-dashboard=false --temp-dir="$folder/ray" > "$folder/ray.log" 2>&1 &
     cluster=$!
     trap stop EXIT
+    sleep 5
+    kill -0 "$cluster" 2> /dev/null || die "Ray's head did not start: $(tail -1 "$folder/ray.log")"
     wait_for "the cluster" "$python" -m ray.scripts.scripts status --address="$RAY_ADDRESS"
 }
 stop() { # the head and what it started, by their process group
