@@ -1,8 +1,8 @@
 """A sweep on a Ray cluster: a task each cell.
 
-hydra-ray-launcher ends the sweep with the first task whose process was lost, and with it the tasks that still run. Here
-such a task is a failed cell, named at the end of the sweep like any other, and the rest go on. Needs the extra `ray`;
-`failures.OnSharedDisk` imports it for such a sweep alone.
+hydra-ray-launcher ends the sweep with the first task whose process was lost, and with it the tasks that still run.
+Here such a task is a failed cell, named at the end of the sweep like any other, and the rest go on. Needs the extra
+`ray`; `failures.OnSharedDisk` imports it for such a sweep alone.
 """
 
 from __future__ import annotations

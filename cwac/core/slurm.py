@@ -1,8 +1,9 @@
 """A sweep on SLURM: a job of one array each cell, followed by `squeue` to the end of the last of them.
 
-hydra-submitit-launcher asks `sacct` how its jobs fare, which says nothing where the cluster keeps no accounts, and stops
-at the first job that was lost. Here a job that ended without a result is a failed cell, named at the end of the sweep
-like any other, and the rest go on. Needs the extra `slurm`; `failures.OnSharedDisk` imports it for such a sweep alone.
+hydra-submitit-launcher asks `sacct` how its jobs fare, which says nothing where the cluster keeps no accounts, and
+stops at the first job that was lost. Here a job that ended without a result is a failed cell, named at the end of the
+sweep like any other, and the rest go on. Needs the extra `slurm`; `failures.OnSharedDisk` imports it for such a sweep
+alone.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Small sparse autoencoders of a model's residual stream, trained and saved by SAELens and by sparsify.
 
-`python -m tests.helpers.train_saes --library saelens|sparsify --model FOLDER --layer 15 --out FOLDER` trains one on the
-text of this repository's own pages: enough to be one of that model, not to be good. Needs sae-lens (6.54.12 was
+`python -m tests.helpers.train_saes --library saelens|sparsify --model FOLDER --layer 15 --out FOLDER` trains one on
+the text of this repository's own pages: enough to be one of that model, not to be good. Needs sae-lens (6.54.12 was
 run) or eai-sparsify (1.3.3).
 """
 
