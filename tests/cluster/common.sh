@@ -28,16 +28,18 @@ wait_for() { # wait_for WHAT COMMAND...: until the command succeeds
     done
     say "seen: $what"
 }
-sweep() { # sweep RUNS LOG ARGUMENTS...: exit code of the sweep
+become_sweep() { # become_sweep RUNS LOG ARGUMENTS...: the shell becomes the sweep, so that `&` gives the sweep's own pid
     local runs=$1 log=$2
     shift 2
-    (cd "$root" && exec "$python" train.py -m "${cells[@]}" "paths.runs=$runs" "paths.artifacts=$folder/artifacts" "$@") \
-        > "$log" 2>&1
+    cd "$root"
+    exec "$python" train.py -m "${cells[@]}" "paths.runs=$runs" "paths.artifacts=$folder/artifacts" "$@" > "$log" 2>&1
 }
+sweep() { (become_sweep "$@"); } # exit code of the sweep
+end_sweeps() { jobs -pr | xargs -r kill 2> /dev/null || true; }
 run_of() { ls -d "$1"/*-"$2"-s"$3"-* 2> /dev/null; }                            # run_of RUNS METHOD SEED
 has_checkpoint() { ls "$(run_of "$1" "$2" "$3")"/checkpoint-*/complete.json; }
 process_of() { sed -n 's/.*"pid": \([0-9]*\).*/\1/p' "$(run_of "$1" "$2" "$3")/status.json"; }
 names() { grep '^error:' "$1" | grep -q -- "seed=$3 method=$2"; }               # names LOG METHOD SEED
 number_failed() { grep -q "^error: $2 cells failed" "$1"; }
-resumed() { grep -q 'goes on from step' "$(run_of "$1" "$2" "$3")/train.log"; }
+resumed() { [ "$(grep -c 'goes on from step' "$(run_of "$1" "$2" "$3")/train.log")" -ge "${4:-1}" ]; } # ... TIMES
 same() { "$python" "$root/tests/cluster/same_results.py" "$1" "$2"; }           # same RUNS RUNS

@@ -5,8 +5,8 @@
 # short, since Ray puts sockets there.
 #
 # Six cells on two cores: one is killed, started again by Ray and goes on; the others wait in the queue. The sweep itself
-# then meets a time limit (SIGTERM) and says what is left; the same command goes on, one of its cells is cancelled and
-# named, and once more the same command finishes it. All six equal those of hydra/launcher=basic. Ray has no time limit
+# then meets a time limit (SIGTERM) and says what is left; the same command goes on, the same cell is cancelled and named,
+# and once more the same command finishes it. All six equal those of hydra/launcher=basic. Ray has no time limit
 # for a task. Without a cluster the sweep is refused in one line.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -30,6 +30,8 @@ start() {
     wait_for "the cluster" "$python" -m ray.scripts.scripts status --address="$RAY_ADDRESS"
 }
 stop() { # the head and what it started, by their process group
+    trap - EXIT
+    end_sweeps
     kill -- "-$cluster" 2> /dev/null || true
     for _ in $(seq 20); do
         kill -0 -- "-$cluster" 2> /dev/null || return 0
@@ -48,7 +50,7 @@ check "the basic launcher runs all six" sweep "$folder/basic" "$folder/basic.log
 
 start
 say "the same six by Ray, a task each; the three long ones pause $seconds s a step"
-sweep "$runs" "$folder/sweep.log" "${launcher[@]}" "${slowly[@]}" &
+become_sweep "$runs" "$folder/sweep.log" "${launcher[@]}" "${slowly[@]}" &
 sweeping=$!
 wait_for "cells waiting in the queue" queued
 wait_for "a checkpoint of the first long cell" has_checkpoint "$runs" pause 0
@@ -56,8 +58,7 @@ worker=$(process_of "$runs" pause 0)
 kill -9 "$worker"
 wait_for "the first long cell going on in another process after kill -9" resumed "$runs" pause 0
 check "its process is another" [ "$(process_of "$runs" pause 0)" != "$worker" ]
-wait_for "a checkpoint of the second long cell" has_checkpoint "$runs" pause 1
-worker=$(process_of "$runs" pause 1)
+worker=$(process_of "$runs" pause 0)
 kill -TERM "$sweeping"
 if wait "$sweeping"; then die "the sweep should not exit 0 at its time limit"; else code=$?; fi
 check "the sweep that met its time limit exits 143" [ "$code" = 143 ]
@@ -66,19 +67,18 @@ grep interrupted: "$folder/sweep.log"
 wait_for "its tasks gone with it" gone "$worker"
 
 say "the same command again, without a second start of a lost task"
-sweep "$runs" "$folder/again.log" "${launcher[@]}" "${slowly[@]}" +hydra.launcher.ray.remote.max_retries=0 &
+become_sweep "$runs" "$folder/again.log" "${launcher[@]}" "${slowly[@]}" +hydra.launcher.ray.remote.max_retries=0 &
 sweeping=$!
-wait_for "the second long cell going on" resumed "$runs" pause 1
-wait_for "a checkpoint of the third long cell" has_checkpoint "$runs" pause 2
-kill -TERM "$(process_of "$runs" pause 2)"
+wait_for "the first long cell going on once more" resumed "$runs" pause 0 2
+kill -TERM "$(process_of "$runs" pause 0)"
 if wait "$sweeping"; then die "the sweep should exit 1, as a cell was cancelled"; else code=$?; fi
 check "the sweep ended with exit code 1" [ "$code" = 1 ]
-check "it names the cancelled cell" names "$folder/again.log" pause 2
+check "it names the cancelled cell" names "$folder/again.log" pause 0
 grep '^error' "$folder/again.log"
 
 say "the same command once more"
 check "it exits 0" sweep "$runs" "$folder/last.log" "${launcher[@]}"
-check "the cancelled cell resumed" resumed "$runs" pause 2
+check "the cancelled cell resumed" resumed "$runs" pause 0 3
 check "all six equal those of the basic launcher" same "$folder/basic" "$runs"
 same "$folder/basic" "$runs"
 

@@ -14,6 +14,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 limit=${LIMIT_MINUTES:-2}
 
 stop() {
+    end_sweeps
     for name in slurmd slurmctld munged; do
         [ -f "$folder/$name.pid" ] && kill "$(cat "$folder/$name.pid")" 2> /dev/null || true
     done
@@ -101,7 +102,7 @@ scenarios() {
     check "the basic launcher runs all six" sweep "$folder/basic" "$folder/basic.log" hydra/launcher=basic
 
     say "the same six by SLURM, a job each, time limit $limit min; the three long ones pause $seconds s a step"
-    CWAC_TEST_PAUSE=$seconds sweep "$runs" "$log" "${slurm[@]}" hydra.launcher.timeout_min="$limit" \
+    CWAC_TEST_PAUSE=$seconds become_sweep "$runs" "$log" "${slurm[@]}" hydra.launcher.timeout_min="$limit" \
         hydra.launcher.signal_delay_s=5 &
     local launcher=$!
     wait_for "the sweep's jobs" grep -q "as job" "$log"
