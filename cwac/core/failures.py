@@ -21,15 +21,15 @@ from pathlib import Path
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from cwac.core.cache import duration
 from cwac.core.jsonl import append_jsonl, read_jsonl
 
 log = logging.getLogger("cwac")
 OURS = {
-    "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher": "cwac.core.slurm.SlurmLauncher",
-    "hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher": "cwac.core.ray_cluster.RayLauncher",
+    "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher": "cwac.training.slurm.SlurmLauncher",
+    "hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher": "cwac.training.ray_cluster.RayLauncher",
 }
 """A launcher's class -> ours, a subclass that takes its place; Hydra itself takes launchers from plugins alone."""
 SWEEPER = "hydra_plugins.hydra_optuna_sweeper._impl"
@@ -45,7 +45,7 @@ class OnSharedDisk(Callback):
         os.environ[FOLDER] = str(folder.absolute())
         if searches_over_seeds(config):
             logging.getLogger(SWEEPER).addFilter(not_one_seed)
-        if (launcher := config.hydra.launcher.get("_target_")) in OURS:
+        if (launcher := OmegaConf.select(config, "hydra.launcher._target_")) in OURS:
             module, name = OURS[launcher].rsplit(".", 1)
             Plugins.instance().class_name_to_class[launcher] = getattr(importlib.import_module(module), name)
 

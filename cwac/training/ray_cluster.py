@@ -8,6 +8,7 @@ Here such a task is a failed cell, named at the end of the sweep like any other,
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,6 +37,7 @@ class RayLauncher(ray_launcher.RayLauncher):
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         Path(str(self.config.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
+        signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         try:
             start_ray(self.ray_cfg.init)
         except (ConnectionError, ValueError) as error:
@@ -44,6 +46,8 @@ class RayLauncher(ray_launcher.RayLauncher):
                 f"{self.ray_cfg.init.get('address')} ({str(error).splitlines()[0]}); start the cluster (ray start "
                 "--head), or set hydra.launcher.ray.init.address=null for one of this sweep's own"
             ) from None
+        for number, handler in signals.items():  # Ray's own for SIGTERM aborts the process without a word
+            signal.signal(number, handler)
         numbers = range(initial_job_idx, initial_job_idx + len(job_overrides))
         tasks = [self.task(number, overrides) for number, overrides in zip(numbers, job_overrides, strict=True)]
         log.info("Ray took the sweep's %d cells", len(tasks))
