@@ -69,7 +69,7 @@ def test_one_that_a_library_has_trained_drives_cwac(library, cache, folder, tmp_
     )
     assert code == 0, output
     (run,) = (path for path in (tmp_path / "runs").iterdir() if path.is_dir() and path.name.startswith("smollm2"))
-    assert str(named) in (run / "config.yaml").read_text()
+    assert f"keeps sae features of {named} (FVU " in output
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     found = {row["metric"]: row["value"] for row in rows if row["set"] in ("train", "anchors")}
     assert found["sae_slots"] == 1 and 0 < found["sae_fvu"] < 1 and found["feature_drift"] > 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,6 +52,8 @@ class RayLauncher(ray_launcher.RayLauncher):
         numbers = range(initial_job_idx, initial_job_idx + len(job_overrides))
         tasks = [self.task(number, overrides) for number, overrides in zip(numbers, job_overrides, strict=True)]
         log.info("Ray took the sweep's %d cells", len(tasks))
+        while ray.wait(tasks, num_returns=len(tasks), timeout=0)[1]:
+            time.sleep(1)  # here a signal reaches us as it is; Ray's own waiting makes Ctrl-C of every one
         returned = []
         for number, overrides, task in zip(numbers, job_overrides, tasks, strict=True):
             try:
