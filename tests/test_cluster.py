@@ -1,5 +1,6 @@
 """Sweeps on SLURM and Ray: what squeue says of jobs, and real clusters of this machine (tests/cluster)."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -8,8 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
+import train
 from cwac.core import failures, slurm_jobs
-from tests.conftest import HANGS, ROOT
+from tests.conftest import HANGS, ROOT, call
+from tests.test_runs import overrides
 
 SQUEUE = """#!/bin/sh
 looks=$(($(cat {folder}/looks) + 1))
@@ -90,6 +93,34 @@ def test_a_lost_cell_is_a_failed_one(tmp_path, monkeypatch):
     (recorded,) = failures.collect()
     assert (recorded["num"], recorded["cell"], recorded["code"]) == (3, "seed=1 method=sft", 1)
     assert recorded["message"].startswith("SLURM's job 7_3 ended (CANCELLED); the same command")
+
+
+def test_the_only_cell_that_failed_is_named(random_model, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("CWAC_TEST_CRASH", "1")
+    sweep = ["hydra.searchpath=[file://tests/conf]", "method=crash", "seed=0,1", "train.max_steps=3"]
+    assert call("-m", *overrides(random_model, tmp_path, *sweep)) == 1
+    (line,) = (line for line in "".join(capfd.readouterr()).splitlines() if "error: RuntimeError" in line)
+    assert "planted crash in seed 1 [" in line and "method=crash seed=1" in line and line.endswith("]")
+
+
+@pytest.mark.parametrize(
+    ("launcher", "plugin", "extra"), [("slurm", "submitit", "slurm"), ("ray_cluster", "ray", "ray")]
+)
+def test_a_launcher_that_is_not_installed_is_named_with_its_extra(launcher, plugin, extra, tmp_path, capfd):
+    if importlib.util.find_spec(f"hydra_plugins.hydra_{plugin}_launcher"):
+        pytest.skip("it is installed")
+    assert call("-m", f"hydra/launcher={launcher}", "seed=0,1", f"paths.runs={tmp_path / 'runs'}") == 2
+    assert f"need the extra `{extra}`: pip install -e '.[{extra}]'" in capfd.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_time_limit_met_too_often_names_its_keys():
+    class UncompletedJobError(Exception):
+        """As submitit's, which is known by its name: it need not be installed."""
+
+    said = str(train.timed_out(UncompletedJobError("Job not requeued because: timed-out too many times.")))
+    assert "hydra.launcher.max_num_timeout" in said and "hydra.launcher.timeout_min" in said
+    assert train.timed_out(ValueError()) is None
 
 
 @pytest.mark.slow
