@@ -8,7 +8,9 @@ Here such a task is a failed cell, named at the end of the sweep like any other,
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +28,17 @@ from cwac.core.errors import UsageError
 log = logging.getLogger(__name__)
 
 
+def knock(address: str | None) -> None:
+    """Raises OSError where nothing listens at `host:port`, which Ray itself takes many minutes to say.
+
+    `auto` is RAY_ADDRESS where that is set; any other address is left to Ray.
+    """
+    named = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address or ""
+    host, _, port = named.rpartition(":")
+    if host and "/" not in host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
+
+
 class RayLauncher(ray_launcher.RayLauncher):
     """`ray`, whose sweep outlives a lost task."""
 
@@ -40,8 +53,9 @@ class RayLauncher(ray_launcher.RayLauncher):
         Path(str(self.config.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
         signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         try:
+            knock(self.ray_cfg.init.get("address"))
             start_ray(self.ray_cfg.init)
-        except (ConnectionError, ValueError) as error:
+        except (OSError, ValueError) as error:
             raise UsageError(
                 f"hydra/launcher=ray_cluster: Ray could not be reached at hydra.launcher.ray.init.address="
                 f"{self.ray_cfg.init.get('address')} ({str(error).splitlines()[0]}); start the cluster (ray start "
