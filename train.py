@@ -52,6 +52,12 @@ COLLECT = gc.get_threshold()
 """Python's own pace of looking for cycles."""
 MAIN = "CWAC_MAIN"
 """Environment variable: the process that a command runs in; a launcher's others leave Ctrl-C to it."""
+NEEDS = (
+    ("hydra/sweeper/optuna", "searches", "tune"),
+    ("hydra/launcher/submitit_slurm", "sweeps on SLURM", "slurm"),
+    ("hydra/launcher/ray", "sweeps on Ray", "ray"),
+)
+"""An option of Hydra's that a plugin brings, what it is for, and the extra of pyproject.toml that installs it."""
 LOST = ("TerminatedWorkerError", "BrokenProcessPool", "UncompletedJobError", "FailedJobError", "WorkerCrashedError")
 """What joblib, submitit and Ray say of a process that was killed under a sweep."""
 
@@ -171,7 +177,7 @@ def attempt(cfg: DictConfig, sweep: bool) -> float:
     except BrokenPipeError:
         raise
     except Exception as error:
-        error = storage_error(error) or error
+        error = storage_error(error) or timed_out(error) or error
         expected = isinstance(error, UserError) and not cfg.debug
         overrides = " ".join(HydraConfig.get().overrides.task)
         failure = {
@@ -206,6 +212,16 @@ def storage_error(error: Exception) -> UserError | None:
     return UserError(
         f"writing failed ({said}); free space or permit writing, or choose other folders with paths.runs and "
         "paths.artifacts; the same command then goes on from the last checkpoint"
+    )
+
+
+def timed_out(error: Exception) -> UserError | None:
+    """What submitit raises in a job that met its time limit once too often; None for any other error."""
+    if type(error).__name__ != "UncompletedJobError":
+        return None
+    return UserError(
+        "the job met its time limit more often than hydra.launcher.max_num_timeout allows; raise that or "
+        "hydra.launcher.timeout_min; the same command then goes on from the last checkpoint"
     )
 
 
@@ -309,8 +325,12 @@ def run_command() -> int:
             print(f"error: {explain(str(error).split('Config search path')[0].strip())}", file=sys.stderr)
             if new_names := renamed.hint(str(error)):
                 print(f"Remedy: {new_names}", file=sys.stderr)
-            if "hydra/sweeper/optuna" in str(error):
-                print("Remedy: searches need the extra `tune`: pip install -e '.[tune]'", file=sys.stderr)
+            for option, what, extra in NEEDS:
+                if f"'{option}'" in str(error):
+                    print(f"Remedy: {what} need the extra `{extra}`: pip install -e '.[{extra}]'", file=sys.stderr)
+            return 2
+        except UsageError as error:  # a launcher's, before there is a cell
+            print(f"error: {error}", file=sys.stderr)
             return 2
         except BrokenPipeError:
             raise
@@ -338,7 +358,8 @@ def run_command() -> int:
         same.setdefault(failure["message"], []).append(failure)
     for message, cells in same.items():
         where = " ".join(f"[{failure['cell']}]" for failure in cells) + " " if len(failed) > 1 else ""
-        print(f"error: {where}{message}", file=sys.stderr)
+        only = f" [{cells[0]['cell']}]" if len(failed) == 1 and int(os.environ.get(failures.CELLS, 1)) > 1 else ""
+        print(f"error: {where}{message}{only}", file=sys.stderr)
     return max((failure["code"] for failure in failed), default=0)
 
 

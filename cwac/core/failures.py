@@ -7,21 +7,31 @@ from two machines is not atomic on a network file system.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
+import math
 import os
 import shlex
 import shutil
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from cwac.core.cache import duration
 from cwac.core.jsonl import append_jsonl, read_jsonl
 
 log = logging.getLogger("cwac")
+OURS = {
+    "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher": "cwac.training.slurm.SlurmLauncher",
+    "hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher": "cwac.training.ray_cluster.RayLauncher",
+}
+"""A launcher's class -> ours, a subclass that takes its place; Hydra itself takes launchers from plugins alone."""
 SWEEPER = "hydra_plugins.hydra_optuna_sweeper._impl"
 FOLDER = "CWAC_FAILURES"
 """Environment variable: the folder; launchers hand it to their processes."""
@@ -35,6 +45,9 @@ class OnSharedDisk(Callback):
         os.environ[FOLDER] = str(folder.absolute())
         if searches_over_seeds(config):
             logging.getLogger(SWEEPER).addFilter(not_one_seed)
+        if (launcher := OmegaConf.select(config, "hydra.launcher._target_")) in OURS:
+            module, name = OURS[launcher].rsplit(".", 1)
+            Plugins.instance().class_name_to_class[launcher] = getattr(importlib.import_module(module), name)
 
     def on_multirun_end(self, config: DictConfig, **kwargs) -> None:
         """Optuna names the best single run; over seeds the next command names the best value."""
@@ -66,6 +79,24 @@ def record(failure: dict) -> None:
     folder = Path(os.environ[FOLDER])
     folder.mkdir(parents=True, exist_ok=True)
     append_jsonl(folder / f"{socket.gethostname()}-{os.getpid()}.jsonl", [failure])
+
+
+def lost(number: int, overrides: Sequence[str], message: str) -> JobReturn:
+    """Record a cell whose process ended without telling; returns what the sweeper is told of it.
+
+    number: the cell's place in the sweep. message: what the launcher knows of the end.
+    """
+    cell = " ".join(overrides)
+    log.error("%s: %s", cell, message)
+    record(
+        {
+            "num": number,
+            "cell": cell,
+            "message": f"{message}; the same command goes on from its last checkpoint",
+            "code": 1,
+        }
+    )
+    return JobReturn(overrides=list(overrides), status=JobStatus.COMPLETED, _return_value=math.inf)
 
 
 CELLS, BEGAN = "CWAC_CELLS", "CWAC_BEGAN"

@@ -271,7 +271,9 @@ class CWAC(Method):
             )
         if self.activation is not None:
             of = f"{self.activation.n_prompts} of {len(self._targets['anchors'])} prompts"
-            parts.append(f"keeps {self.activation.space} features: a forward and backward pass over {of} a step")
+            given = self.activation.sae.get("pretrained") if self.activation.space == "sae" else None
+            by = f" of {given} (FVU {found['sae_fvu']:.2f})" if given else ""
+            parts.append(f"keeps {self.activation.space} features{by}: a forward and backward pass over {of} a step")
         return "; ".join(parts)
 
     def report(self, model: nn.Module) -> list[dict]:
