@@ -43,6 +43,7 @@ WHAT = {
     "subspace": "Protected directions V of the anchors' activations (section 4.2)",
     "tiny": "The embedded model, aligned",
     "answers": "The aligned model's own answers to harmful prompts, which tell what it refuses",
+    "losses": "The aligned model's mean loss on rows that runs measure before training",
     "nullspace": "Directions that V leaves free, for null-space adapters",
     "judge-encoder": "all-MiniLM-L6-v2, the sentence encoder of the semantic judge (arXiv:1908.10084)",
 }
