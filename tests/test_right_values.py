@@ -116,6 +116,7 @@ def test_the_aligned_models_loss_is_shared_to_the_last_digit_and_by_the_same_row
 def test_weight_change_is_the_median_over_matrices(monkeypatch, tmp_path):
     changes = {"0.mlp.down_proj": 0.9, "0.mlp.up_proj": 0.1, "1.mlp.down_proj": 0.3}
     leaks = {name: {"leak": 0.0, "change": value} for name, value in changes.items()}
+    monkeypatch.setattr(evaluate, "weight_changes", lambda *_: {})
     monkeypatch.setattr(evaluate, "weight_leak", lambda *_: leaks)
     monkeypatch.setattr(evaluate, "activation_drift", lambda *_: [[0.2, 0.4], [0.6, 0.8]])
     written = []

@@ -35,7 +35,7 @@ from cwac.data.examples import Example
 from cwac.data.poison import behind
 from cwac.data.tasks import Task
 from cwac.data.tokenize import Rows, encode_prompt, reprompt, stop_tokens
-from cwac.evaluation.drift import activation_drift, moved_elsewhere, weight_leak
+from cwac.evaluation.drift import activation_drift, moved_elsewhere, weight_changes, weight_leak
 from cwac.evaluation.judge import Judge, judge_answers, repeats
 from cwac.evaluation.losses import aligned_loss, label_loss
 from cwac.evaluation.score import score
@@ -227,9 +227,9 @@ class Evaluator:
         guard = True if protected else None
         open_ = moved_elsewhere(self.model, reference) if guard and self.method.is_closed() else []
         at = {"step": step, "epoch": epoch, "final": True}
-        rows, detail = [], {}
+        rows, detail, changes = [], {}, weight_changes(self.model, reference)
         for name, prompts in (("anchors", anchors), ("heldout", held_out)):
-            leaks = weight_leak(self.model, reference, prompts, protected)
+            leaks = weight_leak(self.model, reference, prompts, protected, changes)
             # read where the first token of the answer is chosen; the refusal that follows is for the weights' inputs
             cut = [{"input_ids": row["input_ids"][: row["prompt"]]} for row in prompts]
             drift = activation_drift(self.model, reference, cut)
@@ -242,11 +242,11 @@ class Evaluator:
                 guard = False
                 log.warning("the weight constraint claims to be closed, but %s changed outside of it", open_[0])
             down = [v["leak"] for n, v in leaks.items() if n.endswith("down_proj")]
-            changes = sorted(v["change"] for v in leaks.values())
+            shares = sorted(v["change"] for v in leaks.values())
             values = {
                 **({"weight_leak": max(down)} if down else {}),
                 "weight_leak_all": max(v["leak"] for v in leaks.values()),
-                "weight_change": changes[len(changes) // 2],
+                "weight_change": shares[len(shares) // 2],
                 "activation_drift": sum(map(sum, drift)) / sum(map(len, drift)),
             }
             if protected:
