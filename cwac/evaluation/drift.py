@@ -21,10 +21,10 @@ import torch
 from torch import nn
 
 from cwac.constraints.subspace import capture
-from cwac.data.tokenize import Collator
 from cwac.models.adapters import active_adapters, plain_parameters
-from cwac.models.hooks import device_of, last_tokens, on_outputs
+from cwac.models.hooks import device_of, on_outputs
 from cwac.models.layers import decoder_layers, evaluating, linears, plain_weight, unread_logits
+from cwac.models.packing import together
 
 
 def merged_weight(module: nn.Module) -> torch.Tensor:
@@ -131,23 +131,29 @@ def moved_elsewhere(model: nn.Module, reference: nn.Module) -> list[str]:
 def activation_drift(
     model: nn.Module, reference: nn.Module, rows: Sequence[dict], batch_size: int = 16
 ) -> list[list[float]]:
-    """||r - r_ref||_2 / ||r_ref||_2 at each prompt's last token, as one list per prompt with one value per block."""
-    collate = Collator(0)
+    """||r - r_ref||_2 / ||r_ref||_2 at each prompt's last token, as one list per prompt with one value per block.
+
+    Both models read the same batches, so that weights which have not changed are at distance 0.
+    """
     drift: list[list[float]] = []
     for start in range(0, len(rows), batch_size):
-        chosen = [{"input_ids": r["input_ids"]} for r in rows[start : start + batch_size]]
-        batch = collate(chosen)
-        ours, theirs = (_residuals(m, batch) for m in (model, reference))  # [L, B, d]
+        prompts = [r["input_ids"] for r in rows[start : start + batch_size]]
+        ours, theirs = (_residuals(m, prompts) for m in (model, reference))  # [L, B, d]
         distance = (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)
         drift += distance.T.tolist()
     return drift
 
 
-def _residuals(model: nn.Module, batch: dict) -> torch.Tensor:
-    """Outputs [L, B, d] of every decoder block at the last real token."""
+def _residuals(model: nn.Module, prompts: Sequence[list[int]]) -> torch.Tensor:
+    """Outputs [L, B, d] of every decoder block at each prompt's last token; what all open with is read once."""
+    inputs, places = together(model, prompts)
+    last = places[torch.arange(len(prompts)), torch.tensor([len(ids) - 1 for ids in prompts])]
     found: list[torch.Tensor] = []
-    ids, mask = (batch[key].to(device_of(model)) for key in ("input_ids", "attention_mask"))
-    read = on_outputs(decoder_layers(model), lambda _, hidden: found.append(last_tokens(hidden, mask).float()))
-    with evaluating(model), read:
-        model(input_ids=ids, attention_mask=mask, use_cache=False, **unread_logits(model))
+
+    def read(_: int, hidden: torch.Tensor) -> None:
+        found.append(hidden.flatten(0, 1)[last.to(hidden.device)].float())
+
+    given = {key: value.to(device_of(model)) for key, value in inputs.items()}
+    with evaluating(model), on_outputs(decoder_layers(model), read):
+        model(**given, use_cache=False, **unread_logits(model))
     return torch.stack(found)
