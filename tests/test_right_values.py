@@ -116,8 +116,9 @@ def test_the_aligned_models_loss_is_shared_to_the_last_digit_and_by_the_same_row
 def test_weight_change_is_the_median_over_matrices(monkeypatch, tmp_path):
     changes = {"0.mlp.down_proj": 0.9, "0.mlp.up_proj": 0.1, "1.mlp.down_proj": 0.3}
     leaks = {name: {"leak": 0.0, "change": value} for name, value in changes.items()}
-    monkeypatch.setattr(evaluate, "weight_changes", lambda *_: {})
-    monkeypatch.setattr(evaluate, "weight_leak", lambda *_: leaks)
+    formed, given = {}, []
+    monkeypatch.setattr(evaluate, "weight_changes", lambda *_: formed)
+    monkeypatch.setattr(evaluate, "weight_leak", lambda *arguments: given.append(arguments[-1]) or leaks)
     monkeypatch.setattr(evaluate, "activation_drift", lambda *_: [[0.2, 0.4], [0.6, 0.8]])
     written = []
     evaluator = evaluate.Evaluator.__new__(evaluate.Evaluator)
@@ -128,6 +129,7 @@ def test_weight_change_is_the_median_over_matrices(monkeypatch, tmp_path):
     assert evaluator.drift(None, prompts, prompts, 1, 1.0) is None
     values = {r["metric"]: r["value"] for r in written if r["set"] == "anchors"}
     assert values["weight_change"] == 0.3
+    assert [changes is formed for changes in given] == [True, True]  # on anchors and on held-out prompts
     assert values["activation_drift"] == pytest.approx(0.5)
 
 
