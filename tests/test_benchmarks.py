@@ -19,15 +19,17 @@ from benchmarks import (
     judge,
     large,
     methods,
+    phases,
     prepared,
     profile,
+    run,
     runner,
     sae,
     scaling,
     steps,
     sweep,
 )
-from cwac.core import config
+from cwac.core import config, paths
 from cwac.core.errors import UserError
 from experiments import cost
 from tests.conftest import SMALL
@@ -415,6 +417,45 @@ def test_a_profile_in_miniature(capsys):
     assert min(sft["forward"], sft["backward"], sft["optimizer"]) > 0
     assert all(sum(parts.values()) == pytest.approx(100, abs=1) for parts in (sft, cwac))
     assert len(cells) == len(profile.PARTS) + 3
+
+
+def test_the_parts_of_a_run_are_all_of_it(random_model, tmp_path):
+    given = ["model=tiny", "task=toy_sentiment", "model.kind=folder", f"+model.path={random_model}"]
+    more = [
+        "train.max_steps=2",
+        "eval.at=[0]",
+        "eval.drift=false",
+        f"paths.artifacts={tmp_path / 'artifacts'}",
+        *SMALL,
+    ]
+    found = run.once(paths.PACKAGE.parent, [*given, *more])
+    whole, _ = found.pop("whole")
+    assert set(found) == {"start", *phases.PARTS} and all(cpu > 0 for cpu, _ in found.values())
+    assert 0.5 * whole < sum(cpu for cpu, _ in found.values()) <= whole
+
+
+def test_two_trees_take_turns_and_a_failed_run_says_why(tmp_path, monkeypatch):
+    (tmp_path / "train.py").write_text("raise SystemExit('no such run')")
+    with pytest.raises(UserError, match="no such run"):
+        run.once(tmp_path, [])
+    ran = []
+
+    def once(tree, overrides):
+        ran.append((tree, "train.max_steps=1" in overrides))
+        return dict.fromkeys(("start", *phases.PARTS), [1.0, 2.0]) | {
+            "whole": [20.0 if tree == tmp_path else 9.0, 0.0]
+        }
+
+    monkeypatch.setattr(run, "once", once)
+    rows = list(run.measure(repeats=2, beside=str(tmp_path), overrides=["method=cwac"]))
+    ours = paths.PACKAGE.parent
+    assert ran == [(ours, True), (tmp_path, True), (ours, False), (tmp_path, False), (tmp_path, False), (ours, False)]
+    whole, *parts, beside = rows
+    assert (whole["ratio"], whole["met"], beside["ratio"], beside["met"]) == (9 / 80, True, 0.45, True)
+    assert len(parts) == 1 + len(phases.PARTS) and all(row["ratio"] == 1 / 80 for row in parts)
+    assert "method=cwac" in whole["name"] and "sft" not in whole["name"] and tmp_path.name in beside["rival"]
+    with pytest.raises(UserError, match=r"has no train\.py"):
+        list(run.measure(beside=str(tmp_path / "nothing")))
 
 
 @pytest.mark.parametrize("part", everything.PARTS)

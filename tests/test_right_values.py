@@ -22,6 +22,7 @@ from cwac.data.examples import Example, Pools
 from cwac.data.near_duplicates import assert_unseen
 from cwac.data.tasks import load_task, normalised
 from cwac.evaluation import drift, evaluate
+from cwac.evaluation.losses import aligned_loss, label_loss
 from cwac.methods.bea import BEA, by_category
 from cwac.models import fit as models_fit
 from experiments import align
@@ -52,33 +53,72 @@ def test_activation_drift_is_the_distance_over_the_aligned_models_norm():
 
 
 class Planted(torch.nn.Module):
-    """A model whose loss is that of its batch's number: 1 for the first 16 rows, 5 for the others."""
+    """A model of two words whose loss on a label is that of its batch's number: 1 in the first, 5 in the others."""
 
-    device = torch.device("cpu")
+    config = SimpleNamespace(_attn_implementation=None)
 
     def __init__(self):
         super().__init__()
-        self.calls = 0
+        self.calls, self.any = 0, torch.nn.Parameter(torch.zeros(1))
 
-    def forward(self, labels, **_):
+    def forward(self, input_ids, **_):
         self.calls += 1
-        return SimpleNamespace(loss=torch.tensor(1.0 if self.calls == 1 else 5.0), labels=labels)
+        p = torch.tensor(1.0 if self.calls == 1 else 5.0).neg().exp()  # of the label, word 1
+        return SimpleNamespace(logits=torch.stack([1 - p, p]).log().expand(*input_ids.shape, 2))
 
 
-def test_the_task_loss_is_a_mean_over_label_tokens_and_not_over_batches(monkeypatch):
+def test_the_loss_is_a_mean_over_label_tokens_and_not_over_batches():
     lengths = [2] * 16 + [9] * 4  # 16 rows of two label tokens in the first batch, 4 of nine in the second
     rows = [{"input_ids": [1] * (n + 1), "labels": [-100] + [1] * n} for n in lengths]
-    evaluator = evaluate.Evaluator.__new__(evaluate.Evaluator)
-    evaluator.model, evaluator.tokenizer = Planted(), SimpleNamespace(pad_token_id=0, eos_token_id=0)
-    evaluator.cfg = config.compose([])
-    monkeypatch.setattr(evaluate, "Rows", lambda *_: rows)
-    assert evaluator._loss([None] * 20) == pytest.approx((32 * 1.0 + 36 * 5.0) / 68)
+    assert label_loss(Planted(), rows) == pytest.approx((32 * 1.0 + 36 * 5.0) / 68)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_loss_is_the_models_own_whether_rows_share_an_opening_or_not(attention):
+    """Against one forward pass a row; the rows differ in length, in where their labels begin, and one has none."""
+    torch.manual_seed(0)
+    model = make_llama()
+    model.set_attn_implementation(attention)
+    ids = [torch.randint(3, 60, (n,)).tolist() for n in (4, 9, 3, 12, 7)]
+    for opening in ([5, 9, 5, 7, 8, 30, 31, 32, 33], []):
+        rows = [{"input_ids": opening + own, "labels": [-100] * (len(opening) + 2) + own[2:]} for own in ids]
+        rows.append({"input_ids": opening + [4, 4], "labels": [-100] * (len(opening) + 2)})
+        total = n = 0
+        for row in rows[:-1]:
+            given = {key: torch.tensor([value]) for key, value in row.items()}
+            labels = len(row["labels"]) - row["labels"].count(-100)
+            total, n = total + float(model(**given).loss.detach()) * labels, n + labels
+        assert label_loss(model, rows, batch_size=4) == pytest.approx(total / n, rel=1e-6)
+    assert label_loss(model, rows[-1:]) is None
+
+
+def test_the_aligned_models_loss_is_shared_to_the_last_digit_and_by_the_same_rows_alone(tmp_path):
+    model, rows, runs = make_llama(), random_rows(5), []
+    model.register_forward_pre_hook(lambda *_: runs.append(1))
+
+    def loss(rows=rows, **key):
+        context = SimpleNamespace(loaded=SimpleNamespace(key={"kind": "test", **key}), artifacts=tmp_path)
+        return aligned_loss(model, context, rows)
+
+    cold = loss()
+    assert cold == label_loss(model, rows) and len(runs) == 2
+    assert loss() == cold and len(runs) == 2
+    (stored,) = (path for path in (tmp_path / "losses").glob("*/loss.json"))
+    stored.write_text(stored.read_text().replace("loss", "less"))
+    assert loss() == cold and len(runs) == 3  # built again
+    other = [{**rows[0], "input_ids": [*rows[0]["input_ids"][:-1], 7]}, *rows[1:]]
+    unlearnt = [{**rows[0], "labels": [-100] * len(rows[0]["labels"])}, *rows[1:]]
+    for changed in ({"rows": other}, {"rows": unlearnt}, {"dtype": "bfloat16"}):
+        loss(**changed)
+    assert len(runs) == 6 and loss([]) is None
 
 
 def test_weight_change_is_the_median_over_matrices(monkeypatch, tmp_path):
     changes = {"0.mlp.down_proj": 0.9, "0.mlp.up_proj": 0.1, "1.mlp.down_proj": 0.3}
     leaks = {name: {"leak": 0.0, "change": value} for name, value in changes.items()}
-    monkeypatch.setattr(evaluate, "weight_leak", lambda *_: leaks)
+    formed, given = {}, []
+    monkeypatch.setattr(evaluate, "weight_changes", lambda *_: formed)
+    monkeypatch.setattr(evaluate, "weight_leak", lambda *arguments: given.append(arguments[-1]) or leaks)
     monkeypatch.setattr(evaluate, "activation_drift", lambda *_: [[0.2, 0.4], [0.6, 0.8]])
     written = []
     evaluator = evaluate.Evaluator.__new__(evaluate.Evaluator)
@@ -89,6 +129,7 @@ def test_weight_change_is_the_median_over_matrices(monkeypatch, tmp_path):
     assert evaluator.drift(None, prompts, prompts, 1, 1.0) is None
     values = {r["metric"]: r["value"] for r in written if r["set"] == "anchors"}
     assert values["weight_change"] == 0.3
+    assert [changes is formed for changes in given] == [True, True]  # on anchors and on held-out prompts
     assert values["activation_drift"] == pytest.approx(0.5)
 
 

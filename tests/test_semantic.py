@@ -223,6 +223,21 @@ def test_a_verdict_depends_neither_on_the_batch_nor_on_the_threads(random_judge)
     assert len({v.score for v in together}) == len(together)
 
 
+def test_the_cells_of_a_process_share_an_encoder_until_its_file_changes(random_judge, random_encoder):
+    other = config.instantiate(later.configure("semantic", [f"hub_id={random_encoder}"]))
+    random_judge.judge(PROMPTS, RESPONSES)
+    assert other.encoder is random_judge.encoder and set(other.encoder._requests) == set(PROMPTS)
+    weights = random_encoder / "model.safetensors"
+    whole, shared = weights.read_bytes(), other.encoder
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    try:
+        with pytest.raises(UserError, match="is not the file of all-MiniLM"):
+            _ = other.encoder
+    finally:
+        weights.write_bytes(whole)
+    assert other.encoder is not shared
+
+
 # --- where it comes from -----------------------------------------------------------------------------------
 
 

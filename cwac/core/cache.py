@@ -24,6 +24,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from cwac.core.files import sha256, write_atomic
+from cwac.core.identity import content
 
 log = logging.getLogger(__name__)
 MANIFEST = "artifact.json"
@@ -43,6 +44,7 @@ WHAT = {
     "subspace": "Protected directions V of the anchors' activations (section 4.2)",
     "tiny": "The embedded model, aligned",
     "answers": "The aligned model's own answers to harmful prompts, which tell what it refuses",
+    "losses": "The aligned model's mean loss on rows that runs measure before training",
     "nullspace": "Directions that V leaves free, for null-space adapters",
     "judge-encoder": "all-MiniLM-L6-v2, the sentence encoder of the semantic judge (arXiv:1908.10084)",
 }
@@ -57,7 +59,8 @@ def digest(key: dict) -> str:
 def load_or_build(root: Path, kind: str, key: dict, build: Callable[[Path], object]) -> Path:
     """The folder of the artifact of this kind and key; if it is missing or damaged, `build(folder)` fills a new one.
 
-    Files are checked against the SHA-256 in the manifest on every load. A damaged artifact is kept beside the new one
+    Files are checked against the SHA-256 in the manifest on every load; a process reads a file again only once its
+    size or modification time has changed. A damaged artifact is kept beside the new one
     as `<hash>.damaged`, where the next damaged one replaces it. Errors of `build` are passed on and leave no artifact.
     """
     folder = Path(root) / kind / digest(key)
@@ -154,6 +157,6 @@ def damage(folder: Path) -> str | None:
         return f"{MANIFEST} is missing or unreadable"
     for name, entry in manifest["files"].items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
+        if not path.is_file() or path.stat().st_size != entry["bytes"] or content(path) != entry["sha256"]:
             return f"{name} is missing or changed"
     return None

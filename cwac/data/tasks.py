@@ -13,6 +13,8 @@ import string
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from omegaconf import OmegaConf
+
 from cwac.core.errors import UserError
 from cwac.data.columns import cell, lines, problem, text
 from cwac.data.examples import Example
@@ -75,7 +77,7 @@ def _real(cfg, data: str | None, seed: int, split: str, avoid: set[str]) -> tupl
 
     def examples(of: str, name: str) -> list[Example]:
         rows = load_rows(cfg.hub_id, cfg.get("hub_config"), of, data)
-        found = [to_example(cfg, row, f"{cfg.name}-{name}-{i}") for i, row in enumerate(rows)]
+        found = [to_example(columns, row, f"{cfg.name}-{name}-{i}") for i, row in enumerate(rows)]
         kept = [e for e in found if e.response]
         if len(kept) < len(found):
             log.warning(
@@ -84,6 +86,7 @@ def _real(cfg, data: str | None, seed: int, split: str, avoid: set[str]) -> tupl
             )
         return kept
 
+    columns = OmegaConf.to_container(cfg, resolve=True)  # a dict: read ten times a row, where OmegaConf takes its time
     pool = examples(cfg.train_split, "train")
     if cfg.test_split is None:  # a set of one split: its test part depends on no run's seed or sizes
         random.Random("task-held-out").shuffle(pool)
@@ -102,7 +105,7 @@ def _real(cfg, data: str | None, seed: int, split: str, avoid: set[str]) -> tupl
     return random.Random(f"task-{seed}").sample(pool, min(cfg.n_train, len(pool))), chosen
 
 
-def to_example(cfg, row: Mapping, id: str) -> Example:
+def to_example(cfg: Mapping, row: Mapping, id: str) -> Example:
     """One hub row as an Example; an empty open answer is kept, for the caller to leave out.
 
     cfg: `instruction`, which may name columns in braces; `text`, the column it is about (dots lead into nested ones,
@@ -115,36 +118,37 @@ def to_example(cfg, row: Mapping, id: str) -> Example:
     try:
         instruction = (cfg.get("instruction") or "").format_map({**row, **columns})
     except (LookupError, AttributeError, ValueError) as error:
-        raise problem(row, f"does not fit task.instruction={cfg.instruction!r} ({error})") from error
-    absent = not cfg.get("text") or bool(named) and cell(row, cfg.text) is None  # the row's instruction is enough
-    content = "" if absent else lines(row, cfg.text).strip()
+        raise problem(row, f"does not fit task.instruction={cfg['instruction']!r} ({error})") from error
+    absent = not cfg.get("text") or bool(named) and cell(row, cfg["text"]) is None  # the row's instruction is enough
+    content = "" if absent else lines(row, cfg["text"]).strip()
     if cfg.get("text") and not content and not named:
-        raise problem(row, f"has no text in {cfg.text!r}: it is empty")
+        raise problem(row, f"has no text in {cfg['text']!r}: it is empty")
     prompt = f"{instruction}\n\n{content}" if instruction and content else content or instruction.strip()
     if not prompt:
         raise problem(row, f"has no text in {', '.join(map(repr, named))}: it is empty")
     apart = content if instruction else ""
     if cfg.get("labels"):
         label = _class(cfg, row)
-        return Example(id, prompt, label, label, source=cfg.name, group=label, input=apart)
-    response = text(row, cfg.response, empty=cfg.scorer != "number").strip()
+        return Example(id, prompt, label, label, source=cfg["name"], group=label, input=apart)
+    response = text(row, cfg["response"], empty=cfg["scorer"] != "number").strip()
     if cfg.get("replace"):
-        response = response.replace(*cfg.replace)
-    label = _number(row, cfg.response, response) if cfg.scorer == "number" else None
-    return Example(id, prompt, response, label, source=cfg.name, input=apart)
+        response = response.replace(*cfg["replace"])
+    label = _number(row, cfg["response"], response) if cfg["scorer"] == "number" else None
+    return Example(id, prompt, response, label, source=cfg["name"], input=apart)
 
 
-def _class(cfg, row: Mapping) -> str:
+def _class(cfg: Mapping, row: Mapping) -> str:
     """The name of a row's class, from its name in any case or its index, either of which a text file spells."""
-    value = cell(row, cfg.label)
-    names = {name.strip().lower(): name for name in cfg.labels}
+    column, labels = cfg["label"], cfg["labels"]
+    value = cell(row, column)
+    names = {name.strip().lower(): name for name in labels}
     said = str(value).strip().lower()
     if said in names:
         return names[said]
     index = re.fullmatch(r"(\d+)(\.0)?", said)
-    if index and int(index[1]) < len(cfg.labels):
-        return cfg.labels[int(index[1])]
-    raise problem(row, f"has the label {value!r} in {cfg.label!r}; expected one of {list(cfg.labels)}, or its index")
+    if index and int(index[1]) < len(labels):
+        return labels[int(index[1])]
+    raise problem(row, f"has the label {value!r} in {column!r}; expected one of {list(labels)}, or its index")
 
 
 def _number(row: Mapping, column: str, response: str) -> str:

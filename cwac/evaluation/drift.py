@@ -15,15 +15,16 @@ Deviations:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from cwac.constraints.subspace import capture
-from cwac.data.tokenize import Collator
 from cwac.models.adapters import active_adapters, plain_parameters
-from cwac.models.hooks import device_of, last_tokens, on_outputs
+from cwac.models.hooks import device_of, on_outputs
 from cwac.models.layers import decoder_layers, evaluating, linears, plain_weight, unread_logits
+from cwac.models.packing import together
 
 
 def merged_weight(module: nn.Module) -> torch.Tensor:
@@ -39,28 +40,57 @@ ROUNDING = 4
 0.45 were measured."""
 
 
+@dataclass(frozen=True)
+class Change:
+    """What fine-tuning added to one matrix of the decoder blocks."""
+
+    delta: torch.Tensor
+    """dW [d_out, d_in], fp32, of the weights or of the adapter."""
+    norm: float
+    """||dW||_F."""
+    share: float
+    """||dW||_F / ||W||_F."""
+
+
+@torch.no_grad()
+def weight_changes(model: nn.Module, reference: nn.Module) -> dict[str, Change]:
+    """Every matrix of the decoder blocks against the aligned model's; `weight_leak` reads them for each set."""
+    now, then = linears(model, "all"), linears(reference, "all")
+    changes = {}
+    for name in then:
+        aligned = plain_weight(then[name]).double()
+        # the difference in float64, its products in float32: rounding there (1e-7) stays below any leak that matters
+        delta = (merged_weight(now[name]) - aligned).float()
+        norm = float(delta.norm())
+        changes[name] = Change(delta, norm, norm / float(aligned.norm()))
+    return changes
+
+
 @torch.no_grad()
 def weight_leak(
-    model: nn.Module, reference: nn.Module, rows: Sequence[dict], protected: Mapping[str, torch.Tensor] | None = None
+    model: nn.Module,
+    reference: nn.Module,
+    rows: Sequence[dict],
+    protected: Mapping[str, torch.Tensor] | None = None,
+    changes: Mapping[str, Change] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Per matrix of the decoder blocks: `leak`, `change` = ||dW||_F / ||W||_F, and `bound` where it is protected.
 
     reference: the aligned model. rows: encoded prompts. protected: matrix -> V [d_in, k] (`Method.protected`).
+    changes: `weight_changes` of the two models, where they are known.
     A matrix that did not change has leak 0 and no bound. One with a bound also has `rounding`, by which the leak may
     exceed it: a weight is stored to its dtype's eps, so dW holds noise of that times ||W||, and where the constraint
     leaves (almost) nothing free, dW is nothing else.
     """
-    protected = protected or {}
+    protected, changes = protected or {}, changes or weight_changes(model, reference)
     now, then = linears(model, "all"), linears(reference, "all")
-    # the difference in float64, its products in float32: rounding there (1e-7) stays below any leak that matters
-    delta = {name: (merged_weight(now[name]) - plain_weight(then[name]).double()).float() for name in then}
-    moved = {name: then[name] for name in then if delta[name].any()}
+    moved = {name: then[name] for name in then if changes[name].delta.any()}
     out = dict.fromkeys(moved, 0.0)
     total = dict.fromkeys(moved, 0.0)
     free = dict.fromkeys(moved.keys() & protected.keys(), 0.0)
 
     def visit(name: str, x: torch.Tensor, _first: torch.Tensor) -> None:
-        out[name] += float((x.float() @ delta[name].T).double().square().sum())
+        out[name] += float((x.float() @ changes[name].delta.T).double().square().sum())
         total[name] += float(x.double().square().sum())
         if name in free:
             V = protected[name].to(x.device)
@@ -69,15 +99,15 @@ def weight_leak(
     capture(reference, rows, moved, visit)
     result = {}
     for name in then:
-        norm = float(delta[name].norm())
-        leak = (out[name] / total[name]) ** 0.5 / norm if name in moved else 0.0
-        result[name] = {"leak": leak, "change": norm / float(plain_weight(then[name]).double().norm())}
+        change = changes[name]
+        leak = (out[name] / total[name]) ** 0.5 / change.norm if name in moved else 0.0
+        result[name] = {"leak": leak, "change": change.share}
         if name in free:
             result[name]["bound"] = (free[name] / total[name]) ** 0.5
             held = getattr(now[name], "weight", None)
             full = held is not None and not hasattr(now[name], "lora_A") and held.is_floating_point()
             unit = torch.finfo(held.dtype).eps if full else 0.0
-            result[name]["rounding"] = ROUNDING * unit / result[name]["change"]
+            result[name]["rounding"] = ROUNDING * unit / change.share
     return result
 
 
@@ -101,23 +131,29 @@ def moved_elsewhere(model: nn.Module, reference: nn.Module) -> list[str]:
 def activation_drift(
     model: nn.Module, reference: nn.Module, rows: Sequence[dict], batch_size: int = 16
 ) -> list[list[float]]:
-    """||r - r_ref||_2 / ||r_ref||_2 at each prompt's last token, as one list per prompt with one value per block."""
-    collate = Collator(0)
+    """||r - r_ref||_2 / ||r_ref||_2 at each prompt's last token, as one list per prompt with one value per block.
+
+    Both models read the same batches, so that weights which have not changed are at distance 0.
+    """
     drift: list[list[float]] = []
     for start in range(0, len(rows), batch_size):
-        chosen = [{"input_ids": r["input_ids"]} for r in rows[start : start + batch_size]]
-        batch = collate(chosen)
-        ours, theirs = (_residuals(m, batch) for m in (model, reference))  # [L, B, d]
+        prompts = [r["input_ids"] for r in rows[start : start + batch_size]]
+        ours, theirs = (_residuals(m, prompts) for m in (model, reference))  # [L, B, d]
         distance = (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)
         drift += distance.T.tolist()
     return drift
 
 
-def _residuals(model: nn.Module, batch: dict) -> torch.Tensor:
-    """Outputs [L, B, d] of every decoder block at the last real token."""
+def _residuals(model: nn.Module, prompts: Sequence[list[int]]) -> torch.Tensor:
+    """Outputs [L, B, d] of every decoder block at each prompt's last token; what all open with is read once."""
+    inputs, places = together(model, prompts)
+    last = places[torch.arange(len(prompts)), torch.tensor([len(ids) - 1 for ids in prompts])]
     found: list[torch.Tensor] = []
-    ids, mask = (batch[key].to(device_of(model)) for key in ("input_ids", "attention_mask"))
-    read = on_outputs(decoder_layers(model), lambda _, hidden: found.append(last_tokens(hidden, mask).float()))
-    with evaluating(model), read:
-        model(input_ids=ids, attention_mask=mask, use_cache=False, **unread_logits(model))
+
+    def read(_: int, hidden: torch.Tensor) -> None:
+        found.append(hidden.flatten(0, 1)[last.to(hidden.device)].float())
+
+    given = {key: value.to(device_of(model)) for key, value in inputs.items()}
+    with evaluating(model), on_outputs(decoder_layers(model), read):
+        model(**given, use_cache=False, **unread_logits(model))
     return torch.stack(found)

@@ -20,7 +20,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-import torch
 from omegaconf import DictConfig
 from torch import nn
 from tqdm import tqdm
@@ -35,15 +34,15 @@ from cwac.core.run_dir import GUARD_SLACK, Run
 from cwac.data.examples import Example
 from cwac.data.poison import behind
 from cwac.data.tasks import Task
-from cwac.data.tokenize import Collator, Rows, encode_prompt, pad_token_id, reprompt, stop_tokens
-from cwac.evaluation.drift import activation_drift, moved_elsewhere, weight_leak
+from cwac.data.tokenize import Rows, encode_prompt, reprompt, stop_tokens
+from cwac.evaluation.drift import activation_drift, moved_elsewhere, weight_changes, weight_leak
 from cwac.evaluation.judge import Judge, judge_answers, repeats
+from cwac.evaluation.losses import aligned_loss, label_loss
 from cwac.evaluation.score import score
 from cwac.evaluation.vllm_engine import VllmEngine
 from cwac.methods.base import Method
 from cwac.models.context import Context
 from cwac.models.generate import generate
-from cwac.models.layers import evaluating
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +95,7 @@ class Evaluator:
         with ExitStack() as self._opened:
             rows = [{**at, **row} for row in [*self._accuracy(step), *self._harm(step), *self._over_refusal(step)]]
         self._engine = None
-        rows += [{**at, **row} for row in self._losses()]
+        rows += [{**at, **row} for row in self._losses(step)]
         self.run.add_rows(rows)
 
     def _answers(
@@ -188,39 +187,29 @@ class Evaluator:
     def _over_refusal(self, step: int) -> list[dict]:
         return [row for name, rows in self.benign.items() for row in self._judged(name, rows, step, True)]
 
-    def _losses(self) -> list[dict]:
+    def _losses(self, step: int | None = None) -> list[dict]:
         """Mean loss per label token (nats) on test answers of the task, asked as served, and on the poison as trained.
 
         HS at equal steps says little when one method simply learns slower; HS at equal loss does.
+        step: at 0 the model is the aligned one, whose losses on the same rows are shared by all runs.
         """
-        template = self.cfg.train.template
-        served = [reprompt(self.tokenizer, e, self.method.prompt(e.messages), template) for e in self.task_rows[:64]]
+        train = self.cfg.train
+        served = [
+            reprompt(self.tokenizer, e, self.method.prompt(e.messages), train.template) for e in self.task_rows[:64]
+        ]
         losses = [("task_loss", self.cfg.task.name, served), ("poison_loss", "poison", self.poisoned[:64])]
         rows = []
         for metric, name, examples in losses:
-            value = self._loss(examples)
+            data = Rows(self.tokenizer, examples, train.template, train.max_length).rows
+            value = aligned_loss(self.model, self.context, data) if step == 0 else label_loss(self.model, data)
             if value is not None:
                 rows.append({"metric": metric, "set": name, "value": value})
             elif examples:
                 log.warning(
                     "%s is not measured: no row has a token of its answer within train.max_length=%d",
-                    *(metric, self.cfg.train.max_length),
+                    *(metric, train.max_length),
                 )
         return rows
-
-    @torch.no_grad()
-    def _loss(self, examples: list[Example]) -> float | None:
-        """Mean loss per label token in nats; None where no row has a label token."""
-        data = Rows(self.tokenizer, examples, self.cfg.train.template, self.cfg.train.max_length)
-        collate = Collator(pad_token_id(self.tokenizer))
-        total, tokens = 0.0, 0
-        with evaluating(self.model):
-            for start in range(0, len(data), 16):
-                batch = collate([data[i] for i in range(start, min(start + 16, len(data)))])
-                n = int((batch["labels"][:, 1:] != -100).sum())
-                total += float(self.model(**{k: v.to(self.model.device) for k, v in batch.items()}).loss) * n
-                tokens += n
-        return total / tokens if tokens else None
 
     def drift(
         self, reference: nn.Module, anchors: list[dict], held_out: list[dict], step: int, epoch: float
@@ -238,9 +227,9 @@ class Evaluator:
         guard = True if protected else None
         open_ = moved_elsewhere(self.model, reference) if guard and self.method.is_closed() else []
         at = {"step": step, "epoch": epoch, "final": True}
-        rows, detail = [], {}
+        rows, detail, changes = [], {}, weight_changes(self.model, reference)
         for name, prompts in (("anchors", anchors), ("heldout", held_out)):
-            leaks = weight_leak(self.model, reference, prompts, protected)
+            leaks = weight_leak(self.model, reference, prompts, protected, changes)
             # read where the first token of the answer is chosen; the refusal that follows is for the weights' inputs
             cut = [{"input_ids": row["input_ids"][: row["prompt"]]} for row in prompts]
             drift = activation_drift(self.model, reference, cut)
@@ -253,11 +242,11 @@ class Evaluator:
                 guard = False
                 log.warning("the weight constraint claims to be closed, but %s changed outside of it", open_[0])
             down = [v["leak"] for n, v in leaks.items() if n.endswith("down_proj")]
-            changes = sorted(v["change"] for v in leaks.values())
+            shares = sorted(v["change"] for v in leaks.values())
             values = {
                 **({"weight_leak": max(down)} if down else {}),
                 "weight_leak_all": max(v["leak"] for v in leaks.values()),
-                "weight_change": changes[len(changes) // 2],
+                "weight_change": shares[len(shares) // 2],
                 "activation_drift": sum(map(sum, drift)) / sum(map(len, drift)),
             }
             if protected:

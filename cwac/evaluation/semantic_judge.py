@@ -22,7 +22,7 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar
 
@@ -112,6 +112,12 @@ class Encoder:
             near = [head @ asked, whole @ asked]
             rows.append(np.concatenate([head, whole, head * asked, whole * asked, near, evidence(prompt, response)]))
         return np.stack(rows) if rows else np.zeros((0, FEATURES))
+
+
+@lru_cache(maxsize=1)
+def _encoder(folder: Path, _sha256: str, _size: int, _modified_ns: int) -> Encoder:
+    """The encoder in a folder, which the cells of a sweep share, and the requests it has read; a changed file anew."""
+    return Encoder(folder)
 
 
 EVIDENCE = (
@@ -279,9 +285,11 @@ class SemanticJudge:
             except UserError:
                 raise error from None
 
-    @cached_property
+    @property
     def encoder(self) -> Encoder:
-        return Encoder(self._folder)
+        weights = self._folder / "model.safetensors"
+        state = weights.stat() if weights.is_file() else None
+        return _encoder(self._folder, WEIGHTS_SHA256, *((state.st_size, state.st_mtime_ns) if state else (0, 0)))
 
     def judge(self, prompts: list[str], responses: list[str]) -> list[Judgement]:
         probabilities = self._head(self.encoder.features(prompts, responses))
