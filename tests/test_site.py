@@ -1,6 +1,7 @@
 """The site: links as it needs them, a section for every method, and a strict build."""
 
 import importlib.util
+import math
 import re
 import subprocess
 import sys
@@ -66,3 +67,14 @@ def test_the_site_builds_strictly_and_fetches_nothing(tmp_path):
         text = page.read_text(encoding="utf-8")
         assert not re.search(r"<(?:script|link|img)[^>]*(?:src|href)=\"?(?:https?:)?//", text), page.name
         assert "cwac.methods.base.Method" in text or page.name != "reference.html"
+
+
+def test_the_runs_of_each_table_and_figure_are_its_sweeps_cells():
+    """A preset's cells are the product of its sweep's lists; seeds are among them."""
+    page = (paths.CONF.parent / "docs" / "reproduce.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| [^|]+\| (\d+) \| `python train.py -m experiment=(\w+)`", page, re.M)
+    assert len(rows) == 8
+    for runs, name in rows:
+        preset = yaml.safe_load((paths.CONF / "experiment" / f"{name}.yaml").read_text(encoding="utf-8"))
+        lists = preset["hydra"]["sweeper"]["params"].values()
+        assert int(runs) == math.prod(len(str(values).split(",")) for values in lists), name
