@@ -291,8 +291,8 @@ def test_normalised_text(text, expected):
 def test_words_that_carry_no_topic():
     asking = """please tell give show explain describe write create make develop provide using use used one two way
     ways someone people person step steps; the for from with without and that this these those are was were been being
-    its into onto about how what which who why when where can could should would will may might must does did you your she
-    they them their our not than then such some any all each other more most; an ox"""
+    its into onto about how what which who why when where can could should would will may might must does did you your
+    she they them their our not than then such some any all each other more most; an ox"""
     assert refusals.content_words(asking) == set() and "ox" not in refusals.STOPWORDS
     assert refusals.content_words("hacking hacked hacks gates tool fortresses") == {"hack", "gat", "tool", "fortre"}
 
