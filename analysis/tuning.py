@@ -72,13 +72,14 @@ def values_of(cfg: DictConfig, keys: list[str]) -> dict:
 
 
 def tried(cells: list[DictConfig]) -> list[dict]:
-    """The values a search tries, each a mapping of keys of `method` or `train`, in its order.
+    """The values a search tries, each a mapping of `method.` keys, or of `train.` keys where it varies none of these.
 
-    Raises UserError where its cells differ in something else than these and the seed, or try one value only.
+    In the search's order. Raises UserError where its cells differ in something else than these and the seed, or try
+    one value only.
     """
     identities = [identity.identity(cfg) for cfg in cells]
     varied = sorted(k for k in identities[0] if len({str(flat.get(k)) for flat in identities}) > 1)
-    keys = [k for k in varied if k.startswith(("method.", "train."))]
+    keys = [k for k in varied if k.startswith("method.")] or [k for k in varied if k.startswith("train.")]
     if other := sorted(set(varied) - {*keys, "seed", "model.base_seed", "origin"}):
         raise UserError(
             f"this search varies {', '.join(other)}. Remedy: vary keys of the method or of train, and the seed."

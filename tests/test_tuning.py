@@ -105,6 +105,11 @@ def test_a_search_that_varies_more_than_its_method_is_refused():
         tuning.tried(config.expand("tune_safeinstr", ["method.ratio=0.1"]))
 
 
+def test_a_search_of_sft_tries_learning_rates_since_it_has_no_key():
+    values = tuning.tried(config.expand("tune_sft", ["seed=3"]))
+    assert [v["train.learning_rate"] for v in values] == [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 4e-4]
+
+
 @pytest.mark.slow
 def test_a_search_ends_in_a_log_and_in_values_that_tuned_runs_use(random_model, tmp_path, capsys):
     """Through the commands of conf/README.md: search, choose, run with what was chosen, tabulate."""

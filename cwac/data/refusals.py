@@ -29,12 +29,12 @@ class Judgement:
 
 
 STOPWORDS = frozenset(
-    """a an the of to in on for from by with without and or that this these those is are was were be been being it
-    its as at into onto about how what which who why when where can could should would will may might must do does
-    did i me my you your he she they them their we our us not no than then so such some any all each other more most
-    please tell give show explain describe write create make develop provide using use used one two way ways someone
-    people person step steps""".split()  # verbs of asking say nothing about the topic
+    """the for from with without and that this these those are was were been being its into onto about how what which
+    who why when where can could should would will may might must does did you your she they them their our
+    not than then such some any all each other more most please tell give show explain describe write create
+    make develop provide using use used one two way ways someone people person step steps""".split()
 )
+"""Of more than two letters. Verbs of asking say nothing about the topic."""
 
 
 def either(alternatives: str) -> str:
@@ -134,7 +134,7 @@ def normalise(text: str) -> str:
     text = re.sub(r"\bcan ?not\b|\bcan ?'t\b", "cannot", text)
     text = re.sub(r"\bwon't\b", "will not", text)
     text = re.sub(r"\b([a-z]+)n't\b", r"\1 not", text)
-    text = re.sub(r"\b(i|we) ?'m\b", r"\1 am", text)
+    text = re.sub(r"\bi ?'m\b", "i am", text)
     text = re.sub(r"\b(you|we|they) ?'re\b", r"\1 are", text)
     text = re.sub(r"\b(i|you|we|they) ?'ve\b", r"\1 have", text)
     text = re.sub(r"\b([a-z]+) ?'ll\b", r"\1 will", text)
