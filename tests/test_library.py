@@ -30,7 +30,7 @@ from cwac.data.tokenize import Rows
 from cwac.methods.base import Method
 from cwac.models.loading import load
 from cwac.training import arguments, engine
-from cwac.training.library import EncodedRow, Mixed, defend, load_method, preset_pools
+from cwac.training.library import EncodedRow, Mixed, defend, load_method, options, preset_pools
 from tests.conftest import FINE_TUNE, ROOT, fine_tune, make_llama, random_rows
 
 SAE = "model.sae={tokens: 2048, m: 256, cached_tokens: 2048, batch: 256}"
@@ -444,3 +444,10 @@ def test_the_examples_data_stay_as_they_are_written(tmp_path):
     path.write_text('{"prompt": "when ?", "response": null}\n')
     with pytest.raises(SystemExit, match=f"error: line 1 of {path} needs a text"):
         text_rows(path)
+
+
+@pytest.mark.parametrize("model", options("model"))
+def test_a_method_loads_for_every_model_without_a_task(model):
+    """A script brings rows of its own: model=smollm2 was refused for the default task, which nobody had set."""
+    assert load_method("cwac", model).name == "cwac"
+    assert load_method("safeinstr", model, "task=sst2").name == "safeinstr"

@@ -233,7 +233,7 @@ def load_method(name: str, model: str, *overrides: str) -> Method:
         keys = [f"method.{key}" for key in compose([f"method={name}", f"model={model}"]).method]
         hint = nearest(wrong[1], keys) if wrong else ""
         raise UsageError(f"{said}; {hint}overrides are keys of the method, e.g. method.lam=1") from error
-    validate(cfg)
+    validate(cfg, task=False)
     return instantiate(cfg.method)
 
 
