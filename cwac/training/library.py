@@ -55,6 +55,10 @@ MODEL_INPUTS = {"input_ids", "attention_mask", "labels", "shift_labels", "positi
 """Keys of a batch that a method's own batches also have, or that a model does not need."""
 
 
+MOST_UNKNOWN = 0.2
+"""Share of unknown tokens in the user's rows above which there is a warning (ours)."""
+
+
 def speaks_of_arguments(function: Callable) -> Callable:
     """Decorator: the function's errors name the arguments that a script gives, instead of keys of train.py."""
 
@@ -328,6 +332,18 @@ def defend(
     sized = hasattr(dataset, "__len__")
     if not sized and args.max_steps <= 0:
         raise UsageError("a dataset without a length needs max_steps in the trainer's arguments")
+    share = unknown_share(dataset, tokenizer)
+    if share > MOST_UNKNOWN and not args.process_index:
+        own_words = ": the embedded one reads only its own words" if is_embedded(tokenizer) else ""
+        log.warning(
+            "%.0f %% of the tokens of your rows are %s, words that this tokenizer does not know, so little can be "
+            "learnt; give a real model, such as packaged_model('smollm2')%s",
+            *(
+                100 * share,
+                tokenizer.unk_token,
+                ": the embedded one reads only its own words" * is_embedded(tokenizer),
+            ),
+        )
     rows = [EncodedRow(str(i), "", given=dataset) for i in range(len(dataset) if sized else 0)]
     mixed = method.training_data(rows, context, random.Random(f"method-{args.seed}"))
     swaps = type(method).batch is not Method.batch
@@ -358,15 +374,34 @@ def defend(
     return trainer
 
 
+def is_embedded(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether this is the tokenizer of the embedded model, or knows all of its words."""
+    from cwac.models.tiny import make_tokenizer
+
+    return make_tokenizer().get_vocab().keys() <= tokenizer.get_vocab().keys()
+
+
+def unknown_share(dataset: Any, tokenizer: PreTrainedTokenizerBase, rows: int = 256) -> float:
+    """The share of unknown tokens among those of the first rows, special tokens aside; 0 where none can be counted.
+
+    That is where the tokenizer has no token of its own for the unknown (GPT-2's also ends a text), and where the rows
+    hold no `input_ids` or have no length.
+    """
+    unknown = tokenizer.unk_token_id
+    special = set(tokenizer.all_special_ids) - {unknown}
+    if unknown is None or unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+        return 0.0
+    chosen = [dataset[i] for i in range(min(rows, len(dataset)))] if hasattr(dataset, "__len__") else []
+    ids = [int(i) for row in chosen if "input_ids" in row for i in row["input_ids"] if int(i) not in special]
+    return ids.count(unknown) / len(ids) if ids else 0.0
+
+
 def preset_pools(name: str, data: str | None, seed: int, tokenizer: PreTrainedTokenizerBase) -> Pools:
     """The pools of a preset; raises UsageError for an unknown preset, or one in words that the model does not know."""
     known = options("pools")
     if name not in known:
         raise UsageError(f"pools={name!r} is unknown; {nearest(name, known)}there are {', '.join(known)}")
-    from cwac.models.tiny import make_tokenizer
-
-    embedded = make_tokenizer().get_vocab().keys() <= tokenizer.get_vocab().keys()
-    if embedded != (name == "toy"):
+    if is_embedded(tokenizer) != (name == "toy"):
         raise UsageError(
             "pools='toy' is written in the words of the embedded model, which this model was not aligned on; give "
             "pools='real' (with data=<folder> where the hub is out of reach), or Pools of your own"
