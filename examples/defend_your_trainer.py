@@ -5,9 +5,9 @@ python examples/defend_your_trainer.py --trainer sft           TRL's SFTTrainer 
 python examples/defend_your_trainer.py --model smollm2 --data mine.jsonl --pools-data FOLDER
 python examples/defend_your_trainer.py --model Qwen/Qwen2.5-0.5B-Instruct --like qwen_05b --data mine.csv
 
-As it stands it trains the embedded model on the reviews beside it, in seconds on a CPU. Rows of your own are JSON lines
-of {"prompt", "response"}, or a CSV with these columns; the embedded model reads only its own words, so give a real one
-with them.
+As it stands it trains the embedded model on the reviews beside it, in seconds on a CPU. Rows of your own are JSON
+lines of {"prompt", "response"}, or a CSV with these columns; the embedded model reads only its own words, so give a
+real one with them. `python -m experiments.measure runs/mine` says afterwards whether the model still refuses.
 """
 
 import argparse

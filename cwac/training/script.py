@@ -57,8 +57,8 @@ def packaged_model(name: str, artifacts: str | Path = "artifacts") -> str:
 def text_rows(path: str | Path) -> Dataset:
     """The rows of a file, of texts `prompt` and `response`: JSON lines, or a CSV (`.csv`) with these two columns.
 
-    Texts stay as they are written; `load_dataset` makes timestamps of dates. Raises UsageError, with the line's number,
-    for a missing file, a line that is no such row, and a file without rows.
+    Texts stay as they are written; `load_dataset` makes timestamps of dates. Raises UsageError for a missing file, a
+    line that is no such row, with its number, and a file without rows.
     """
     path, rows = Path(path), []
     if not path.is_file():
@@ -86,8 +86,8 @@ def _json_lines(file, path: Path) -> Iterator[tuple[int, dict]]:
             row = None
         if not isinstance(row, dict):
             raise UsageError(
-                f'line {number} of {path} is no JSON object; give {{"prompt": ..., "response": ...}} a line, or a file '
-                "that ends in .csv"
+                f'line {number} of {path} is no JSON object; give {{"prompt": ..., "response": ...}} a line, or a '
+                "file that ends in .csv"
             )
         yield number, row
 
