@@ -30,8 +30,8 @@ PAGES = {
 }
 """Files outside of docs/ that are pages of the site."""
 MADE_OF = {"docs/methods.yaml": "methods.md"}
-"""Files that a page of the site is made of: a link to such a file leads to the page there, and in a clone, which has no
-such page, to the file."""
+"""Files that a page of the site is made of: a link to such a file leads to the page on the site, and to the file in a
+clone, which has no such page."""
 LINK = re.compile(r"(?P<text>!?\[[^\]]*\])\((?P<to>[^)\s]+)\)")
 CODE = re.compile(r"(^ *```.*?^ *```|`[^`\n]*`)", re.M | re.S)
 

@@ -338,11 +338,7 @@ def defend(
         log.warning(
             "%.0f %% of the tokens of your rows are %s, words that this tokenizer does not know, so little can be "
             "learnt; give a real model, such as packaged_model('smollm2')%s",
-            *(
-                100 * share,
-                tokenizer.unk_token,
-                ": the embedded one reads only its own words" * is_embedded(tokenizer),
-            ),
+            *(100 * share, tokenizer.unk_token, own_words),
         )
     rows = [EncodedRow(str(i), "", given=dataset) for i in range(len(dataset) if sized else 0)]
     mixed = method.training_data(rows, context, random.Random(f"method-{args.seed}"))
