@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -499,10 +500,10 @@ def test_the_docs_pools_of_ones_own_are_pools_and_every_field_has_its_readers():
     given = {"load_method": lambda *names: names, "defend": lambda *three: three, "trainer": None}
     exec(block("Pools of your own", "python"), given)
     assert isinstance(given["pools"], Pools) and given["pools"].test["mine"][0].id == "test-0"
-    table = re.search(r"(?ms)^\| field \|.*?\n\n", DEFEND)[0]
-    fields, readers = set(re.findall(r"`(\w+)`", re.sub(r"(?m)\|[^|\n]*\|$", "", table))), table.splitlines()[2:]
+    table = re.search(r"(?ms)^\| field \|.*?\n\n", DEFEND)[0].strip().splitlines()
+    fields = {name for line in table for name in re.findall(r"`(\w+)`", line.split("|")[1])}
     assert fields == {f.name for f in dataclasses.fields(Pools)} - {"validation_benign"}
-    named = {name for line in readers for name in re.findall(r"`(\w+)`", line.rsplit("|", 2)[1])}
+    named = {name for line in table for name in re.findall(r"`(\w+)`", line.rsplit("|", 2)[1])}
     assert named - {"measure"} <= set(options("method"))
 
 
@@ -540,7 +541,7 @@ def test_unknown_tokens_are_counted_among_the_words_alone():
         ids = {"unk_token_id": 3, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0} | of
         return SimpleNamespace(**ids, all_special_ids=[0, 1, 2, 3])
 
-    rows = [{"input_ids": [1, 3, 7, 8, 9, 2, 0, 0]}, {"input_ids": [1, 3, 3, 7, 2]}, {"text": "raw"}]
+    rows = [{"input_ids": [1, 3, 7, 8, 9, 2, 0, 0]}, {"input_ids": [1, 3, 3, 7, 2]}, {"text": "raw"}, ("a", "tuple")]
     assert unknown_share(rows, tokenizer()) == 3 / 7
     assert unknown_share(rows, tokenizer(unk_token_id=None)) == 0
     assert unknown_share(rows, tokenizer(eos_token_id=3)) == 0, "GPT-2's ends a text as well"
@@ -608,7 +609,7 @@ def test_rows_longer_than_the_limit_are_cut_and_refused_where_nothing_is_left(tm
 # --- did it hold? -----------------------------------------------------------------------------------------
 
 
-def test_a_saved_folder_is_measured_as_a_run_is(tmp_path, artifacts, capsys):
+def test_a_saved_folder_is_measured_as_a_run_is(tmp_path, artifacts, capsys, monkeypatch):
     """The same shares as in the run's own evaluation, from the folder of its weights."""
     from cwac.core.jsonl import read_jsonl
     from cwac.core.run_dir import Run
@@ -620,8 +621,10 @@ def test_a_saved_folder_is_measured_as_a_run_is(tmp_path, artifacts, capsys):
     cfg = config.compose(["method=sft", "harmful_ratio=1", "train.learning_rate=1e-3", *paths, *small])
     run_cell(cfg)
     folder = Run(cfg).dir
+    monkeypatch.chdir(tmp_path)
+    Path("mine").symlink_to(folder / "model")  # a short name, whose table is not broken
     given = ["--pools", "toy", "--artifacts", str(artifacts)]
-    assert main([str(folder / "model"), "tiny", "--limit", "24", *given]) == 0
+    assert main(["mine", "tiny", "--limit", "24", *given]) == 0
     lines = [[c.strip() for c in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
     cells = {(line[0], line[1]): line for line in lines if len(line) == 7}
     rows = {row["metric"]: row for row in read_jsonl(folder / "metrics.jsonl") if row.get("final")}
@@ -629,8 +632,8 @@ def test_a_saved_folder_is_measured_as_a_run_is(tmp_path, artifacts, capsys):
     for place, metric in enumerate(("HS", "refusal", "other")):
         value = rows[metric]["value"]
         shown = "{:.1f} [{:.1f}, {:.1f}]".format(value, *exact(value, 24))
-        assert cells[str(folder / "model"), "toy_harmful"][2 + place] == shown
-    benign = cells[str(folder / "model"), "toy_benign"]
+        assert cells["mine", "toy_harmful"][2 + place] == shown
+    benign = cells["mine", "toy_benign"]
     assert benign[5].startswith(f"{rows['OR']['value']:.1f} [") and benign[2] == "-" and benign[6] == "24"
     assert cells["tiny", "toy_harmful"][2] == "0.0 [0.0, 14.2]"
 

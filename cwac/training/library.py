@@ -14,7 +14,7 @@ import logging
 import random
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -388,7 +388,8 @@ def unknown_share(dataset: Any, tokenizer: PreTrainedTokenizerBase, rows: int = 
     if unknown is None or unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
         return 0.0
     chosen = [dataset[i] for i in range(min(rows, len(dataset)))] if hasattr(dataset, "__len__") else []
-    ids = [int(i) for row in chosen if "input_ids" in row for i in row["input_ids"] if int(i) not in special]
+    encoded = [row["input_ids"] for row in chosen if isinstance(row, Mapping) and "input_ids" in row]
+    ids = [i for row in encoded for i in torch.as_tensor(row).flatten().tolist() if i not in special]
     return ids.count(unknown) / len(ids) if ids else 0.0
 
 
