@@ -45,15 +45,11 @@ def lines(name: str, rows: list[dict]) -> list[list[str]]:
     """One line of the table a set of requests."""
     found = []
     for of in dict.fromkeys(row["set"] for row in rows):
-        values = {row["metric"]: row for row in rows if row["set"] == of}
-        cells = [
-            "-"
-            if metric not in values
-            else "{:.1f} [{:.1f}, {:.1f}]".format(values[metric]["value"], *exact(values[metric]["value"], n))
-            for metric in METRICS
-            for n in [next(iter(values.values()))["n"]]
-        ]
-        found.append([name, of, *cells, str(next(iter(values.values()))["n"])])
+        values = {row["metric"]: row["value"] for row in rows if row["set"] == of}
+        n = next(row["n"] for row in rows if row["set"] == of)
+        cells = ["{:.1f} [{:.1f}, {:.1f}]".format(v, *exact(v, n)) for v in values.values()]
+        shown = dict(zip(values, cells, strict=True))
+        found.append([name, of, *(shown.get(metric, "-") for metric in METRICS), str(n)])
     return found
 
 
