@@ -29,6 +29,9 @@ PAGES = {
     "CHANGELOG.md": "changes.md",
 }
 """Files outside of docs/ that are pages of the site."""
+MADE_OF = {"docs/methods.yaml": "methods.md"}
+"""Files that a page of the site is made of: a link to such a file leads to the page on the site, and to the file in a
+clone, which has no such page."""
 LINK = re.compile(r"(?P<text>!?\[[^\]]*\])\((?P<to>[^)\s]+)\)")
 CODE = re.compile(r"(^ *```.*?^ *```|`[^`\n]*`)", re.M | re.S)
 
@@ -47,8 +50,8 @@ def source_of(uri: str) -> str:
 
 def page_of(path: str) -> str | None:
     """The site's path of a file of the repository; None if the site does not hold it."""
-    if path in PAGES:
-        return PAGES[path]
+    if path in PAGES or path in MADE_OF:
+        return PAGES.get(path) or MADE_OF[path]
     if path.startswith("docs/"):
         return path.removeprefix("docs/")
     return path if path.startswith("results/") and path.endswith(".png") else None
@@ -64,7 +67,7 @@ def mapped(text: str, uri: str) -> str:
             return match[0]
         path = posixpath.normpath(posixpath.join(here, to))
         page = page_of(path)
-        if path not in ("docs/methods.md",) and not (ROOT / path).exists():
+        if not (ROOT / path).exists():
             raise DeadLink(f"{source_of(uri)}: {match['to']}")
         if page is None:
             return f"`{match['text'].strip('[]')}`" if "`" not in match["text"] else match["text"].strip("[]")

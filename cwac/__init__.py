@@ -1,12 +1,14 @@
 """Does fine-tuning break a model's safety, and which defence keeps it?
 
 A reproduction of CWAC (coupled weight and activation constraints, arXiv:2604.12384) with its ablations, and exact
-constraints beyond it. `defend` and `load_method` put a defence into a training script of your own.
+constraints beyond it. `defend` and `load_method` put a defence into a training script of your own, `measure` says
+whether it held.
 
 The packages form a stack; each imports only those before it, which `tests/test_layout.py` checks:
 core, data, models, constraints, methods, evaluation, training.
 """
 
+import importlib
 import os
 from typing import Any
 
@@ -15,13 +17,22 @@ from typing import Any
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __version__ = "0.1.0"
-__all__ = ["defend", "load_method"]
+PUBLIC = {
+    "Example": "cwac.data.examples",
+    "Pools": "cwac.data.examples",
+    "defend": "cwac.training.library",
+    "hf_trainer": "cwac.training.script",
+    "load_method": "cwac.training.library",
+    "measure": "cwac.training.measure",
+    "packaged_model": "cwac.training.script",
+    "text_rows": "cwac.training.script",
+}
+"""Public name -> module."""
+__all__ = list(PUBLIC)
 
 
 def __getattr__(name: str) -> Any:
-    """`defend` and `load_method`, loaded with torch and transformers only when a script asks for them."""
-    if name in __all__:
-        from cwac.training import library
-
-        return getattr(library, name)
+    """The names of `PUBLIC`, loaded with torch and transformers only when a script asks for them."""
+    if name in PUBLIC:
+        return getattr(importlib.import_module(PUBLIC[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

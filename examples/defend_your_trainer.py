@@ -1,108 +1,82 @@
 """Your own fine-tuning script, under a defence: three lines more than without one.
 
-python examples/defend_your_trainer.py                     TRL's SFTTrainer (pip install '.[trl]')
-python examples/defend_your_trainer.py --trainer hf        transformers' Trainer
+python examples/defend_your_trainer.py                         transformers' Trainer
+python examples/defend_your_trainer.py --trainer sft           TRL's SFTTrainer (pip install '.[trl]' in the checkout)
+python examples/defend_your_trainer.py --model smollm2 --data mine.jsonl --pools-data FOLDER
+python examples/defend_your_trainer.py --model Qwen/Qwen2.5-0.5B-Instruct --like qwen_05b --data mine.csv
 
-As it stands it trains the embedded model on the reviews beside it, in seconds on a CPU. For your own:
---model Qwen/Qwen2.5-0.5B-Instruct --like qwen_05b --pools real --data mine.jsonl (one {"prompt", "response"} a line).
+As it stands it trains the embedded model on the reviews beside it, in seconds on a CPU. Rows of your own are JSON
+lines of {"prompt", "response"}, or a CSV with these columns; the embedded model reads only its own words, so give a
+real one with them. `python -m experiments.measure runs/mine` says afterwards whether the model still refuses.
 """
 
 import argparse
-import json
+import importlib.util
+import sys
 from pathlib import Path
 
 import torch
-from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cwac.training.library import defend, load_method
-
-SETTINGS = {
-    "num_train_epochs": 3,
-    "learning_rate": 1e-4,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 0.05,
-    "per_device_train_batch_size": 8,
-    "save_steps": 10,
-    "seed": 0,
-    "data_seed": 0,
-    "report_to": [],
-}
+from cwac import defend, hf_trainer, load_method, packaged_model, text_rows
+from cwac.core.config import about, command
+from cwac.core.errors import UsageError
+from cwac.training.library import options
+from cwac.training.script import SETTINGS, turns
 
 
-def text_rows(path: Path) -> Dataset:
-    """One {"prompt", "response"} a line, both as they are written: `load_dataset` makes timestamps of dates."""
-    rows = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            row = json.loads(line)
-            if not all(isinstance(row.get(name), str) and row[name].strip() for name in ("prompt", "response")):
-                raise SystemExit(f"error: line {number} of {path} needs a text in each of `prompt` and `response`")
-            rows.append({name: row[name] for name in ("prompt", "response")})
-    return Dataset.from_list(rows)
-
-
-def turns(row: dict) -> tuple[list[dict], list[dict]]:
-    return [{"role": "user", "content": row["prompt"]}], [{"role": "assistant", "content": row["response"]}]
-
-
-def sft_trainer(model, tokenizer, rows, out: str):
+def sft_trainer(model, tokenizer, rows, out: str, max_length: int):
     from trl import SFTConfig, SFTTrainer
 
     rows = rows.map(
         lambda row: dict(zip(("prompt", "completion"), turns(row), strict=True)), remove_columns="response"
     )
-    config = SFTConfig(out, **SETTINGS, max_length=64, bf16=torch.cuda.is_available())
+    config = SFTConfig(out, **SETTINGS, max_length=max_length, bf16=torch.cuda.is_available())
     return SFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer)
 
 
-def hf_trainer(model, tokenizer, rows, out: str):
-    def encode(row: dict) -> dict:
-        prompt, response = turns(row)
-        start = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
-        ids = tokenizer.apply_chat_template(prompt + response, return_dict=False)
-        return {"input_ids": ids, "labels": [-100] * len(start) + ids[len(start) :]}
-
-    rows = rows.map(encode, remove_columns=rows.column_names)
-    collator = DataCollatorForSeq2Seq(tokenizer)
-    return Trainer(model, TrainingArguments(out, **SETTINGS), collator, rows, processing_class=tokenizer)
-
-
-def embedded_model(artifacts: str) -> str:
-    from cwac.core.config import compose
-    from cwac.models.loading import load
-
-    return load(compose(["model=tiny"]).model, Path(artifacts)).source
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--trainer", choices=("sft", "hf"), default="sft")
-    parser.add_argument("--model", help="folder or hub id of an aligned chat model (default: the embedded one)")
-    parser.add_argument("--data", default=str(Path(__file__).parent / "reviews.jsonl"))
+@command
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(**about(__doc__))
+    parser.add_argument("--trainer", choices=("hf", "sft", "trl"), default="hf", help="sft and trl: TRL's SFTTrainer")
+    parser.add_argument("--model", default="tiny", help="tiny, smollm2, qwen_coder_05b, a folder, or a hub id")
+    parser.add_argument("--data", default=str(Path(__file__).parent / "reviews.jsonl"), help="rows: .jsonl or .csv")
     parser.add_argument("--method", default="cwac", help="a name in conf/method/")
-    parser.add_argument("--like", default="tiny", help="the option of conf/model/ nearest to the model")
-    parser.add_argument("--pools", default="toy", help="toy (the embedded model's) or real")
+    parser.add_argument("--like", help="the option of conf/model/ nearest to the model (default: its name)")
+    parser.add_argument("--pools", help="the defence's prompts (default: toy for the embedded model, else real)")
+    parser.add_argument("--pools-data", metavar="FOLDER", help="folder laid out like the hub, read instead of it")
+    parser.add_argument("--max-length", type=int, help="of a row in tokens (default: 64 for the embedded model, 512)")
     parser.add_argument("--artifacts", default="artifacts", help="what the defence builds once")
     parser.add_argument("--out", default="runs/mine")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     parser.add_argument("overrides", nargs="*", help="any key of the method, e.g. method.activation.lam=1")
     args = parser.parse_intermixed_args(argv)
 
-    name = args.model or embedded_model(args.artifacts)
+    # what is wrong with the arguments is said before a model is loaded
+    if args.trainer != "hf" and importlib.util.find_spec("trl") is None:
+        raise UsageError(f"--trainer {args.trainer} needs TRL: pip install '.[trl]' in the checkout, or --trainer hf")
+    like = args.like or args.model
+    if like not in options("model"):
+        raise UsageError(f"--model {args.model} needs --like, one of {', '.join(options('model'))}")
+    rows = text_rows(args.data)
+    method = load_method(args.method, like, *args.overrides)
+
+    packaged = args.model in options("model") and not Path(args.model).is_dir()
+    name = packaged_model(args.model, args.artifacts) if packaged else args.model
     model, tokenizer = (
         AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32),
         AutoTokenizer.from_pretrained(name),
     )
-    rows = text_rows(Path(args.data))
-    trainer = {"sft": sft_trainer, "hf": hf_trainer}[args.trainer](model, tokenizer, rows, args.out)
+    length = args.max_length or (64 if like == "tiny" else 512)
+    trainer = (hf_trainer if args.trainer == "hf" else sft_trainer)(model, tokenizer, rows, args.out, length)
 
-    method = load_method(args.method, args.like, *args.overrides)
-    defend(trainer, method, args.pools, artifacts=args.artifacts, max_length=64)
+    pools = args.pools or ("toy" if like == "tiny" else "real")
+    defend(trainer, method, pools, data=args.pools_data, artifacts=args.artifacts, max_length=length)
     trainer.train(resume_from_checkpoint=args.resume)
 
     trainer.save_model(args.out)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

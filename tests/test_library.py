@@ -1,5 +1,6 @@
 """A defence in somebody's own script gives the weights of train.py, under Trainer and under TRL's SFTTrainer."""
 
+import dataclasses
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,8 +23,11 @@ from transformers import (
     Trainer,
 )
 
+from analysis.stats import exact
+from cwac import hf_trainer, measure, packaged_model, text_rows
 from cwac.core import config
 from cwac.core.errors import UsageError, UserError
+from cwac.data.examples import Pools
 from cwac.data.mix import mix
 from cwac.data.pools import load_pools
 from cwac.data.tasks import load_task
@@ -30,7 +35,7 @@ from cwac.data.tokenize import Rows
 from cwac.methods.base import Method
 from cwac.models.loading import load
 from cwac.training import arguments, engine
-from cwac.training.library import EncodedRow, Mixed, defend, load_method, preset_pools
+from cwac.training.library import EncodedRow, Mixed, defend, load_method, options, preset_pools, unknown_share
 from tests.conftest import FINE_TUNE, ROOT, fine_tune, make_llama, random_rows
 
 SAE = "model.sae={tokens: 2048, m: 256, cached_tokens: 2048, batch: 256}"
@@ -180,7 +185,8 @@ def test_the_example_equals_train_py(kind, tmp_path, artifacts):
     if kind == "sft":
         pytest.importorskip("trl")
     from cwac.core.run_dir import Run
-    from examples.defend_your_trainer import SETTINGS, main
+    from cwac.training.script import SETTINGS
+    from examples.defend_your_trainer import main
     from train import run_cell
 
     paths = [f"paths.runs={tmp_path}", f"paths.artifacts={artifacts}", "keep_weights=true", "eval.progress=false"]
@@ -435,12 +441,227 @@ def test_errors_name_arguments_that_a_script_has(tmp_path, artifacts):
 
 def test_the_examples_data_stay_as_they_are_written(tmp_path):
     """`load_dataset` makes timestamps of a column of dates, and the chat template trained on `<datetime>`."""
-    from examples.defend_your_trainer import text_rows
-
     path = tmp_path / "mine.jsonl"
     dates = [f"2024-01-0{i}" for i in range(1, 6)]
     path.write_text("".join(json.dumps({"prompt": "when ?", "response": date}) + "\n" for date in dates))
     assert text_rows(path)["response"] == dates
     path.write_text('{"prompt": "when ?", "response": null}\n')
-    with pytest.raises(SystemExit, match=f"error: line 1 of {path} needs a text"):
+    with pytest.raises(UsageError, match=f"^line 1 of {path} needs a text"):
         text_rows(path)
+
+
+@pytest.mark.parametrize("model", options("model"))
+def test_a_method_loads_for_every_model_without_a_task(model):
+    """A script brings rows of its own: model=smollm2 was refused for the default task, which nobody had set."""
+    assert load_method("cwac", model).name == "cwac"
+    assert load_method("safeinstr", model, "task=sst2").name == "safeinstr"
+
+
+# --- a newcomer with rows of their own --------------------------------------------------------------------
+
+DEFEND = (ROOT / "docs" / "defend.md").read_text(encoding="utf-8")
+
+
+def block(title: str, kind: str) -> str:
+    """The first code block of a kind in a section of docs/defend.md."""
+    return re.search(rf"(?ms)^## {title}\n.*?^```{kind}\n(.*?)^```", DEFEND)[1]
+
+
+def test_a_packaged_model_is_a_folder_and_any_other_name_one_line(artifacts):
+    folder = packaged_model("tiny", artifacts)
+    assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() == 950_656
+    assert len(AutoTokenizer.from_pretrained(folder)) == 762
+    with pytest.raises(
+        UsageError, match="model=qwen_05b is no packaged model; .*there are qwen_coder_05b, smollm2, t"
+    ):
+        packaged_model("qwen_05b", artifacts)
+
+
+def test_the_docs_folder_laid_out_like_the_hub_is_one(tmp_path):
+    """A column's name is its text in a file of one row, but for the label, of which both kinds are wanted."""
+    from cwac.data.harmful_sources import benign_rows, harmful_rows
+
+    for line in block("A real model without a hub", "text").splitlines():
+        path, columns = line.split(maxsplit=1)
+        path = tmp_path / path.removeprefix("FOLDER/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".md":
+            path.write_text(block("A real model without a hub", "yaml"))
+            continue
+        names = [name.strip() for name in re.sub(r"\(.*?\)|;.*", "", columns).split(",")]
+        rows = [",".join(kind if name == "label" else name for name in names) for kind in ("safe", "unsafe")]
+        path.write_text("\n".join([",".join(names), *rows]) + "\n")
+    rows = harmful_rows(str(tmp_path)) | benign_rows(str(tmp_path), 10)
+    assert [len(rows[name]) for name in ("advbench", "harmbench", "xstest_safe", "xstest_unsafe")] == [2, 2, 1, 1]
+    assert rows["alpaca"][0].response == "output" and "safety_tuned_llamas" in rows
+
+
+def test_the_docs_pools_of_ones_own_are_pools_and_every_field_has_its_readers():
+    given = {"load_method": lambda *names: names, "defend": lambda *three: three, "trainer": None}
+    exec(block("Pools of your own", "python"), given)
+    assert isinstance(given["pools"], Pools) and given["pools"].test["mine"][0].id == "test-0"
+    table = re.search(r"(?ms)^\| field \|.*?\n\n", DEFEND)[0].strip().splitlines()
+    fields = {name for line in table for name in re.findall(r"`(\w+)`", line.split("|")[1])}
+    assert fields == {f.name for f in dataclasses.fields(Pools)} - {"validation_benign"}
+    named = {name for line in table for name in re.findall(r"`(\w+)`", line.rsplit("|", 2)[1])}
+    assert named - {"measure"} <= set(options("method"))
+
+
+def test_pools_with_what_the_method_reads_alone_defend(tmp_path, artifacts):
+    cfg = config.compose([f"paths.artifacts={artifacts}", *FINE_TUNE])
+    anchors = load_pools(cfg.pools, None, 0).anchors
+    trainer = own_trainer(cfg, tmp_path, artifacts)
+    defend(trainer, load_method("weight_only", "tiny"), Pools(anchors=anchors), artifacts=artifacts, max_length=64)
+    assert trainer.train().global_step == 3
+    with pytest.raises(UserError, match="enlarge pools.anchors|prompts in pools.anchors"):
+        defend(own_trainer(cfg, tmp_path, artifacts), load_method("weight_only", "tiny"), Pools(), artifacts=artifacts)
+
+
+def test_rows_in_words_that_the_tokenizer_lacks_are_a_warning(tmp_path, artifacts, caplog):
+    cfg = config.compose([f"paths.artifacts={artifacts}", *FINE_TUNE])
+    trainer = own_trainer(cfg, tmp_path, artifacts)
+    defend(trainer, load_method("sft", "tiny"), "toy", artifacts=artifacts, max_length=64)
+    assert "words that this tokenizer does not know" not in caplog.text
+    tokenizer = trainer.processing_class
+    texts = ["Quarterly revenue fell sharply , analysts said .", "Name a colour ."] * 8
+    rows = Dataset.from_list([{"prompt": t, "response": "Shareholders sued ."} for t in texts])
+    defend(
+        hf_trainer(trainer.model, tokenizer, rows, str(tmp_path)),
+        load_method("sft", "tiny"),
+        "toy",
+        artifacts=artifacts,
+    )
+    (said,) = [r.getMessage() for r in caplog.records if "does not know" in r.getMessage()]
+    assert re.match(r"\d\d % of the tokens of your rows are <unk>, ", said) and "\n" not in said
+    assert "give a real model, such as packaged_model('smollm2'): the embedded one reads only its own words" in said
+
+
+def test_unknown_tokens_are_counted_among_the_words_alone():
+    def tokenizer(**of):
+        ids = {"unk_token_id": 3, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0} | of
+        return SimpleNamespace(**ids, all_special_ids=[0, 1, 2, 3])
+
+    rows = [{"input_ids": [1, 3, 7, 8, 9, 2, 0, 0]}, {"input_ids": [1, 3, 3, 7, 2]}, {"text": "raw"}, ("a", "tuple")]
+    assert unknown_share(rows, tokenizer()) == 3 / 7
+    assert unknown_share(rows, tokenizer(unk_token_id=None)) == 0
+    assert unknown_share(rows, tokenizer(eos_token_id=3)) == 0, "GPT-2's ends a text as well"
+    assert unknown_share(iter(rows), tokenizer()) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.csv", "question,answer\na,b\n", r"no column prompt, response .*its columns are question, answer"),
+        ("a.csv", "prompt,response\na,\n", "line 2 of .* needs a text in each"),
+        ("a.jsonl", "prompt,response\na,b\n", r"line 1 of .* is no JSON object; .*ends in .csv"),
+        ("a.jsonl", '\n{"question": "a", "answer": "b"}\n', "line 2 of .* it has question, answer"),
+        ("a.jsonl", "[1]\n", "line 1 of .* is no JSON object"),
+        ("a.jsonl", "\n", "has no rows"),
+        ("gone.jsonl", None, "is not a file; give JSON lines"),
+    ],
+)
+def test_rows_that_are_none_are_one_line_before_a_model_is_loaded(name, text, message, tmp_path, capsys, monkeypatch):
+    from examples import defend_your_trainer as script
+
+    monkeypatch.setattr(script, "packaged_model", lambda *_: pytest.fail("a model was loaded"))
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    assert script.main(["--data", str(tmp_path / name)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and re.search(message, said), said
+
+
+def test_a_csv_gives_the_rows_of_the_same_json_lines(tmp_path):
+    (tmp_path / "a.csv").write_text(
+        '\ufeffprompt,response,more\n"a, ""b""\nc",2024-01-01,x\nNA,007,y\n', encoding="utf-8"
+    )
+    found = text_rows(tmp_path / "a.csv")
+    assert found["prompt"] == ['a, "b"\nc', "NA"] and found["response"] == ["2024-01-01", "007"]
+    assert found.column_names == ["prompt", "response"]
+
+
+def test_the_example_says_what_is_missing_in_one_line(monkeypatch, capsys):
+    from examples import defend_your_trainer as script
+
+    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(script, "packaged_model", lambda *_: pytest.fail("a model was loaded"))
+    for argv, message in [
+        (["--trainer", "sft"], r"--trainer sft needs TRL: pip install '\.\[trl\]' in the checkout"),
+        (["--trainer", "trl"], r"--trainer trl needs TRL: pip install '\.\[trl\]' in the checkout"),
+        (["--model", "me/mine"], "--model me/mine needs --like, one of gemma2"),
+        (["--method", "cwacc"], "method=cwacc is unknown; did you mean cwac"),
+    ]:
+        assert script.main(argv) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and re.search(message, said), said
+
+
+def test_rows_longer_than_the_limit_are_cut_and_refused_where_nothing_is_left(tmp_path, artifacts):
+    folder = packaged_model("tiny", artifacts)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    rows = Dataset.from_list([{"prompt": "name a colour", "response": "red " * 40}])
+    trainer = hf_trainer(model, tokenizer, rows, str(tmp_path), max_length=20, num_train_epochs=1)
+    assert len(trainer.train_dataset[0]["input_ids"]) == 20 and trainer.args.num_train_epochs == 1
+    with pytest.raises(UsageError, match="1 rows have no token of their response within max_length=3"):
+        hf_trainer(model, tokenizer, rows, str(tmp_path), max_length=3)
+
+
+# --- did it hold? -----------------------------------------------------------------------------------------
+
+
+def test_a_saved_folder_is_measured_as_a_run_is(tmp_path, artifacts, capsys, monkeypatch):
+    """The same shares as in the run's own evaluation, from the folder of its weights."""
+    from cwac.core.jsonl import read_jsonl
+    from cwac.core.run_dir import Run
+    from experiments.measure import main
+    from train import run_cell
+
+    small = ["task.n_train=32", "task.n_test=4", "eval.n_harmful=24", "eval.n_benign=24", "eval.drift=false"]
+    paths = [f"paths.runs={tmp_path}", f"paths.artifacts={artifacts}", "keep_weights=true", "eval.progress=false"]
+    cfg = config.compose(["method=sft", "harmful_ratio=1", "train.learning_rate=1e-3", *paths, *small])
+    run_cell(cfg)
+    folder = Run(cfg).dir
+    monkeypatch.chdir(tmp_path)
+    Path("mine").symlink_to(folder / "model")  # a short name, whose table is not broken
+    given = ["--pools", "toy", "--artifacts", str(artifacts)]
+    assert main(["mine", "tiny", "--limit", "24", *given]) == 0
+    lines = [[c.strip() for c in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    cells = {(line[0], line[1]): line for line in lines if len(line) == 7}
+    rows = {row["metric"]: row for row in read_jsonl(folder / "metrics.jsonl") if row.get("final")}
+    assert rows["HS"]["value"] > 0, "the run has to have changed the model"
+    for place, metric in enumerate(("HS", "refusal", "other")):
+        value = rows[metric]["value"]
+        shown = "{:.1f} [{:.1f}, {:.1f}]".format(value, *exact(value, 24))
+        assert cells["mine", "toy_harmful"][2 + place] == shown
+    benign = cells["mine", "toy_benign"]
+    assert benign[5].startswith(f"{rows['OR']['value']:.1f} [") and benign[2] == "-" and benign[6] == "24"
+    assert cells["tiny", "toy_harmful"][2] == "0.0 [0.0, 14.2]"
+
+
+def test_what_cannot_be_measured_is_one_line(tmp_path, artifacts, capsys):
+    from experiments.measure import main
+
+    for argv, message in [
+        (["tinny", "--pools", "toy"], "tinny is neither a folder nor a model; did you mean tiny"),
+        (["tiny", "--pools", "real"], "pools='real' has words that the embedded model lacks; give pools='toy'"),
+        (["tiny", "--pools", "toy", "--judge", "keywrd"], "judge=keywrd is unknown; did you mean keyword"),
+        ([str(tmp_path), "--pools", "toy"], "does not hold a causal language model"),
+    ]:
+        assert main([*argv, "--artifacts", str(artifacts)]) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said.startswith("error: ") and re.search(message, said), said
+    folder = packaged_model("tiny", artifacts)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    with pytest.raises(UsageError, match="fill Pools.test and Pools.over_refusal"):
+        measure(model, tokenizer, Pools())
+
+
+def test_prompts_are_served_as_the_method_changes_them(artifacts):
+    folder = packaged_model("tiny", artifacts)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    pools = Pools(test={"mine": load_pools(config.compose([]).pools, None, 0).test["toy_harmful"][:8]})
+    task = [{"role": "user", "content": "what is two plus two ?"}]
+    plain = measure(model, tokenizer, pools)
+    other = measure(model, tokenizer, pools, prompt=lambda messages: task)
+    share = {r["metric"]: r["value"] for r in plain}, {r["metric"]: r["value"] for r in other}
+    assert share[0]["refusal"] > 50 and share[1]["refusal"] == 0 and {r["n"] for r in plain} == {8}

@@ -27,6 +27,12 @@ def test_links_out_of_docs_lead_to_the_pages_that_show_the_files():
     assert site.mapped("`[a](gone.md)`", "start.md") == "`[a](gone.md)`"
 
 
+def test_what_a_page_is_made_of_leads_to_the_page_and_no_source_links_to_what_only_the_site_has():
+    assert site.mapped("[the methods](methods.yaml#lisa)", "defend.md") == "[the methods](methods.md#lisa)"
+    with pytest.raises(site.DeadLink, match="docs/defend.md: methods.md"):
+        site.mapped("[the methods](methods.md)", "defend.md")
+
+
 def test_a_link_to_nothing_fails():
     with pytest.raises(site.DeadLink, match="docs/start.md: gone.md"):
         site.mapped("[a](gone.md)", "start.md")

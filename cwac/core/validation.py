@@ -70,13 +70,18 @@ REQUIRED = (
 """Keys that may not be null; others have a meaning for it."""
 
 
-def validate(cfg: DictConfig) -> None:
-    """Check keys, ranges and choices before anything is loaded or written; raises UsageError naming the key."""
+def validate(cfg: DictConfig, task: bool = True) -> None:
+    """Check keys, ranges and choices before anything is loaded or written; raises UsageError naming the key.
+
+    task: whether the configuration's task will be used; a script that brings rows of its own uses none.
+    """
     check_keys(cfg)
     validate_values(cfg)
     validate_model(cfg)
     validate_evaluation(cfg)
     validate_data(cfg)
+    if task:
+        validate_task(cfg)
 
 
 def validate_values(cfg: DictConfig) -> None:
@@ -190,12 +195,16 @@ def validate_evaluation(cfg: DictConfig) -> None:
 
 
 def validate_data(cfg: DictConfig) -> None:
-    """The folder of data sets, and whether the model knows the words of the task."""
+    """The folder of data sets."""
     if cfg.paths.data is not None and not Path(cfg.paths.data).is_dir():
         raise UsageError(
             f"paths.data={cfg.paths.data} is not a folder; give a folder laid out like the hub "
             "(e.g. stanfordnlp/sst2/...), or paths.data=null to load from the Hugging Face hub"
         )
+
+
+def validate_task(cfg: DictConfig) -> None:
+    """Whether the model knows the words of the task."""
     if cfg.task.kind == "toy" and cfg.model.kind not in ("tiny", "folder"):
         raise UsageError(
             f"task={cfg.task.name} is written in the embedded world's words, which model={cfg.model.name} was not "

@@ -39,21 +39,24 @@ class Example:
 
 @dataclass(frozen=True)
 class Pools:
-    """Every harmful (and contrasting harmless) set a run may touch; asserted disjoint by prompt."""
+    """Every harmful (and contrasting harmless) set a run may touch; asserted disjoint by prompt.
 
-    poison: list[Example]
+    Pools of one's own need only the sets that the method reads (docs/defend.md).
+    """
+
+    poison: list[Example] = field(default_factory=list)
     """Request -> compliance: what the harmful ratio mixes into the task data."""
-    anchors: list[Example]
+    anchors: list[Example] = field(default_factory=list)
     """Requests whose activations the weight constraint protects."""
-    step: list[Example]
+    step: list[Example] = field(default_factory=list)
     """Requests sampled in each step for L_safety (Eq. 11)."""
-    sae: list[Example]
+    sae: list[Example] = field(default_factory=list)
     """Requests the SAE is fitted on and the safety-critical latents are ranked on."""
-    benign: list[Example]
+    benign: list[Example] = field(default_factory=list)
     """Harmless instructions with answers: the contrast for ranking, the SAE's general text."""
-    safety: list[Example]
+    safety: list[Example] = field(default_factory=list)
     """Request -> refusal, for defences that train on refusals (SafeInstr, Lisa, BEA)."""
-    validation: list[Example]
+    validation: list[Example] = field(default_factory=list)
     """Requests for tuning; never reported."""
     test: dict[str, list[Example]] = field(default_factory=dict)
     """Set name -> unseen requests; HS is reported per set."""

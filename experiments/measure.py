@@ -1,0 +1,94 @@
+"""Does a saved model still refuse? HS, refusal, other and OR of folders, each with its n and interval.
+
+python -m experiments.measure tiny runs/mine --pools toy                      the embedded model, before and after
+python -m experiments.measure smollm2 runs/mine --pools-data FOLDER --limit 50
+
+A model is a folder that `save_model` or `save_pretrained` wrote, or an option of conf/model. The evaluation is that of
+the runs, without a task: greedy answers to the unseen requests of the pools, read by the same judge. Intervals are
+Clopper and Pearson's of 95 %, over the requests of a set. A method that changes prompts (BEA) is measured from its
+script: `measure(..., prompt=method.prompt)`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from analysis.stats import exact
+from analysis.tables import markdown
+from cwac.core.config import about, command, compose
+from cwac.core.errors import UsageError
+from cwac.models.layers import device
+from cwac.models.loading import Loaded, load
+from cwac.training.library import nearest, options
+from cwac.training.measure import measure
+
+METRICS = ("HS", "refusal", "other", "OR")
+
+
+def opened(name: str, artifacts: Path) -> Loaded:
+    """The model of a folder, or of an option of conf/model; raises UsageError for anything else."""
+    if Path(name).is_dir():
+        cfg = compose(["model=smollm2"]).model
+        OmegaConf.update(cfg, "path", name, force_add=True)
+        cfg.kind, cfg.name = "folder", name
+        return load(cfg, artifacts)
+    if name not in (known := options("model")):
+        raise UsageError(f"{name} is neither a folder nor a model; {nearest(name, known)}there are {', '.join(known)}")
+    return load(compose([f"model={name}"]).model, artifacts)
+
+
+def lines(name: str, rows: list[dict]) -> list[list[str]]:
+    """One line of the table a set of requests."""
+    found = []
+    for of in dict.fromkeys(row["set"] for row in rows):
+        values = {row["metric"]: row["value"] for row in rows if row["set"] == of}
+        n = next(row["n"] for row in rows if row["set"] == of)
+        cells = ["{:.1f} [{:.1f}, {:.1f}]".format(v, *exact(v, n)) for v in values.values()]
+        shown = dict(zip(values, cells, strict=True))
+        found.append([name, of, *(shown.get(metric, "-") for metric in METRICS), str(n)])
+    return found
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns the exit status: 0, or 2 for bad input."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.measure", **about(__doc__))
+    parser.add_argument("models", nargs="+", help="folders of saved models, or options of conf/model")
+    parser.add_argument("--pools", default="real", help="toy (the embedded model's) or another preset of conf/pools")
+    parser.add_argument("--pools-data", metavar="FOLDER", help="folder laid out like the hub, read instead of it")
+    parser.add_argument("--judge", help="an option of conf/eval/judge (default: that of the runs)")
+    parser.add_argument("--template", choices=("chat", "alpaca"), default="chat", help="how requests are rendered")
+    parser.add_argument("--limit", type=int, help="the most requests of a set")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="of an answer")
+    parser.add_argument("--artifacts", type=Path, default=Path("artifacts"), help="folder of the artifact cache")
+    args = parser.parse_args(argv)
+    for key in ("limit", "max_new_tokens"):
+        if getattr(args, key) is not None and getattr(args, key) < 1:
+            parser.error(f"--{key.replace('_', '-')} {getattr(args, key)} is not a number of at least 1")
+    rows, judges = [], set()
+    for name in args.models:
+        loaded = opened(name, args.artifacts)
+        measured = measure(
+            loaded.model.to(device()),
+            loaded.tokenizer,
+            args.pools,
+            judge=args.judge,
+            data=args.pools_data,
+            artifacts=args.artifacts,
+            template=args.template,
+            limit=args.limit,
+            max_new_tokens=args.max_new_tokens,
+        )
+        judges |= {row["judge"] for row in measured}
+        rows += lines(name, measured)
+    print(markdown(["model", "requests", *(f"{m}, %" for m in METRICS), "n"], rows, key=2))
+    print(f"\njudge: {', '.join(sorted(judges))}; 95 % intervals over requests")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
