@@ -58,6 +58,10 @@ def log_and_choose(args: argparse.Namespace) -> int:
     best = int(means.loc[means["chosen"], "trial"].iloc[0])
     log.assign(chosen=log["trial"] == best).to_csv(path, index=False)
     print(means.to_string(index=False))
+    if not all(key.startswith("method.") for key in values[0]):  # what all presets share is no value of one method
+        overrides = " ".join(f"{key}={value}" for key, value in values[best - 1].items())
+        print(f"log: {path}\nchosen: {overrides}, to be given on the command line")
+        return 0
     target = args.conf / "chosen" / "tuned" / f"{model}_{method}.yaml"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(as_yaml(values[best - 1], len(values), sorted(set(log["seed"])), path), encoding="utf-8")

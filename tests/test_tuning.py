@@ -162,3 +162,9 @@ def test_a_search_ends_in_a_log_and_in_values_that_tuned_runs_use(random_model, 
     assert demo.main(["--runs", str(tmp_path / "final"), "--out", str(tmp_path / "table")]) == 0
     said = "Values: tuned on validation prompts (results/tuning) for SafeInstr; official for the others."
     assert said in (tmp_path / "table" / "table.md").read_text()
+
+
+def test_what_a_search_chose_lays_only_values_of_its_method_over_a_preset():
+    """A learning rate here would move SFT, the control, in every preset with `values=tuned`."""
+    files = sorted((paths.CONF / "chosen" / "tuned").glob("*.yaml"))
+    assert files and {key for f in files for key in yaml.safe_load(f.read_text())} == {"values", "method"}
