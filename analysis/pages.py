@@ -30,7 +30,7 @@ from cwac.core.errors import UserError
 
 CAMPAIGN = "smollm2_main"
 """Folder in `results/` of the README's figure and table."""
-EMBEDDED = "demo_rivals"
+EMBEDDED = "demo"
 """Folder of the campaign on the embedded model, at official values."""
 TUNED = "demo_tuned"
 """Folder of the same at the values that searches chose."""
@@ -121,7 +121,8 @@ def fair() -> str:
     tuned = view(TUNED)
     if "l2sp" not in tuned.methods:
         return ""
-    return f"There, with every method at the value that the same search chose, {headline.beaten(tuned)}. "
+    chose = f"There, with every method at the value that its search chose and p = {tuned.ratio:g}"
+    return f"{chose}, {headline.beaten(tuned)}. "
 
 
 def wrapped(text: str, indent: str = "") -> str:
