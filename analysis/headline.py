@@ -189,7 +189,7 @@ def beaten(view: View, method: str = "cwac") -> str:
         return f"{label} is beaten at its own accuracy by {several(surely)}"
     if lower:
         return (
-            f"no method is shown to be safer than {label} at its accuracy: {several(lower)} end lower in the mean, "
+            f"{several(lower)} end lower in the mean, at an accuracy within {MARGIN:g} points of {label}'s or above, "
             "which these seeds do not decide"
         )
     return f"none of the other methods ({others}) ends lower than {label} at its accuracy"

@@ -107,11 +107,10 @@ def reading(page: Path) -> str:
     hs, fa = ({m: here.mean(m, metric) for m in ("sft", "cwac")} for metric in ("HS", "FA"))
     said = (
         f"After fine-tuning on {task} with a share p = {here.ratio:g} of harmful rows, {model} complies with "
-        f"{hs['sft']:.0f} % of harmful requests (HS) without a defence (SFT, plain fine-tuning), and with "
-        f"{hs['cwac']:.0f} % under CWAC. Its accuracy on the task (FA) is {fa['sft']:.0f} % without a defence and "
-        f"{fa['cwac']:.0f} % under CWAC."
+        f"{hs['sft']:.0f} % of harmful requests (HS) under SFT, plain fine-tuning, and with {hs['cwac']:.0f} % under "
+        f"CWAC. Its accuracy on the task (FA) is {fa['sft']:.0f} and {fa['cwac']:.0f} %."
     )
-    lost = "**Where CWAC is beaten.** On the embedded model, a transformer of a million parameters, with p = "
+    lost = "**Where CWAC is beaten.** On `tiny`, the embedded model (a million parameters), with p = "
     lost += f"{toy.ratio:g}, {headline.beaten(toy)}. {fair()}On {model} {headline.beaten(here)}."
     return f"{wrapped(said)}\n\n{wrapped(lost)}"
 
@@ -144,7 +143,7 @@ def table(page: Path) -> str:
 
 def found(page: Path) -> str:
     """What the project found, one sentence each, with the page that shows it."""
-    made = (ratio_limit(), all_or_nothing(), holds_for(), adapter(), rehearsal(), averages())
+    made = (ratio_limit(), all_or_nothing(), holds_for(), adapter(), slower(), averages())
     return "\n".join(wrapped(f"- {text}", "  ") for text in made)
 
 
@@ -209,17 +208,20 @@ def adapter() -> str:
     rows = json.loads((ROOT / "benchmarks" / "latest.json").read_text(encoding="utf-8"))
     ratios = [r["ratio"] for r in rows if "nullspace, k 64" in r["name"] and "Trainer" in r["rival"]]
     cost = f"its step takes {ratios[0]:.2f} of SFT's" if ratios else "needs no projection"
-    where = link("null-space adapters", "docs/nullspace.md")
-    return f"An adapter in the null space of the anchors keeps what they read by construction, and {cost} ({where})."
-
-
-def rehearsal() -> str:
-    toy = view(EMBEDDED)
-    values = [toy.mean(m, "HS") for m in ("replay", "cwac")]
-    better = "better" if values[0] < values[1] - headline.MARGIN else "no better"
     return (
-        f"Replaying the model's own refusals of CWAC's prompts protects the embedded model {better} than CWAC (p = "
-        f"{toy.ratio:g}): HS {values[0]:.0f} against {values[1]:.0f} % "
+        "An adapter in the null space of the anchors, harmful prompts that the model refuses, cannot change what it "
+        f"reads of them, and {cost} ({link('null-space adapters', 'docs/nullspace.md')})."
+    )
+
+
+def slower() -> str:
+    """What SFT comes to on the real model at the rate that was chosen on validation prompts."""
+    here = view(CAMPAIGN)
+    chosen = next(m for m in here.methods if m.startswith(f"sft{paper.SETTING}rate"))
+    return (
+        "The plainest defence is a lower learning rate: SFT's, chosen on validation prompts, takes "
+        f"{headline.named(here.model).split('-')[0]} from an HS of {here.mean('sft', 'HS'):.0f} to "
+        f"{here.mean(chosen, 'HS'):.0f} %, and the embedded model likewise "
         f"({link('all methods', 'docs/results/all_methods.md')})."
     )
 
@@ -228,7 +230,7 @@ def averages() -> str:
     counts = audit.counts(audit.findings())
     wrong = next(n for kind, n in counts.items() if "average" in kind.lower())
     return (
-        f"The paper's averages do not add up: {wrong} of them do not follow from the cells they are of "
+        f"Of the paper's averages {wrong} do not follow from the cells they are of "
         f"({link('audit', 'analysis/AUDIT.md')})."
     )
 
