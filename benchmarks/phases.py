@@ -60,7 +60,7 @@ class Clock:
         return self.spent
 
 
-def main(out: str, overrides: list[str]) -> int:
+def measured(out: str, overrides: list[str]) -> int:
     """Returns the exit status of train.py; `out` gets name -> [CPU seconds, wall-clock seconds]."""
     clock = Clock()
     sys.path[0] = str(Path.cwd())  # in place of this file's own folder, whose `profile` hides Python's
@@ -83,4 +83,4 @@ def main(out: str, overrides: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], sys.argv[2:]))
+    sys.exit(measured(sys.argv[1], sys.argv[2:]))
