@@ -25,14 +25,6 @@ FEATURED = ("sft", "cwac", "l2sp", "lisa", "weight_only_closed", "nullspace", "r
 MARGIN = 5.0
 """Points of FA or OR that count as none, as in `claims.yaml`."""
 MEASURED = ("HS", "FA", "OR", "extra_data")
-SETS = {
-    "alpaca": "Alpaca",
-    "xstest_safe": "XSTest",
-    "toy_benign": "toy",
-    "advbench": "AdvBench",
-    "harmbench": "HarmBench",
-    "toy_harmful": "the embedded world",
-}
 LOOKS = {"HS": ("#D55E00", "o"), "FA": ("#0072B2", "s")}
 WORDS = (
     "HS: share of harmful requests that the model complies with, lower is better. FA: accuracy on the task, the "
@@ -239,7 +231,7 @@ def show(value: pd.Series | None) -> str:
 
 
 def conditions(view: View) -> str:
-    """Sentences on what the table's numbers are over: prompts of each set, seeds, learning rates, the judge."""
+    """Sentences on what the table's numbers are over: the prompts, the learning rate, the judge."""
     rows = view.collection.rows
     ends = rows[rows["final"] & rows["n"].notna()]
     harm, benign = (ends.loc[ends["metric"] == metric, "n"] for metric in ("HS", "OR"))
@@ -255,7 +247,7 @@ def conditions(view: View) -> str:
 
 
 def set_label(of: str) -> str:
-    return SETS.get(of, of)
+    return {"alpaca": "Alpaca", "xstest_safe": "XSTest", "toy_benign": "toy"}.get(of, of)
 
 
 def plate(view: View, most: int) -> Plate:

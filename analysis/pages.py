@@ -215,14 +215,17 @@ def adapter() -> str:
 
 
 def slower() -> str:
-    """What SFT comes to on the real model at the rate that was chosen on validation prompts."""
-    here = view(CAMPAIGN)
-    chosen = next(m for m in here.methods if m.startswith(f"sft{paper.SETTING}rate"))
+    """What SFT comes to at the rate that was chosen on validation prompts, and whether both models agree."""
+    here, toy = view(CAMPAIGN), view(TUNED)
+    (usual, low), (toy_usual, toy_low) = (
+        (v.mean("sft", "HS"), v.mean(next(m for m in v.methods if m.startswith(f"sft{paper.SETTING}rate")), "HS"))
+        for v in (here, toy)
+    )
+    agrees = "likewise" if toy_low < toy_usual - headline.MARGIN else "not"
     return (
         "The plainest defence is a lower learning rate: SFT's, chosen on validation prompts, takes "
-        f"{headline.named(here.model).split('-')[0]} from an HS of {here.mean('sft', 'HS'):.0f} to "
-        f"{here.mean(chosen, 'HS'):.0f} %, and the embedded model likewise "
-        f"({link('all methods', 'docs/results/all_methods.md')})."
+        f"{headline.named(here.model).split('-')[0]} from an HS of {usual:.0f} to {low:.0f} %, and the embedded model "
+        f"{agrees} ({link('all methods', 'docs/results/all_methods.md')})."
     )
 
 
