@@ -491,7 +491,7 @@ def test_it_is_folded_where_k_is_large_and_the_weights_can_be():
     for layer in fixed_layers(most):
         d_out, d_in = layer.base_layer.weight.shape
         assert (layer.folded is not None) == (4 * layer.r[ADAPTER] > d_in >= d_out)
-    assert {layer.folded is not None for layer in fixed_layers(most)} == {True, False}  # down_proj is, gate_proj is not
+    assert {layer.folded is not None for layer in fixed_layers(most)} == {True, False}  # down_proj; gate_proj
     adapter.fold(most, False)
     assert all(layer.folded is None for layer in fixed_layers(most))
 

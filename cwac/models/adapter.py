@@ -159,10 +159,10 @@ class FixedInputModel(PeftModelForCausalLM):
 
 
 def fold(model: nn.Module, wanted: bool | None) -> None:
-    """Hold W_0 + C A too from here on, 4 bytes a weight: in every fixed layer, in none, or where 4 k > d_in >= d_out (None).
+    """Hold W_0 + C A too from here on, 4 bytes a weight: in every fixed layer, in none, or where 4 k > d_in >= d_out.
 
-    A matrix with d_out > d_in (gate, up) gains least for a byte held: a step of T tokens saves about k (2 T / d_in - 1)
-    multiplications a weight of it, and one that reads its input alone k T / d_out more.
+    That is for None: a matrix with d_out > d_in (gate, up) gains least for a byte held. A step of T tokens saves about
+    k (2 T / d_in - 1) multiplications a weight of it, and k T / d_out more where no other matrix reads its input.
 
     Only where W_0 is in fp32 and whole on this rank: rounded to bf16 it would lose the update, and FSDP2 gathers C
     anew for each pass.
