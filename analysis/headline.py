@@ -243,6 +243,8 @@ def conditions(view: View) -> str:
     if len(rates):
         named = "; another rate is named" if rates.nunique() > 1 else ""
         said.append(f"The learning rate is {usual_rate(rows):g}{named}.")
+    if view.mean(paper.ALIGNED, "FA") == 0:
+        said.append("Before fine-tuning no answer is the right one alone, hence an FA of 0.")
     return " ".join([*said, *([f"Judge: `{judge}`."] if judge else [])])
 
 

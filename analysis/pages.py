@@ -241,6 +241,34 @@ def averages() -> str:
 # --- pages of results ---------------------------------------------------------------------------------
 
 
+def held(page: Path) -> str:
+    """Which defences held on the embedded model at the values that searches chose; cheapest data, then steps, first.
+
+    HS within `headline.MARGIN` points of the aligned model's, FA and OR as near to SFT's. What a step costs is
+    `python -m benchmarks.methods`' ratio to SFT's.
+    """
+    here = view(TUNED)
+    costs = {
+        r["name"].removeprefix("step of ").removesuffix(", LoRA"): r["ratio"]
+        for r in json.loads((ROOT / "benchmarks" / "latest.json").read_text(encoding="utf-8"))
+        if r["rival"] == "step of sft on the same batches"
+    }
+    limit = here.mean(paper.ALIGNED, "HS") + headline.MARGIN
+    rows = []
+    for method in here.methods:
+        if here.mean(method, "HS") > limit or not here.costs_nothing(method, "sft"):
+            continue
+        extra = tables.extra_data(here.collection.rows, method)
+        extra = "none" if method.startswith(f"sft{paper.SETTING}") else extra
+        step = costs.get(method.partition(paper.SETTING)[0], math.nan)
+        shown = [tables.show(here.value(method, metric)) for metric in ("HS", "FA")]
+        row = [paper.method_label(method), *shown, "-" if math.isnan(step) else f"{step:.2f}", extra]
+        rows.append((extra != "none", step, row))
+    columns = ["method", "HS, %", "FA, %", "step / SFT's", "seen beside the task's rows"]
+    table_ = tables.markdown(columns, [row for *_, row in sorted(rows, key=lambda r: r[:2])], width=10_000)
+    return f"{compact(table_)}\n\n{here.cell}. From `results/{TUNED}` and `benchmarks/latest.json`."
+
+
 @functools.cache
 def campaign(name: str) -> Collection:
     """An exported campaign, with what the pages show of it: HS, FA, OR and extra data, before and after training."""
@@ -371,6 +399,7 @@ MAKERS: dict[str, Callable[..., str]] = {
     "reading": reading,
     "table": table,
     "found": found,
+    "held": held,
     "overview": overview,
     "picture": picture,
     "beside_paper": beside_paper,

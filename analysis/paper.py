@@ -130,15 +130,20 @@ def method_label(slug: str) -> str:
     return METHODS.get(name, name) + comma + setting
 
 
-def extra_label(counts: dict[str, float]) -> str:
-    """`160 harmful prompts, 150 refusals` in the order of EXTRA; `none` if that was recorded, empty without counts."""
+def extra_label(counts: dict[str, float], most: dict[str, float] | None = None) -> str:
+    """`160 harmful prompts, 150 refusals` in the order of EXTRA; `none` if that was recorded, empty without counts.
+
+    most: the largest counts, where `counts` are the smallest of several runs': `151 to 160 harmful prompts`.
+    """
+    most = counts if most is None else most
     if counts.get("none") is not None:
         counts = {kind: n for kind, n in counts.items() if kind != "none"}
         if not counts:
             return "none"
     known = list(EXTRA)
     kinds = sorted(counts, key=lambda k: known.index(k) if k in EXTRA else len(known))
-    return ", ".join(f"{counts[k]:g} {EXTRA.get(k, k.replace('_', ' '))}" for k in kinds)
+    ranges = {k: f"{counts[k]:g}" if counts[k] == most[k] else f"{counts[k]:g} to {most[k]:g}" for k in kinds}
+    return ", ".join(f"{ranges[k]} {EXTRA.get(k, k.replace('_', ' '))}" for k in kinds)
 
 
 def method_order(slug: str) -> tuple:

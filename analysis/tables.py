@@ -201,9 +201,7 @@ def extra_data(rows: pd.DataFrame, method: str) -> str:
     if counts.empty:
         return "none" if method == "sft" else "none recorded"
     low, high = (counts.groupby("set")["value"].agg(how).to_dict() for how in ("min", "max"))
-    text = paper.extra_label(low)
-    if low != high:
-        text += f" to {paper.extra_label(high)}"
+    text = paper.extra_label(low, high)
     used, given = (own.loc[own["metric"] == name, "value"] for name in ("anchors_used", "anchors_given"))
     if used.empty or given.empty:
         return text

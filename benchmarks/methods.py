@@ -43,6 +43,8 @@ from cwac.training.engine import MethodCallback, MethodTrainer, build_trainer
 
 BARS = {"safeinstr": 1.05, "bea": 1.05, "sppft": 1.05, "lisa": 1.15, "asft": 2.0}
 """The most a step may cost, in SFT steps; the other methods are reported without a bar."""
+ADAPTERS = {"salora": "model.lora={r: 16, alpha: 16, target_modules: [q_proj, v_proj]}"}
+"""Methods that exist for adapters alone, and the adapters that they and SFT beside them train."""
 WARM_UP = 5
 """First steps left out: they allocate the optimizer's state."""
 
@@ -174,7 +176,8 @@ def measure(methods: str = "", steps: int = 100, overrides: Sequence[str] = ()) 
         raise UserError(f"--methods {','.join(unknown)}: no such method; use some of {', '.join(available())}")
     for name in names:
         with tempfile.TemporaryDirectory() as runs:
-            given = ["harmful_ratio=0.1", *overrides, f"method={name}", f"train.max_steps={steps}"]
+            adapters = [ADAPTERS[name]] if name in ADAPTERS else []
+            given = ["harmful_ratio=0.1", *adapters, *overrides, f"method={name}", f"train.max_steps={steps}"]
             cfg = config.compose([*given, f"paths.runs={runs}", "train.save_steps=1000000"])
             validation.validate(cfg)
             try:
@@ -182,7 +185,8 @@ def measure(methods: str = "", steps: int = 100, overrides: Sequence[str] = ()) 
             except UserError as error:  # a method may need what this configuration has not, such as LoRA
                 yield Skipped(f"step of {name}", str(error), name in BARS)
                 continue
-            yield entry(f"step of {name}", "step of sft on the same batches", ratios(pair), BARS.get(name))
+            what = f"step of {name}, LoRA" if adapters else f"step of {name}"
+            yield entry(what, "step of sft on the same batches", ratios(pair), BARS.get(name))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """README and docs: generated numbers are current, sentences can be read, links lead somewhere, code blocks run."""
 
 import functools
+import json
 import math
 import os
 import re
@@ -12,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis import headline, pages
+from analysis import headline, pages, paper
 from analysis.collect import collect
 from tests.helpers.results import METHODS, cell_of, harm, rows_of, write_run
 
@@ -195,6 +196,30 @@ def test_a_table_of_ten_rows_begins_with_the_aligned_model_and_the_lowest_hs(vie
     assert firsts[:2] == ["aligned, not fine-tuned", "CWAC closed (ours)"] and firsts[-1] == "SFT" and len(firsts) == 7
     few = headline.table(view, most=4).splitlines()
     assert len(few) == 2 + 4 and any("| CWAC " in line for line in few) and any("| SFT " in line for line in few)
+
+
+def test_what_held_is_near_the_aligned_model_and_costs_no_accuracy(view, monkeypatch):
+    """CWAC and its halves are far above the aligned model's HS, and `cwac_closed` loses 35 points of accuracy."""
+    steps = {r["name"]: r["ratio"] for r in json.loads((ROOT / "benchmarks" / "latest.json").read_text())}
+    kind, measured = type(view), type(view).mean
+    start = {(paper.ALIGNED, "HS"): 20.0}
+    monkeypatch.setattr(kind, "mean", lambda *args: start.get(args[1:]) or measured(*args))
+    monkeypatch.setattr(pages, "view", lambda name: view)
+    monkeypatch.setattr(headline, "MARGIN", 30.0)
+    firsts = [
+        [c.strip() for c in line.split("|")[1:-1]] for line in pages.held(README).splitlines()[2:] if "|" in line
+    ]
+    assert [(row[0], row[1][:4], row[3]) for row in firsts] == [
+        ("weight-only closed (ours)", "41.6", f"{steps['step of weight_only_closed']:.2f}")
+    ]
+    start[paper.ALIGNED, "HS"] = 11.5
+    assert "weight-only closed" not in pages.held(README)
+
+
+def test_an_accuracy_of_0_before_fine_tuning_is_explained(view, monkeypatch):
+    assert "hence an FA of 0" not in headline.conditions(view)
+    monkeypatch.setattr(type(view), "mean", lambda self, method, metric: 0.0)
+    assert "hence an FA of 0" in headline.conditions(view)
 
 
 def test_the_figure_marks_every_method_shown(view):

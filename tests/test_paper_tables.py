@@ -171,7 +171,7 @@ def test_the_extra_data_stands_beside_each_method():
     assert "160 harmful prompts, 150 refusals" in text and "none recorded" in text
     rows = collection.rows
     rows.loc[(rows["metric"] == "extra_data") & (rows["seed"] == 0) & (rows["set"] == "refusals"), "value"] = 140
-    assert tables.extra_data(rows, "cwac") == "160 harmful prompts, 140 refusals to 160 harmful prompts, 150 refusals"
+    assert tables.extra_data(rows, "cwac") == "160 harmful prompts, 140 to 150 refusals"
     assert tables.extra_data(rows, "sft") == "none"
     plain = campaign(table3({"sft": 30}))
     assert "extra data" not in tables.result_table(plain, tables.summarise(plain), "llama2", "sst2")
