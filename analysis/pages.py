@@ -278,6 +278,20 @@ def campaign(name: str) -> Collection:
     return replace(found, rows=rows)
 
 
+def bench(page: Path, part: str) -> str:
+    """The rows of `benchmarks/latest.json` whose name holds `part`; `+` stands for a space there."""
+    rows = []
+    for r in json.loads((ROOT / "benchmarks" / "latest.json").read_text(encoding="utf-8")):
+        if part.replace("+", " ") in r["name"]:
+            low, high = r["spread"]
+            ratio = f"{r['ratio']:.2f}" + (f" [{low:.2f}, {high:.2f}]" if low < high else "")
+            rows.append([r["name"], r["rival"], ratio, "-" if r["bar"] is None else f"{r['bar']:g}"])
+    if not rows:
+        raise UserError(f"{page.name}: benchmarks/latest.json has no row with {part}. Remedy: run the benchmark.")
+    table_ = tables.markdown(["what", "rival", "ours / rival", "bar"], rows, width=10_000)
+    return f"{compact(table_)}\n\nFrom `benchmarks/latest.json`."
+
+
 def overview(page: Path, name: str) -> str:
     """Every method of a campaign: HS at each ratio, FA and OR where they are worst."""
     collection = campaign(name)
@@ -400,6 +414,7 @@ MAKERS: dict[str, Callable[..., str]] = {
     "table": table,
     "found": found,
     "held": held,
+    "bench": bench,
     "overview": overview,
     "picture": picture,
     "beside_paper": beside_paper,
