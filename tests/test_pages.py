@@ -15,6 +15,7 @@ import pytest
 
 from analysis import headline, pages, paper
 from analysis.collect import collect
+from cwac.core.errors import UserError
 from tests.helpers.results import METHODS, cell_of, harm, rows_of, write_run
 
 ROOT = pages.ROOT
@@ -214,6 +215,25 @@ def test_what_held_is_near_the_aligned_model_and_costs_no_accuracy(view, monkeyp
     ]
     start[paper.ALIGNED, "HS"] = 11.5
     assert "weight-only closed" not in pages.held(README)
+
+
+def test_a_benchmarks_rows_show_their_interval_where_they_have_one(tmp_path, monkeypatch):
+    made = {"rival": "step of sft", "bar": 0.75, "met": True}
+    rows = [
+        made | {"name": "step of mine, k 64", "ratio": 0.641, "spread": [0.63, 0.65]},
+        made | {"name": "bytes of mine, k 64", "ratio": 0.5, "spread": [0.5, 0.5], "bar": None},
+        made | {"name": "step of other", "ratio": 2.0, "spread": [2.0, 2.0]},
+    ]
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "latest.json").write_text(json.dumps(rows))
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    lines = pages.bench(README, "mine,+k").splitlines()
+    assert lines[2:4] == [
+        "| step of mine, k 64 | step of sft | 0.64 [0.63, 0.65] | 0.75 |",
+        "| bytes of mine, k 64 | step of sft | 0.50 | - |",
+    ]
+    with pytest.raises(UserError, match="latest.json has no row with yours.*run the benchmark"):
+        pages.bench(README, "yours")
 
 
 def test_an_accuracy_of_0_before_fine_tuning_is_explained(view, monkeypatch):
