@@ -285,6 +285,30 @@ def ended(a: dict, b: dict) -> bool:
     return "train.max_steps" in a and a["train.max_steps"] == b.get("train.max_steps")
 
 
+def as_many_refusals(a: dict, b: dict) -> bool:
+    """Whether BEA adds the same number to both: it takes the larger of two."""
+
+    def refusals(run: dict) -> int:
+        harmful = round(run["harmful_ratio"] * run["task.n_train"])
+        return max(run["method.num_safety"], round((run.get("method.safety_per_harmful") or 0) * harmful))
+
+    return all(run["method.name"].startswith("bea") for run in (a, b)) and refusals(a) == refusals(b)
+
+
+def constrains_evenly(run: dict) -> bool:
+    """Whether `constrained_sft` has one beta at every token."""
+    return run.get("method.length") == 0 or run.get("method.factor") == run.get("method.first_factor") == 1
+
+
+def within_a_cycle(a: dict, b: dict) -> bool:
+    """Whether two runs of Lisa end within the first steps on the task that both have."""
+    if not ended(a, b) or not a["method.name"] == b["method.name"] == "lisa":
+        return False
+    return a["train.max_steps"] <= a["method.align_steps"] + min(
+        a["method.finetune_steps"], b["method.finetune_steps"]
+    )
+
+
 UNREAD = {
     "train.num_train_epochs": ("train.max_steps ends the training", ended),
     "train.gradient_checkpointing": ("what is computed twice is computed alike", lambda a, b: True),
@@ -305,6 +329,15 @@ UNREAD = {
         "of AsFT, read under operator=projector_k alone",
         lambda a, b: "projector_k" not in (a.get("method.operator"), b.get("method.operator")),
     ),
+    **{
+        f"method.{key}": ("every token has beta alone", lambda a, b: constrains_evenly(a) and constrains_evenly(b))
+        for key in ("length", "factor", "first_factor")
+    },
+    **{
+        f"method.{key}": ("BEA adds as many refusals", as_many_refusals)
+        for key in ("num_safety", "safety_per_harmful")
+    },
+    "method.finetune_steps": ("the run ends in the first of them", within_a_cycle),
     "method.trigger_at_inference": ("it is served otherwise, not trained otherwise", lambda a, b: True),
     "method.name": (
         "the ablation of the serving has BEA's weights",
@@ -403,11 +436,17 @@ class Fuzz:
         ["method=cwac", "method.weight.prefill=Sure"],
         ["method=cwac", "method.weight.layers=[9]"],
         ["method=cwac_closed", "method.weight.refresh_steps=1", f"model.lora={COMMON['model.lora'][0]}"],
+        ["method=cwac", "method.activation.n_latents=257"],
+        ["method=nullspace_cwac", "method.activation.n_latents=1000"],
+        ["method=activation_only", "+model.sae.layers=[4]"],
+        ["method=activation_only", "+model.sae.k=257"],
+        ["method=activation_only", "+model.sae.router=layer:3", "+model.sae.layers=[1,2]"],
+        ["method=activation_only", "model.sae.m=0"],
+        ["method=activation_only", "+model.sae.lr=-1"],
+        ["method=activation_only", "+model.sae.renorm_every=0"],
     ],
 )
-def test_a_weight_constraint_that_cannot_be_had_is_refused_before_a_folder_is_made(
-    overrides, tmp_path, artifacts, capfd
-):
+def test_a_constraint_that_cannot_be_had_is_refused_before_a_folder_is_made(overrides, tmp_path, artifacts, capfd):
     """Once the SAE was built first, and a run marked failed was left behind."""
     fuzz = Fuzz(tmp_path, artifacts)
     fuzz(overrides, capfd)

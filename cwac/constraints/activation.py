@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from cwac.constraints.anchors import anchor_rows, encode_prompts, refused
@@ -121,18 +122,27 @@ def sae_config(activation: Activation) -> Any:
     return config
 
 
-def check_pretrained(model: nn.Module, activation: Activation) -> None:
-    """Raises UserError as `sae_config` does, and where pretrained SAEs are not there or do not fit the model."""
+def check_sae(model: nn.Module, activation: Activation) -> None:
+    """Refuse an SAE that cannot be had, before anything is built.
+
+    Raises UserError as `sae_config` does; where layers or pretrained SAEs are not there or do not fit the model; and
+    where more latents are to be kept than the SAE has.
+    """
     config = sae_config(activation)
     if config.pretrained is not None:
         from cwac.constraints.sae import pretrained
 
-        found = pretrained.find(config.pretrained, config.layers, model)
-        m = sum(f.m for f in found)
-        if activation.n_latents > m:
-            raise UserError(
-                f"method.activation.n_latents={activation.n_latents}: the pretrained SAE has {m}; give at most that"
-            )
+        m, whose = sum(f.m for f in pretrained.find(config.pretrained, config.layers, model)), "the pretrained SAE"
+    else:
+        from cwac.constraints.sae.autoencoder import RoutedSAE
+        from cwac.models.hooks import layers_of
+
+        d, layers = model.get_input_embeddings().embedding_dim, layers_of(model, config.layers)
+        with torch.device("meta"):  # which refuses what does not fit together
+            m = RoutedSAE(d, config.width(d), config.latents(d), layers, config.router).m
+        whose = "the SAE (model.sae.m)"
+    if activation.n_latents > m:
+        raise UserError(f"method.activation.n_latents={activation.n_latents}: {whose} has {m}; give at most that")
 
 
 def sae_prompts(model: nn.Module, context: Context, activation: Activation) -> list[Example]:

@@ -32,7 +32,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from cwac.constraints.activation import check_pretrained, ranked_latents, response_tokens, sae_config, sae_prompts
+from cwac.constraints.activation import check_sae, ranked_latents, response_tokens, sae_config, sae_prompts
 from cwac.constraints.anchors import anchor_rows
 from cwac.constraints.settings import Activation, Weight
 from cwac.constraints.subspace import Basis, Constraint
@@ -102,7 +102,7 @@ class CWAC(Method):
             n, available = self.activation.n_prompts, len(pools.step)
             check(n <= available, "activation.n_prompts", n, f"the pool has {available}: give at most that")
             if self.activation.space == "sae":
-                check_pretrained(context.loaded.model, self.activation)
+                check_sae(context.loaded.model, self.activation)
         self._check_anchors(context.loaded.model, context)
         return train
 
@@ -164,7 +164,7 @@ class CWAC(Method):
             else:
                 layers = layers_of(model, config.layers)
                 with model.device:
-                    sae = RoutedSAE(d, config.m or 8 * d, config.latents(d), layers, config.router)
+                    sae = RoutedSAE(d, config.width(d), config.latents(d), layers, config.router)
                 sae.requires_grad_(False)
                 for parameter in sae.parameters():  # written to, or the operating system gives no memory
                     parameter.fill_(1 / d)

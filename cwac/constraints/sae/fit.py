@@ -8,8 +8,9 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from types import NoneType
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from cwac.constraints.sae.autoencoder import RoutedSAE, middle_block_hash, tokens_at_once
 from cwac.constraints.sae.pretrained import PretrainedSAE
 from cwac.core import renamed
+from cwac.core.checks import require_number
 from cwac.core.errors import UserError
 from cwac.core.identity import text_content
 from cwac.models.hooks import (
@@ -35,6 +37,25 @@ from cwac.models.hooks import (
 from cwac.models.layers import evaluating
 
 log = logging.getLogger(__name__)
+
+
+NUMBERS = {
+    "m": (1, None, True),
+    "k": (1, None, True),
+    "tokens": (1, None, True),
+    "cached_tokens": (1, None, True),
+    "batch": (1, None, True),
+    "harmful_share": (0, 1, False),
+    "lr": (0, None, False),
+    "warmup": (0, 1, False),
+    "decay": (0, 1, False),
+    "auxk": (0, None, False),
+    "dead_after": (1, None, True),
+    "renorm_every": (1, None, True),
+    "max_repeats": (0, None, False),
+    "buffer_gib": (0, None, False),
+}
+"""Field of `SAEConfig` -> lowest, highest, whole number or not."""
 
 
 @dataclass
@@ -100,9 +121,14 @@ class SAEConfig:
             raise UserError(
                 f"model.sae.pretrained={self.pretrained}: give a folder, a hub id, a list of these, or null to fit one"
             )
-        if not 0 <= self.harmful_share <= 1:
-            raise UserError(f"model.sae.harmful_share={self.harmful_share}: must lie between 0 and 1")
-        if self.batch < 1 or self.tokens < self.batch:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if each.name in NUMBERS and not (value is None and NoneType in get_args(each.type)):
+                low, high, whole = NUMBERS[each.name]
+                require_number(f"model.sae.{each.name}", value, low, high, whole=whole)
+        if self.clip is not None and not (isinstance(self.clip, int | float) and self.clip >= 0):
+            raise UserError(f"model.sae.clip={self.clip}: give a norm of at least 0, or null to clip nothing")
+        if self.tokens < self.batch:
             raise UserError(
                 f"model.sae.tokens={self.tokens}: must be at least one batch, model.sae.batch={self.batch}"
             )
@@ -124,6 +150,10 @@ class SAEConfig:
         if self.corpus is not None:
             settings["corpus"] = text_content(self.corpus)
         return renamed.hashed_group("model.sae", settings)
+
+    def width(self, d: int) -> int:
+        """Latents m for residuals of dimension d."""
+        return self.m or 8 * d
 
     def latents(self, d: int) -> int:
         """Active latents k for residuals of dimension d."""
@@ -318,7 +348,7 @@ def fit_sae(
         d = residuals(model, next(batches((rows or harmful_rows)[:1], device_of(model)))[1], layers).shape[-1]
     k = cfg.latents(d)
     info = {"model_fingerprint": middle_block_hash(model), "config": cfg.key()}
-    sae = RoutedSAE(d, cfg.m or 8 * d, k, layers, cfg.router, info)
+    sae = RoutedSAE(d, cfg.width(d), k, layers, cfg.router, info)
     generator = torch.Generator().manual_seed(cfg.seed)
     device = device_of(model)
     share = 0.0 if harmful_rows is None else cfg.harmful_share
