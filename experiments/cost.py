@@ -372,7 +372,7 @@ def table(cfg: DictConfig, row: Row, found: Estimate, sft: float | None, took: t
 @config.command
 def main(arguments: list[str] | None = None) -> int:
     """Prints one table a cell; exit code 0, or that of the error, as train.py gives it."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.cost", **config.about(__doc__))
+    parser = argparse.ArgumentParser(**config.about(__doc__, "python -m experiments.cost"))
     parser.add_argument("overrides", nargs="*", help="as for train.py: model=llama2 task=gsm8k method=sft,cwac")
     parser.add_argument("--tokens", type=int, help="of a row; train.max_length where it is not given")
     parser.add_argument("--label-tokens", type=int, help="of a row that carry a label; all where it is not given")
