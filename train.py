@@ -38,7 +38,7 @@ from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 from cwac.core import distributed, failures, hf_hub, inputs, renamed  # noqa: E402
 from cwac.core.config import CLOSED, INTERRUPTED, expand, grid, leave_the_pipe, settle  # noqa: E402
 from cwac.core.environment import redact  # noqa: E402
-from cwac.core.errors import UsageError, UserError  # noqa: E402
+from cwac.core.errors import UsageError, UserError, as_typed  # noqa: E402
 from cwac.core.identity import local_folder, run_id  # noqa: E402
 from cwac.core.keys import explain  # noqa: E402
 from cwac.core.metrics import objective  # noqa: E402
@@ -251,7 +251,7 @@ def count_cells(arguments: list[str]) -> None:
 
 def what_is_left(arguments: list[str]) -> str:
     """`3 of 4 cells are left (<id>, ...)`, with where a single one goes on, and the command that does it."""
-    again = redact(shlex.join(["python", "train.py", *arguments]))
+    again = redact(as_typed(shlex.join(["python", "train.py", *arguments])))
     try:
         cells = [Run(cfg) for cfg in expand(None, [a for a in arguments if not a.startswith("-")])]
         left = [run for run in cells if not run.done()]

@@ -76,7 +76,7 @@ def report(found: pd.DataFrame, name: str) -> str:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.agreement", **about(__doc__))
+    parser = argparse.ArgumentParser(**about(__doc__, "python -m analysis.agreement"))
     parser.add_argument("campaign", type=Path, help="folder of runs, or a exported campaign")
     parser.add_argument("--human", action="store_true", help="the folder holds labels.csv and verdicts.csv: compare")
     parser.add_argument("--out", type=Path, help="write the Markdown there, and the numbers beside it as .csv")

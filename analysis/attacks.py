@@ -56,7 +56,7 @@ def attack_of(cfg: DictConfig) -> str:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, 1 if expected runs are missing, 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.attacks", **about(__doc__))
+    parser = argparse.ArgumentParser(**about(__doc__, "python -m analysis.attacks"))
     parser.add_argument("--runs", type=Path, default=Path("runs/attacks"), help="folder of the runs (runs/attacks)")
     parser.add_argument("--out", type=Path, default=Path("results/attacks"), help="folder for the results")
     parser.add_argument("--judge", help="whose verdicts to use where the runs were judged by several")

@@ -289,7 +289,7 @@ def keys(entry: dict) -> str:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.audit", **about(__doc__))
+    parser = argparse.ArgumentParser(**about(__doc__, "python -m analysis.audit"))
     parser.add_argument("--csv", type=Path, default=paper.RESULTS, help="the paper's numbers (paper_results.csv)")
     parser.add_argument("--out", type=Path, default=REPORT, help="the report to write (analysis/AUDIT.md)")
     args = parser.parse_args(argv)

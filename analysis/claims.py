@@ -365,7 +365,7 @@ def report(found: list[Verdict]) -> str:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.claims", **about(__doc__))
+    parser = argparse.ArgumentParser(**about(__doc__, "python -m analysis.claims"))
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--runs", type=Path, help="folder of the run directories")
     source.add_argument("--results", type=Path, help="an exported campaign, e.g. results/demo")

@@ -136,7 +136,7 @@ def report(found: pd.DataFrame, names: tuple[str, str], metrics: tuple[str, ...]
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.compare", **about(__doc__))
+    parser = argparse.ArgumentParser(**about(__doc__, "python -m analysis.compare"))
     parser.add_argument("first", type=Path, help="folder of runs, or an exported campaign")
     parser.add_argument("second", type=Path, help="the other one")
     parser.add_argument("--judge", help="whose verdicts to use where the runs were judged by several")

@@ -40,7 +40,7 @@ VERSIONS = (*PACKAGES, "pandas", "scipy", "matplotlib")
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, 1 if expected runs are missing, 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.demo", **about(__doc__))
+    parser = argparse.ArgumentParser(**about(__doc__, "python -m analysis.demo"))
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the run directories (runs)")
     parser.add_argument("--experiment", help="preset whose runs are expected; without it, every finished run counts")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results, e.g. results/demo")

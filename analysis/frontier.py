@@ -39,7 +39,7 @@ METRICS = ("FA", "HS", "OR")
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.frontier", **about(__doc__))
+    parser = argparse.ArgumentParser(**about(__doc__, "python -m analysis.frontier"))
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the run directories (runs)")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results, e.g. results/nullspace_task")
     parser.add_argument("--judge", help="whose verdicts to use where the runs were judged by several")

@@ -237,7 +237,7 @@ def write(logged: Iterable[Logged], runs: Path) -> tuple[list[str], list[str]]:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.import_wandb", **about(__doc__))
+    parser = argparse.ArgumentParser(**about(__doc__, "python -m analysis.import_wandb"))
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--offline", type=Path, help="folder above wandb's offline-run-* folders")
     source.add_argument("--project", help="ENTITY/PROJECT on the server")

@@ -460,7 +460,7 @@ def stale() -> dict[Path, str]:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, 1 if --check found something, 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.pages", **about(__doc__))
+    parser = argparse.ArgumentParser(**about(__doc__, "python -m analysis.pages"))
     parser.add_argument("--check", action="store_true", help="say which pages are not current, and write nothing")
     args = parser.parse_args(argv)
     changed = stale()

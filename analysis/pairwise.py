@@ -352,7 +352,7 @@ def stands(pairs: pd.DataFrame, about: str) -> str:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.pairwise", **about(__doc__))
+    parser = argparse.ArgumentParser(**about(__doc__, "python -m analysis.pairwise"))
     parser.add_argument("campaign", type=Path, help="an exported campaign, e.g. results/demo, or a folder of runs")
     parser.add_argument("--metrics", nargs="+", default=["HS", "FA"], help="metrics to rank by (HS FA)")
     parser.add_argument("--about", default="cwac", help="the method whose standing is told in words (cwac)")

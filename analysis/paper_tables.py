@@ -429,7 +429,7 @@ def overlays(given: Sequence[str]) -> dict[str, str]:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, 1 if expected runs are missing, 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.paper_tables", **about(__doc__))
+    parser = argparse.ArgumentParser(**about(__doc__, "python -m analysis.paper_tables"))
     parser.add_argument("table", choices=list(TITLES))
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the run directories (runs)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to, e.g. results/local/table3")

@@ -43,7 +43,7 @@ GRID = ((3, 0.0), (3, 0.3), (3, 0.8), (5, 0.0), (5, 0.3), (5, 0.8))
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.power", **about(__doc__))
+    parser = argparse.ArgumentParser(**about(__doc__, "python -m analysis.power"))
     parser.add_argument("pilot", type=Path, nargs="?", help="an exported campaign with verdicts, or a folder of runs")
     parser.add_argument("--reference", default="sft", help="the method that all are compared with (sft)")
     parser.add_argument("--hs", type=float, default=10.0, help="difference of HS to find, in points (10)")

@@ -453,7 +453,7 @@ def publish(args: argparse.Namespace, argv: Sequence[str]) -> int:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, 1 if expected runs are missing, 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.report", **about(__doc__))
+    parser = argparse.ArgumentParser(**about(__doc__, "python -m analysis.report"))
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the run directories (runs)")
     parser.add_argument(
         "--exported", "--frozen", dest="exported", type=Path, help="an exported campaign instead, e.g. results/demo"

@@ -103,7 +103,7 @@ def write_record(record: records.Record, target: Path) -> None:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.restore", **about(__doc__))
+    parser = argparse.ArgumentParser(**about(__doc__, "python -m analysis.restore"))
     parser.add_argument("campaign", type=Path, help="an exported campaign, such as results/demo")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where to write the run folders (runs)")
     args = parser.parse_args(argv)

@@ -26,7 +26,7 @@ MIDDLE = {PICK: 1}
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, 1 if a run is missing (nothing is chosen then), 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.variants", **about(__doc__))
+    parser = argparse.ArgumentParser(**about(__doc__, "python -m analysis.variants"))
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the run directories (runs)")
     parser.add_argument("--out", type=Path, default=Path("results/closed"), help="folder of the log (results/closed)")
     parser.add_argument("--conf", type=Path, default=paths.CONF, help="configuration folder to write to (conf)")

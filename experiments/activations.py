@@ -130,7 +130,7 @@ def measure(folder: Path, artifacts: Path | None = None) -> dict:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for a run that cannot be measured."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.activations", **about(__doc__))
+    parser = argparse.ArgumentParser(**about(__doc__, "python -m experiments.activations"))
     parser.add_argument("--run", type=Path, nargs="+", required=True, help="folders of runs with keep_weights=true")
     parser.add_argument("--artifacts", type=Path, help="folder of the artifact cache (the run's own)")
     args = parser.parse_args(argv)

@@ -416,7 +416,7 @@ def _check(name: str, value: float, n: int, at_least: float | None = None, at_mo
 @command
 def main(argv: list[str] | None = None) -> int:
     """Rebuild the adapter and its gate report from the data; exit code 1 if it misses its gate."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.align", **about(__doc__))
+    parser = argparse.ArgumentParser(**about(__doc__, "python -m experiments.align"))
     parser.add_argument("--data", default=None, help="folder laid out like the hub; default: the hub itself")
     parser.add_argument("--base", default="artifacts/smollm2_base", help="converted SmolLM2, made if it is not there")
     parser.add_argument("--out", default="artifacts/smollm2_align", help="where the adapter and gate.json go")

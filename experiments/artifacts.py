@@ -19,7 +19,7 @@ from cwac.core.errors import UserError
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 1 where the hub or an artifact does not serve."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.artifacts", **about(__doc__))
+    parser = argparse.ArgumentParser(**about(__doc__, "python -m experiments.artifacts"))
     parser.add_argument("action", choices=("push", "pull", "export-sae"))
     parser.add_argument("--repo", help="push and pull: hub id of a model repository, e.g. me/cwac-qwen")
     parser.add_argument("--artifacts", type=Path, default=Path("artifacts"), help="folder of the artifact cache")

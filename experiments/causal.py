@@ -117,7 +117,7 @@ def verdicts(table: pd.DataFrame) -> str:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.causal", **about(__doc__))
+    parser = argparse.ArgumentParser(**about(__doc__, "python -m experiments.causal"))
     parser.add_argument("--seeds", default="0", help="run seeds; of model=tiny each is a base model of its own (0)")
     parser.add_argument("--draws", type=int, default=5, help="sets of random latents (5)")
     parser.add_argument("--prompts", type=int, default=100, help="held-out harmful requests, at most (100)")

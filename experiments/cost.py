@@ -231,6 +231,13 @@ def estimate(cfg: DictConfig, architecture: PretrainedConfig, row: Row) -> Estim
     return Estimate({part: size for part, size in peak.items() if size > 0}, ledger.flops, own.setup_bytes)
 
 
+def as_sft(cfg: DictConfig) -> DictConfig:
+    """The same run without a defence."""
+    plain = cfg.copy()
+    plain.method = config.compose(["method=sft"]).method
+    return plain
+
+
 def enter(ledger: Ledger, cfg: DictConfig, args, model: nn.Module, kept: dict[str, list[Tensor]]) -> None:
     """Put into the ledger what is there when a step begins."""
     masters = args.bf16 or args.fp16
@@ -339,8 +346,8 @@ def machine() -> tuple[str, float]:
     return "this machine", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def table(cfg: DictConfig, row: Row, found: Estimate, took: tuple[float, float] | None) -> str:
-    """The printed estimate: GB are 10^9 bytes."""
+def table(cfg: DictConfig, row: Row, found: Estimate, sft: float | None, took: tuple[float, float] | None) -> str:
+    """The printed estimate: GB are 10^9 bytes. sft: FLOPs of the same step of plain fine-tuning, to compare with."""
     name, memory = machine()
     size = f"{cfg.train.per_device_train_batch_size} x {row.tokens} tokens, {row.labels} of a row with a label"
     lines = [f"{cfg.model.name}, method={cfg.method.name}: a step of {size}"]
@@ -358,13 +365,14 @@ def table(cfg: DictConfig, row: Row, found: Estimate, took: tuple[float, float] 
         f"  {f'{name} before it, with the weights':<34}{(weights + size) / 1e9:>9.3f} GB   at most"
         for name, size in found.before.items()
     ]
-    return "\n".join([*lines, f"  {'FLOPs of a step':<34}{found.flops / 1e12:>9.3f} TFLOP"])
+    share = "" if sft is None else f"   {found.flops / sft:.2f} of SFT's, of what multiplies matrices"
+    return "\n".join([*lines, f"  {'FLOPs of a step':<34}{found.flops / 1e12:>9.3f} TFLOP{share}"])
 
 
 @config.command
 def main(arguments: list[str] | None = None) -> int:
     """Prints one table a cell; exit code 0, or that of the error, as train.py gives it."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.cost", **config.about(__doc__))
+    parser = argparse.ArgumentParser(**config.about(__doc__, "python -m experiments.cost"))
     parser.add_argument("overrides", nargs="*", help="as for train.py: model=llama2 task=gsm8k method=sft,cwac")
     parser.add_argument("--tokens", type=int, help="of a row; train.max_length where it is not given")
     parser.add_argument("--label-tokens", type=int, help="of a row that carry a label; all where it is not given")
@@ -379,9 +387,11 @@ def main(arguments: list[str] | None = None) -> int:
             sizes = Sizes(prompt_tokens=min(args.prompt_tokens, tokens), rank_share=args.rank_share)
             row, architecture = Row(tokens, args.label_tokens or tokens, sizes), shape(cfg)
             cost_estimate = estimate(cfg, architecture, row)
+            counted = complete(config.instantiate(cfg.method))
+            sft = estimate(as_sft(cfg), architecture, row).flops if counted else None
             took = measure(cfg, architecture, row, args.measure) if args.measure else None
-            print(table(cfg, row, cost_estimate, took), flush=True)
-            if not complete(config.instantiate(cfg.method)):
+            print(table(cfg, row, cost_estimate, sft, took), flush=True)
+            if not counted:
                 print(f"  not counted: what method={cfg.method.name} keeps and computes beside the training itself")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -253,7 +253,7 @@ def report(found: dict[str, dict]) -> str:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.fit_judge", **about(__doc__))
+    parser = argparse.ArgumentParser(**about(__doc__, "python -m experiments.fit_judge"))
     parser.add_argument("--data", type=Path, required=True, help=f"folder with {CSV} (XSTest's completions)")
     parser.add_argument("--l2", type=float, default=L2, help=f"strength of the penalty (default {L2})")
     parser.add_argument("--out", type=Path, help="write the head there (safetensors)")

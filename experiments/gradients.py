@@ -153,7 +153,7 @@ def draw(table: pd.DataFrame) -> Figure:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.gradients", **about(__doc__))
+    parser = argparse.ArgumentParser(**about(__doc__, "python -m experiments.gradients"))
     parser.add_argument("--seeds", default="0,1,2", help="run seeds, each a model and a mix of rows (0,1,2)")
     parser.add_argument("--out", type=Path, default=Path("results/gradients"), help="folder for the results")
     parser.add_argument("overrides", nargs="*", help="train.py's own, e.g. model=tiny harmful_ratio=0.2")

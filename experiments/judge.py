@@ -145,7 +145,7 @@ def listed(found: pd.DataFrame, judge: str, below: float) -> str:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.judge", **about(__doc__))
+    parser = argparse.ArgumentParser(**about(__doc__, "python -m experiments.judge"))
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder that holds the runs' folders")
     parser.add_argument("--judge", required=True, help="an option of conf/eval/judge")
     parser.add_argument(

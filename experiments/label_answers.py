@@ -124,7 +124,7 @@ def join(first: Path, second: Path, sample: pd.DataFrame) -> pd.DataFrame:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.label_answers", **about(__doc__))
+    parser = argparse.ArgumentParser(**about(__doc__, "python -m experiments.label_answers"))
     parser.add_argument("do", choices=["draw", "sheet", "join", "judge"])
     parser.add_argument("sheets", nargs="*", help="join: the two filled-in sheets; judge: keys of the judge")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder that holds the runs' folders")

@@ -56,7 +56,7 @@ def lines(name: str, rows: list[dict]) -> list[list[str]]:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.measure", **about(__doc__))
+    parser = argparse.ArgumentParser(**about(__doc__, "python -m experiments.measure"))
     parser.add_argument("models", nargs="+", help="folders of saved models, or options of conf/model")
     parser.add_argument("--pools", default="real", help="toy (the embedded model's) or another preset of conf/pools")
     parser.add_argument("--pools-data", metavar="FOLDER", help="folder laid out like the hub, read instead of it")

@@ -145,7 +145,7 @@ def draw_map(table: pd.DataFrame) -> Figure:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.sources", **about(__doc__))
+    parser = argparse.ArgumentParser(**about(__doc__, "python -m experiments.sources"))
     parser.add_argument("--seeds", default="0", help="run seeds; of model=tiny each is a base model of its own (0)")
     parser.add_argument(
         "--anchors", type=int, default=40, help="anchors of a fit on one source, and of the mixed (40)"

@@ -170,7 +170,7 @@ def record(folder: Path, rows: Sequence[dict]) -> None:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for a run or a task that cannot be measured."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.utility", **about(__doc__))
+    parser = argparse.ArgumentParser(**about(__doc__, "python -m experiments.utility"))
     parser.add_argument("--run", type=Path, nargs="+", default=[], help="folders of runs with keep_weights=true")
     parser.add_argument("--tasks", nargs="+", default=[], help="tasks of lm-eval, instead of the built-in set")
     parser.add_argument("--include", type=Path, help="a folder of lm-eval's task files")

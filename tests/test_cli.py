@@ -10,6 +10,8 @@ import pytest
 
 from cwac import __version__
 from cwac.core import cli
+from cwac.core.config import about
+from cwac.core.errors import STARTED_AS, UserError
 from tests.conftest import ROOT
 
 
@@ -24,6 +26,7 @@ def became(monkeypatch):
 
     monkeypatch.setattr(cli.os, "execv", execv)
     monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    monkeypatch.setenv(STARTED_AS, "")  # what the command sets is taken back
     return seen
 
 
@@ -38,6 +41,21 @@ def test_a_command_becomes_the_one_it_names(became):
         [sys.executable, "-m", "experiments.cost", "model=llama2"],
     ]
     assert os.environ["PYTHONPATH"].split(os.pathsep)[:2] == [str(ROOT), str(ROOT)]
+
+
+def test_under_the_command_texts_name_commands_as_they_were_typed(became, monkeypatch):
+    said = "Remedy: python -m experiments.judge --judge keyword, then python train.py -m seed=0"
+    typed = "Remedy: cwac judge --judge keyword, then cwac train -m seed=0"
+    doc = "Judges.\n\npython -m analysis.report --out a\n"
+    monkeypatch.delenv(STARTED_AS)
+    assert (
+        str(UserError(said)) == said and about(doc, "python -m analysis.report")["prog"] == "python -m analysis.report"
+    )
+    with pytest.raises(SystemExit):
+        cli.main(["train"])
+    assert os.environ[STARTED_AS] == "cwac train" and str(UserError(said)) == typed
+    found = about(doc, "python -m analysis.report")
+    assert (found["prog"], found["epilog"]) == ("cwac report", "examples:\n  cwac report --out a")
 
 
 def test_every_module_with_a_main_is_a_command_and_no_name_is_taken_twice():
@@ -117,6 +135,9 @@ def test_an_installed_package_carries_the_commands(tmp_path):
     assert not {"analysis", "experiments", "train.py"} & {p.name for p in (tmp_path / "site").iterdir()}
     env = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     cwac = [sys.executable, "-m", "cwac.core.cli"]
-    for command, said in ((["train", "method=lisa", "--cfg", "job"], "name: lisa"), (["report", "--help"], "usage:")):
+    for command, said in (
+        (["train", "method=lisa", "--cfg", "job"], "name: lisa"),
+        (["report", "--help"], "usage: cwac report"),
+    ):
         done = subprocess.run([*cwac, *command], cwd=tmp_path, env=env, capture_output=True, text=True)
         assert done.returncode == 0 and said in done.stdout, done.stderr

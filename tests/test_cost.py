@@ -82,6 +82,19 @@ def test_a_step_costs_six_flops_a_parameter_and_token():
     assert cost.estimate(cfg, shape, row).flops == pytest.approx(6 * n * 2 * row.tokens, rel=0.1)
 
 
+def test_a_step_is_compared_with_one_of_sft(capsys):
+    """The weight constraint adds two products, with V and with its transpose, for each of four matrices."""
+    cfg, shape, row = small("method=weight_only")
+    sft, found = (cost.estimate(c, shape, row).flops for c in (cost.as_sft(cfg), cfg))
+    assert sft == cost.estimate(*small("method=sft")).flops
+    assert found - sft == 2 * 4 * 2 * 512 * 1536 * (1536 // 2)
+    assert found / sft == pytest.approx(1.2)
+    sizes = ["--tokens", "64", "--prompt-tokens", "16"]
+    assert cost.main([SMALL, "model=tiny", "method=sft,weight_only,lisa", *sizes]) == 0
+    told = [line.partition("TFLOP")[2].strip() for line in capsys.readouterr().out.splitlines() if "FLOPs" in line]
+    assert told == [f"{times} of SFT's, of what multiplies matrices" for times in ("1.00", "1.20")] + [""]
+
+
 def test_an_optimizer_without_an_estimate_is_named():
     with pytest.raises(UsageError, match="train.optim=adafactor has no estimate; use one of sgd"):
         cost.estimate(*small("method=sft", "+train.optim=adafactor"))

@@ -2,11 +2,19 @@
 
 import logging
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+from transformers import Trainer
 
 from cwac.core import cache, failures
+from cwac.data.tokenize import Collator
 from cwac.methods.base import Method, summary
+from cwac.training import engine, hook_times
+from tests.conftest import make_llama, random_rows, sgd
 
 
 def test_a_build_says_what_why_and_how_long_the_last_one_took(tmp_path, caplog):
@@ -46,8 +54,6 @@ def test_a_sweep_counts_its_cells_and_estimates_its_end(tmp_path, monkeypatch):
 
 
 def test_a_method_is_told_in_one_line():
-    from torch import nn
-
     class Careful(Method):
         def held(self):
             return "holds 3 matrices"
@@ -62,6 +68,101 @@ def test_a_method_is_told_in_one_line():
     model[0].weight.requires_grad_(False)
     assert summary(Careful("careful"), model) == (
         "method=careful: holds 3 matrices; extra data: 12 harmful prompts; 25 % of the parameters train; at each step "
-        "it may add a penalty"
+        "it may add a penalty; what that costs follows from the first steps"
     )
-    assert "a step costs what SFT's does" in summary(Method("sft"), model)
+    assert "no work of its own at a step" in summary(Method("sft"), model)
+
+
+class Clock:
+    """Stands still but for what `spend` adds, so that a test knows what everything takes."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def spend(self, seconds):
+        self.seconds += seconds
+
+    def spend_in_backward(self, x, seconds):
+        """x; the backward pass through it takes so long."""
+        clock = self
+
+        class Slow(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                return x.clone()
+
+            @staticmethod
+            def backward(ctx, gradient):
+                clock.spend(seconds)
+                return gradient
+
+        return Slow.apply(x)
+
+
+class Dear(Method):
+    """Every hook of a step takes its time, 250 s in a step of two micro-batches."""
+
+    def batch(self, batch, step, part):
+        self.clock.spend(10)
+        return batch
+
+    def penalty(self, model, step):
+        self.clock.spend(30)
+        return self.clock.spend_in_backward(model.lm_head.weight, 50).sum()
+
+    def after_backward(self, model):
+        self.clock.spend(40)
+
+    def before_step(self, model):
+        self.clock.spend(60)
+
+    def after_step(self, model):
+        self.clock.spend(50)
+
+
+def trained(method, steps, folder, monkeypatch, own_trainer=False):
+    """Train a small model, where a step without hooks takes 750 s, and 100,000 s more the first time."""
+    method.clock = clock = Clock()
+    monkeypatch.setattr(hook_times, "clock", lambda: clock.seconds)
+    model, calls = make_llama(), []
+
+    def slow(module, inputs, output):
+        calls.append(1)
+        clock.spend(125 if len(calls) > 1 else 100_125)
+        return clock.spend_in_backward(output, 250)
+
+    model.lm_head.register_forward_hook(slow)
+    args = sgd(folder, per_device=1, accumulation=2)
+    args.max_steps, args.learning_rate = steps, 1e-6
+    rows = random_rows(2 * steps, seed=3)
+    if own_trainer:
+        engine.attach(Trainer(model, args, Collator(2), rows), method).train()
+        return
+    run, cfg = SimpleNamespace(id="dear", dir=folder), OmegaConf.create({"eval": {"at": []}})
+    engine.train(cfg, args, run, model, method, rows, 2, lambda *point: None)
+
+
+DEAR = (
+    "method=dear: a step takes 1.33 times what it takes without the method's hooks, measured over {} steps (of a "
+    "step's time: batch 2.0 %, penalty 8.0 %, after_backward 4.0 %, before_step 6.0 %, after_step 5.0 %)"
+)
+
+
+@pytest.mark.parametrize("steps, timed", [(4, 3), (11, 10), (14, 10)])
+def test_what_the_hooks_take_of_a_step_is_measured(steps, timed, tmp_path, monkeypatch, caplog):
+    with caplog.at_level(logging.INFO, logger="cwac.training.engine"):
+        trained(Dear("dear"), steps, tmp_path, monkeypatch)
+    said = [record.getMessage() for record in caplog.records if "times what" in record.getMessage()]
+    assert said == [DEAR.format(timed)]
+
+
+def test_in_somebodys_own_script_it_is_printed(tmp_path, monkeypatch, capsys):
+    trained(Dear("dear"), 4, tmp_path, monkeypatch, own_trainer=True)
+    assert DEAR.format(3) in capsys.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize("method, steps", [(Dear("dear"), 1), (Method("sft"), 12)])
+def test_nothing_is_said_of_hooks_that_were_not_timed_or_are_none(method, steps, tmp_path, monkeypatch, caplog):
+    with caplog.at_level(logging.INFO, logger="cwac.training.engine"):
+        trained(method, steps, tmp_path, monkeypatch)
+    assert "times what" not in caplog.text

@@ -15,6 +15,7 @@ import re
 import sys
 from pathlib import Path
 
+from cwac.core.errors import STARTED_AS
 from cwac.core.paths import PACKAGE
 
 HOME = next((p for p in (PACKAGE / "commands", PACKAGE.parent) if (p / "train.py").is_file()), PACKAGE.parent)
@@ -92,6 +93,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     ahead = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(HOME), *([ahead] if ahead else [])])
+    os.environ[STARTED_AS] = "cwac train"
     command = [*argv_of(arguments[0], there[arguments[0]]), *arguments[1:]]
     sys.stdout.flush()
     os.execv(command[0], command)

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cwac.core import renamed
-from cwac.core.errors import UsageError, UserError
+from cwac.core.errors import UsageError, UserError, as_typed
 from cwac.core.identity import flatten
 from cwac.core.keys import did_you_mean, explain, near
 from cwac.core.paths import CONF
@@ -49,15 +49,17 @@ def register_searches() -> None:
 register_searches()
 
 
-def about(doc: str) -> dict[str, Any]:
+def about(doc: str, program: str | None = None) -> dict[str, Any]:
     """Arguments of `argparse.ArgumentParser` from a module's docstring: its first line, and its commands as examples.
 
-    A command is a line that begins with `python `; those that continue it are indented.
+    program: how the module is called, for its usage. A command of the docstring is a line that begins with `python `;
+    those that continue it are indented.
     """
     found = re.findall(r"(?m)^ *python [^\n]*(?:\n {4,}[^\n]+)*", doc)
     return {
-        "description": doc.strip().splitlines()[0],
-        "epilog": "\n".join(["examples:", *(f"  {example.strip()}" for example in found)]),
+        "prog": program and as_typed(program),
+        "description": as_typed(doc.strip().splitlines()[0]),
+        "epilog": as_typed("\n".join(["examples:", *(f"  {example.strip()}" for example in found)])),
         "formatter_class": argparse.RawDescriptionHelpFormatter,
     }
 

@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import re
+
+STARTED_AS = "CWAC_TRAIN"
+"""Environment variable of the command `cwac` for what it starts: how `train.py` is called there, `cwac train`."""
+
+
+def as_typed(text: str) -> str:
+    """The commands in a text as this user types them: `cwac judge` for `python -m experiments.judge` under `cwac`."""
+    if STARTED_AS not in os.environ:
+        return text
+    text = re.sub(r"python -m (?:experiments|analysis)\.(\w+)", r"cwac \1", text)
+    return text.replace("python train.py", os.environ[STARTED_AS])
+
 
 class UserError(Exception):
     """Something the user can mend; its message names the key and the remedy and is printed without a traceback."""
+
+    def __str__(self) -> str:
+        return as_typed(super().__str__())
 
 
 class UsageError(UserError):

@@ -24,6 +24,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from cwac.core.cache import duration
+from cwac.core.errors import as_typed
 from cwac.core.jsonl import append_jsonl, read_jsonl
 
 log = logging.getLogger("cwac")
@@ -57,7 +58,7 @@ class OnSharedDisk(Callback):
         (Path(config.hydra.sweep.dir) / "optimization_results.yaml").unlink(missing_ok=True)
         experiment = config.hydra.runtime.choices.get("experiment")
         given = [o for o in config.hydra.overrides.task if not o.startswith(("experiment=", "paths.runs="))]
-        command = f"python -m analysis.tuning --experiment {experiment} --runs {config.paths.runs}"
+        command = as_typed(f"python -m analysis.tuning --experiment {experiment} --runs {config.paths.runs}")
         log.info(
             "the search has run; a value counts by its mean over seeds: %s",
             shlex.join([*command.split(), *given]) if experiment else "compare them in the runs' metrics.jsonl",

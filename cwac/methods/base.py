@@ -173,6 +173,11 @@ HOOKS = {
 """Hooks that cost time at each step, and what a method that overrides one does there."""
 
 
+def overridden(method: Method) -> list[str]:
+    """The hooks of a step that this method has of its own."""
+    return [hook for hook in HOOKS if getattr(type(method), hook) is not getattr(Method, hook)]
+
+
 def summary(method: Method, model: nn.Module) -> str:
     """One line on a method that is set up: what it holds, saw and trains, and what a step has beyond SFT's.
 
@@ -181,12 +186,14 @@ def summary(method: Method, model: nn.Module) -> str:
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
     share = 100 * sum(n for n, trains in counts if trains) / max(1, sum(n for n, _ in counts))
     extra = ", ".join(f"{n} {kind.replace('_', ' ')}" for kind, n in method.extra_data().items())
-    steps = [does for hook, does in HOOKS.items() if getattr(type(method), hook) is not getattr(Method, hook)]
+    steps = [HOOKS[hook] for hook in overridden(method)]
     parts = [
         method.held() or "holds nothing of the aligned model by a constraint",
         f"extra data: {extra or 'none'}",
         f"{share:.3g} % of the parameters train",
-        f"at each step it {', '.join(steps)}" if steps else "a step costs what SFT's does",
+        f"at each step it {', '.join(steps)}; what that costs follows from the first steps"
+        if steps
+        else "no work of its own at a step",
     ]
     return f"method={method.name}: {'; '.join(parts)}"
 

@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -38,6 +39,7 @@ from cwac.data.tokenize import IGNORE, Collator, Rows
 from cwac.methods.base import Method
 from cwac.models.layers import picks_logits
 from cwac.training.arguments import evaluation_steps, refuse_deepspeed, steps_per_epoch, total_steps
+from cwac.training.hook_times import HookTimes
 
 log = logging.getLogger(__name__)
 COMPLETE = "complete.json"
@@ -71,6 +73,10 @@ class MethodTrainer(Trainer):
     """The task's loss so far in the current optimizer step, summed over its micro-batches."""
     expected_steps: int | None = None
     """The number of optimizer steps that the method was told of in `setup`; some methods plan by this number."""
+    hook_times: HookTimes
+    """What the method's hooks take of the first steps; `attach` sets it."""
+    say: Callable[[str], None]
+    """Tells the user a line about the training. By default it is printed to stderr."""
     original: list[tuple[str, weakref.ref]]
     """Name of, and weak reference to, each parameter that the method saw in `setup`."""
     penalty_checked: bool
@@ -115,7 +121,8 @@ class MethodTrainer(Trainer):
         if size > 1:
             for batch, (part, _) in zip(batches, parts, strict=True):
                 self._ignore_repeated(batch, part)
-        batches = [self.method.batch(b, step, part) for b, part in zip(batches, parts, strict=True)]
+        with self.hook_times.of("batch"):
+            batches = [self.method.batch(b, step, part) for b, part in zip(batches, parts, strict=True)]
         return batches, self._get_num_items_in_batch(batches, device)
 
     def _ignore_repeated(self, batch, part: int) -> None:
@@ -151,7 +158,7 @@ class MethodTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:  # before Trainer clips, so that the sum of all gradients is clipped
-            with torch.no_grad():
+            with torch.no_grad(), self.hook_times.of("after_backward"):
                 self.method.after_backward(self.model)
         return loss
 
@@ -181,12 +188,15 @@ class MethodTrainer(Trainer):
                 self.step_losses.append(self.step_loss)
                 self.step_loss = 0.0
         if last:
-            with self.accelerator.autocast():  # a copy of the initial model then uses the same precision
+            # under autocast, so that a copy of the initial model uses the same precision
+            with self.accelerator.autocast(), self.hook_times.of("penalty"):
                 penalty = self.method.penalty(model, self.state.global_step)
             if penalty is not None:
                 self.check_penalty(penalty)
                 self.penalties.append(penalty.detach())
-                loss = loss + penalty * parts
+                with_penalty = loss + penalty * parts
+                self.hook_times.of_backward("penalty", with_penalty, loss)
+                loss = with_penalty
         return (loss, result[1]) if return_outputs else loss
 
     def replaced(self) -> dict[int, str]:
@@ -291,6 +301,7 @@ class StepHooks(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.hook_times = HookTimes(args.device)
         expected = self.trainer.expected_steps
         if expected is not None and state.max_steps != expected:
             raise UserError(
@@ -302,14 +313,28 @@ class StepHooks(TrainerCallback):
         self.trainer.check_kept()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        with torch.no_grad():
+        with torch.no_grad(), self.trainer.hook_times.of("before_step"):
             self.trainer.method.before_step(self.trainer.model)
 
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.trainer.hook_times.begin_step()
+
     def on_optimizer_step(self, args, state, control, **kwargs):
-        with torch.no_grad(), own_precision(self.trainer.model):
+        with torch.no_grad(), own_precision(self.trainer.model), self.trainer.hook_times.of("after_step"):
             self.trainer.method.after_step(self.trainer.model)
+        if self.trainer.hook_times.end_step():
+            self.tell_hook_times(state)
+
+    def tell_hook_times(self, state) -> None:
+        """Say once, on rank 0, what the method's hooks take of a step."""
+        said = self.trainer.hook_times.summary(self.trainer.method)
+        if said and state.is_world_process_zero:
+            with tqdm.external_write_mode():  # a progress bar is drawn again below the line
+                self.trainer.say(said)
 
     def on_train_end(self, args, state, control, **kwargs):
+        if self.trainer.hook_times.is_open:  # a training of fewer steps than are timed
+            self.tell_hook_times(state)
         reloaded = args.load_best_model_at_end and state.best_model_checkpoint
         with torch.no_grad(), own_precision(self.trainer.model):
             self.trainer.method.stop(self.trainer.model, bool(reloaded))
@@ -412,6 +437,7 @@ def build_trainer(
     whole = trainer.label_smoother is not None
     trainer.label_logits = not whole and picks_logits(model)
     trainer.step_losses, trainer.track = [], None
+    trainer.say = log.info
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     return trainer
@@ -427,6 +453,7 @@ def attach(trainer: Trainer, method: Method) -> MethodTrainer:
     if not issubclass(kind, MethodTrainer):
         trainer.__class__ = type(f"Defended{kind.__name__}", (MethodTrainer, kind), {})
     trainer.method, trainer.penalties, trainer.penalty_checked = method, [], False
+    trainer.hook_times, trainer.say = HookTimes(trainer.args.device), functools.partial(print, file=sys.stderr)
     trainer.original = [(name, weakref.ref(p)) for name, p in trainer.model.named_parameters()]
     if trainer.is_fsdp_enabled and trainer.is_world_process_zero():
         empty = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in trainer.model.parameters()}
