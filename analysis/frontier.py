@@ -29,6 +29,7 @@ KEYS = {
     "energy": ("method.energy", "method.weight.energy"),
     "k": ("method.k",),
     "basis": ("method.basis",),
+    "lam": ("method.lam",),
     "rate": ("train.learning_rate",),
 }
 """Short name -> where a run's configuration may have it."""

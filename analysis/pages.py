@@ -215,7 +215,7 @@ def adapter() -> str:
 
 
 def slower() -> str:
-    """What SFT comes to at the rate that was chosen on validation prompts, and whether both models agree."""
+    """What SFT comes to at the rate that validation prompts chose: on both models, on a task to be learnt."""
     here, toy = view(CAMPAIGN), view(TUNED)
     (usual, low), (toy_usual, toy_low) = (
         (v.mean("sft", "HS"), v.mean(next(m for m in v.methods if m.startswith(f"sft{paper.SETTING}rate")), "HS"))
@@ -225,7 +225,20 @@ def slower() -> str:
     return (
         "The plainest defence is a lower learning rate: SFT's, chosen on validation prompts, takes "
         f"{headline.named(here.model).split('-')[0]} from an HS of {usual:.0f} to {low:.0f} %, and the embedded model "
-        f"{agrees} ({link('all methods', 'docs/results/all_methods.md')})."
+        f"{agrees} ({link('all methods', 'docs/results/all_methods.md')}); {learnt()}."
+    )
+
+
+def learnt() -> str:
+    """The same on a task that has to be learnt: SFT at the rate that comes nearest to the null-space adapters' FA."""
+    points = estimates("nullspace_task/frontier.csv")
+    kept = points[points["method"] == "nullspace"].iloc[0]
+    plain = points[points["method"] == "sft"]
+    plain = plain.loc[(plain["FA"] - kept["FA"]).abs().idxmin()]
+    holds = "holds as well" if plain["HS"] < kept["HS"] + headline.MARGIN else "does not hold"
+    return (
+        f"on a task that has to be learnt it {holds}: HS {plain['HS']:.0f} % at FA {plain['FA']:.0f} %, where a "
+        f"null-space adapter has {kept['HS']:.0f} at {kept['FA']:.0f} %"
     )
 
 
