@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-from cwac.constraints.subspace import Basis, Moment, capture, eigenvectors, from_gram, leading_eigenvectors
+from cwac.constraints.subspace import Basis, Moment, capture, eigenvectors, from_gram
 from cwac.data.tokenize import Collator
 from cwac.models.layers import base_layer, evaluating, input_group
 
@@ -62,8 +62,9 @@ def leading_free(
         return V.new_zeros(len(V), 0)
     if moment is None and k < m:
         return clean(drawn_free(V, k, seed), V)
-    if moment is not None and k <= FEW * m:
-        N = leading_outside(V, moment, k)
+    X = moment.X if isinstance(moment, Moment) else None
+    if X is not None and len(X) < m and k <= FEW * m:
+        N = leading_outside(V, X, k)
         missing = k - N.shape[1]
         if missing:  # the moment has fewer directions outside V
             N = torch.cat([N, drawn_free(torch.linalg.qr(torch.cat([V, N], 1))[0], missing, seed)], 1)
@@ -91,17 +92,10 @@ def drawn_free(V: torch.Tensor, k: int, seed: str) -> torch.Tensor:
     return torch.ormqr(reflections, scales, torch.cat([V.new_zeros(r, k), turn]))
 
 
-def leading_outside(V: torch.Tensor, moment: torch.Tensor | Moment, k: int) -> torch.Tensor:
-    """The k orthonormal directions [d, k] outside V [d, r] in which `moment` is largest, or as many as it has."""
-    X = moment.X if isinstance(moment, Moment) else None
-    if X is not None:
-        Y = X.to(V)
-        N = from_gram(Y - (Y @ V) @ V.T, lambda _: min(k, len(Y)))[0]
-    else:
-        C, W = (moment.C if isinstance(moment, Moment) else moment).double(), V.double()
-        C = C - W @ (W.T @ C)
-        C = C - (C @ W) @ W.T
-        N = leading_eigenvectors(C.to(V), lambda _: k)[0]
+def leading_outside(V: torch.Tensor, X: torch.Tensor, k: int) -> torch.Tensor:
+    """The k orthonormal directions [d, k] outside V [d, r] that rows X [n, d] use most, or as many as they have."""
+    Y = X.to(V)
+    N, _ = from_gram(Y - (Y @ V) @ V.T, lambda _: min(k, len(Y)))
     return orthonormal_outside(N, V)
 
 

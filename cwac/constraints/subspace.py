@@ -199,7 +199,8 @@ def fit_subspace(
 class Moment:
     """X^T X of rows x [n, d] that come in parts: X itself as long as it has no more rows than columns, X^T X after.
 
-    A token that several rows of a batch share comes once, so there may be fewer rows than tokens.
+    A token that several rows of a batch share comes once, so there may be fewer rows than tokens. Rows are added to
+    X^T X by the d, in one product: it is summed in float64, and larger products are faster.
     """
 
     def __init__(self, d: int):
@@ -210,12 +211,15 @@ class Moment:
     def add(self, x: torch.Tensor) -> None:
         """x: [n, d], in fp32, or in float64 if products that fp32 would round shall count."""
         self._parts.append(x)
-        if self._C is not None or sum(map(len, self._parts)) > self.d:
-            if self._C is None:
-                self._C = torch.zeros(self.d, self.d, dtype=torch.float64, device=x.device)
-            for part in self._parts:
-                add_gram(self._C, part)
-            self._parts = []
+        if sum(map(len, self._parts)) > self.d:
+            self._fold()
+
+    def _fold(self) -> None:
+        if self._C is None:
+            self._C = torch.zeros(self.d, self.d, dtype=torch.float64, device=self._parts[0].device)
+        if self._parts:
+            add_gram(self._C, torch.cat(self._parts))
+        self._parts = []
 
     @property
     def device(self) -> torch.device:
@@ -232,6 +236,7 @@ class Moment:
         if self._C is None:
             x = self.X.double()
             return x.T @ x
+        self._fold()
         self._C.tril_()
         self._C += self._C.tril(-1).T  # a later part goes to the lower triangle, and the next call reads that
         return self._C
