@@ -44,6 +44,8 @@ SINGLE = 0.999
 largest one, which is small beside the thousandth of the trace that V gives up at this energy."""
 
 
+BLOCK = 1024
+"""Rows of X that are held back for one product (ours): a small one costs as much to add as to make."""
 LARGE = 2048
 """Dimensions from which on only the eigenvectors that are needed are computed (ours); below it saves nothing."""
 
@@ -199,8 +201,8 @@ def fit_subspace(
 class Moment:
     """X^T X of rows x [n, d] that come in parts: X itself as long as it has no more rows than columns, X^T X after.
 
-    A token that several rows of a batch share comes once, so there may be fewer rows than tokens. Rows are added to
-    X^T X by the d, in one product: it is summed in float64, and larger products are faster.
+    A token that several rows of a batch share comes once, so there may be fewer rows than tokens. X^T X is summed in
+    float64, of products of `BLOCK` rows.
     """
 
     def __init__(self, d: int):
@@ -211,7 +213,7 @@ class Moment:
     def add(self, x: torch.Tensor) -> None:
         """x: [n, d], in fp32, or in float64 if products that fp32 would round shall count."""
         self._parts.append(x)
-        if sum(map(len, self._parts)) > self.d:
+        if sum(map(len, self._parts)) > (self.d if self._C is None else min(self.d, BLOCK)):
             self._fold()
 
     def _fold(self) -> None:
