@@ -462,8 +462,8 @@ def estimate_block(rows: list[dict], h100: list[dict], target: Target) -> str:
         held = found["V"] + found["A"]
         most = max(0.0, (room - found["total"] + held) * rank / held)
         weights = sum(size for part, size in parts.items() if part.startswith("weights (")) / 1e9
-        # fit_subspace keeps X [tokens, d_ffn] of every layer in float64 where tokens < d_ffn
-        tokens = max(0.0, (room - weights) * 1e9 / (8 * target.ffn * target.layers))
+        # fit_subspace keeps X [tokens, d_ffn] of every layer in fp32 where tokens < d_ffn
+        tokens = max(0.0, (room - weights) * 1e9 / (4 * target.ffn * target.layers))
         enough = (n for n in range(8, 513, 8) if fits(option, n, parts))
         begin.append([option, str(next(enough)), f"{most:,.0f}", f"{weights:.0f}", verdict(weights), f"{tokens:,.0f}"])
     header = ["GB a GPU", "rank", *found, f"within {room:.0f}"]

@@ -202,6 +202,18 @@ def test_half_of_a_gram_matrix_is_its_lower_triangle():
     assert (C[:3, 3:] == 1).all()  # what no block on the diagonal covers is not computed
 
 
+def test_a_moment_is_the_same_however_its_rows_come_and_are_held():
+    X = torch.randn(30, 9, dtype=torch.float64)
+    for n in (9, 10, 30):
+        moment = subspace.Moment(9)
+        for part in X[:n].split(4):
+            moment.add(part)
+        assert (moment.X is None) == (n > 9) and (n > 9 or torch.equal(moment.X, X[:n]))
+        assert torch.allclose(moment.C, X[:n].T @ X[:n])
+    moment.add(X)  # after the whole was read
+    assert torch.allclose(moment.C, 2 * X.T @ X) and torch.equal(moment.C, moment.C.T)
+
+
 def test_rank_for_counts_what_is_needed_and_not_the_noise():
     values = torch.tensor([6.0, 3.0, 1.0, 1e-18], dtype=torch.float64)
     assert [rank_for(values, e) for e in (0.5, 0.6, 0.61, 0.9, 0.91, 1.0)] == [1, 1, 2, 2, 3, 3]
@@ -241,6 +253,34 @@ def test_a_single_precision_decomposition_spans_what_a_double_one_does(llama, mo
     for name, basis in fit_subspace(llama, anchors, "all", energy=0.99).items():
         assert single[name].rank == basis.rank and single[name].energy == pytest.approx(basis.energy, abs=1e-5)
         assert (single[name].V.T @ basis.V).square().sum() == pytest.approx(basis.rank, abs=1e-3), name
+
+
+@pytest.mark.parametrize("n", [2, 40])  # fewer and more tokens than dimensions
+@pytest.mark.parametrize("energy", [0.6, 0.99, 0.9999, 1.0])
+def test_the_needed_eigenvectors_alone_span_what_all_of_them_do(llama, monkeypatch, n, energy):
+    anchors = random_rows(n, seed=8)
+    whole = fit_subspace(llama, anchors, "all", energy=energy)
+    monkeypatch.setattr(subspace, "LARGE", 2)
+    for name, basis in fit_subspace(llama, anchors, "all", energy=energy).items():
+        assert whole[name].rank == basis.rank and whole[name].energy == pytest.approx(basis.energy, abs=1e-6)
+        assert (whole[name].V.T @ basis.V).square().sum() == pytest.approx(basis.rank, abs=1e-3), name
+        assert (basis.V.T @ basis.V - torch.eye(basis.rank)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("k", [0, 1, 20, 40])
+def test_leading_eigenvectors_are_those_of_the_whole_decomposition(monkeypatch, dtype, tolerance, k):
+    monkeypatch.setattr(subspace, "LARGE", 2)
+    X = torch.randn(90, 60, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    X = X * torch.logspace(0, -3, 60, dtype=torch.float64)
+    C = (X.T @ X).to(dtype)
+    before = C.clone()
+    V, values = subspace.leading_eigenvectors(C, lambda found: k)
+    expected, U = torch.linalg.eigh(C.double())
+    assert torch.equal(C, before) and V.dtype == values.dtype == dtype and V.shape == (60, k)
+    assert torch.allclose(values.double(), expected.flip(0), atol=tolerance * float(expected[-1]))
+    assert (C.double() @ V.double() - V.double() * expected.flip(0)[:k]).abs().sum() <= tolerance * k * expected[-1]
+    assert (V.T @ V - torch.eye(k, dtype=dtype)).abs().sum() <= 60 * tolerance
 
 
 @pytest.mark.parametrize("learnt", [0.0, 1e-3])

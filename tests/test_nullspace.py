@@ -2,6 +2,7 @@
 
 import copy
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,17 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cwac.constraints.anchors import refused
-from cwac.constraints.nullspace import BASES, energy_held, fit_free, gradient_moments, leading_free, second_moments
+from cwac.constraints.nullspace import (
+    BASES,
+    energy_held,
+    fit_free,
+    gradient_moments,
+    leading_free,
+    orthogonal_complement,
+    second_moments,
+)
 from cwac.constraints.settings import Weight
-from cwac.constraints.subspace import Basis, fit_subspace
+from cwac.constraints.subspace import Basis, Moment, fit_subspace
 from cwac.core import config
 from cwac.core.errors import UsageError, UserError
 from cwac.core.jsonl import read_jsonl
@@ -108,6 +117,33 @@ def test_all_of_the_null_space_is_the_same_space_for_every_basis():
     assert torch.allclose(projectors[0], torch.eye(16) - V @ V.T, atol=1e-5)
 
 
+@pytest.mark.parametrize("n, k", [(25, 7), (200, 7), (5, 7), (200, 20), (200, None)])
+def test_leading_directions_are_the_eigenvectors_within_the_whole_null_space(n, k):
+    """Whether the rows are held as X, or as X^T X, and where they have fewer directions than are asked for."""
+    d, r = 60, 20
+    V, X = orthonormal(d, r), torch.randn(n, d) * torch.logspace(0, -2, d)
+    moment = Moment(d)
+    for part in X.split(3):
+        moment.add(part)
+    assert (moment.X is None) == (n > d)
+    N = leading_free(V, moment, k).double()
+    free = orthogonal_complement(V.double())
+    inside = free @ torch.linalg.eigh(free.T @ X.double().T @ X.double() @ free)[1].flip(1)
+    m, real = N.shape[1], min(n, N.shape[1])
+    assert m == (d - r if k is None else k)
+    assert torch.allclose(N.T @ N, torch.eye(m).double(), atol=1e-5) and (N.T @ V.double()).norm() < 1e-6
+    assert torch.linalg.matrix_norm(inside[:, :real] - N @ (N.T @ inside[:, :real])) < 2e-3
+    if k == 7:
+        assert torch.allclose((inside[:, :real].T @ N).abs().diag(), torch.ones(real).double(), atol=1e-3)
+
+
+def test_drawn_directions_are_those_of_a_turn_of_the_whole_null_space():
+    V, k = orthonormal(60, 20), 7
+    draw = torch.Generator().manual_seed(random.Random("0-a").getrandbits(62))
+    turn = torch.linalg.qr(torch.randn(40, k, generator=draw))[0]
+    assert torch.allclose(leading_free(V, None, k, "0-a"), orthogonal_complement(V) @ turn, atol=1e-5)
+
+
 def test_random_directions_depend_on_the_seed_alone():
     V = orthonormal(16, 5)
     first, again, other = (leading_free(V, None, 3, seed) for seed in ("0-a", "0-a", "0-b"))
@@ -128,7 +164,7 @@ def test_moments_of_gradients_are_those_of_autograd(llama):
     found = gradient_moments(llama, rows, linears(llama, "all"), batch_size=4)
     assert found.keys() == expected.keys()
     for name in found:
-        assert torch.allclose(found[name], expected[name], rtol=1e-3, atol=1e-9)
+        assert torch.allclose(found[name].C.float(), expected[name], rtol=1e-3, atol=1e-9)
     assert all(p.grad is None and p.requires_grad for p in llama.parameters())
 
 
@@ -137,7 +173,7 @@ def test_second_moments_leave_out_first_tokens(llama):
     seen = []
     module = linears(llama, ["q_proj"], [1])["1.self_attn.q_proj"]
     handle = module.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0][0, 1:]))
-    C = second_moments(llama, rows, {"1.qkv": module})["1.qkv"]
+    C = second_moments(llama, rows, {"1.qkv": module})["1.qkv"].C
     handle.remove()
     assert torch.allclose(C.float(), seen[0].T @ seen[0], rtol=1e-4, atol=1e-6)
 

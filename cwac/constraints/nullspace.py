@@ -29,9 +29,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-from cwac.constraints.subspace import Basis, add_gram, capture
+from cwac.constraints.subspace import Basis, Moment, capture, eigenvectors, from_gram
 from cwac.data.tokenize import Collator
 from cwac.models.layers import base_layer, evaluating, input_group
+
+FEW = 0.25
+"""Share of the null space's dimensions up to which directions are found without a basis of all of it (ours)."""
 
 BASES = ("rows", "complement", "benign", "gradient")
 TENSORS, REPORT = "nullspace.safetensors", "nullspace.json"
@@ -44,25 +47,66 @@ def orthogonal_complement(V: torch.Tensor) -> torch.Tensor:
     return Q.sub_(V @ (V.T @ Q)) if 0 < r < d else Q
 
 
-def leading_free(V: torch.Tensor, moment: torch.Tensor | None, k: int | None, seed: str = "0") -> torch.Tensor:
+def leading_free(
+    V: torch.Tensor, moment: torch.Tensor | Moment | None, k: int | None, seed: str = "0"
+) -> torch.Tensor:
     """N [d, k], fp32: k orthonormal directions orthogonal to V [d, r], those with the largest n^T moment n.
 
     moment: [d, d], symmetric and positive; None draws directions by `seed`. k: at most d - r; None for all of them.
+    Few directions (`FEW`) are found without a basis of the others.
     """
-    free = orthogonal_complement(V.float())  # [d, m]
-    m = free.shape[1]
+    V = V.float()
+    m = V.shape[0] - V.shape[1]
     k = m if k is None else min(k, m)
     if k == 0:
-        return free[:, :0]
-    if moment is not None:
-        inside = free.T @ (moment.to(free) @ free)
-        turn = torch.linalg.eigh(inside)[1].flip(1)[:, :k]
-    elif k < m:
-        draw = torch.Generator().manual_seed(random.Random(seed).getrandbits(62))
-        turn = torch.linalg.qr(torch.randn(m, k, generator=draw).to(free))[0]
-    else:
+        return V.new_zeros(len(V), 0)
+    if moment is None and k < m:
+        return clean(drawn_free(V, k, seed), V)
+    X = moment.X if isinstance(moment, Moment) else None
+    if X is not None and len(X) < m and k <= FEW * m:
+        N = leading_outside(V, X, k)
+        missing = k - N.shape[1]
+        if missing:  # the moment has fewer directions outside V
+            N = torch.cat([N, drawn_free(torch.linalg.qr(torch.cat([V, N], 1))[0], missing, seed)], 1)
+        return clean(N, V)
+    free = orthogonal_complement(V)  # [d, m]
+    if moment is None:
         return clean(free, V)
-    return clean(free @ turn, V)
+    C = moment.C if isinstance(moment, Moment) else moment
+    inside = free.T @ (C.to(free) @ free)
+    return clean(free @ eigenvectors(inside)[0][:, :k], V)
+
+
+def drawn_free(V: torch.Tensor, k: int, seed: str) -> torch.Tensor:
+    """k orthonormal directions [d, k], drawn uniformly by `seed` from what V [d, r] leaves.
+
+    They are `orthogonal_complement(V) @ turn`, turn [d - r, k], with the reflections of V's QR decomposition applied
+    to k columns and not to all d - r.
+    """
+    d, r = V.shape
+    draw = torch.Generator().manual_seed(random.Random(seed).getrandbits(62))
+    turn = torch.linalg.qr(torch.randn(d - r, k, generator=draw).to(V))[0]
+    if r == 0:
+        return turn
+    reflections, scales = torch.geqrf(V)
+    return torch.ormqr(reflections, scales, torch.cat([V.new_zeros(r, k), turn]))
+
+
+def leading_outside(V: torch.Tensor, X: torch.Tensor, k: int) -> torch.Tensor:
+    """The k orthonormal directions [d, k] outside V [d, r] that rows X [n, d] use most, or as many as they have."""
+    Y = X.to(V)
+    N, _ = from_gram(Y - (Y @ V) @ V.T, lambda _: min(k, len(Y)))
+    return orthonormal_outside(N, V)
+
+
+def orthonormal_outside(N: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
+    """Columns [d, at most k] of N [d, k], orthonormal up to rounding, made so, and orthogonal to V [d, r].
+
+    It ends before the first column that is rounding error: one of V's span, or one of the columns before it.
+    """
+    N, R = torch.linalg.qr(N - V @ (V.T @ N))
+    own = R.diagonal().abs() > 0.5  # 1, or rounding error
+    return N[:, : int(own.cumprod(0).sum())]
 
 
 def clean(N: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
@@ -72,30 +116,23 @@ def clean(N: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def second_moments(
-    model: nn.Module, rows: Sequence[dict], modules: Mapping[str, nn.Module]
-) -> dict[str, torch.Tensor]:
-    """X^T X [d_in, d_in] of each module's inputs on `rows`, first tokens left out, summed in float64."""
-    where = next(model.parameters()).device
-    dims = {name: base_layer(m).in_features for name, m in modules.items()}
-    C = {name: torch.zeros(d, d, dtype=torch.float64, device=where) for name, d in dims.items()}
-    capture(model, rows, dict(modules), lambda name, x, _first: add_gram(C[name], x.float()))
-    for c in C.values():
-        c.tril_()
-        c += c.tril(-1).T
-    return C
+def second_moments(model: nn.Module, rows: Sequence[dict], modules: Mapping[str, nn.Module]) -> dict[str, Moment]:
+    """X^T X of each module's inputs X [tokens, d_in] on `rows`, first tokens left out."""
+    found = {name: Moment(base_layer(m).in_features) for name, m in modules.items()}
+    capture(model, rows, dict(modules), lambda name, x, _first: found[name].add(x.float()))
+    return found
 
 
 def gradient_moments(
     model: nn.Module, rows: Sequence[dict], modules: Mapping[str, nn.Module], batch_size: int = 4
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Moment]:
     """Input name -> sum over batches and over the matrices that read it of G^T G, G [d_out, d_in] a batch's gradient.
 
     rows: with labels. modules: by their own name. G is dy^T x, so that the weights need no gradient of their own and
-    may be held in 4 bits.
+    may be held in 4 bits. With fewer tokens than d_out it is summed as that of (dy dy^T)^(1/2) x [tokens, d_in].
     """
     where = next(model.parameters()).device
-    moments: dict[str, torch.Tensor] = {}
+    moments: dict[str, Moment] = {}
 
     def watch(name: str):
         group = input_group(name)
@@ -104,10 +141,8 @@ def gradient_moments(
             x = inputs[0].detach().flatten(0, -2).float()  # [tokens, d_in]
 
             def backward(dy: torch.Tensor) -> None:
-                G = dy.detach().flatten(0, -2).float().T @ x
-                if group not in moments:
-                    moments[group] = torch.zeros(len(x.T), len(x.T), device=where)
-                moments[group] += G.T @ G
+                dy = dy.detach().flatten(0, -2).float()
+                moments.setdefault(group, Moment(x.shape[1])).add((root(dy) if len(dy) < dy.shape[1] else dy.T) @ x)
 
             output.register_hook(backward)
 
@@ -132,9 +167,15 @@ def gradient_moments(
     return moments
 
 
+def root(dy: torch.Tensor) -> torch.Tensor:
+    """(dy dy^T)^(1/2) [n, n] of dy [n, d_out]."""
+    values, U = torch.linalg.eigh(dy.double() @ dy.double().T)
+    return ((U * values.clamp_min(0).sqrt()) @ U.T).to(dy)
+
+
 def fit_free(
     bases: Mapping[str, Basis],
-    moments: Mapping[str, torch.Tensor] | None,
+    moments: Mapping[str, torch.Tensor | Moment] | None,
     k: int | None,
     seed: str = "0",
     progress: bool = True,

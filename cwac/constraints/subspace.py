@@ -20,13 +20,15 @@ Deviations:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from scipy.linalg import eigh_tridiagonal, eigvalsh_tridiagonal, lapack
 from torch import nn
 from tqdm import tqdm
 
@@ -40,6 +42,12 @@ from cwac.models.packing import together
 SINGLE = 0.999
 """Up to this energy C is decomposed in float32, above it in float64. In float32 the eigenvalues are off by 1e-7 of the
 largest one, which is small beside the thousandth of the trace that V gives up at this energy."""
+
+
+BLOCK = 1024
+"""Rows of X that are held back for one product (ours): a small one costs as much to add as to make."""
+LARGE = 2048
+"""Dimensions from which on only the eigenvectors that are needed are computed (ours); below it saves nothing."""
 
 
 @dataclass
@@ -152,43 +160,35 @@ def fit_subspace(
     n_tokens = sum(len(r["input_ids"]) - first_token for r in rows)
     decomposed = torch.float32 if energy <= SINGLE else torch.float64
     exact = energy >= 1  # only then do directions below fp32's resolution of a batch's product matter
-    dims = {name: base_layer(m).in_features for name, m in sources.items()}
-    where = next(model.parameters()).device
-    few = {name: n_tokens <= d for name, d in dims.items()}  # fewer tokens than dimensions: keep X, not C
-    C = {n: torch.zeros(dims[n], dims[n], dtype=torch.float64, device=where) for n in sources if not few[n]}
-    X: dict[str, list] = {n: [] for n in sources if few[n]}
+    moments = {name: Moment(base_layer(m).in_features) for name, m in sources.items()}
     first: dict[str, list] = {n: [] for n in sources}
 
     def visit(name: str, x: torch.Tensor, x0: torch.Tensor) -> None:
         if not first_token:  # then it is a token like any other, as Eq. 12 reads
             x = torch.cat([x0, x])
-        x = x.double() if exact else x.float()
-        if few[name]:
-            X[name].append(x.double())
-        else:
-            add_gram(C[name], x)
+        moments[name].add(x.double() if exact else x.float())
         first[name].append(x0.double())
 
     capture(model, rows, sources, visit, batch_size)
+    wanted = partial(rank_for, energy=energy)
     bases = {}
     for name in tqdm(sources, desc="subspace", unit="input", disable=not progress):
         sink = leading(torch.cat(first[name])) if first_token else None  # [d_in, s]
-        if few[name]:
-            x = torch.cat(X[name])
+        moment = moments.pop(name)
+        if moment.X is not None:
+            x = moment.X.double()
             if sink is not None:
                 x = x - (x @ sink) @ sink.T
             trace = x.square().sum()
-            V, values = from_tokens(x) if exact else from_gram(x.to(decomposed))
+            V, values = from_tokens(x) if exact else from_gram(x.to(decomposed), wanted)
         else:
-            c = C.pop(name).tril_()
-            c += c.tril(-1).T
+            c = moment.C
             if sink is not None:  # look only at what the sink's direction does not already cover
                 c = c - sink @ (sink.T @ c)
                 c = c - (c @ sink) @ sink.T
             trace = c.diagonal().sum()
-            values, V = torch.linalg.eigh(c.to(decomposed))
-            values, V = values.flip(0).clamp_min(0), V.flip(1)
-        k = rank_for(values, energy)
+            V, values = leading_eigenvectors(c.to(decomposed), wanted)
+        k = wanted(values)
         values, V = values.double(), V[:, :k].double()
         if sink is not None:
             V = torch.cat([sink, V], 1)
@@ -196,6 +196,80 @@ def fit_subspace(
         energy_kept = float(values[:k].sum() / trace.clamp_min(1e-300))
         bases[name] = Basis(V.float().contiguous(), energy_kept, n_tokens)
     return bases
+
+
+class Moment:
+    """X^T X of rows x [n, d] that come in parts: X itself as long as it has no more rows than columns, X^T X after.
+
+    A token that several rows of a batch share comes once, so there may be fewer rows than tokens. X^T X is summed in
+    float64, of products of `BLOCK` rows.
+    """
+
+    def __init__(self, d: int):
+        self.d = d
+        self._parts: list[torch.Tensor] = []
+        self._C: torch.Tensor | None = None
+
+    def add(self, x: torch.Tensor) -> None:
+        """x: [n, d], in fp32, or in float64 if products that fp32 would round shall count."""
+        self._parts.append(x)
+        if sum(map(len, self._parts)) > (self.d if self._C is None else min(self.d, BLOCK)):
+            self._fold()
+
+    def _fold(self) -> None:
+        if self._C is None:
+            self._C = torch.zeros(self.d, self.d, dtype=torch.float64, device=self._parts[0].device)
+        if self._parts:
+            add_gram(self._C, torch.cat(self._parts))
+        self._parts = []
+
+    @property
+    def device(self) -> torch.device:
+        return (self._parts[0] if self._C is None else self._C).device
+
+    @property
+    def X(self) -> torch.Tensor | None:
+        """[n, d], n <= d, in the dtype in which it was given; None if there were more rows."""
+        return torch.cat(self._parts) if self._C is None else None
+
+    @property
+    def C(self) -> torch.Tensor:
+        """X^T X [d, d], in float64."""
+        if self._C is None:
+            x = self.X.double()
+            return x.T @ x
+        self._fold()
+        self._C.tril_()
+        self._C += self._C.tril(-1).T  # a later part goes to the lower triangle, and the next call reads that
+        return self._C
+
+
+def leading_eigenvectors(C: torch.Tensor, wanted: Callable[[torch.Tensor], int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The leading k eigenvectors [n, k] of C [n, n], symmetric and positive, and all eigenvalues [n], largest first.
+
+    wanted: k, given the eigenvalues. On a CPU and from `LARGE` on the others are not computed, unless they are the
+    fewer: LAPACK's tridiagonal form gives all eigenvalues, and eigenvectors one by one.
+    """
+    n = len(C)
+    if C.device.type == "cpu" and n >= LARGE:
+        sytrd, work = lapack.get_lapack_funcs(("sytrd", "sytrd_lwork"), dtype=C.numpy().dtype)
+        form, diagonal, beside, scales, _ = sytrd(C.numpy().T, lower=1, lwork=int(work(n, lower=1)[0]))
+        values = torch.from_numpy(eigvalsh_tridiagonal(diagonal, beside)[::-1].copy()).clamp_min(0)
+        k = wanted(values)
+        if 0 < k <= n // 2:
+            T = diagonal.astype("float64"), beside.astype("float64")
+            found = eigh_tridiagonal(*T, select="i", select_range=(n - k, n - 1))[1][:, ::-1]
+            V = torch.from_numpy(found.copy()).to(C)
+            V[1:] = torch.ormqr(torch.from_numpy(form[1:, : n - 1].copy()), torch.from_numpy(scales), V[1:])
+            return V, values
+    V, values = eigenvectors(C)
+    return V[:, : wanted(values)], values
+
+
+def eigenvectors(C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvectors [n, n] and eigenvalues of C [n, n], symmetric and positive, the largest first."""
+    values, V = torch.linalg.eigh(C)
+    return V.flip(1), values.flip(0).clamp_min(0)
 
 
 def add_gram(C: torch.Tensor, x: torch.Tensor, block: int = 256) -> None:
@@ -225,14 +299,13 @@ def from_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return Vh.T, singular.square()
 
 
-def from_gram(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same as `from_tokens`, but several times faster, from the eigenvectors of x x^T [n, n].
+def from_gram(x: torch.Tensor, wanted: Callable[[torch.Tensor], int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same as `from_tokens`, but several times faster, from the leading eigenvectors of x x^T [n, n].
 
-    Less precise: singular values below 1e-8 of the largest are noise.
+    wanted: how many, as in `leading_eigenvectors`. Less precise: singular values below 1e-8 of the largest are noise.
     """
-    values, U = torch.linalg.eigh(x @ x.T)
-    values, U = values.flip(0).clamp_min(0), U.flip(1)
-    return x.T @ (U / values.sqrt().clamp_min(1e-8 * values[0].sqrt())), values
+    U, values = leading_eigenvectors(x @ x.T, wanted)
+    return x.T @ (U / values[: U.shape[1]].sqrt().clamp_min(1e-8 * values[0].sqrt())), values
 
 
 def leading(x0: torch.Tensor, tolerance: float = 1e-6, limit: int = 8) -> torch.Tensor:

@@ -130,7 +130,8 @@ class InfLoRA(Method):
             C = {}
             if rows:
                 readers = {input_group(name): module for name, module in modules.items()}
-                C = second_moments(model, rows, {name: readers[name] for name in left})
+                moments = second_moments(model, rows, {name: readers[name] for name in left})
+                C = {name: moment.C for name, moment in moments.items()}
             found = {name: directions(b.V, C.get(name), self.rank, name) for name, b in left.items()}
             save_free({name: N.cpu() for name, N in found.items()}, {}, folder)
 
