@@ -85,7 +85,7 @@ def same(found, expected, **tolerance):
     ("percent", "prompts", "expected"),
     [
         (0, 10, (0, 100 * (1 - 0.025**0.1))),  # the closed forms at no hit and at nothing but hits
-        (100, 10, (100 * 0.025**0.1, 100)),
+        (100, 200, (100 * 0.025 ** (1 / 200), 100)),
         (50, 10, (18.71, 81.29)),  # 5 of 10 in the usual tables
         (34, 3, (0.84, 90.57)),  # rounds to 1 of 3
         (0, 1, (0, 97.5)),
@@ -174,7 +174,16 @@ def test_the_paired_t_test(differences, expected):
 
 @pytest.mark.parametrize(
     ("differences", "expected"),
-    [([1] * 5, 2 / 32), ([-1] * 5, 2 / 32), ([2, 1], 2 / 4), ([7], 1.0), ([1, -1], 1.0), ([3, 0, 3, -1], 4 / 8)],
+    [
+        ([], 1.0),
+        ([0, 0], 1.0),
+        ([1] * 5, 2 / 32),
+        ([-1] * 5, 2 / 32),
+        ([2, 1], 2 / 4),
+        ([7], 1.0),
+        ([1, -1], 1.0),
+        ([3, 0, 3, -1], 4 / 8),
+    ],
 )
 def test_sign_flips_by_hand(differences, expected):
     assert stats.sign_flip_p(differences) == expected
@@ -186,6 +195,7 @@ def test_sign_flips_by_hand(differences, expected):
         (75, 25, 4, 34 / 70),  # Fisher's tea with 3 of 4 right, two-sided
         (100, 0, 4, 2 / 70),
         (0, 100, 4, 2 / 70),
+        (100, 97, 100, 2 * math.comb(100, 3) / math.comb(200, 3)),
         (100, 0, 1, 1.0),
         (50, 50, 10, 1.0),
         (100, 0, 4.9, 2 / 70),  # whole prompts
@@ -216,6 +226,7 @@ def test_verdicts_are_tabulated_by_seed_and_prompt_of_all_seeds():
         ((1, 8, 2, 3, 5), 8 / 15, 8**2 / (1 / 2 + 8**2 / 4 + 2**2 / 8)),  # never below what the prompts alone give
         ((0, 8, 8, 3, 5), 8 / 15, 4),
         ((0, 0.5, 0.5, 3, 5), 0.5 / 15, 4),
+        ((0.5, 0, 0, 3, 5), 0.5 / 15, 2),
         ((0, 0, 0, 3, 5), 0, math.inf),
         ((0, 0, 5, 3, 5), 0, math.inf),
         ((1e-13, 0, 0, 3, 5), 0, math.inf),  # rounding noise
@@ -262,12 +273,14 @@ def test_a_percentage_is_never_surer_than_as_many_prompts_as_were_asked():
     found = stats.crossed(table, proportion=True)
     same(found.low, 100 * special.betaincinv(hits, effective - hits + 1, 0.025), rel=1e-5)
     same(found.high, 100 * special.betaincinv(hits + 1, effective - hits, 0.975), rel=1e-5)
+    near = 100.0 * (np.arange(150) < np.array([[3], [4]]))  # seeds that differ by two thirds of a point do differ
+    assert stats.crossed(near, proportion=True) is not None
 
 
 def test_differences_are_tested_over_seeds_and_prompts():
     seeds = np.repeat([[1.0], [3.0]], 6, axis=1)  # two values, t = 2 with 1 degree of freedom
     assert stats.crossed_p(seeds) == pytest.approx(1 - 2 * math.atan(2) / math.pi)
-    assert stats.crossed_p(-seeds) == pytest.approx(1 - 2 * math.atan(2) / math.pi)
+    assert stats.crossed_p(-5 * seeds) == pytest.approx(1 - 2 * math.atan(2) / math.pi)
     made = stats.crossed(seeds)
     same((made.mean, made.low, made.high), (2, 2 - 12.7062, 2 + 12.7062))
     assert math.isnan(stats.crossed_p(np.ones((1, 5)))) and math.isnan(stats.crossed_p(np.ones((3, 5))))
@@ -302,6 +315,21 @@ def test_a_rank_correlations_interval_is_over_clusters():
     found, low, high = stats.rank_correlation([1, 2, 3, 4], [1, 2, 9, 9], ["a", "a", "b", "b"], draws=60)
     both = scipy_stats.spearmanr([1, 2, 3, 4], [1, 2, 9, 9]).statistic
     same((found, low, high), (both, both, 1))
+
+
+def test_the_limits_of_a_rank_correlations_interval_are_its_outer_fortieths():
+    """Of three clusters the falling one is drawn alone in 1 of 27 draws, and the two rising ones in 8."""
+    x, y = [1, 2, 3, 11, 12, 21, 22], [3, 2, 1, 11, 12, 21, 22]
+    assert stats.rank_correlation(x, y, list("aaabbcc"))[1:] == pytest.approx((-1, 1))
+
+
+def test_an_interval_is_the_same_at_every_call():
+    rng = np.random.default_rng(1)
+    counts, x, y = rng.integers(0, 9, (12, 4)), rng.random(12), rng.random(12)
+    assert stats.kappa_interval(counts) == stats.interval_over(counts, stats.kappa, draws=2000, seed=0)
+    assert stats.interval_over(counts, stats.kappa) == stats.kappa_interval(counts, draws=2000, seed=0)
+    assert stats.kappa_interval(counts, seed=1) != stats.kappa_interval(counts)
+    assert stats.rank_correlation(x, y, range(12)) == stats.rank_correlation(x, y, range(12), draws=1000, seed=0)
 
 
 def test_bootstrap_intervals_are_the_quantiles_at_both_ends():
@@ -350,6 +378,11 @@ def test_kappa_by_hand():
     same(found.tolist(), [0.4, 0.4, 1, -1, 0])
     found = stats.kappa(np.array([[9, 0, 0, 0], [0, 0, 0, 9], [0, 9, 0, 0], [8, 1, 0, 0]]))
     same(found.tolist(), [math.nan, math.nan, 0, 0])
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_undefined_kappa_is_quiet():
+    assert np.isnan(stats.kappa(np.array([9, 0, 0, 0]))) and np.isnan(stats.kappas(np.array([[9, 0], [0, 0]])))
 
 
 def test_kappa_of_several_classes_by_hand():
