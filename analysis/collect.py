@@ -515,7 +515,12 @@ def one_clock(rows: pd.DataFrame) -> pd.DataFrame:
     seeds = rows.groupby(cell, dropna=False)["seed"].transform("nunique")
     here = rows.groupby([*cell, "step"], dropna=False)["seed"].transform("nunique")
     differ = (here < seeds).groupby([rows[c] for c in cell], dropna=False).transform("any")
-    points = rows.drop_duplicates([*cell, "seed", "epoch", "step"]).groupby([*cell, "epoch"])["step"].mean().round(1)
+    points = (
+        rows.drop_duplicates([*cell, "seed", "epoch", "step"])
+        .groupby([*cell, "epoch"], dropna=False)["step"]
+        .mean()
+        .round(1)
+    )
     shared = rows[[*cell, "epoch"]].merge(points.rename("shared").reset_index(), "left")["shared"].to_numpy()
     return rows.assign(step=rows["step"].where(~differ | rows["epoch"].isna(), shared))
 

@@ -3,12 +3,13 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
 
 from analysis import claims, paper, stats
 from analysis.collect import VERDICT_COLUMNS, Cell, Collection, collect, tidy
-from analysis.pairwise import cells, compare, summed_differences
+from analysis.pairwise import Cells, cells, compare, summed_differences
 from cwac.core.errors import UserError
 from tests.helpers.results import row, write_run
 
@@ -224,7 +225,7 @@ def test_steadiness_over_learning_rates_comes_out_as_planted(tmp_path):
             folder = write_run(tmp_path, cell, [row(cell, "HS", value, set="harmful", judge="keyword")])
             (folder / "config.yaml").write_text(f"train: {{learning_rate: {rate}}}\n")
     found = judge_claim(test, collect(tmp_path))
-    assert found.verdict == "holds" and "+5.0 against SFT's +76.3" in found.evidence
+    assert found.verdict == "holds" and "tiny, toy, p=0: +5.0 against SFT's +76.3" in found.evidence
     # each rate is a cell of its own for the other claims
     lower = judge_claim({**LOWER, "than": ["sft"]}, collect(tmp_path))
     assert {n["cell"] for n in lower.numbers} == {"tiny, toy, p=0, lr=1e-05", "tiny, toy, p=0, lr=0.001"}
@@ -454,6 +455,7 @@ def test_exact_bounds_of_a_difference_are_the_far_ends_of_both():
         ([2.0, 2.0], 1.5, "fails", "<2.0>"),
         ([1.0, 3.0], 2.0, "undecided", "<2.0> [<-10.7>, <14.7>]"),
         ([2.0], 9.0, "undecided", "<2.0> (one seed)"),
+        ([1.0, 1.12], 2.0, "holds", "<1.1> [<0.3>, <1.8>]"),
     ],
 )
 def test_a_mean_is_judged_by_its_interval(values, limit, verdict, why):
@@ -461,12 +463,18 @@ def test_a_mean_is_judged_by_its_interval(values, limit, verdict, why):
     found = claims.judged("here", test, tuple(values), limit, lambda v: f"<{v:.1f}>")
     assert (found.cell, found.verdict, found.why) == ("here", verdict, why)
     made = stats.estimate(values)
-    expected = ["here", "HS", "cwac", "sft", 2.0, made.low, made.high, len(values), limit]
+    expected = ["here", "HS", "cwac", "sft", sum(values) / len(values), made.low, made.high, len(values), limit]
     keys = ["cell", "metric", "method", "reference", "difference", "low", "high", "seeds", "limit"]
     assert list(found.numbers[0]) == keys
     assert list(found.numbers[0].values())[:4] == expected[:4]
     assert list(found.numbers[0].values())[4:] == pytest.approx(expected[4:], nan_ok=True)
     assert claims.judged("here", {"metric": "HS", "method": "cwac"}, [1.0], 0, str).numbers[0]["reference"] == ""
+
+
+def test_an_interval_that_ends_at_the_limit_decides_nothing():
+    found = stats.estimate([1.0, 3.0])
+    for limit in (found.low, found.high):
+        assert claims.judged("here", {"metric": "HS", "method": "cwac"}, [1.0, 3.0], limit, str).verdict == "undecided"
 
 
 def test_quotients_are_paired_by_seed_and_need_something_to_divide_by():
@@ -511,6 +519,11 @@ def test_a_rise_is_from_the_smallest_to_the_largest_ratio_that_both_have():
     one = {("cwac", 0.05): [10], ("cwac", 0.5): [20], ("sft", 0.05): [30], ("sft", 0.9): [40]}
     assert outcomes_of(one, test) == []  # one shared ratio is no rise
     assert outcomes_of({("cwac", 0.05): [10], ("cwac", 0.5): [20]}, test) == []
+    rise = {("cwac", 0.05): [10], ("cwac", 0.5): [20], ("sft", 0.05): [30], ("sft", 0.5): [40]}
+    two = cells(campaign(rise), "HS")
+    other = cells(campaign(rise, model="another"), "HS")
+    both = claims.flatter(Cells(pd.concat([two.rows, other.rows]), {}), test)
+    assert [o.cell for o in both] == ["tiny, toy", "another, toy"]
 
 
 def made(verdict: str, cell: str = CELL, why: str = "so", numbers=()) -> claims.Outcome:
@@ -685,6 +698,8 @@ def test_the_report_counts_lists_and_explains():
         "- **A is low** (Table 1): holds. Because.\n"
         "- **B is low** (Table 2): undecided at this scale. One seed.\n"
     )
+    long = claims.report([claims.Verdict("a", "A is low " * 30, "Table 1", "holds", "Because.", [])])
+    assert long.count("| Table 1 |") == 1 and f"| {'A is low ' * 30} | Table 1 |" in long  # one table, however wide
 
 
 def test_the_command_reads_a_preset_an_export_and_a_judge(tmp_path, capsys, monkeypatch):

@@ -60,6 +60,7 @@ def test_the_cell_of_a_configuration():
         run_id(cfg), cfg.model.name, "sft", cfg.task.name, 0.1, 5, eval_id(cfg), cfg["values"]
     )
     assert reading.cell_from(cfg).values == "official"
+    assert reading.expected_cells("demo", ["seed=5", "method=sft", "harmful_ratio=0.1"]) == [reading.cell_from(cfg)]
 
 
 def test_a_preset_that_does_not_compose_is_one_line():
@@ -364,9 +365,10 @@ def test_settings_become_methods_of_their_own(tmp_path, keys, methods):
 def test_a_missing_runs_setting_is_known_from_the_preset(tmp_path):
     found = sweep(tmp_path, ["method: {weight: {energy: 0.9}}"])
     (cfg,) = reading.expected_configs("demo", ["seed=5", "method=cwac", "harmful_ratio=0.1"])
+    cfg.method.weight.energy = "${harmful_ratio}"
     found.expected = [reading.cell_from(cfg)]
     made = reading.split(found, tmp_path, ["method.weight.energy"], [cfg])
-    assert [c.method for c in made.expected] == [f"cwac, energy {cfg.method.weight.energy:g}"]
+    assert [c.method for c in made.expected] == ["cwac, energy 0.1"]
 
 
 def test_a_key_of_no_run_is_refused_with_those_there_are(tmp_path):
@@ -394,6 +396,15 @@ def test_a_key_of_no_run_is_refused_with_those_there_are(tmp_path):
 def test_the_keys_in_which_runs_of_one_cell_differ(tmp_path, settings, expected):
     found = sweep(tmp_path, settings, seeds=(0, 1))
     assert reading.own_keys(found, tmp_path) == expected
+
+
+def test_every_cell_may_differ_in_keys_of_its_own(tmp_path):
+    for ratio, key in ((0.1, "a"), (0.2, "b")):
+        for value in (1, 2):
+            cell = cell_of("cwac", ratio, 0)
+            cell = replace(cell, run_id=f"{cell.run_id[:-1]}{value}")
+            configure(write_run(tmp_path, cell, [row(cell, "FA", 1.0)]), f"method: {{{key}: {value}}}")
+    assert reading.own_keys(collect(tmp_path), tmp_path) == ["method.a", "method.b"]
 
 
 def test_runs_of_other_cells_have_no_keys_in_common(tmp_path):
@@ -476,9 +487,11 @@ def test_an_export_without_its_table_is_refused_and_one_from_before_a_column_is_
     with pytest.raises(UserError) as error:
         reading.read_exported(tmp_path)
     assert str(error.value) == f"{tmp_path} holds no readable results.csv. {remedy}"
-    frame = tidy([row(cell_of("sft", 0.1, 0), "HS", 1.0)] * 2)[0]
-    frame.drop(columns=["values", "learning_rate"]).to_csv(tmp_path / "results.csv", index=False)
+    frame = tidy([row(cell_of("sft", 0.1, 0), "HS", 1.0)])[0]
+    twice = pd.concat([frame, frame]).drop(columns=["values", "learning_rate"])
+    twice.to_csv(tmp_path / "results.csv", index=False)
     found = reading.read_exported(tmp_path)
+    assert found.duplicates == 1
     assert found.rows["values"].tolist() == ["official"] and found.rows["learning_rate"].isna().all()
     frame.drop(columns=["model", "n"]).to_csv(tmp_path / "results.csv", index=False)
     with pytest.raises(UserError) as error:
@@ -550,6 +563,8 @@ def test_seeds_of_unequal_epochs_share_their_mean_step():
     found = reading.one_clock(tidy(clock({0: [0, 10, 20], 1: [0, 11, 22], 2: [0, 11, 23]}))[0])
     assert found["step"].tolist() == [0, 10.7, 21.7] * 3
     assert found["value"].tolist() == [0.0] * 3 + [1.0] * 3 + [2.0] * 3
+    unknown = reading.one_clock(tidy(clock({0: [0, 10], 1: [0, 12]}, ratio=math.nan))[0])  # of an imported run
+    assert unknown["step"].tolist() == [0, 11, 0, 11]
 
 
 def test_steps_that_are_shared_stay_and_other_cells_are_left_alone():
