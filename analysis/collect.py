@@ -263,15 +263,14 @@ def split(collection: Collection, runs: Path, keys: Sequence[str], cells: Iterab
     given = [key.partition("=") for key in keys]
     plain = {key: text_of(OmegaConf.create(f"value: {value}").value) for key, equals, value in given if equals}
     keys = [key for key, _, _ in given]
-    names = {key: "rate" if key == "train.learning_rate" else key.rpartition(".")[2] for key in keys}
+    short = {key: "rate" if key == "train.learning_rate" else key.rpartition(".")[2] for key in keys}
+    names = {key: key if list(short.values()).count(name) > 1 else name for key, name in short.items()}
     for key in keys:
         if not any(key in found for found in settings.values()):
             known = sorted(
                 {k for found in settings.values() for k in found if k.startswith("method.")} - {"method.name"}
             )
             raise UserError(f"--by {key}: no run has this key. Remedy: one of {', '.join(known) or '(none)'}.")
-        if list(names.values()).count(names[key]) > 1:
-            names[key] = key
 
     def method(name: str, of: str) -> str:
         found = settings.get(name, {})
@@ -288,9 +287,10 @@ def split(collection: Collection, runs: Path, keys: Sequence[str], cells: Iterab
 def settings_of(folder: Path) -> dict:
     """A run's configuration as dotted keys; {} where it cannot be read."""
     try:
-        return flatten(yaml.load((folder / "config.yaml").read_text(encoding="utf-8"), Loader=LOADER) or {})
+        content = yaml.load((folder / "config.yaml").read_text(encoding="utf-8"), Loader=LOADER)
     except (OSError, ValueError, yaml.YAMLError):
         return {}
+    return flatten(content) if isinstance(content, dict) else {}
 
 
 def text_of(value: object) -> str:
@@ -403,7 +403,7 @@ def read_verdicts(runs: Path, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 RUN_ID = re.compile(
-    r"(?P<model>.+)-(?P<task>[^-]+)-p(?P<ratio>[^-]+(?:e-\d+)?)-(?P<method>[^-]+)-s(?P<seed>\d+)-[^-]+"
+    r"(?P<model>.+)-(?P<task>[^-]+)-p(?P<ratio>\d+(?:\.\d+)?(?:e-\d+)?)-(?P<method>[^-]+)-s(?P<seed>\d+)-[^-]+"
 )
 
 
@@ -515,7 +515,12 @@ def one_clock(rows: pd.DataFrame) -> pd.DataFrame:
     seeds = rows.groupby(cell, dropna=False)["seed"].transform("nunique")
     here = rows.groupby([*cell, "step"], dropna=False)["seed"].transform("nunique")
     differ = (here < seeds).groupby([rows[c] for c in cell], dropna=False).transform("any")
-    points = rows.drop_duplicates([*cell, "seed", "epoch", "step"]).groupby([*cell, "epoch"])["step"].mean().round(1)
+    points = (
+        rows.drop_duplicates([*cell, "seed", "epoch", "step"])
+        .groupby([*cell, "epoch"], dropna=False)["step"]
+        .mean()
+        .round(1)
+    )
     shared = rows[[*cell, "epoch"]].merge(points.rename("shared").reset_index(), "left")["shared"].to_numpy()
     return rows.assign(step=rows["step"].where(~differ | rows["epoch"].isna(), shared))
 

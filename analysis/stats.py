@@ -68,8 +68,8 @@ def exact(percent: float, prompts: float) -> tuple[float, float]:
     """Clopper-Pearson interval, in percent, of `percent` of a number of prompts; (NaN, NaN) without prompts."""
     if math.isnan(percent) or math.isnan(prompts) or prompts < 1:
         return math.nan, math.nan
-    hits = round(percent / 100 * prompts)
-    interval = stats.binomtest(hits, int(prompts), hits / int(prompts)).proportion_ci(LEVEL, method="exact")
+    whole = int(prompts)
+    interval = stats.binomtest(round(percent / 100 * whole), whole).proportion_ci(LEVEL, method="exact")
     return 100 * interval.low, 100 * interval.high
 
 
@@ -146,8 +146,9 @@ def two_proportions_p(ours: float, reference: float, prompts: float) -> float:
     """Fisher's exact p-value for two unpaired percentages of equally many prompts; NaN without prompts."""
     if any(map(math.isnan, (ours, reference, prompts))) or prompts < 1:
         return math.nan
-    hits = [round(value / 100 * prompts) for value in (ours, reference)]
-    return float(stats.fisher_exact([[h, int(prompts) - h] for h in hits]).pvalue)
+    whole = int(prompts)
+    hits = [round(value / 100 * whole) for value in (ours, reference)]
+    return float(stats.fisher_exact([[h, whole - h] for h in hits]).pvalue)
 
 
 def tabulate(ours: Mapping[int, Mapping], reference: Mapping[int, Mapping] | None = None) -> np.ndarray:
