@@ -1,5 +1,7 @@
 """What a command says while it works: the method it set up, what it builds and why, how far a sweep is."""
 
+import contextlib
+import io
 import logging
 import time
 from types import SimpleNamespace
@@ -143,12 +145,12 @@ def trained(method, steps, folder, monkeypatch, own_trainer=False):
 
 
 DEAR = (
-    "method=dear: a step takes 1.33 times what it takes without the method's hooks, measured over {} steps (of a "
+    "method=dear: a step takes 1.33 times what it takes without the method's hooks, measured over {} (of a "
     "step's time: batch 2.0 %, penalty 8.0 %, after_backward 4.0 %, before_step 6.0 %, after_step 5.0 %)"
 )
 
 
-@pytest.mark.parametrize("steps, timed", [(4, 3), (11, 10), (14, 10)])
+@pytest.mark.parametrize("steps, timed", [(2, "1 step"), (4, "3 steps"), (11, "10 steps"), (14, "10 steps")])
 def test_what_the_hooks_take_of_a_step_is_measured(steps, timed, tmp_path, monkeypatch, caplog):
     with caplog.at_level(logging.INFO, logger="cwac.training.engine"):
         trained(Dear("dear"), steps, tmp_path, monkeypatch)
@@ -158,7 +160,22 @@ def test_what_the_hooks_take_of_a_step_is_measured(steps, timed, tmp_path, monke
 
 def test_in_somebodys_own_script_it_is_printed(tmp_path, monkeypatch, capsys):
     trained(Dear("dear"), 4, tmp_path, monkeypatch, own_trainer=True)
-    assert DEAR.format(3) in capsys.readouterr().err.splitlines()
+    assert DEAR.format("3 steps") in capsys.readouterr().err.splitlines()
+
+
+def test_a_trainer_outlives_the_stream_it_was_made_under(tmp_path, monkeypatch, capsys):
+    """As in a notebook, whose cells have an output of their own, the line goes to the stderr of the moment."""
+    attach, cell = engine.attach, io.StringIO()
+
+    def attached_in_a_cell(*given):
+        with contextlib.redirect_stderr(cell):
+            trainer = attach(*given)
+        cell.close()
+        return trainer
+
+    monkeypatch.setattr(engine, "attach", attached_in_a_cell)
+    trained(Dear("dear"), 4, tmp_path, monkeypatch, own_trainer=True)
+    assert DEAR.format("3 steps") in capsys.readouterr().err.splitlines()
 
 
 @pytest.mark.parametrize("method, steps", [(Dear("dear"), 1), (Method("sft"), 12)])

@@ -71,6 +71,7 @@ MISTYPED = {
     "+train.learning_rat=1": "did you mean train.learning_rate?",
     "+train.bf16=yes_please": "train.bf16=yes_please is neither true nor false",
     "+method.lamda=1": "did you mean lam?",
+    "+seed=1": "leave out the +: seed=<value>",
     "method.operator=offical": "projector_k; did you mean official?",
 }
 

@@ -12,12 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cwac.constraints.activation import sae_config
 from cwac.constraints.sae import pretrained
 from cwac.constraints.sae.autoencoder import RoutedSAE
 from cwac.constraints.sae.fit import SAEConfig, fit_sae, quality
 from cwac.constraints.sae.pretrained import find, load, save_saelens
 from cwac.constraints.sae.ranking import attribution, last_latents, rank_latents
 from cwac.constraints.sae.target import GATES, SafetyTarget
+from cwac.constraints.settings import Activation
 from cwac.core.cache import load_or_build
 from cwac.core.config import compose
 from cwac.core.errors import UserError
@@ -243,11 +245,78 @@ def edited(tmp_path, changes: dict, name: str = "saelens/standard"):
         ({"d_sae": 12}, "saelens/standard", "says 12 latents of width 8"),
         ({"transcode": True}, "sparsify/topk", "transcoder"),
         ({"activation": "softmax"}, "sparsify/topk", "topk and groupmax"),
+        ({"activation_fn_str": "tanh-relu"}, "saelens/standard", "the activation tanh-relu; .* relu and topk"),
+        ({"d_sae": None}, "saelens/standard", "no SAE is saved with .*NoneType"),
+        ({"d_sae": "many"}, "saelens/standard", "no SAE is saved with .*'many'"),
+        ({"metadata": "blocks.1"}, "saelens/standard", "no SAE is saved with .*not a mapping"),
+        ({"normalize_activations": ["layer_norm"]}, "saelens/standard", "no SAE is saved with .*unhashable"),
+        ({"k": "x"}, "saelens/topk", "no SAE is saved with .*'x'"),
+        ({"k": None}, "saelens/topk", "no SAE is saved with .*NoneType"),
+        ({"k": 0}, "saelens/topk", "k=0 active ones of 24 latents"),
+        ({"k": 25}, "sparsify/topk", "k=25 active ones of 24 latents"),
+        ({"k": 5}, "sparsify/groupmax", "groupmax with k=5, and 24 latents"),
+        ({"num_latents": "x"}, "sparsify/topk", "no SAE is saved with .*'x'"),
     ],
 )
 def test_what_cannot_be_read_is_refused(tmp_path, changes, name, said):
-    with pytest.raises(UserError, match=said):
-        load(find(str(edited(tmp_path, changes, name))))
+    """Before the weights are read, hence before a run has a folder."""
+    with pytest.raises(UserError, match=f"model.sae.pretrained.*{said}"):
+        find(str(edited(tmp_path, changes, name)))
+
+
+@pytest.mark.parametrize("activation", ["relu", "topk"])
+def test_an_older_configuration_names_its_activation(tmp_path, activation):
+    """SAELens up to 5: a TopK autoencoder has the architecture `standard`."""
+    name = {"relu": "standard", "topk": "topk_plain"}[activation]
+    kwargs = {"activation_fn_str": activation, "activation_fn_kwargs": {"k": 4} if activation == "topk" else {}}
+    folder = edited(tmp_path, kwargs | {"architecture": "standard"}, f"saelens/{name}")
+    z = load(find(str(folder))).dense(EXPECTED["x"])
+    torch.testing.assert_close(z, EXPECTED[f"saelens.{name}.z"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "changes", "said"),
+    [
+        ("saelens/standard", "sae_weights", {"b_enc": torch.zeros(5)}, r"weights are b_enc \[5\]"),
+        ("saelens/standard", "sae_weights", {"b_dec": torch.zeros(1, 8)}, r"weights are b_dec \[1, 8\]"),
+        ("saelens/standard", "sae_weights", {"b_enc": None}, "lacks the weights b_enc"),
+        ("saelens/jumprelu", "sae_weights", {"threshold": torch.zeros(1)}, r"weights are threshold \[1\]"),
+        ("saelens/gated", "sae_weights", {"r_mag": None, "b_mag": None}, "lacks the weights b_mag, r_mag"),
+        ("sparsify/topk", "sae", {"encoder.bias": torch.zeros(3)}, r"weights are encoder.bias \[3\]"),
+        ("sparsify/topk", "sae", {"W_dec": None}, "lacks the weights W_dec"),
+    ],
+)
+def test_weights_other_than_the_configuration_says_are_refused(tmp_path, name, file, changes, said):
+    path = edited(tmp_path, {}, name) / f"{file}.safetensors"
+    weights = {key: value for key, value in (load_file(path) | changes).items() if value is not None}
+    save_file(weights, path)
+    with pytest.raises(UserError, match=f"model.sae.pretrained.*{said}.*saved? "):
+        find(str(path.parent))
+
+
+@pytest.mark.parametrize("name", ["saelens/topk", "sparsify/topk"])
+def test_a_damaged_file_of_weights_is_refused(tmp_path, name):
+    path = next(edited(tmp_path, {}, name).glob("*.safetensors"))
+    whole = path.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"x" * 100, b""):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="cannot be read .*; save it again"):
+            find(str(path.parent))
+    path.write_bytes(whole)
+    weights = load_file(path)
+    save_file(weights | {"b_dec": weights["b_dec"].fill_(float("nan"))}, path)
+    with pytest.raises(UserError, match=r"weights that are not finite \(b_in, b_dec\)"):
+        load(find(str(path.parent)))
+
+
+@pytest.mark.parametrize(
+    "text", ["[", '{"scaling_factor": "x"}', '{"scaling_factor": -1}', '{"scaling_factor": [2]}', "3"]
+)
+def test_a_checkpoints_scaling_factor_is_a_number(tmp_path, text):
+    folder = edited(tmp_path, {"normalize_activations": "expected_average_only_in"})
+    (folder / "activation_scaler.json").write_text(text)
+    with pytest.raises(UserError, match="no SAE is saved with"):
+        find(str(folder))
 
 
 def test_an_autoencoder_of_another_model_is_refused(model, tmp_path):
@@ -279,9 +348,40 @@ def test_what_is_nothing_is_refused(tmp_path, monkeypatch):
     (tmp_path / "sae.pt").write_bytes(b"")
     with pytest.raises(UserError, match="pickles are not read"):
         find(str(tmp_path))
-    for wrong in ("[]", "3", "[1]"):
+    for wrong in ("[]", "3", "[1]", "0", "false", "{}", '""', '[""]'):
         with pytest.raises(UserError, match="model.sae.pretrained="):
             SAEConfig(pretrained=json.loads(wrong))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{key: value} for key in ("fallback", "center") for value in ("no", 1, None)]
+    + [{"layers": value} for value in ("middle", 1, None, [], [-1], ["1"], [1.5], [True])]
+    + [{key: value} for key in ("router", "corpus", "corpus_text") for value in (3, ["hard"])]
+    + [{"schedule": "routesae", "warmup": 0.5, "decay": 0.5}]
+    + [{"clip": value} for value in (True, "x", -1, float("nan"))]
+    + [{key: value} for key in ("m", "k", "tokens", "lr") for value in ("many", True, float("inf"))],
+)
+def test_settings_of_another_type_are_refused(settings):
+    with pytest.raises(UserError, match=f"model.sae.{[*settings][-1]}=.*give "):
+        SAEConfig(**settings)
+
+
+def test_a_seed_of_its_own_is_refused():
+    """Before: it was overwritten by 0, and the run had another id."""
+    with pytest.raises(UserError, match="model.sae.seed=3: .* leave it out"):
+        sae_config(Activation(sae={"seed": 3}))
+    assert sae_config(Activation(sae={"seed": 0})).seed == 0
+
+
+def test_layers_that_are_no_numbers_have_an_id_too():
+    """Ids count layers from 1, and are asked for before anything is checked."""
+    assert run_id(compose(["method=cwac", "model.sae.layers=[x]"])) != run_id(compose(["method=cwac"]))
+
+
+def test_a_whole_number_with_a_point_is_one():
+    given, plain = SAEConfig(m=256.0, k=8.0, tokens=2048.0, batch=256.0), SAEConfig(m=256, k=8, tokens=2048, batch=256)
+    assert given.key() == plain.key() and type(given.m) is type(given.k) is int and range(given.tokens // given.batch)
 
 
 def test_a_release_is_what_sae_lens_loads(tmp_path, monkeypatch):

@@ -111,6 +111,8 @@ def sae_config(activation: Activation) -> Any:
     """The `SAEConfig` of `activation.sae`. Raises UserError for an unknown field, a wrong value or no such corpus."""
     from cwac.constraints.sae.fit import SAEConfig
 
+    if (seed := activation.sae.get("seed", 0)) != 0:
+        raise UserError(f"model.sae.seed={seed}: autoencoders are shared by runs of all seeds; leave it out")
     try:
         config = SAEConfig(**{**activation.sae, "seed": 0})
     except TypeError as error:

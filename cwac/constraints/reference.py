@@ -70,7 +70,7 @@ def check_layers(layers, *words: str) -> None:
 
     This check needs no model, so it can run before one is loaded; `model_layers` checks the range.
     """
-    listed = layers is None or (not isinstance(layers, int | str) and all(isinstance(i, int) for i in layers))
+    listed = layers is None or (not isinstance(layers, int | str) and all(type(i) is int for i in layers))
     given = isinstance(layers, str) and layers in words
     check(listed or given, "layers", layers, ", ".join(["give a list of layer numbers", *words]) + ", or null")
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from cwac.core.checks import check, check_flag, check_whole, is_number
+from cwac.core.checks import check, check_flag, check_number, check_whole, is_number
 
 SPACES = ("sae", "residual", "logits")
 """The spaces in which the activation constraint can preserve the model: see `Activation.space`."""
@@ -74,12 +74,7 @@ class Weight:
             self.energy,
             "give a share in (0, 1], e.g. 0.99",
         )
-        check(
-            isinstance(self.response_tokens, int) and self.response_tokens >= 0,
-            "weight.response_tokens",
-            self.response_tokens,
-            "give a whole number of at least 0",
-        )
+        check_whole("weight.response_tokens", self.response_tokens, 0)
         opening = self.prefill is None or (isinstance(self.prefill, str) and bool(self.prefill.strip()))
         check(opening, "weight.prefill", self.prefill, "give an opening such as 'Sure, here is', or null")
         if self.penalty_weight is not None:
@@ -90,15 +85,8 @@ class Weight:
             remedy = "projects gradients, which a penalty replaces: use where=update, or penalty_weight=null"
             check(self.where == "update", "weight.where", self.where, remedy)
         check_whole("weight.n_anchors", self.n_anchors, 1, null=True)
-        if (n := self.refresh_steps) is not None:
-            whole = isinstance(n, int) and not isinstance(n, bool) and n >= 1
-            check(whole, "weight.refresh_steps", n, "give a whole number of at least 1, or null")
-        whole = (
-            isinstance(self.project_every, int)
-            and not isinstance(self.project_every, bool)
-            and self.project_every >= 1
-        )
-        check(whole, "weight.project_every", self.project_every, "give a whole number of at least 1")
+        check_whole("weight.refresh_steps", self.refresh_steps, 1, null=True)
+        check_whole("weight.project_every", self.project_every, 1)
         hard = self.project_every == 1 or (self.where == "update" and self.penalty_weight is None)
         check(
             hard,
@@ -122,7 +110,7 @@ class Weight:
         check(named, "weight.anchor_sources", self.anchor_sources, "give a list such as [advbench], or [] for all")
         self.anchor_sources = tuple(self.anchor_sources)
         if self.layers is not None:
-            listed = not isinstance(self.layers, int | str) and all(isinstance(i, int) for i in self.layers)
+            listed = not isinstance(self.layers, int | str) and all(type(i) is int for i in self.layers)
             check(listed, "weight.layers", self.layers, "give a list of block indices, or null for all")
             self.layers = tuple(self.layers)
 
@@ -160,10 +148,9 @@ class Activation:
     """Fields of `cwac.constraints.sae.fit.SAEConfig`."""
 
     def __post_init__(self):
-        check(isinstance(self.lam, int | float) and self.lam >= 0, "activation.lam", self.lam, "give a number >= 0")
+        check_number("activation.lam", self.lam, 0)
         for key in ("n_latents", "n_prompts"):
-            value = getattr(self, key)
-            check(isinstance(value, int) and value >= 1, f"activation.{key}", value, "give a whole number >= 1")
+            check_whole(f"activation.{key}", getattr(self, key), 1)
         gates = ("tau", "topk", "union", "base", "preact")
         check(self.gate in gates, "activation.gate", self.gate, f"use one of {', '.join(gates)}")
         rankings = ("contrast+attribution", "contrast", "activation", "cosine", "random")

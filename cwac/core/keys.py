@@ -211,6 +211,8 @@ def explain(message: str) -> str:
         if key in OPTIONAL:
             return f"Could not override '{key}': this option does not set it yet; append it with +{key}=<value>"
         return f"Could not override '{key}': there is no such key{meant(key)}"
+    if found := re.search(r"An item is already at '([^']+)'", message):
+        return f"Could not append '{found[1]}': it is there already; leave out the +: {found[1]}=<value>"
     return message
 
 

@@ -35,8 +35,10 @@ numbers."""
 
 # --- values ---------------------------------------------------------------------------------------------
 def shifted(value: Any, by: int) -> Any:
-    """A list of layer numbers with `by` added to each; any other value, such as `auto` or null, is unchanged."""
-    return [layer + by for layer in value] if isinstance(value, list | tuple | ListConfig) else value
+    """A list of layer numbers with `by` added to each; any other value or entry, such as `auto`, is unchanged."""
+    if not isinstance(value, list | tuple | ListConfig):
+        return value
+    return [layer + by if isinstance(layer, int | float) else layer for layer in value]
 
 
 def new_router(text: Any) -> Any:

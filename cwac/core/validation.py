@@ -11,7 +11,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from cwac.core.checks import require_number
+from cwac.core.checks import is_number, require_number
 from cwac.core.distributed import world_size
 from cwac.core.errors import UsageError
 from cwac.core.keys import check_keys, did_you_mean, near
@@ -125,7 +125,7 @@ def validate_model(cfg: DictConfig) -> None:
     """The model, its adapter and its precision."""
     if (lora := cfg.model.get("lora")) is not None:
         r, alpha = (lora.get(key) if OmegaConf.is_dict(lora) else None for key in ("r", "alpha"))
-        if not isinstance(r, int) or r < 1 or not isinstance(alpha, int | float) or not lora.get("target_modules"):
+        if type(r) is not int or r < 1 or not is_number(alpha) or not lora.get("target_modules"):
             example = "'{r: 8, alpha: 16, target_modules: all-linear}'"
             raise UsageError(f"model.lora={lora} is not valid; give e.g. model.lora={example}")
         if unread := sorted(set(lora) - set(LORA_KEYS)):

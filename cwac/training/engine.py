@@ -453,13 +453,18 @@ def attach(trainer: Trainer, method: Method) -> MethodTrainer:
     if not issubclass(kind, MethodTrainer):
         trainer.__class__ = type(f"Defended{kind.__name__}", (MethodTrainer, kind), {})
     trainer.method, trainer.penalties, trainer.penalty_checked = method, [], False
-    trainer.hook_times, trainer.say = HookTimes(trainer.args.device), functools.partial(print, file=sys.stderr)
+    trainer.hook_times, trainer.say = HookTimes(trainer.args.device), to_stderr
     trainer.original = [(name, weakref.ref(p)) for name, p in trainer.model.named_parameters()]
     if trainer.is_fsdp_enabled and trainer.is_world_process_zero():
         empty = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in trainer.model.parameters()}
         trainer.skeleton = copy.deepcopy(trainer.model, empty)
     trainer.add_callback(StepHooks(trainer))
     return trainer
+
+
+def to_stderr(line: str) -> None:
+    """Print a line to what is stderr now: a notebook or a test may have replaced it since the trainer was made."""
+    print(line, file=sys.stderr)
 
 
 def collated(trainer: Trainer, rows: list[dict]) -> dict:

@@ -100,5 +100,5 @@ class HookTimes:
         parts = ", ".join(f"{hook} {100 * seconds[hook] / total:.1f} %" for hook in overridden(method))
         return (
             f"method={method.name}: a step takes {times} times what it takes without the method's hooks, measured "
-            f"over {len(self.steps)} steps (of a step's time: {parts})"
+            f"over {len(self.steps)} step{'s' * (len(self.steps) > 1)} (of a step's time: {parts})"
         )

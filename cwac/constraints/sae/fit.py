@@ -19,7 +19,7 @@ from tqdm import tqdm
 from cwac.constraints.sae.autoencoder import RoutedSAE, middle_block_hash, tokens_at_once
 from cwac.constraints.sae.pretrained import PretrainedSAE
 from cwac.core import renamed
-from cwac.core.checks import require_number
+from cwac.core.checks import is_number, require_number
 from cwac.core.errors import UserError
 from cwac.core.identity import text_content
 from cwac.models.hooks import (
@@ -116,8 +116,9 @@ class SAEConfig:
 
     def __post_init__(self) -> None:
         several = isinstance(self.pretrained, list | tuple)
-        names = self.pretrained if several else [self.pretrained or "none"]
-        if not names or not all(isinstance(name, str) for name in names):
+        names = self.pretrained if several else [self.pretrained]
+        named = bool(names) and all(isinstance(name, str) and name for name in names)
+        if self.pretrained is not None and not named:
             raise UserError(
                 f"model.sae.pretrained={self.pretrained}: give a folder, a hub id, a list of these, or null to fit one"
             )
@@ -126,7 +127,19 @@ class SAEConfig:
             if each.name in NUMBERS and not (value is None and NoneType in get_args(each.type)):
                 low, high, whole = NUMBERS[each.name]
                 require_number(f"model.sae.{each.name}", value, low, high, whole=whole)
-        if self.clip is not None and not (isinstance(self.clip, int | float) and self.clip >= 0):
+                if whole:
+                    setattr(self, each.name, int(value))  # 256.0 is a whole number, and no size of a tensor
+        listed = isinstance(self.layers, list | tuple) and all(type(i) is int and i >= 0 for i in self.layers)
+        if self.layers != "auto" and not (listed and self.layers):
+            raise UserError(f"model.sae.layers={self.layers}: give auto, or a list of decoder blocks such as [1,2]")
+        for key in ("fallback", "center"):
+            if not isinstance(getattr(self, key), bool):
+                raise UserError(f"model.sae.{key}={getattr(self, key)}: give true or false")
+        for key in ("router", "corpus", "corpus_text", "corpus_config"):
+            value = getattr(self, key)
+            if not isinstance(value, str) and not (value is None and key in ("corpus", "corpus_config")):
+                raise UserError(f"model.sae.{key}={value}: give a text, or leave it out")
+        if self.clip is not None and not (is_number(self.clip) and self.clip >= 0):
             raise UserError(f"model.sae.clip={self.clip}: give a norm of at least 0, or null to clip nothing")
         if self.tokens < self.batch:
             raise UserError(
@@ -136,6 +149,11 @@ class SAEConfig:
             raise UserError(f"model.sae.backend={self.backend!r}: use auto, csr or dense")
         if self.schedule not in ("ours", "routesae"):
             raise UserError(f"model.sae.schedule={self.schedule!r}: use ours or routesae")
+        if self.schedule == "routesae" and self.warmup + self.decay >= 1:
+            raise UserError(
+                f"model.sae.warmup={self.warmup} and model.sae.decay={self.decay}: model.sae.schedule=routesae "
+                "divides by the share of the steps between them; give shares with a sum below 1"
+            )
         for key in ("corpus_text", "corpus_config"):
             if self.corpus is None and getattr(self, key) != getattr(type(self), key):
                 raise UserError(f"model.sae.{key}={getattr(self, key)}: only model.sae.corpus has one; give that too")

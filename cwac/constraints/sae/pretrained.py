@@ -27,6 +27,7 @@ Deviations:
 from __future__ import annotations
 
 import json
+import math
 import re
 import tempfile
 from collections.abc import Sequence
@@ -35,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -64,6 +66,8 @@ class Found:
     """The decoder block whose output is read, counted from 0."""
     d: int
     m: int
+    k: int | None
+    """Latents that are active at most; None for those above a threshold."""
     config: dict
     of: str
     """The model that it was trained on, as it says; empty where it does not."""
@@ -286,30 +290,44 @@ def load(found: Sequence[Found]) -> PretrainedSAE:
 
 
 def describe(folder: Path) -> Found:
-    """What a folder's `cfg.json` says; raises UserError unless it is of an autoencoder that can be read."""
+    """What a folder's `cfg.json` says; raises UserError unless it is of an autoencoder that can be read.
+
+    Of the weights names and shapes are compared with it, which the head of their file tells.
+    """
     where = f"{KEY}: {folder}"
     try:
         config = json.loads((folder / CONFIG).read_text())
         d = int(config["d_in"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{where} has no {CONFIG} with d_in ({hf_hub.first_line(error)}); give a saved SAE") from error
-    if (folder / SAELENS).is_file():
-        return _describe_saelens(folder, config, d)
-    if (folder / SPARSIFY).is_file():
-        return _describe_sparsify(folder, config, d)
-    raise UserError(f"{where} has neither {SAELENS} (SAELens) nor {SPARSIFY} (sparsify); pickles are not read")
+    if not (folder / SAELENS).is_file() and not (folder / SPARSIFY).is_file():
+        raise UserError(f"{where} has neither {SAELENS} (SAELens) nor {SPARSIFY} (sparsify); pickles are not read")
+    by = _describe_saelens if (folder / SAELENS).is_file() else _describe_sparsify
+    try:
+        found = by(folder, config, d)
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:  # a value of another type, or none
+        raise UserError(
+            f"{where} has a configuration that no SAE is saved with ({hf_hub.first_line(error)}); save it again"
+        ) from error
+    if found.k is not None and not 1 <= found.k <= found.m:
+        raise UserError(f"{where} says k={found.k} active ones of {found.m} latents; give a saved SAE")
+    _check_weights(found)
+    return found
 
 
 def _describe_saelens(folder: Path, config: dict, d: int) -> Found:
     where, metadata = f"{KEY}: {folder}", {**config, **(config.get("metadata") or {})}
-    architecture = config.get("architecture", "standard")
-    if config.get("activation_fn_str", config.get("activation_fn")) == "topk":  # before SAELens 6
+    config = {"architecture": "standard", **config}
+    activation = config.get("activation_fn_str", config.get("activation_fn"))  # before SAELens 6
+    if activation == "topk":
         config = {"k": (config.get("activation_fn_kwargs") or {}).get("k"), **config, "architecture": "topk"}
-        architecture = "topk"
+    architecture = config["architecture"]
     if architecture not in ARCHITECTURES:
         raise UserError(
             f"{where} is a {architecture} of SAELens; those that can be read are {', '.join(ARCHITECTURES)}"
         )
+    if config["architecture"] != "topk" and (activation or "relu") != "relu":
+        raise UserError(f"{where} has the activation {activation}; those that can be read are relu and topk")
     norm = config.get("normalize_activations") or "none"
     norm = {False: "none", True: "expected_average_only_in"}.get(norm, norm)
     if norm == "expected_average_only_in" and not (folder / SCALER).is_file():
@@ -329,8 +347,19 @@ def _describe_saelens(folder: Path, config: dict, d: int) -> Found:
             f"{where} reads {hook or 'an unnamed hook'}; the constraint reads the residual stream behind a block: "
             "give one of blocks.N.hook_resid_post"
         )
+    if norm == "expected_average_only_in":
+        _factor(folder)
     config = {**config, "normalize_activations": norm}
-    return Found(folder, "saelens", layer, d, int(config["d_sae"]), config, str(metadata.get("model_name") or ""))
+    k = int(config["k"]) if architecture == "topk" else None
+    return Found(folder, "saelens", layer, d, int(config["d_sae"]), k, config, str(metadata.get("model_name") or ""))
+
+
+def _factor(folder: Path) -> float:
+    """By what a checkpoint of SAELens scales residuals; raises ValueError or TypeError for no such factor."""
+    factor = float(json.loads((folder / SCALER).read_text()).get("scaling_factor") or 1.0)
+    if not 0 < factor < math.inf:
+        raise ValueError(f"scaling_factor={factor}")
+    return factor
 
 
 def _describe_sparsify(folder: Path, config: dict, d: int) -> Found:
@@ -348,9 +377,12 @@ def _describe_sparsify(folder: Path, config: dict, d: int) -> Found:
     if config.get("activation", "topk") not in ("topk", "groupmax"):
         raise UserError(f"{where} has activation={config['activation']}; those that can be read are topk and groupmax")
     m = int(config.get("num_latents") or d * int(config.get("expansion_factor", 32)))
+    k = int(config.get("k", 32))
+    if config.get("activation") == "groupmax" and k > 0 and m % k:
+        raise UserError(f"{where} says groupmax with k={k}, and {m} latents are no {k} equal groups; save it again")
     whole = folder.parent / "config.json"
     of = json.loads(whole.read_text()).get("model", "") if whole.is_file() else ""
-    return Found(folder, "sparsify", int(named[1]), d, m, config, str(of))
+    return Found(folder, "sparsify", int(named[1]), d, m, k, config, str(of))
 
 
 def hooked_layer(hook: str) -> int | None:
@@ -361,24 +393,48 @@ def hooked_layer(hook: str) -> int | None:
     return int(before[1]) - 1 if before else None
 
 
-def _read(found: Found) -> Dictionary:
-    config = found.config
+def _weights(found: Found) -> Path:
+    """The file with the weights."""
+    return found.folder / (SAELENS if found.format == "saelens" else SPARSIFY)
+
+
+def _check_weights(found: Found) -> None:
+    """Raises UserError unless the file of the weights is whole and has the shapes that the configuration says."""
+    d, m, where = found.d, found.m, f"{KEY}: {found.folder}"
+    if found.format == "sparsify":
+        expected = {"encoder.weight": [m, d], "W_dec": [m, d], "encoder.bias": [m], "b_dec": [d]}
+    else:
+        own = {"gated": ("b_gate", "b_mag", "r_mag"), "jumprelu": ("b_enc", "threshold")}
+        names = own.get(found.config["architecture"], ("b_enc",))
+        expected = {"W_enc": [d, m], "W_dec": [m, d], "b_dec": [d], **{name: [m] for name in names}}
     try:
-        weights = load_file(found.folder / (SAELENS if found.format == "saelens" else SPARSIFY))
-        if found.format == "sparsify":
-            k, groups = int(config.get("k", 32)), config.get("activation") == "groupmax"
-            tensors = {"w_enc": weights["encoder.weight"], "w_dec": weights["W_dec"], "b_enc": weights["encoder.bias"]}
-            tensors |= {"b_in": weights["b_dec"], "b_dec": weights["b_dec"], "threshold": torch.zeros(found.m)}
-            return _checked(found, Dictionary(tensors, k, groups, "none"))
-        return _checked(found, _saelens(found, {name: value.float() for name, value in weights.items()}))
-    except KeyError as error:
-        raise UserError(f"{KEY}: {found.folder} lacks the weights {error}; give a saved SAE") from error
-    except (OSError, RuntimeError, ValueError) as error:  # each damaged file has an error class of its own
-        raise UserError(f"{KEY}: {found.folder} cannot be read ({hf_hub.first_line(error)}); save it again") from error
+        with safe_open(_weights(found), "pt") as stored:
+            shapes = {name: list(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{where} cannot be read ({hf_hub.first_line(error)}); save it again") from error
+    if missing := [name for name in expected if name not in shapes]:
+        raise UserError(f"{where} lacks the weights {', '.join(missing)}; give a saved SAE")
+    if odd := [f"{name} {shapes[name]}" for name, shape in expected.items() if shapes[name] != shape]:
+        raise UserError(
+            f"{where} says {m} latents of width {d}, and its weights are {' and '.join(odd)}; save it again"
+        )
+
+
+def _read(found: Found) -> Dictionary:
+    weights = {name: value.float() for name, value in load_file(_weights(found)).items()}
+    if found.format == "saelens":
+        read = _saelens(found, weights)
+    else:
+        tensors = {"w_enc": weights["encoder.weight"], "w_dec": weights["W_dec"], "b_enc": weights["encoder.bias"]}
+        tensors |= {"b_in": weights["b_dec"], "b_dec": weights["b_dec"], "threshold": torch.zeros(found.m)}
+        read = Dictionary(tensors, found.k, found.config.get("activation") == "groupmax", "none")
+    if odd := [name for name, value in read.named_parameters() if not torch.isfinite(value).all()]:
+        raise UserError(f"{KEY}: {found.folder} has weights that are not finite ({', '.join(odd)}); give another SAE")
+    return read
 
 
 def _saelens(found: Found, weights: dict[str, Tensor]) -> Dictionary:
-    config, kind = found.config, found.config.get("architecture", "standard")
+    config, kind = found.config, found.config["architecture"]
     w_enc, w_dec, b_dec = weights["W_enc"].T, weights["W_dec"], weights["b_dec"]
     norm, threshold = config["normalize_activations"], torch.zeros(found.m)
     if kind == "gated":
@@ -393,21 +449,11 @@ def _saelens(found: Found, weights: dict[str, Tensor]) -> Dictionary:
         rows = w_dec.norm(dim=1, keepdim=True).clamp_min(1e-8)
         w_enc, b_enc, w_dec = w_enc * rows, b_enc * rows.squeeze(1), w_dec / rows
     if norm == "expected_average_only_in":
-        factor = json.loads((found.folder / SCALER).read_text()).get("scaling_factor") or 1.0
+        factor = _factor(found.folder)
         w_enc, w_dec, b_dec, norm = w_enc * factor, w_dec / factor, b_dec / factor, "none"
     b_in = b_dec if config.get("apply_b_dec_to_input", True) else torch.zeros_like(b_dec)
     tensors = {"w_enc": w_enc, "w_dec": w_dec, "b_enc": b_enc, "b_in": b_in, "b_dec": b_dec, "threshold": threshold}
-    return Dictionary(tensors, int(config["k"]) if kind == "topk" else None, False, norm)
-
-
-def _checked(found: Found, part: Dictionary) -> Dictionary:
-    shapes = {tuple(part.w_enc.shape), tuple(part.w_dec.shape)}
-    if shapes != {(found.m, found.d)}:
-        raise UserError(
-            f"{KEY}: {found.folder} says {found.m} latents of width {found.d}, and its weights are "
-            f"{' and '.join(map(str, sorted(shapes)))}; save it again"
-        )
-    return part
+    return Dictionary(tensors, found.k, False, norm)
 
 
 def _fits(found: Sequence[Found], model: nn.Module) -> None:
