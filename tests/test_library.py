@@ -604,6 +604,9 @@ def test_rows_longer_than_the_limit_are_cut_and_refused_where_nothing_is_left(tm
     assert len(trainer.train_dataset[0]["input_ids"]) == 20 and trainer.args.num_train_epochs == 1
     with pytest.raises(UsageError, match="1 rows have no token of their response within max_length=3"):
         hf_trainer(model, tokenizer, rows, str(tmp_path), max_length=3)
+    for wrong in (rows[:2], list(rows)):
+        with pytest.raises(UsageError, match=rf"rows is a {type(wrong).__name__}; .* \.select\(range\(n\)\)"):
+            hf_trainer(model, tokenizer, wrong, str(tmp_path))
 
 
 # --- did it hold? -----------------------------------------------------------------------------------------

@@ -367,6 +367,12 @@ def test_settings_of_another_type_are_refused(settings):
         SAEConfig(**settings)
 
 
+@pytest.mark.parametrize("given", [None, 3, "auto"])
+def test_an_sae_without_fields_is_refused(given):
+    with pytest.raises(UserError, match=f"method.activation.sae={given}: give fields"):
+        sae_config(Activation(sae=given))
+
+
 def test_a_seed_of_its_own_is_refused():
     """Before: it was overwritten by 0, and the run had another id."""
     with pytest.raises(UserError, match="model.sae.seed=3: .* leave it out"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -111,6 +111,8 @@ def sae_config(activation: Activation) -> Any:
     """The `SAEConfig` of `activation.sae`. Raises UserError for an unknown field, a wrong value or no such corpus."""
     from cwac.constraints.sae.fit import SAEConfig
 
+    if not isinstance(activation.sae, Mapping):
+        raise UserError(f"method.activation.sae={activation.sae}: give fields of an autoencoder, such as {{k: 64}}")
     if (seed := activation.sae.get("seed", 0)) != 0:
         raise UserError(f"model.sae.seed={seed}: autoencoders are shared by runs of all seeds; leave it out")
     try:

@@ -123,6 +123,11 @@ def hf_trainer(
     arguments, in the place of those of `SETTINGS`. Raises UsageError where a row has no token of its response left.
     """
 
+    if not isinstance(rows, Dataset):  # a slice of a Dataset is a dict of columns
+        raise UsageError(
+            f"rows is a {type(rows).__name__}; give text_rows(...), .select(range(n)) of it, or a datasets.Dataset"
+        )
+
     def encode(row: dict) -> dict:
         prompt, response = turns(row)
         start = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
