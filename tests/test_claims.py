@@ -434,6 +434,7 @@ def test_equal_seeds_are_told_without_an_interval():
 def test_what_a_margin_says_of_a_cell(metric, n, cwac, sft, verdict, why):
     found = outcome_of(planted(cwac, sft, None), {**WITHIN, "metric": metric}, metric, n=n)
     assert (found.cell, found.verdict, found.why) == (CELL, verdict, why)
+    assert found.numbers[0]["metric"] == metric
     assert found.numbers[0]["difference"] == pytest.approx(np.mean(cwac) - np.mean(sft))
 
 
@@ -503,7 +504,7 @@ def test_a_bound_is_met_below_it_only():
 def test_a_rise_is_from_the_smallest_to_the_largest_ratio_that_both_have():
     test = {"kind": "flatter", "metric": "HS", "method": "cwac", "of": "sft"}
     values = {
-        ("cwac", 0.5): [20, 24],
+        ("cwac", 0.5): [20.5, 24.5],
         ("cwac", 0.05): [10, 10],
         ("cwac", 0.2): [99, 99],
         ("sft", 0.05): [30, 30],
@@ -512,10 +513,10 @@ def test_a_rise_is_from_the_smallest_to_the_largest_ratio_that_both_have():
         ("sft", 0.9): [99, 99, 99],
     }
     found = outcome_of(values, test)
-    # rises of 10 and 14 against 40 twice
+    # rises of 10.5 and 14.5 against 40 twice
     assert (found.cell, found.verdict) == ("tiny, toy", "holds")
-    assert found.why == "+12.0 against SFT's +40.0, difference -28.0 [-53.4, -2.6]"
-    assert found.numbers[0]["difference"] == -28 and found.numbers[0]["limit"] == 0
+    assert found.why == "+12.5 against SFT's +40.0, difference -27.5 [-52.9, -2.1]"
+    assert found.numbers[0]["difference"] == -27.5 and found.numbers[0]["limit"] == 0
     one = {("cwac", 0.05): [10], ("cwac", 0.5): [20], ("sft", 0.05): [30], ("sft", 0.9): [40]}
     assert outcomes_of(one, test) == []  # one shared ratio is no rise
     assert outcomes_of({("cwac", 0.05): [10], ("cwac", 0.5): [20]}, test) == []

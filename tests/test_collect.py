@@ -102,7 +102,7 @@ def test_only_a_status_of_done_counts(tmp_path, content, evaluation, expected):
     folder.mkdir()
     if content:
         (folder / "status.json").write_text(content)
-    status, found = reading.read_status(folder, evaluation)
+    status, found = reading.read_status(folder, evaluation) if evaluation else reading.read_status(folder)
     assert (status, found) == (expected, {} if "unknown" in expected else json.loads(content))
 
 
@@ -225,18 +225,21 @@ def test_what_is_left_out_is_said(tmp_path):
     }
     assert len(found.rows) == 8 and found.rows["learning_rate"].isna().all() and not found.expected
     (tmp_path / whole.run_id / "metrics.jsonl").unlink()
-    assert collect(tmp_path).unfinished[whole.run_id] == "done, but without a readable metric row"
+    found = collect(tmp_path)
+    assert found.unfinished[whole.run_id] == "done, but without a readable metric row"
+    assert whole.run_id not in found.unreadable  # no line is damaged where there is no file
 
 
 def test_a_preset_chooses_runs_evaluations_and_what_their_values_are_called(tmp_path):
     mine, other, gone = cell_of("sft", 0.1, 0), cell_of("sft", 0.1, 1), cell_of("sft", 0.1, 2)
-    rows = [row(mine, "FA", 1.0), row(mine, "FA", 2.0, eval="e2"), row(mine, "OR", 3.0, eval=None)]
+    rows = [row(mine, "FA", 1.0), row(mine, "FA", 2.0, eval="e2"), row(mine, "OR", 3.0, eval="")]
     configure(write_run(tmp_path, mine, rows), "train: {learning_rate: 1e-3}")
     write_run(tmp_path, other, [row(other, "FA", 9.0)])
     found = collect(tmp_path, [replace(mine, values="tuned"), gone])
     assert found.rows["value"].tolist() == [1.0, 3.0] and set(found.rows["values"]) == {"tuned"}
     assert found.rows["learning_rate"].tolist() == [1e-3, 1e-3] and found.missing == [gone]
-    assert collect(tmp_path, iter([replace(mine, eval="")])).rows["value"].tolist() == [1.0, 2.0, 3.0]
+    found = collect(tmp_path, iter([replace(mine, eval="")]))
+    assert found.rows["value"].tolist() == [1.0, 2.0, 3.0] and set(found.rows["values"]) == {"official"}
     found = collect(tmp_path, [replace(mine, eval="e2")])
     assert found.unfinished == {mine.run_id: "done, but not with this preset's evaluation settings"}
     assert set(collect(tmp_path).rows["values"]) == {"official"}  # as the rows say, from before there were others
@@ -305,6 +308,8 @@ def test_verdicts_are_those_behind_the_last_evaluation(tmp_path):
         ("a", "refusal", "keyword"),
         '{"id": "d", "ver',
     )
+    with (folder / "harmful@90-e2.jsonl").open("ab") as file:
+        file.write(b"\xff")  # not even text
     write("later/harmful@90-e1.jsonl", ("a", "other", "later"))
     found = reading.read_verdicts(tmp_path, tidy(rows)[0])
     assert list(found.columns) == ["run_id", "set", "judge", "id", "verdict"]
