@@ -34,6 +34,11 @@ WORDS = (
 )
 
 
+def words(shown: str) -> str:
+    """`WORDS`, and what ‡ means where the table has it."""
+    return WORDS + " ‡: the interval is over seeds and prompts together." * ("‡" in shown)
+
+
 @dataclass(frozen=True)
 class View:
     """One model, task and harmful ratio of a campaign."""

@@ -137,8 +137,9 @@ def compact(markdown: str) -> str:
 def table(page: Path) -> str:
     """At most ten rows, and what their words mean."""
     here = view(CAMPAIGN)
-    words = wrapped(f"{headline.WORDS} From `results/{CAMPAIGN}`: {here.cell}.")
-    return f"{compact(headline.table(here))}\n\n{words}\n\n{wrapped(headline.conditions(here))}"
+    table_ = headline.table(here)
+    words = wrapped(f"{headline.words(table_)} From `results/{CAMPAIGN}`: {here.cell}.")
+    return f"{compact(table_)}\n\n{words}\n\n{wrapped(headline.conditions(here))}"
 
 
 def found(page: Path) -> str:
@@ -279,7 +280,10 @@ def held(page: Path) -> str:
         rows.append((extra != "none", step, row))
     columns = ["method", "HS, %", "FA, %", "step / SFT's", "seen beside the task's rows"]
     table_ = tables.markdown(columns, [row for *_, row in sorted(rows, key=lambda r: r[:2])], width=10_000)
-    return f"{compact(table_)}\n\n{here.cell}. From `results/{TUNED}` and `benchmarks/latest.json`."
+    marks = wrapped(
+        f"On the {here.cell}. {headline.words(table_)} From `results/{TUNED}` and `benchmarks/latest.json`."
+    )
+    return f"{compact(table_)}\n\n{marks}"
 
 
 @functools.cache

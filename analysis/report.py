@@ -146,7 +146,8 @@ def summary_section(campaign: Campaign) -> Section:
     first = max(found, key=lambda v: len(v.methods))
     pair = p_note(first)
     ratio = "p: share of harmful rows in the training data. "
-    body = "\n\n".join([said, headline.table(first), ratio + headline.WORDS + pair])
+    table = headline.table(first)
+    body = "\n\n".join([said, table, ratio + headline.words(table) + pair])
     return Section("summary", "What came out", body, plates=[headline.plate(first, headline.ROWS - 1)], folded=False)
 
 
