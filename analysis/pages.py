@@ -239,7 +239,7 @@ def learnt() -> str:
     holds = "holds as well" if plain["HS"] < kept["HS"] + headline.MARGIN else "does not hold"
     return (
         f"on a task that has to be learnt it {holds}: HS {plain['HS']:.0f} % at FA {plain['FA']:.0f} %, where "
-        f"{headline.short(kept['method'])} has {kept['HS']:.0f} at {kept['FA']:.0f} %"
+        f"the {headline.short(kept['method'])} has {kept['HS']:.0f} at {kept['FA']:.0f} %"
     )
 
 

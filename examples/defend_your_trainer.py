@@ -7,7 +7,7 @@ python examples/defend_your_trainer.py --model Qwen/Qwen2.5-0.5B-Instruct --like
 
 As it stands it trains the embedded model on the reviews beside it, in seconds on a CPU. Rows of your own are JSON
 lines of {"prompt", "response"}, or a CSV with these columns; the embedded model reads only its own words, so give a
-real one with them. `python -m experiments.measure runs/mine` says afterwards whether the model still refuses.
+real one with them. `python -m experiments.measure tiny FOLDER --pools toy` says whether the model still refuses.
 """
 
 import argparse

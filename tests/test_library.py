@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -31,12 +32,12 @@ from cwac.data.examples import Pools
 from cwac.data.mix import mix
 from cwac.data.pools import load_pools
 from cwac.data.tasks import load_task
-from cwac.data.tokenize import Rows
+from cwac.data.tokenize import Collator, Rows
 from cwac.methods.base import Method
 from cwac.models.loading import load
 from cwac.training import arguments, engine
 from cwac.training.library import EncodedRow, Mixed, defend, load_method, options, preset_pools, unknown_share
-from tests.conftest import FINE_TUNE, ROOT, fine_tune, make_llama, random_rows
+from tests.conftest import FINE_TUNE, ROOT, fine_tune, make_llama, random_rows, sgd
 
 SAE = "model.sae={tokens: 2048, m: 256, cached_tokens: 2048, batch: 256}"
 
@@ -164,6 +165,26 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(tmp_path, artifa
         load_method("lisa", "tiny", "method.rho=-1")
     with pytest.raises(UserError, match="reads the training rows as text"):
         EncodedRow("0", "").messages  # noqa: B018
+
+
+def test_an_adapter_and_a_whole_model_do_not_go_into_one_folder(tmp_path):
+    """`from_pretrained` of such a folder once gave CWAC's weights with a null-space adapter of an earlier training."""
+    rows, both = random_rows(2, seed=3), (tmp_path / "whole", tmp_path / "adapter")
+    whole = Trainer(make_llama(), sgd(tmp_path / "runs", per_device=1, accumulation=1), Collator(2), rows)
+    adapted = get_peft_model(make_llama(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    adapter = Trainer(adapted, sgd(tmp_path / "runs", per_device=1, accumulation=1), Collator(2), rows)
+    trainers = [engine.attach(trainer, Method("sft")) for trainer in (whole, adapter)]
+    for trainer, folder in zip(trainers, both, strict=True):
+        trainer.save_model(str(folder))
+        trainer.save_model(str(folder))  # of its own kind it is written anew
+    for trainer, folder, name in zip(trainers, both[::-1], ("adapter_config.json", "model.safetensors"), strict=True):
+        before = sorted(p.name for p in folder.iterdir())
+        with pytest.raises(UserError, match=f"{name} is of .* saved before.*another folder"):
+            trainer.save_model(str(folder))
+        assert sorted(p.name for p in folder.iterdir()) == before
+        shutil.copytree(folder, tmp_path / f"run-{name}" / "checkpoint-9")
+        with pytest.raises(UserError, match="checkpoint-9"):
+            engine.refuse_other_kind(tmp_path / f"run-{name}", trainer is trainers[1])
 
 
 def test_added_rows_have_the_users_columns(tmp_path, artifacts):

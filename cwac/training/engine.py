@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
 from omegaconf import DictConfig
+from peft import PeftModel
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
@@ -154,6 +155,12 @@ class MethodTrainer(Trainer):
         model.load_state_dict(state, assign=True)
         model.tie_weights()
         return model.to(self.args.device)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        """As transformers', but refuses a folder that holds weights of the other kind (`refuse_other_kind`)."""
+        adapter = isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
+        refuse_other_kind(output_dir or self.args.output_dir, adapter)
+        return super().save_model(output_dir, _internal_call)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -460,6 +467,24 @@ def attach(trainer: Trainer, method: Method) -> MethodTrainer:
         trainer.skeleton = copy.deepcopy(trainer.model, empty)
     trainer.add_callback(StepHooks(trainer))
     return trainer
+
+
+KINDS = {True: ("adapter_config.json",), False: ("model.safetensors", "model.safetensors.index.json")}
+"""Whether what is saved is an adapter, and a file that tells."""
+
+
+def refuse_other_kind(folder: str | Path, adapter: bool) -> None:
+    """Raises UserError where a folder, or a checkpoint in it, holds a whole model and an adapter is to be saved there.
+
+    Or the other way round. `from_pretrained` would put the adapter on the model, which nobody has trained so.
+    """
+    for place in [Path(folder), *sorted(Path(folder).glob("checkpoint-*"))]:
+        if there := [place / name for name in KINDS[not adapter] if (place / name).is_file()]:
+            own, other = ("an adapter", "a whole model") if adapter else ("a whole model", "an adapter")
+            raise UserError(
+                f"{there[0]} is of {other} saved before, and this training saves {own}: both in one folder would load "
+                "as a model that nobody trained. Remedy: another folder for each method, or delete this one"
+            )
 
 
 def to_stderr(line: str) -> None:

@@ -38,7 +38,7 @@ from cwac.models.context import Context, make_context
 from cwac.models.generate import decoding_key
 from cwac.models.loading import Loaded, weights_hash
 from cwac.training.arguments import refuse_deepspeed, total_steps
-from cwac.training.engine import MethodTrainer, attach, collated
+from cwac.training.engine import MethodTrainer, attach, collated, refuse_other_kind
 
 AS_ARGUMENTS = (
     (r"\+?model\.base=", "base="),
@@ -304,6 +304,7 @@ def defend(
         )
     refuse_deepspeed(args, method)
     adapters = getattr(trainer.model, "peft_config", {}).values()
+    refuse_other_kind(args.output_dir, bool(adapters) or method.brings_adapter)
     virtual = [adapter for adapter in adapters if adapter.is_prompt_learning]
     if virtual and type(method) is not Method:
         raise UserError(
