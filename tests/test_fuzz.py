@@ -5,6 +5,7 @@
 
 import json
 import logging
+import math
 import os
 import re
 from pathlib import Path
@@ -309,13 +310,29 @@ def within_a_cycle(a: dict, b: dict) -> bool:
     )
 
 
+def steps_of(run: dict) -> float:
+    """Optimizer steps on the task's rows: `train.max_steps`, or those of the epochs."""
+    most = run.get("train.max_steps", -1)
+    rows = run["train.per_device_train_batch_size"] * run["train.gradient_accumulation_steps"]
+    return most if most > 0 else run["train.num_train_epochs"] * math.ceil(run["task.n_train"] / rows)
+
+
+def as_long(a: dict, b: dict) -> bool:
+    return steps_of(a) == steps_of(b)
+
+
 UNREAD = {
-    "train.num_train_epochs": ("train.max_steps ends the training", ended),
+    "train.num_train_epochs": ("train.max_steps ends the training, or both are as long", as_long),
+    "train.max_steps": ("the epochs have as many steps", as_long),
+    "train.bf16": (
+        "autocast to bf16 changes nothing of a model in bf16",
+        lambda a, b: a["model.dtype"] == b["model.dtype"] == "bfloat16",
+    ),
     "train.gradient_checkpointing": ("what is computed twice is computed alike", lambda a, b: True),
     "train.dataloader_drop_last": ("no batch is short", lambda a, b: whole_batches(a) and whole_batches(b)),
     "train.max_length": (
         "no row of the embedded world is as long",
-        lambda a, b: min(a["train.max_length"], b["train.max_length"]) >= 32,
+        lambda a, b: min(a["train.max_length"], b["train.max_length"]) >= (24 if unpoisoned(a, b) else 32),
     ),
     "mix_mode": ("harmful_ratio=0 mixes nothing", unpoisoned),
     "poison": ("harmful_ratio=0 takes none", unpoisoned),
