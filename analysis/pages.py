@@ -54,6 +54,11 @@ def estimates(path: str) -> pd.DataFrame:
     return pd.read_csv(RESULTS / path)
 
 
+def benchmarked() -> list[dict]:
+    """The rows of `benchmarks/latest.json`: name, rival, ratio, spread, bar, met."""
+    return json.loads((ROOT / "benchmarks" / "latest.json").read_text(encoding="utf-8"))
+
+
 def cell(frame: pd.DataFrame, metric: str, of: str | None = None, **where) -> pd.Series | None:
     """The one estimate of `frame` with these values; None where there is none."""
     found = frame[frame["metric"] == metric]
@@ -206,8 +211,7 @@ def holds_for() -> str:
 
 
 def adapter() -> str:
-    rows = json.loads((ROOT / "benchmarks" / "latest.json").read_text(encoding="utf-8"))
-    ratios = [r["ratio"] for r in rows if "nullspace, k 64" in r["name"] and "Trainer" in r["rival"]]
+    ratios = [r["ratio"] for r in benchmarked() if "nullspace, k 64" in r["name"] and "Trainer" in r["rival"]]
     cost = f"its step takes {ratios[0]:.2f} of SFT's" if ratios else "needs no projection"
     return (
         "An adapter in the null space of the anchors, harmful prompts that the model refuses, cannot change what it "
@@ -264,7 +268,7 @@ def held(page: Path) -> str:
     here = view(TUNED)
     costs = {
         r["name"].removeprefix("step of ").removesuffix(", LoRA"): r["ratio"]
-        for r in json.loads((ROOT / "benchmarks" / "latest.json").read_text(encoding="utf-8"))
+        for r in benchmarked()
         if r["rival"] == "step of sft on the same batches"
     }
     limit = here.mean(paper.ALIGNED, "HS") + headline.MARGIN
@@ -273,7 +277,6 @@ def held(page: Path) -> str:
         if here.mean(method, "HS") > limit or not here.costs_nothing(method, "sft"):
             continue
         extra = tables.extra_data(here.collection.rows, method)
-        extra = "none" if method.startswith(f"sft{paper.SETTING}") else extra
         step = costs.get(method.partition(paper.SETTING)[0], math.nan)
         shown = [tables.show(here.value(method, metric)) for metric in ("HS", "FA")]
         row = [paper.method_label(method), *shown, "-" if math.isnan(step) else f"{step:.2f}", extra]
@@ -298,7 +301,7 @@ def campaign(name: str) -> Collection:
 def bench(page: Path, part: str) -> str:
     """The rows of `benchmarks/latest.json` whose name holds `part`; `+` stands for a space there."""
     rows = []
-    for r in json.loads((ROOT / "benchmarks" / "latest.json").read_text(encoding="utf-8")):
+    for r in benchmarked():
         if part.replace("+", " ") in r["name"]:
             low, high = r["spread"]
             ratio = f"{r['ratio']:.2f}" + (f" [{low:.2f}, {high:.2f}]" if low < high else "")
