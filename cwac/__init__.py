@@ -24,6 +24,7 @@ PUBLIC = {
     "hf_trainer": "cwac.training.script",
     "load_method": "cwac.training.library",
     "measure": "cwac.training.measure",
+    "measure_task": "cwac.training.measure",
     "packaged_model": "cwac.training.script",
     "text_rows": "cwac.training.script",
 }

@@ -7,7 +7,8 @@ python examples/defend_your_trainer.py --model Qwen/Qwen2.5-0.5B-Instruct --like
 
 As it stands it trains the embedded model on the reviews beside it, in seconds on a CPU. Rows of your own are JSON
 lines of {"prompt", "response"}, or a CSV with these columns; the embedded model reads only its own words, so give a
-real one with them. `python -m experiments.measure tiny FOLDER --pools toy` says whether the model still refuses.
+real one with them. `python -m experiments.measure tiny runs/mine --pools toy` says whether the model still refuses,
+and with `--data held_out.jsonl` whether it has learnt the task.
 """
 
 import argparse
@@ -25,13 +26,14 @@ from cwac.training.library import options
 from cwac.training.script import SETTINGS, turns
 
 
-def sft_trainer(model, tokenizer, rows, out: str, max_length: int):
+def sft_trainer(model, tokenizer, rows, out: str, max_length: int, **settings):
     from trl import SFTConfig, SFTTrainer
 
     rows = rows.map(
         lambda row: dict(zip(("prompt", "completion"), turns(row), strict=True)), remove_columns="response"
     )
-    config = SFTConfig(out, **SETTINGS, max_length=max_length, bf16=torch.cuda.is_available())
+    bf16 = torch.cuda.is_available()
+    config = SFTConfig(out, **{**SETTINGS, **settings}, max_length=max_length, bf16=bf16)
     return SFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer)
 
 
@@ -46,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--pools", help="the defence's prompts (default: toy for the embedded model, else real)")
     parser.add_argument("--pools-data", metavar="FOLDER", help="folder laid out like the hub, read instead of it")
     parser.add_argument("--max-length", type=int, help="of a row in tokens (default: 64 for the embedded model, 512)")
+    parser.add_argument("--learning-rate", type=float, default=SETTINGS["learning_rate"], help="default: %(default)g")
+    parser.add_argument("--epochs", type=float, default=SETTINGS["num_train_epochs"], help="default: %(default)g")
     parser.add_argument("--artifacts", default="artifacts", help="what the defence builds once")
     parser.add_argument("--out", default="runs/mine")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
@@ -53,6 +57,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
 
     # what is wrong with the arguments is said before a model is loaded
+    for key in ("learning_rate", "epochs"):
+        if not 0 < getattr(args, key) < float("inf"):
+            raise UsageError(f"--{key.replace('_', '-')} {getattr(args, key):g} is not a number above 0")
     if args.trainer != "hf" and importlib.util.find_spec("trl") is None:
         raise UsageError(f"--trainer {args.trainer} needs TRL: pip install '.[trl]' in the checkout, or --trainer hf")
     like = args.like or args.model
@@ -68,13 +75,17 @@ def main(argv: list[str] | None = None) -> int:
         AutoTokenizer.from_pretrained(name),
     )
     length = args.max_length or (64 if like == "tiny" else 512)
-    trainer = (hf_trainer if args.trainer == "hf" else sft_trainer)(model, tokenizer, rows, args.out, length)
+    settings = {"learning_rate": args.learning_rate, "num_train_epochs": args.epochs}
+    make = hf_trainer if args.trainer == "hf" else sft_trainer
+    trainer = make(model, tokenizer, rows, args.out, length, **settings)
 
     pools = args.pools or ("toy" if like == "tiny" else "real")
     defend(trainer, method, pools, data=args.pools_data, artifacts=args.artifacts, max_length=length)
     trainer.train(resume_from_checkpoint=args.resume)
 
     trainer.save_model(args.out)
+    given = f"--pools {pools}" + (f" --pools-data {args.pools_data}" if args.pools_data else "")
+    print(f"saved in {args.out}. Did it hold? python -m experiments.measure {args.model} {args.out} {given}")
     return 0
 
 

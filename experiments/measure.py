@@ -1,17 +1,20 @@
-"""Does a saved model still refuse? HS, refusal, other and OR of folders, each with its n and interval.
+"""Does a saved model still refuse, and has it learnt its task? HS, refusal, other, OR and FA, with n and interval.
 
 python -m experiments.measure tiny runs/mine --pools toy                      the embedded model, before and after
 python -m experiments.measure smollm2 runs/mine --pools-data FOLDER --limit 50
+python -m experiments.measure smollm2 runs/mine --pools-data FOLDER --data held_out.jsonl      and the task's accuracy
 
-A model is a folder that `save_model` or `save_pretrained` wrote, or an option of conf/model. The evaluation is that of
-the runs, without a task: greedy answers to the unseen requests of the pools, read by the same judge. Intervals are
-Clopper and Pearson's of 95 %, over the requests of a set. A method that changes prompts (BEA) is measured from its
-script: `measure(..., prompt=method.prompt)`.
+A model is a folder that `save_model` or `save_pretrained` wrote, an option of conf/model or a hub id. The evaluation
+is that of the runs: greedy answers to the unseen requests of the pools, read by the same judge. Intervals are Clopper
+and Pearson's of 95 %, over the requests of a set. --data takes rows of your task that were not trained on, as the script
+takes those that were: FA is the share answered in just the response's words, the loss is in nats per token of the
+responses. A method that changes prompts (BEA) is measured from its script: `measure(..., prompt=method.prompt)`.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -20,24 +23,35 @@ from omegaconf import OmegaConf
 from analysis.stats import exact
 from analysis.tables import markdown
 from cwac.core.config import about, command, compose
-from cwac.core.errors import UsageError
+from cwac.core.errors import UsageError, UserError
 from cwac.models.layers import device
 from cwac.models.loading import Loaded, load
 from cwac.training.library import nearest, options
-from cwac.training.measure import measure
+from cwac.training.measure import measure, measure_task
+from cwac.training.script import text_rows
 
 METRICS = ("HS", "refusal", "other", "OR")
 
 
 def opened(name: str, artifacts: Path) -> Loaded:
-    """The model of a folder, or of an option of conf/model; raises UsageError for anything else."""
+    """The model of a folder, of an option of conf/model or of a hub id; raises UserError for anything else."""
     if Path(name).is_dir():
         cfg = compose(["model=smollm2"]).model
         OmegaConf.update(cfg, "path", name, force_add=True)
         cfg.kind, cfg.name = "folder", name
         return load(cfg, artifacts)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).parent.exists():
+        cfg = compose(["model=qwen_05b"]).model  # what is not in the hub's own files is the same for all options
+        cfg.name = cfg.hub_id = name
+        cfg.revision = None
+        try:
+            return load(cfg, artifacts)
+        except UserError as error:
+            raise UserError(f"{name} is no folder here, and as a hub id: {error}") from error
     if name not in (known := options("model")):
-        raise UsageError(f"{name} is neither a folder nor a model; {nearest(name, known)}there are {', '.join(known)}")
+        raise UsageError(
+            f"{name} is neither a folder nor a model; {nearest(name, known)}there are {', '.join(known)}, and hub ids"
+        )
     return load(compose([f"model={name}"]).model, artifacts)
 
 
@@ -53,13 +67,21 @@ def lines(name: str, rows: list[dict]) -> list[list[str]]:
     return found
 
 
+def task_line(name: str, rows: list[dict]) -> list[str]:
+    """The line of the task's table: FA with its interval, the loss, and how many rows."""
+    values, n = {row["metric"]: row["value"] for row in rows}, rows[0]["n"]
+    loss = f"{values['loss']:.3f}" if "loss" in values else "-"
+    return [name, "{:.1f} [{:.1f}, {:.1f}]".format(values["FA"], *exact(values["FA"], n)), loss, str(n)]
+
+
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(**about(__doc__, "python -m experiments.measure"))
-    parser.add_argument("models", nargs="+", help="folders of saved models, or options of conf/model")
+    parser.add_argument("models", nargs="+", help="folders of saved models, options of conf/model or hub ids")
     parser.add_argument("--pools", default="real", help="toy (the embedded model's) or another preset of conf/pools")
     parser.add_argument("--pools-data", metavar="FOLDER", help="folder laid out like the hub, read instead of it")
+    parser.add_argument("--data", metavar="FILE", help="unseen rows of your task: prompt, response; .jsonl or .csv")
     parser.add_argument("--judge", help="an option of conf/eval/judge (default: that of the runs)")
     parser.add_argument("--template", choices=("chat", "alpaca"), default="chat", help="how requests are rendered")
     parser.add_argument("--limit", type=int, help="the most requests of a set")
@@ -69,7 +91,8 @@ def main(argv: list[str] | None = None) -> int:
     for key in ("limit", "max_new_tokens"):
         if getattr(args, key) is not None and getattr(args, key) < 1:
             parser.error(f"--{key.replace('_', '-')} {getattr(args, key)} is not a number of at least 1")
-    rows, judges = [], set()
+    held_out = text_rows(args.data) if args.data else None
+    rows, learnt, judges = [], [], set()
     for name in args.models:
         loaded = opened(name, args.artifacts)
         measured = measure(
@@ -85,7 +108,18 @@ def main(argv: list[str] | None = None) -> int:
         )
         judges |= {row["judge"] for row in measured}
         rows += lines(name, measured)
+        if held_out is not None:
+            task = measure_task(
+                loaded.model,
+                loaded.tokenizer,
+                held_out,
+                template=args.template,
+                max_new_tokens=args.max_new_tokens,
+            )
+            learnt.append(task_line(name, task))
     print(markdown(["model", "requests", *(f"{m}, %" for m in METRICS), "n"], rows, key=2))
+    if learnt:
+        print(f"\n{markdown(['model', 'FA, %', 'loss, nats per token', 'n'], learnt)}")
     print(f"\njudge: {', '.join(sorted(judges))}; 95 % intervals over requests")
     return 0
 

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from analysis.stats import exact
-from cwac import hf_trainer, measure, packaged_model, text_rows
+from cwac import hf_trainer, measure, measure_task, packaged_model, text_rows
 from cwac.core import config
 from cwac.core.errors import UsageError, UserError
 from cwac.data.examples import Pools
@@ -34,6 +34,7 @@ from cwac.data.pools import load_pools
 from cwac.data.tasks import load_task
 from cwac.data.tokenize import Collator, Rows
 from cwac.methods.base import Method
+from cwac.models.generate import generate
 from cwac.models.loading import load
 from cwac.training import arguments, engine
 from cwac.training.library import EncodedRow, Mixed, defend, load_method, options, preset_pools, unknown_share
@@ -433,6 +434,8 @@ def test_the_embedded_models_pools_are_refused_for_a_real_tokenizer():
         (("cwacc", "tiny"), "method=cwacc is unknown; did you mean cwac"),
         (("cwac", "qwen_5b"), "model=qwen_5b is unknown; did you mean qwen_05b"),
         (("lisa", "tiny", "method.roh=1"), "'method.roh'; did you mean method.rho"),
+        (("cwac", "tiny", "method.lam=1"), "'method.lam'; did you mean method.activation.lam"),
+        (("cwac", "tiny", "method.weight.enrgy=1"), "'method.weight.enrgy'; did you mean method.weight.energy"),
         (("lisa", "tiny", "method.rho="), "method.rho"),
         (("sft", "tiny", "methd=x"), "methd"),
     ],
@@ -611,6 +614,8 @@ def test_the_example_says_what_is_missing_in_one_line(monkeypatch, capsys):
         (["--trainer", "trl"], r"--trainer trl needs TRL: pip install '\.\[trl\]' in the checkout"),
         (["--model", "me/mine"], "--model me/mine needs --like, one of gemma2"),
         (["--method", "cwacc"], "method=cwacc is unknown; did you mean cwac"),
+        (["--learning-rate", "-1"], "--learning-rate -1 is not a number above 0"),
+        (["--epochs", "nan"], "--epochs nan is not a number above 0"),
     ]:
         assert script.main(argv) == 2
         said = capsys.readouterr().err
@@ -662,6 +667,42 @@ def test_a_saved_folder_is_measured_as_a_run_is(tmp_path, artifacts, capsys, mon
     assert cells["tiny", "toy_harmful"][2] == "0.0 [0.0, 14.2]"
 
 
+def test_what_a_model_learnt_of_ones_own_rows_is_measured(artifacts, tmp_path, capsys):
+    """FA by hand: the embedded model is asked, and half of the rows ask for what it does not say."""
+    from experiments.measure import main
+
+    folder = packaged_model("tiny", artifacts)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    asked = [row["prompt"] for row in text_rows("examples/reviews.jsonl").select(range(4))]
+    said = [generate(model, tokenizer, [[{"role": "user", "content": prompt}]])[0] for prompt in asked]
+    rows = [
+        {"prompt": prompt, "response": f" {text.upper()} ." if i % 2 else f"not {text}"}
+        for i, (prompt, text) in enumerate(zip(asked, said, strict=True))
+    ]
+    fa, loss = measure_task(model, tokenizer, rows)
+    assert (fa["metric"], fa["value"], fa["n"]) == ("FA", 50.0, 4)
+    # the loss by the model itself, row by row, over response and end of turn
+    total = tokens = 0
+    for row in rows:
+        turn = [{"role": "user", "content": row["prompt"]}]
+        start = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
+        ids = start + tokenizer(row["response"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids])).logits[0, len(start) - 1 : -1]
+        total += float(torch.nn.functional.cross_entropy(logits, torch.tensor(ids[len(start) :]), reduction="sum"))
+        tokens += len(ids) - len(start)
+    assert loss["value"] == pytest.approx(total / tokens, rel=1e-5) and loss["n"] == 4
+
+    file = tmp_path / "held_out.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    given = ["tiny", "--pools", "toy", "--limit", "2", "--artifacts", str(artifacts), "--data", str(file)]
+    assert main(given) == 0
+    cells = [c.strip() for c in capsys.readouterr().out.splitlines()[-3].split("|")[1:-1]]
+    assert cells[0] == "tiny" and cells[1].startswith("50.0 [") and cells[2:] == [f"{total / tokens:.3f}", "4"]
+    with pytest.raises(UsageError, match="no rows to measure the task with"):
+        measure_task(model, tokenizer, [])
+
+
 def test_what_cannot_be_measured_is_one_line(tmp_path, artifacts, capsys):
     from experiments.measure import main
 
@@ -670,6 +711,8 @@ def test_what_cannot_be_measured_is_one_line(tmp_path, artifacts, capsys):
         (["tiny", "--pools", "real"], "pools='real' has words that the embedded model lacks; give pools='toy'"),
         (["tiny", "--pools", "toy", "--judge", "keywrd"], "judge=keywrd is unknown; did you mean keyword"),
         ([str(tmp_path), "--pools", "toy"], "does not hold a causal language model"),
+        (["me/mine", "--pools", "toy"], "me/mine is no folder here, and as a hub id: model.hub_id=me/mine could not"),
+        ([f"{tmp_path}/mine", "--pools", "toy"], "/mine is neither a folder nor a model"),
     ]:
         assert main([*argv, "--artifacts", str(artifacts)]) == 2
         said = capsys.readouterr().err.splitlines()[-1]

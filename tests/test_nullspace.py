@@ -3,8 +3,10 @@
 import copy
 import json
 import random
+import warnings
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from datasets import Dataset
@@ -287,10 +289,29 @@ def test_what_is_saved_is_an_ordinary_adapter(tmp_path):
         assert torch.equal(merged, wrapped.merge_and_unload()(ids).logits)
     assert torch.allclose(ours, theirs, atol=1e-6) and torch.allclose(ours, merged, atol=1e-4)
     card = (tmp_path / "README.md").read_text()
-    assert "energy 0.9" in card and "library_name: peft" in card
+    assert "library_name: peft" in card
+    text = card.split("---\n")[2].strip().splitlines()
+    assert text[0] == "# An adapter" and "energy 0.9" in text and text[-1] == f"- PEFT {peft.__version__}"
+    assert "More Information Needed" not in card
+    wrapped.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == card, "saved again, the card is as it was"
+    form = tmp_path / "theirs"  # a card that is there already is kept below
+    form.mkdir()
+    (form / "README.md").write_text("---\nlicense: mit\n---\nkept\n")
+    wrapped.save_pretrained(form)
+    there = (form / "README.md").read_text()
+    assert "license: mit" in there and there.index("energy 0.9") < there.index("kept")
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     assert written["r"] == written["lora_alpha"] == max(N.shape[1] for N in free.values())
     assert written["rank_pattern"] == written["alpha_pattern"] != {}
+
+
+def test_making_an_adapter_warns_of_nothing():
+    model = make_llama()
+    _, free = free_of(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        add_fixed_adapter(model, linears(model, "all"), free)
 
 
 def test_loading_a_checkpoint_leaves_a_frozen(tmp_path):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, PeftModelForCausalLM
@@ -23,6 +24,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn import functional as F
 
+from cwac.core.environment import quieten_peft
 from cwac.models.layers import input_group
 
 ADAPTER = "default"
@@ -148,10 +150,13 @@ class FixedInputModel(PeftModelForCausalLM):
     """Markdown."""
 
     def create_or_update_model_card(self, output_dir: str) -> None:
-        super().create_or_update_model_card(output_dir)
+        """peft's card of a folder: base model, tags, versions; its text is `about`, not peft's form to fill in."""
         from huggingface_hub import ModelCard
 
-        path = f"{output_dir}/README.md"
+        path = Path(output_dir, "README.md")
+        if self.about and not path.is_file():
+            path.write_text(f"---\n{{}}\n---\n\n{self.about}\n\n", encoding="utf-8")
+        super().create_or_update_model_card(output_dir)
         card = ModelCard.load(path)
         if self.about and self.about not in card.text:
             card.text = f"{self.about}\n\n{card.text}"
@@ -184,6 +189,7 @@ def add_fixed_adapter(
     modules: linear layers by their name in the blocks (`cwac.models.layers.linears`). free: input name -> N [d_in, k];
     a module whose input it lacks, or leaves no direction, gets no adapter. about: what the saved card says, Markdown.
     """
+    quieten_peft()
     paths = {id(module): path for path, module in model.named_modules()}
     chosen = {paths[id(m)]: (m, input_group(n)) for n, m in modules.items() if input_group(n) in free}
     ranks = {path: free[group].shape[1] for path, (_, group) in chosen.items() if free[group].shape[1]}

@@ -7,7 +7,6 @@ trainer.train()
 
 from __future__ import annotations
 
-import difflib
 import functools
 import json
 import logging
@@ -21,12 +20,15 @@ from typing import Any
 
 import torch
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from transformers import PreTrainedTokenizerBase, Trainer, set_seed
 
 from cwac.core.cache import digest
 from cwac.core.config import compose, instantiate
 from cwac.core.errors import UsageError, UserError
+from cwac.core.identity import flatten
+from cwac.core.keys import near
 from cwac.core.paths import CONF
 from cwac.core.validation import validate
 from cwac.data.examples import Example, Messages, Pools
@@ -214,8 +216,9 @@ def options(group: str) -> list[str]:
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]}? " if close else ""
+    """`did you mean a or b? `, to go on after in an error message; an empty text where nothing is near."""
+    close = near(name, known)
+    return f"did you mean {' or '.join(close)}? " if close else ""
 
 
 def load_method(name: str, model: str, *overrides: str) -> Method:
@@ -234,9 +237,10 @@ def load_method(name: str, model: str, *overrides: str) -> Method:
     except (HydraException, OmegaConfBaseException) as error:
         said = str(error).splitlines()[0].rstrip(".")
         wrong = re.search(r"'([\w.]+)'", said)
-        keys = [f"method.{key}" for key in compose([f"method={name}", f"model={model}"]).method]
+        composed = OmegaConf.to_container(compose([f"method={name}", f"model={model}"]), resolve=False)
+        keys = [key for key in flatten({"method": composed["method"]}) if not key.rpartition(".")[2].startswith("_")]
         hint = nearest(wrong[1], keys) if wrong else ""
-        raise UsageError(f"{said}; {hint}overrides are keys of the method, e.g. method.lam=1") from error
+        raise UsageError(f"{said}; {hint}overrides are keys of the method (conf/method/{name}.yaml)") from error
     validate(cfg, task=False)
     return instantiate(cfg.method)
 

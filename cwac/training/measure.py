@@ -1,22 +1,25 @@
-"""Measures a model that a script has trained: does it still refuse, and only what it should?
+"""Measures a model that a script has trained: does it still refuse, only what it should, and has it learnt its task?
 
-The requests, answers, judges and metrics are those of a run's evaluation (`cwac/evaluation/evaluate.py`); no run, task
-or configuration is needed.
+The requests, answers, judges and metrics are those of a run's evaluation (`cwac/evaluation/evaluate.py`); no run or
+configuration is needed, and the task is a file of rows.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cwac.core.config import compose, instantiate
 from cwac.core.errors import UsageError
-from cwac.data.examples import Messages, Pools
-from cwac.evaluation.evaluate import verdict_rows
+from cwac.data.examples import Example, Messages, Pools
+from cwac.data.tokenize import encode_prompt, row_of
+from cwac.evaluation.evaluate import percent, verdict_rows
 from cwac.evaluation.judge import judge_answers
+from cwac.evaluation.losses import label_loss
+from cwac.evaluation.score import clean
 from cwac.models.generate import generate
 from cwac.training.library import is_embedded, nearest, options, preset_pools, speaks_of_arguments
 
@@ -74,4 +77,49 @@ def measure(
             answers = [{"id": e.id, "prompt": e.prompt, "response": t} for e, t in zip(rows, texts, strict=True)]
             verdicts = judge_answers(chosen, answers, Path(folder) / f"{len(measured)}.jsonl")
             measured += verdict_rows(chosen, name, answers, verdicts, harmless)
+    return measured
+
+
+def measure_task(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Iterable[Mapping[str, str]],
+    *,
+    prompt: Callable[[Messages], Messages] | None = None,
+    template: str = "chat",
+    max_length: int = 512,
+    max_new_tokens: int = 64,
+    batch_size: int = 64,
+) -> list[dict]:
+    """FA and loss of a model on rows of one's own task that it was not trained on; the model is left as it was.
+
+    rows: texts `prompt` and `response`, as `text_rows` gives them. prompt: as for `measure`. FA is the share of rows
+    whose greedy answer is the response, apart from case, spaces and a final full stop (as in the runs), in percent;
+    where responses are free text it says little, and the loss says more: nats per token of the responses, the turn's
+    end among them, of rows cut at max_length tokens.
+
+    Returns rows `{metric, set, value, n}`, FA's with `stderr`; the loss is left out where no response has a token
+    within max_length. Raises UsageError without rows.
+    """
+    served = prompt or (lambda messages: messages)
+    examples = [Example(f"own-{i}", row["prompt"], row["response"]) for i, row in enumerate(rows)]
+    if not examples:
+        raise UsageError("there are no rows to measure the task with")
+    asked = [served(e.messages) for e in examples]
+    answers = generate(
+        model,
+        tokenizer,
+        asked,
+        template=template,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        description="own rows",
+    )
+    right = sum(clean(a) == clean(e.response) for a, e in zip(answers, examples, strict=True))
+    prompts = [encode_prompt(tokenizer, messages, template) for messages in asked]
+    responses = [tokenizer(e.response, add_special_tokens=False)["input_ids"] for e in examples]
+    encoded = [row_of(tokenizer, *pair, template, max_length) for pair in zip(prompts, responses, strict=True)]
+    measured = [percent("FA", "own rows", right, len(examples))]
+    if (loss := label_loss(model, encoded)) is not None:
+        measured.append({"metric": "loss", "set": "own rows", "value": loss, "n": len(examples)})
     return measured
