@@ -79,6 +79,11 @@ def points(found: Collection, runs: Path, judge: str | None = None) -> pd.DataFr
     """One row a plate (`PLATE`), method and setting: n seeds, each metric's mean and half-width, objective, chosen."""
     rows = one_judge(found.rows, judge)
     of_run = pd.DataFrame([{"run_id": run, **settings(Path(runs) / run)} for run in found.runs])
+    if unknown := list(of_run.loc[of_run["split"].isna(), "run_id"]):
+        raise UserError(
+            f"{len(unknown)} runs in {runs} do not say their settings (eval.split), {unknown[0]} first: they come "
+            "from an export without them. Remedy: train them again, or give --runs a folder without them."
+        )
     varied = [key for key in KEYS if of_run[key].dropna().nunique() > 1]
     rows = rows[rows["final"] & rows["metric"].isin(METRICS) & ~rows["set"].str.contains("+", regex=False)]
     values = rows.groupby([*PLATE[:3], "method", "run_id", "seed", "metric"])["value"].mean().unstack("metric")
@@ -101,8 +106,12 @@ def points(found: Collection, runs: Path, judge: str | None = None) -> pd.DataFr
 
 
 def label(place: dict, varied: list[str]) -> str:
-    """`energy 0.999, rate 0.0002` of the keys that a setting has."""
-    return ", ".join(f"{key} {place[key]}" for key in varied if not pd.isna(place[key]))
+    """`energy 0.999, k 16, rate 0.0002` of the keys that a setting has; a column with gaps holds k as 16.0."""
+
+    def shown(value: object) -> object:
+        return int(value) if isinstance(value, float) and value.is_integer() else value
+
+    return ", ".join(f"{key} {shown(place[key])}" for key in varied if not pd.isna(place[key]))
 
 
 def report(table: pd.DataFrame) -> str:

@@ -183,21 +183,21 @@ def beaten(view: View, method: str = "cwac") -> str:
     if not others:
         return "no other method was run"
     if surely:
-        return f"{label} is beaten at its own accuracy by {several(surely)}"
+        return f"{label} is beaten at its own accuracy by {several(surely, others)}"
     if lower:
         return (
-            f"{several(lower)} end lower in the mean, at an accuracy within {MARGIN:g} points of {label}'s or above, "
-            "which these seeds do not decide"
+            f"{several(lower, others)} end lower in the mean, at an accuracy within {MARGIN:g} points of {label}'s or "
+            "above, which these seeds do not decide"
         )
     return f"none of the other methods ({others}) ends lower than {label} at its accuracy"
 
 
-def several(methods: Sequence[str], most: int = 4) -> str:
-    """The first few by name and how many more; L2-SP, the simplest of all, first where it is among them."""
+def several(methods: Sequence[str], others: int, most: int = 3) -> str:
+    """All by name, or how many of the others and the first few; L2-SP, the simplest, first where it is there."""
     first = sorted(methods, key=lambda m: m != "l2sp")
     if len(first) <= most + 1:
         return names(first)
-    return f"{', '.join(map(short, first[:most]))} and {len(first) - most} more"
+    return f"{len(first)} of the {others} other methods, such as {names(first[:most])}"
 
 
 def short(method: str) -> str:

@@ -116,17 +116,20 @@ def reading(page: Path) -> str:
         f"CWAC. Its accuracy on the task (FA) is {fa['sft']:.0f} and {fa['cwac']:.0f} %."
     )
     lost = "**Where CWAC is beaten.** On `tiny`, the embedded model (a million parameters), with p = "
-    lost += f"{toy.ratio:g}, {headline.beaten(toy)}. {fair()}On {model} {headline.beaten(here)}."
+    lost += f"{toy.ratio:g}, {headline.beaten(toy)}. {fair(toy.ratio)}On {model} {headline.beaten(here)}."
     return f"{wrapped(said)}\n\n{wrapped(lost)}"
 
 
-def fair() -> str:
-    """The same with every method at the value that its search chose; empty where L2-SP, the simplest, was not."""
+def fair(ratio: float) -> str:
+    """The same with every method at the value that its search chose; empty where L2-SP, the simplest, was not.
+
+    ratio: the harmful ratio that the sentence before named.
+    """
     tuned = view(TUNED)
     if "l2sp" not in tuned.methods:
         return ""
-    chose = f"There, with every method at the value that its search chose and p = {tuned.ratio:g}"
-    return f"{chose}, {headline.beaten(tuned)}. "
+    other = "" if tuned.ratio == ratio else f", and with p = {tuned.ratio:g},"
+    return f"With every method at its tuned value{other} {headline.beaten(tuned)}. "
 
 
 def wrapped(text: str, indent: str = "") -> str:
@@ -191,8 +194,9 @@ def all_or_nothing() -> str:
     freed = free[(free["metric"] == "HS") & (free["arm"] == "freed")].set_index("matrix")["mean"]
     worst = freed.drop("none").max()
     return (
-        f"On the embedded model one type of matrix constrained alone leaves HS at {hs.min():.0f} % or more, all of "
-        f"them at {freed['none']:.0f} %; each that is left out costs up to {worst:.0f} points "
+        "Constrain every kind of weight matrix or none: on the embedded model a constraint on one kind alone leaves "
+        f"HS at {hs.min():.0f} % or more, one on all at {freed['none']:.0f} %, one on all but one at up to "
+        f"{worst:.0f} % "
         f"({link('findings', 'docs/findings.md')})."
     )
 

@@ -15,6 +15,7 @@ import yaml
 
 from analysis.collect import LOADER
 from cwac.core.errors import UserError
+from cwac.core.identity import flatten
 from cwac.core.jsonl import from_line
 
 NAME = "records.jsonl"
@@ -55,6 +56,8 @@ class Record:
     """Per held-out harmful prompt: normalised L2 distance of residual activations, mean over blocks."""
     decomposition: list[dict] = field(default_factory=list)
     """One entry a matrix, as `experiments.activations` writes them."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Dotted key -> value of what no column of the metric rows tells: the method's keys, and `eval.split`."""
     answers: list[Answer] = field(default_factory=list)
     """At the end of training; never exported."""
 
@@ -94,8 +97,19 @@ def read(folder: Path, answers: int = 0) -> Record:
         datasets={name: entry["sha256"] for name, entry in data.get("datasets", {}).items() if "sha256" in entry},
         drift=[sum(blocks) / len(blocks) for blocks in drift if blocks],
         decomposition=read_json(folder / DECOMPOSITION).get("matrices", []),
+        settings=settings(config),
         answers=read_answers(folder, answers) if answers else [],
     )
+
+
+def settings(config: Mapping) -> dict[str, Any]:
+    """`Record.settings` of a run's configuration; its method's name and class are told elsewhere."""
+    kept = {f"method.{key}": value for key, value in flatten(config.get("method") or {}).items()}
+    split = (config.get("eval") or {}).get("split")
+    return {
+        **{key: value for key, value in kept.items() if key.rpartition(".")[2] not in ("name", "_target_")},
+        **({"eval.split": split} if split is not None else {}),
+    }
 
 
 def read_answers(folder: Path, count: int) -> list[Answer]:
@@ -146,7 +160,8 @@ def export(records: Mapping[str, Record], path: Path) -> None:
     lines = []
     for record in records.values():
         short = asdict(replace(record, answers=[]))
-        lines.append(json.dumps({k: rounded(v) for k, v in short.items() if v not in (None, "", [], {})}))
+        told = {k: v for k, v in short.items() if v not in (None, "", [], {})}
+        lines.append(json.dumps({k: v if k == "settings" else rounded(v) for k, v in told.items()}))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

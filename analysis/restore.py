@@ -3,8 +3,8 @@
 python -m analysis.restore results/NAME --runs runs
 
 A sweep skips a restored run as it skips any finished one, and every table and figure reads it. Of a run's folder come
-back its metric rows, verdicts, drift and provenance; its answers, loss log and weights were never exported, so it
-cannot be evaluated or judged again.
+back its metric rows, verdicts, settings, drift and provenance; its answers, loss log and weights were never exported,
+so it cannot be evaluated or judged again.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 import yaml
+from omegaconf import OmegaConf
 
 from analysis import records
 from analysis.collect import read_exported
@@ -42,13 +43,17 @@ def status_of(rows: pd.DataFrame, source: str) -> dict:
     }
 
 
-def config_of(first: pd.Series) -> dict:
-    """The keys of a run's `config.yaml` that its rows tell; whole ratios as the presets write them."""
+def config_of(first: pd.Series, settings: dict) -> dict:
+    """The keys of a run's `config.yaml` that its rows and its record's settings tell; whole ratios as the presets
+    write them."""
     named = {key: {"name": first[key]} for key in ("model", "task", "method")}
     rate = {} if pd.isna(first["learning_rate"]) else {"train": {"learning_rate": float(first["learning_rate"])}}
     ratio = float(first["harmful_ratio"])
     cell = {"harmful_ratio": int(ratio) if ratio.is_integer() else ratio, "seed": int(first["seed"])}
-    return {**named, **cell, **rate, "values": first["values"]}
+    told = OmegaConf.create({**named, **cell, **rate, "values": first["values"]})
+    for key, value in settings.items():
+        OmegaConf.update(told, key, value, merge=True)
+    return OmegaConf.to_container(told)
 
 
 def restore(folder: Path, runs: Path) -> tuple[list[str], list[str], list[str]]:
@@ -68,8 +73,10 @@ def restore(folder: Path, runs: Path) -> tuple[list[str], list[str], list[str]]:
             already_there.append(name)
             continue
         target.mkdir(parents=True, exist_ok=True)
-        write_atomic(target / "config.yaml", yaml.safe_dump(config_of(rows.iloc[0])))
-        if record := records_by_run.get(name):
+        record = records_by_run.get(name)
+        config = config_of(rows.iloc[0], record.settings if record else {})
+        write_atomic(target / "config.yaml", yaml.safe_dump(config))
+        if record:
             write_record(record, target)
         verdicts = collection.verdicts[collection.verdicts["run_id"] == name]
         for (of, judge), some in verdicts.groupby(["set", "judge"], sort=False):

@@ -4,11 +4,12 @@ python -m experiments.measure tiny runs/mine --pools toy                      th
 python -m experiments.measure smollm2 runs/mine --pools-data FOLDER --limit 50
 python -m experiments.measure smollm2 runs/mine --pools-data FOLDER --data held_out.jsonl      and the task's accuracy
 
-A model is a folder that `save_model` or `save_pretrained` wrote, an option of conf/model or a hub id. The evaluation
-is that of the runs: greedy answers to the unseen requests of the pools, read by the same judge. Intervals are Clopper
-and Pearson's of 95 %, over the requests of a set. --data takes rows of your task that were not trained on, as the script
-takes those that were: FA is the share answered in just the response's words, the loss is in nats per token of the
-responses. A method that changes prompts (BEA) is measured from its script: `measure(..., prompt=method.prompt)`.
+A model is a folder that `save_model` or `save_pretrained` wrote, an option of conf/model, or a hub id. It is
+measured as in the runs: greedy answers to the unseen requests of the pools, read by the same judge. Intervals are
+Clopper and Pearson's of 95 %, over the requests of a set. --data takes rows of your task that were not trained on,
+as the script takes those that were: FA is the share answered in just the response's words, the loss is in nats per
+token of the responses. A method that changes prompts (BEA) is measured from its script: `measure(...,
+prompt=method.prompt)`.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 import pytest
 from omegaconf import OmegaConf
 
-from analysis import frontier
+from analysis import frontier, records, restore
 from analysis.collect import cell_from, collect
 from cwac.core import config
 from tests.test_analysis import row, write_run
@@ -57,3 +57,26 @@ def test_a_folder_without_runs_is_one_line(tmp_path, capsys):
     assert frontier.main(["--runs", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "no finished run" in error
+
+
+def test_a_campaign_that_came_back_gives_the_same_points(planted, tmp_path, capsys):
+    """An export keeps each run's settings; one without them is refused instead of drawn without its runs."""
+    plant(planted, "nullspace", [(70, 0), (71, 0)], "method.k=16", "method.energy=0.99999", "train.learning_rate=1e-4")
+    first, again, runs = tmp_path / "first", tmp_path / "again", tmp_path / "restored"
+    assert frontier.main(["--runs", str(planted), "--out", str(first)]) == 0
+    assert restore.main([str(first), "--runs", str(runs)]) == 0
+    assert frontier.main(["--runs", str(runs), "--out", str(again)]) == 0
+    for name in ("frontier.csv", "results.csv"):
+        assert (again / name).read_bytes() == (first / name).read_bytes(), name
+    assert records.read_exported(again / records.NAME) == records.read_exported(first / records.NAME)
+    told = (again / "table.md").read_text()
+    assert "energy 0.99999, k 16, rate 0.0001" in told and told.splitlines()[1:] == (
+        (first / "table.md").read_text().splitlines()[1:]
+    )
+    (first / "records.jsonl").unlink()
+    assert restore.main([str(first), "--runs", str(tmp_path / "bare")]) == 0
+    capsys.readouterr()
+    assert frontier.main(["--runs", str(tmp_path / "bare"), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "11 runs" in error and "do not say their settings" in error
+    assert not (tmp_path / "out").exists()
