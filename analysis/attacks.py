@@ -1,9 +1,10 @@
 """What attacks other than the paper's do to each method: one table an attack, prefilling and harm categories apart.
 
 python -m analysis.attacks --runs runs/attacks --out results/attacks
+python -m analysis.attacks --experiment nullspace_attacks --out results/nullspace_attacks
 
-Reads the runs of the preset `closed_attacks`: poison of five kinds (`conf/attack`), every model asked plainly and with
-`eval.prefill`. The aligned model stands beside them as it was before any training.
+Reads the runs of `PRESETS`, or of those named: poison of several kinds (`conf/attack`), every model asked plainly and
+with `eval.prefill`. The aligned model stands beside them as it was before any training.
 """
 
 import argparse
@@ -59,15 +60,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(**about(__doc__, "python -m analysis.attacks"))
     parser.add_argument("--runs", type=Path, default=Path("runs/attacks"), help="folder of the runs (runs/attacks)")
     parser.add_argument("--out", type=Path, default=Path("results/attacks"), help="folder for the results")
+    parser.add_argument("--experiment", nargs="+", default=PRESETS, help="presets (default: %(default)s)")
     parser.add_argument("--judge", help="whose verdicts to use where the runs were judged by several")
     parser.add_argument("overrides", nargs="*", help="the sweep's own overrides, e.g. seed=0,1")
     args = parser.parse_intermixed_args(argv)
-    args.experiment = ", ".join(PRESETS)
-    cells = [cfg for preset in PRESETS for cfg in config.expand(preset, args.overrides)]
+    presets, args.experiment = args.experiment, ", ".join(args.experiment)
+    cells = [cfg for preset in presets for cfg in config.expand(preset, args.overrides)]
     collection = collect(args.runs, [cell_from(cfg) for cfg in cells])
     if not collection.runs:
         raise UserError(
-            f"no finished run of {args.experiment} in {args.runs}. Remedy: python train.py -m experiment={PRESETS[0]}"
+            f"no finished run of {args.experiment} in {args.runs}. Remedy: python train.py -m experiment={presets[0]}"
         )
     attacks = {identity.run_id(cfg): attack_of(cfg) for cfg in cells}
     summary = summarise(one_judge(collection.rows, args.judge), attacks)

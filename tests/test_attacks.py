@@ -486,3 +486,8 @@ def test_an_attack_without_pools_of_its_own_is_counted_beside_them(pools):
     assert manifest(pools, "style", rows).keys() - manifest(pools).keys() == {"poison.style"}
     assert manifest(pools, "style", rows)["poison.style"]["n"] == len(rows)
     assert manifest(pools, "harmful", pools.poison) == manifest(pools)
+
+
+def test_another_preset_can_be_read(tmp_path, capsys):
+    assert attacks.main(["--experiment", "nullspace_attacks", "--runs", str(tmp_path)]) == 2
+    assert "train.py -m experiment=nullspace_attacks" in capsys.readouterr().err
