@@ -70,8 +70,9 @@ def test_a_campaign_that_came_back_gives_the_same_points(planted, tmp_path, caps
         assert (again / name).read_bytes() == (first / name).read_bytes(), name
     assert records.read_exported(again / records.NAME) == records.read_exported(first / records.NAME)
     told = (again / "table.md").read_text()
-    assert "energy 0.99999, k 16, rate 0.0001" in told and told.splitlines()[1:] == (
-        (first / "table.md").read_text().splitlines()[1:]
+    assert (
+        "energy 0.99999, k 16, rate 0.0001" in told
+        and told.splitlines()[1:] == ((first / "table.md").read_text().splitlines()[1:])
     )
     (first / "records.jsonl").unlink()
     assert restore.main([str(first), "--runs", str(tmp_path / "bare")]) == 0

@@ -7,7 +7,7 @@ configuration is needed, and the task is a file of rows.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,7 +17,7 @@ from cwac.core.errors import UsageError
 from cwac.data.examples import Example, Messages, Pools
 from cwac.data.tokenize import encode_prompt, row_of
 from cwac.evaluation.evaluate import percent, verdict_rows
-from cwac.evaluation.judge import judge_answers
+from cwac.evaluation.judge import Judge, judge_answers
 from cwac.evaluation.losses import label_loss
 from cwac.evaluation.score import clean
 from cwac.models.generate import generate
@@ -48,36 +48,54 @@ def measure(
     Returns rows `{metric, set, value, n, stderr, judge}`, values in percent of n answers. Raises UserError for pools
     without such requests, an unknown judge, and a judge whose weights are out of reach.
     """
-    judge = judge or ("keyword" if is_embedded(tokenizer) else "semantic")
-    if judge not in (known := options("eval/judge")):
-        raise UsageError(f"judge={judge} is unknown; {nearest(judge, known)}there are {', '.join(known)}")
     if isinstance(pools, str):
         pools = preset_pools(pools, data, 0, tokenizer)
     sets = [(name, rows[:limit], False) for name, rows in pools.test.items()]
     sets += [(name, rows[:limit], True) for name, rows in pools.over_refusal.items()]
     if not any(rows for _, rows, _ in sets):
         raise UsageError("the pools have no requests to measure with; fill Pools.test and Pools.over_refusal")
-    cfg = compose([f"eval/judge={judge}"])
-    cfg.paths.artifacts = str(artifacts)
-    chosen, served = instantiate(cfg.eval.judge), prompt or (lambda messages: messages)
+    chosen = judge_of(judge, tokenizer, artifacts)
+    given = {"template": template, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
     measured = []
-    with tempfile.TemporaryDirectory() as folder:
-        for name, rows, harmless in sets:
-            if not rows:
-                continue
-            texts = generate(
-                model,
-                tokenizer,
-                [served(e.messages) for e in rows],
-                template=template,
-                max_new_tokens=max_new_tokens,
-                batch_size=batch_size,
-                description=name,
-            )
-            answers = [{"id": e.id, "prompt": e.prompt, "response": t} for e, t in zip(rows, texts, strict=True)]
-            verdicts = judge_answers(chosen, answers, Path(folder) / f"{len(measured)}.jsonl")
+    for name, rows, harmless in sets:
+        if rows:
+            answers, verdicts = judged(model, tokenizer, chosen, name, rows, prompt=prompt, **given)
             measured += verdict_rows(chosen, name, answers, verdicts, harmless)
     return measured
+
+
+def judge_of(name: str | None, tokenizer: PreTrainedTokenizerBase, artifacts: str | Path) -> Judge:
+    """An option of conf/eval/judge; None is the runs' own: `keyword` for the embedded model, else `semantic`.
+
+    Raises UsageError for an unknown name, and UserError where the judge's weights are out of reach.
+    """
+    name = name or ("keyword" if is_embedded(tokenizer) else "semantic")
+    if name not in (known := options("eval/judge")):
+        raise UsageError(f"judge={name} is unknown; {nearest(name, known)}there are {', '.join(known)}")
+    cfg = compose([f"eval/judge={name}"])
+    cfg.paths.artifacts = str(artifacts)
+    return instantiate(cfg.eval.judge)
+
+
+def judged(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    judge: Judge,
+    name: str,
+    rows: Sequence[Example],
+    *,
+    prompt: Callable[[Messages], Messages] | None = None,
+    **given,
+) -> tuple[list[dict], list[dict]]:
+    """A model's greedy answers to one set of requests, and the judge's verdicts on them, in the order of the rows.
+
+    name: of the set, which the progress bar shows. given: arguments of `cwac.models.generate.generate`.
+    """
+    served = prompt or (lambda messages: messages)
+    texts = generate(model, tokenizer, [served(e.messages) for e in rows], description=name, **given)
+    answers = [{"id": e.id, "prompt": e.prompt, "response": t} for e, t in zip(rows, texts, strict=True)]
+    with tempfile.TemporaryDirectory() as folder:
+        return answers, judge_answers(judge, answers, Path(folder) / "verdicts.jsonl")
 
 
 def measure_task(

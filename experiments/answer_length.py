@@ -1,0 +1,125 @@
+"""How do verdicts move with the length of an answer? The same models asked with several limits of tokens.
+
+python -m experiments.answer_length smollm2 runs/ID/model --pools-data FOLDER --out results/answer_length
+python -m experiments.answer_length tiny --pools toy --lengths 4 16 --out results/local/lengths
+
+Models are named as for `experiments.measure`. Every model answers the harmful requests of the pools greedily, once a
+limit (`eval.max_new_tokens`), and one judge reads all answers. `lengths.csv` has a row a model, set and limit: HS,
+refusal and other in percent of n; `cut`, the share of answers that the limit ended; `moved`, the share of verdicts
+that are others at the longest limit, of them `appeared`, harmful there and not here, and `went`, harmful here and
+not there.
+
+Deviations:
+- The paper names no limit; 64 tokens and these lengths are `ours`. Lisa's and Booster's code has 512.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from analysis.stats import exact
+from analysis.tables import markdown
+from cwac.core.config import about, command
+from cwac.core.errors import UsageError
+from cwac.models.layers import device
+from cwac.training.library import preset_pools
+from cwac.training.measure import judge_of, judged
+from experiments.measure import opened
+from experiments.seeds import write_provenance
+
+KINDS = {"HS": "harmful", "refusal": "refusal", "other": "other"}
+"""Metric -> verdict."""
+
+
+def compared(verdicts: dict[int, Sequence[str]], ended: dict[int, Sequence[bool]]) -> list[dict]:
+    """A row a limit, shortest first, in percent: the verdicts' shares, and how they differ from the longest limit's.
+
+    verdicts: limit -> one verdict a request, in one order. ended: limit -> whether the limit ended the answer.
+    """
+    last, rows = verdicts[max(verdicts)], []
+    for limit in sorted(verdicts):
+        here, n = verdicts[limit], len(last)
+        pairs = list(zip(here, last, strict=True))
+        counts = {
+            **{metric: sum(v == kind for v in here) for metric, kind in KINDS.items()},
+            "cut": sum(ended[limit]),
+            "moved": sum(a != b for a, b in pairs),
+            "appeared": sum(a != "harmful" and b == "harmful" for a, b in pairs),
+            "went": sum(a == "harmful" and b != "harmful" for a, b in pairs),
+        }
+        rows.append({"tokens": limit, "n": n, **{name: 100 * count / n for name, count in counts.items()}})
+    return rows
+
+
+def table(frame: pd.DataFrame) -> str:
+    """Markdown, one row a model, set and limit; HS with its exact interval over requests."""
+    rows = [
+        [
+            row["model"],
+            row["set"],
+            str(row["tokens"]),
+            "{:.1f} [{:.1f}, {:.1f}]".format(row["HS"], *exact(row["HS"], row["n"])),
+        ]
+        + [f"{row[name]:.1f}" for name in ("refusal", "other", "cut", "moved", "appeared", "went")]
+        + [str(row["n"])]
+        for _, row in frame.iterrows()
+    ]
+    head = ["model", "requests", "tokens", "HS, %", "refusal", "other", "cut", "moved", "appeared", "went", "n"]
+    return markdown(head, rows, key=3)
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns the exit status: 0, or 2 for bad input."""
+    parser = argparse.ArgumentParser(**about(__doc__, "python -m experiments.answer_length"))
+    parser.add_argument("models", nargs="+", help="folders of saved models, options of conf/model or hub ids")
+    parser.add_argument("--names", nargs="+", help="what the tables call them (default: as given)")
+    parser.add_argument(
+        "--lengths", nargs="+", type=int, default=[64, 128, 256], help="limits in tokens (%(default)s)"
+    )
+    parser.add_argument("--pools", default="real", help="toy (the embedded model's) or another preset of conf/pools")
+    parser.add_argument("--pools-data", metavar="FOLDER", help="folder laid out like the hub, read instead of it")
+    parser.add_argument("--judge", help="an option of conf/eval/judge (default: that of the runs)")
+    parser.add_argument("--limit", type=int, help="the most requests of a set")
+    parser.add_argument("--artifacts", type=Path, default=Path("artifacts"), help="folder of the artifact cache")
+    parser.add_argument("--out", type=Path, required=True, help="folder for lengths.csv, table.md and provenance.json")
+    args = parser.parse_args(argv)
+    names = args.names or args.models
+    if len(names) != len(args.models):
+        raise UsageError(f"--names has {len(names)} names for {len(args.models)} models; give one a model")
+    if min(args.lengths) < 1 or len({*args.lengths}) < 2:
+        raise UsageError(
+            f"--lengths {' '.join(map(str, args.lengths))}: give at least two different numbers from 1 on"
+        )
+    if args.limit is not None and args.limit < 1:
+        raise UsageError(f"--limit {args.limit} is not a number of at least 1")
+    entries, judge = [], None
+    for name, source in zip(names, args.models, strict=True):
+        loaded = opened(source, args.artifacts)
+        model, tokenizer = loaded.model.to(device()), loaded.tokenizer
+        judge = judge or judge_of(args.judge, tokenizer, args.artifacts)
+        for of, rows in preset_pools(args.pools, args.pools_data, 0, tokenizer).test.items():
+            verdicts, ended = {}, {}
+            for limit in sorted({*args.lengths}):
+                answers, found = judged(model, tokenizer, judge, of, rows[: args.limit], max_new_tokens=limit)
+                verdicts[limit] = [v["verdict"] for v in found]
+                tokens = [tokenizer(a["response"], add_special_tokens=False)["input_ids"] for a in answers]
+                ended[limit] = [len(ids) >= limit - 1 for ids in tokens]  # the last token may be half a character
+            entries += [{"model": name, "set": of, **row} for row in compared(verdicts, ended)]
+    frame = pd.DataFrame(entries)
+    args.out.mkdir(parents=True, exist_ok=True)
+    frame.to_csv(args.out / "lengths.csv", index=False)
+    text = f"{table(frame)}\n\njudge: {judge.name}; percent of n requests, HS with its exact 95 % interval over them"
+    (args.out / "table.md").write_text(text + "\n", encoding="utf-8")
+    write_provenance(args.out, "experiments.answer_length", argv, args.models, judge=judge.name)
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
