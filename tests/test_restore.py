@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from analysis import demo, records, restore
-from analysis.collect import VERDICTS, collect, expected_cells
+from analysis.collect import VERDICTS, collect, expected_cells, split
 from cwac.core.config import expand
 from cwac.core.run_dir import Run
 from tests.conftest import ROOT
@@ -94,3 +94,15 @@ def test_the_command_answers_to_its_former_name(tmp_path):
     given = [str(ROOT / "results" / "smollm2"), "--runs", str(tmp_path / "runs")]
     done = subprocess.run([sys.executable, "-m", "analysis.thaw", *given], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "") and "20 runs of" in done.stdout
+
+
+def test_a_campaign_that_was_split_by_a_key_is_split_once(tmp_path):
+    """What came back has the setting in its method's name; splitting by the same key again adds nothing."""
+    frame = pd.read_csv(ROOT / "results" / "demo_tuned" / "results.csv", usecols=["run_id", "method"])
+    named = dict(frame[frame["method"].str.startswith("sft")].itertuples(index=False))
+    assert set(named.values()) == {"sft", "sft, rate 1e-05"}
+    restore.restore(ROOT / "results" / "demo_tuned", tmp_path)
+    for folder in set(tmp_path.iterdir()) - {tmp_path / name for name in named}:
+        shutil.rmtree(folder)
+    again = split(collect(tmp_path), tmp_path, ["train.learning_rate=1e-4"])
+    assert dict(again.rows[["run_id", "method"]].itertuples(index=False)) == named
