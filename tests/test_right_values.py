@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import LlamaForCausalLM
 
@@ -25,6 +26,7 @@ from cwac.evaluation import drift, evaluate
 from cwac.evaluation.losses import aligned_loss, label_loss
 from cwac.methods.bea import BEA, by_category
 from cwac.models import fit as models_fit
+from cwac.models.layers import linears
 from experiments import align
 from tests.conftest import make_llama, random_rows
 from tests.helpers.hub import sentences
@@ -50,6 +52,38 @@ def test_activation_drift_is_the_distance_over_the_aligned_models_norm():
     assert torch.tensor(found).flatten().tolist() == pytest.approx([0.5] * 5 * len(found[0]), rel=1e-5)
     same = drift.activation_drift(silenced(), silenced(), rows)
     assert torch.tensor(same).abs().max() == 0
+
+
+def test_the_change_of_a_matrix_is_measured_against_its_own_norm():
+    """Matrices that grew by an eighth, two eighths, ... have changed by that share of themselves."""
+    model, aligned, shares = make_llama(), make_llama(), {}
+    with torch.no_grad():
+        for i, (name, module) in enumerate(linears(model, "all").items()):
+            shares[name] = i / 8
+            module.weight.mul_(1 + shares[name])
+    changes = drift.weight_changes(model, aligned)
+    assert {name: change.share for name, change in changes.items()} == pytest.approx(shares, rel=1e-6)
+    for name, module in linears(aligned, "all").items():
+        assert changes[name].norm == pytest.approx(shares[name] * float(module.weight.detach().norm()), rel=1e-6)
+        assert torch.allclose(changes[name].delta, shares[name] * module.weight, atol=1e-6)
+
+
+def test_what_moved_outside_of_the_blocks_matrices_is_named_and_nothing_else():
+    """A norm, the embedding, and an adapter on the head; adapters on the blocks' own matrices are not outside."""
+    aligned, model = make_llama(), make_llama()
+    assert drift.moved_elsewhere(model, aligned) == []
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.add_(1)
+        assert drift.moved_elsewhere(model, aligned) == []
+        model.model.norm.weight.add_(1)
+        model.model.embed_tokens.weight.mul_(2)
+    assert drift.moved_elsewhere(model, aligned) == ["model.embed_tokens.weight", "model.norm.weight"]
+    adapted = get_peft_model(make_llama(), LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    assert drift.moved_elsewhere(adapted, aligned) == []
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.ones_(parameter)
+    assert drift.moved_elsewhere(adapted, aligned) == ["base_model.model.lm_head"]
 
 
 class Planted(torch.nn.Module):
