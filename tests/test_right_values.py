@@ -126,6 +126,18 @@ def test_the_loss_is_the_models_own_whether_rows_share_an_opening_or_not(attenti
     assert label_loss(model, rows[-1:]) is None
 
 
+@pytest.mark.parametrize("window", [None, 4])
+def test_the_loss_of_padded_rows_is_the_models_own(window):
+    """A sliding window that is shorter than the rows keeps them from being packed, so that they are padded."""
+    model = make_llama()
+    model.config.sliding_window = window
+    opening, own = [5, 9, 5, 7], [[4, 8, 9], [3, 3, 4, 8, 9, 10, 11], [50, 51, 52, 53, 54]]
+    rows = [{"input_ids": opening + ids, "labels": [-100] * 5 + ids[1:]} for ids in own]
+    losses = [float(model(**{k: torch.tensor([v]) for k, v in row.items()}).loss.detach()) for row in rows]
+    expected = sum(loss * n for loss, n in zip(losses, (2, 6, 4), strict=True)) / 12
+    assert label_loss(model, rows) == pytest.approx(expected, rel=1e-5)
+
+
 def test_the_aligned_models_loss_is_shared_to_the_last_digit_and_by_the_same_rows_alone(tmp_path):
     model, rows, runs = make_llama(), random_rows(5), []
     model.register_forward_pre_hook(lambda *_: runs.append(1))
