@@ -238,7 +238,6 @@ def test_an_adapter_is_merged_into_its_base(tmp_path):
         ("harmbench_cls", ["hub_id={folder}", "sharpness=1"], "sharpness"),
         ("beaver_dam", ["hub_id={folder}", "threshold=-0.01"], "eval.judge.threshold=-0.01"),
         ("beaver_dam", ["hub_id={folder}", "batch_size=1.5"], "eval.judge.batch_size=1.5"),
-        ("harmbench_cls", ["hub_id={folder}", "~answers.no"], "eval.judge.answers={'yes': 1.0}"),
         ("harmbench_cls", ["hub_id={folder}", "answers.no=1.5"], "answers={'no': 1.5, 'yes': 1.0}"),
         ("harmbench_cls", ["hub_id={folder}", "answers.no=-0.5"], "answers={'no': -0.5, 'yes': 1.0}"),
     ],
@@ -248,6 +247,12 @@ def test_a_judge_that_cannot_run_is_refused_at_once(tmp_path, name, overrides, s
     with pytest.raises(UserError) as error:
         config.instantiate(cfg)
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("answers", [{}, {"yes": 1.0}, {"yes": 2.0}])
+def test_one_answer_is_no_verdict(tmp_path, answers):
+    with pytest.raises(UserError, match="of my_judge must give two tokens or more"):
+        model_judges.TokenJudge("my_judge", str(tmp_path), answers)
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):

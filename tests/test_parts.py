@@ -1,0 +1,303 @@
+"""Parts that methods share, and what methods report, on toys whose right value can be read off."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from cwac.constraints import targets
+from cwac.constraints.reference import Reference, mean_over_tokens, model_layers, precise
+from cwac.constraints.settings import Weight
+from cwac.constraints.subspace import Constraint, fit_subspace
+from cwac.constraints.targets import LogitsTarget, ResidualTarget, locate
+from cwac.constraints.weight import anchor_prompts, anchors_used, constrained, freeze_others_
+from cwac.core.errors import UsageError, UserError
+from cwac.data.examples import Example, Pools
+from cwac.methods.asft import AsFT
+from cwac.methods.base import draw, share_of
+from cwac.methods.bea import BEA
+from cwac.methods.lisa import Lisa
+from cwac.methods.replay import Replay
+from cwac.methods.salora import SaLoRA
+from cwac.models.layers import linears
+from tests.conftest import make_llama, random_rows
+
+# ---------------------------------------------------------------- positions, layers, means
+
+ROW = {"input_ids": [10, 11, 12, 13, 20, 21, 22], "prompt": 4}
+
+
+@pytest.mark.parametrize(
+    "positions, ids, where",
+    [
+        ("last", [10, 11, 12, 13], [3]),
+        ("prompt", [10, 11, 12, 13], [1, 2, 3]),
+        ("template:1", [10, 11, 12, 13], [3]),
+        ("template:3", [10, 11, 12, 13], [1, 2, 3]),
+        ("template:9", [10, 11, 12, 13], [0, 1, 2, 3]),
+        ("response:1", [10, 11, 12, 13, 20], [3, 4]),
+        ("response:2", [10, 11, 12, 13, 20, 21], [3, 4, 5]),
+        ("response:9", [10, 11, 12, 13, 20, 21, 22], [3, 4, 5, 6]),
+    ],
+)
+def test_the_positions_that_an_option_names(positions, ids, where):
+    assert locate(ROW, positions) == (ids, where)
+
+
+def test_positions_of_short_rows_and_of_unknown_options():
+    assert locate({"input_ids": [5]}, "prompt") == ([5], [0])
+    assert locate({"input_ids": [5, 6]}, "last") == ([5, 6], [1])
+    with pytest.raises(UserError, match="positions=response:2 needs the model's answers after the prompts"):
+        locate({"input_ids": [5, 6], "prompt": 2}, "response:2")
+    for unknown in ("first", "last:1", "prompt:2", "template", "template:0", "template:x", "response:0", "response"):
+        with pytest.raises(UserError, match=f"positions={unknown}: use last, template:n, prompt or response:n"):
+            locate(ROW, unknown)
+
+
+def test_a_mean_over_tokens_is_each_rows_own():
+    """Two layers, rows of three and of one token; what stands in the padding does not count."""
+    values = torch.tensor([[[1.0, 3.0], [2.0, 6.0], [3.0, 9.0]], [[5.0, 7.0], [100.0, 100.0], [100.0, 100.0]]])
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    assert mean_over_tokens(values, mask).tolist() == [4.0, 6.0]  # (2 + 4 + 6) / 3, and (5 + 7) / 2
+    assert mean_over_tokens(values.double(), mask).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "given, chosen", [(None, [0, 1, 2]), ([2, 0, 2], [0, 2]), ([0], [0]), ([2], [2]), (range(2), [0, 1])]
+)
+def test_the_blocks_that_a_setting_names(given, chosen):
+    assert model_layers(make_llama(), given) == chosen
+
+
+@pytest.mark.parametrize("given", [[], [-1], [3], [0, 3], [-1, 0, 1]])
+def test_blocks_that_there_are_not_are_refused(given):
+    with pytest.raises(UsageError, match="lies outside the model.*numbers in 0..2, or null"):
+        model_layers(make_llama(), given)
+
+
+@pytest.mark.parametrize(
+    "given, kept",
+    [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float32,) * 2, (torch.float64,) * 2],
+)
+def test_distances_are_computed_in_fp32_at_least(given, kept):
+    assert precise(torch.ones(2, dtype=given)).dtype == kept
+
+
+# ---------------------------------------------------------------- the model that a run started from
+
+
+def adapted(model, value: float = 0.0):
+    """The model with an adapter, whose B is `value`: 0 is one that has learnt nothing."""
+    made = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
+    for name, parameter in made.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.constant_(parameter, value)
+    return made.eval()
+
+
+def change_(model) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+
+
+@pytest.mark.parametrize(
+    "make, copied",
+    [(make_llama, True), (lambda: adapted(make_llama()), False), (lambda: adapted(make_llama(), 0.3), True)],
+)
+def test_the_reference_is_the_model_at_the_start_and_a_copy_only_where_it_has_to_be(make, copied):
+    model = make().eval()
+    batch = {"input_ids": torch.tensor([[0, 5, 6, 7]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
+    with torch.no_grad():
+        before = model(**batch).logits
+    reference = Reference(model)
+    assert (reference.frozen is not None) is copied and (reference.adapted is model) is not copied
+    change_(model)
+    model.train()
+    with torch.no_grad():
+        assert not torch.allclose(model(**batch).logits, before, atol=1e-3)
+    assert torch.allclose(reference.logits(batch), before, atol=1e-6) and model.training
+    with torch.no_grad():
+        states = reference.hidden_states(batch, [0, 2])
+    assert states.shape == (1, 4, 2, 32) and not reference.logits(batch).requires_grad
+
+
+@pytest.mark.parametrize("kind, width", [(LogitsTarget, 61), (ResidualTarget, 2 * 32)])
+@pytest.mark.parametrize("less", [0, 1])
+def test_features_are_kept_up_to_their_limit_and_computed_again_beyond(monkeypatch, kind, width, less):
+    """Three rows, two positions each, of `width` numbers of four bytes."""
+    rows = [{**row, "prompt": len(row["input_ids"]) - 1} for row in random_rows(3)]
+    monkeypatch.setattr(targets, "CACHE_BYTES", 4 * width * 6 - less)
+    model = make_llama()
+    target = kind(model, rows, "response:1", [0, 2])
+    assert (target.reference is None) is (less == 0) and len(target.baseline) == (3 if less == 0 else 0)
+    assert target.drift(model)[kind.metric] == pytest.approx(0, abs=1e-6)
+    change_(model)
+    monkeypatch.setattr(targets, "CACHE_BYTES", 2**30)
+    kept = kind(make_llama(), rows, "response:1", [0, 2])
+    assert target.drift(model)[kind.metric] == pytest.approx(kept.drift(model)[kind.metric], rel=1e-4)
+    assert float(target.loss(model, [1])) == pytest.approx(float(kept.loss(model, [1])), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", [LogitsTarget, ResidualTarget])
+def test_a_target_needs_a_prompt(kind):
+    with pytest.raises(UserError, match="has no harmful prompts: give it a non-empty step pool"):
+        kind(make_llama(), [], "last", [0])
+
+
+# ---------------------------------------------------------------- what the weight constraint holds
+
+
+def test_the_blocks_of_a_constraint_are_those_that_are_given():
+    model = make_llama()
+    held, freed = constrained(model, Weight(modules="all", layers=[1], unconstrained=["up_proj"]))
+    names = {name for name in linears(model, "all") if name.startswith("1.")}
+    assert set(freed) == {name for name in names if name.endswith("up_proj")} and len(freed) == 1
+    assert set(held) == names - set(freed) and len(held) == 6
+    held, freed = constrained(model, Weight(modules=["q_proj", "down_proj"], layers=[0, 2]))
+    assert {name.split(".")[0] + name.split(".")[-1] for name in held} == {
+        "0q_proj",
+        "0down_proj",
+        "2q_proj",
+        "2down_proj",
+    }
+    assert freed == {}
+
+
+def test_matrices_that_do_not_train_are_counted_and_named(caplog):
+    model = make_llama()
+    for name, module in linears(model, "all").items():
+        module.weight.requires_grad_(name == "0.self_attn.q_proj")
+    caplog.set_level(logging.WARNING, "cwac")
+    held, _ = constrained(model, Weight(modules=["q_proj", "down_proj"]))
+    assert list(held) == ["0.self_attn.q_proj"]
+    assert caplog.messages == [
+        "method.weight.modules=[q_proj,down_proj]: 5 of 6 matrices do not train and are not constrained "
+        "(down_proj, q_proj)"
+    ]
+    caplog.clear()
+    constrained(model, Weight(modules=["q_proj", "down_proj"]), warn=False)
+    assert caplog.messages == []
+    with pytest.raises(
+        UserError, match=r"modules=\[down_proj\] constrains no matrix that trains.*what trains is q_proj"
+    ):
+        constrained(model, Weight())
+    model.requires_grad_(False)
+    with pytest.raises(UserError, match="no matrix of the model's blocks trains"):
+        constrained(model, Weight())
+
+
+def test_an_adapter_on_nothing_that_is_constrained_is_counted_and_named(caplog):
+    model = adapted(make_llama())
+    held, freed = constrained(model, Weight(modules=["q_proj"], freeze_others=True))
+    constraint = Constraint(held, fit_subspace(model, random_rows(3), ["q_proj"], energy=0.5))
+    caplog.set_level(logging.WARNING, "cwac")
+    freeze_others_(model, held, constraint, freed)
+    first = next(name for name, _ in model.named_parameters() if "up_proj.lora_" in name)
+    assert caplog.messages == [
+        "method.weight.freeze_others=true: 6 tensors of the adapter are on nothing that is constrained and do not "
+        f"train (first: {first})"
+    ]
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(trained) == 6 and all("q_proj.lora_" in name for name in trained)
+
+
+def test_the_anchors_that_a_setting_selects():
+    """By source or by category of harm, in the pool's order; then the first n."""
+    a, b = Example("a", "p a", source="1"), Example("b", "p b", source="1", group="t")
+    c, d = Example("c", "p c", source="2", group="t"), Example("d", "p d", source="2")
+    pools = Pools(anchors=[a, b, c, d])
+    for settings, chosen in (
+        ({}, [a, b, c, d]),
+        ({"n_anchors": 4}, [a, b, c, d]),
+        ({"n_anchors": 3}, [a, b, c]),
+        ({"anchor_sources": ["1"]}, [a, b]),
+        ({"anchor_sources": ["t"]}, [b, c]),
+        ({"anchor_sources": ["t", "1"]}, [a, b, c]),
+        ({"anchor_sources": ["2"], "n_anchors": 1}, [c]),
+    ):
+        assert anchor_prompts(pools, Weight(**settings)) == chosen
+    with pytest.raises(UsageError, match=r"anchor_sources=\['1', 'x'\] .*the pool has no x; it has .*1, 2, t"):
+        anchor_prompts(pools, Weight(anchor_sources=["1", "x"]))
+    with pytest.raises(UsageError, match="n_anchors=3 is not valid; the pool has 2 such prompts"):
+        anchor_prompts(pools, Weight(anchor_sources=["t"], n_anchors=3))
+
+
+@pytest.mark.parametrize("prefill, used", [(None, 2), ("Sure", 3)])
+def test_the_anchors_that_are_used_are_the_refused_ones_or_all_under_an_opening(monkeypatch, prefill, used):
+    """Of three prompts the model refuses two; under an opening every prompt is an anchor, and it counts once."""
+    from cwac.constraints import weight
+
+    monkeypatch.setattr(weight, "anchor_rows", lambda *_: [{}, {}])
+    monkeypatch.setattr(weight, "prefilled_rows", lambda *_: [{}, {}, {}])
+    context = SimpleNamespace(pools=Pools(anchors=[Example(str(i), f"p {i}") for i in range(3)]))
+    settings = Weight(prefill=prefill)
+    assert anchors_used(None, context, settings) == used
+    assert len(weight.weight_anchors(None, context, settings)) == (2 if prefill is None else 5)
+    assert weight.anchor_counts(None, context, settings) == {"anchors_used": used, "anchors_given": 3}
+
+
+# ---------------------------------------------------------------- what is drawn for a step
+
+
+def test_a_draw_is_without_repeats_and_of_the_seed_and_the_step():
+    drawn = {(seed, step): draw(50, 8, seed, step) for seed in (0, 1) for step in (0, 1)}
+    assert all(len(set(found)) == 8 and set(found) <= set(range(50)) for found in drawn.values())
+    assert len({tuple(found) for found in drawn.values()}) == 4 and draw(50, 8, 1, 1) == drawn[1, 1]
+    assert sorted(draw(5, 5, 0, 0)) == list(range(5)) and len(draw(3, 8, 0, 0)) == 3
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 7])
+def test_the_ranks_shares_of_a_draw_are_all_of_it(world):
+    """Each prompt once, and the ranks' means with their weights average to the mean over all prompts."""
+    values, drawn = torch.arange(10.0), [7, 2, 9, 4, 0]
+    parts = [share_of(drawn, SimpleNamespace(process_rank=rank, world_size=world)) for rank in range(world)]
+    assert sorted(i for mine, share in parts if share for i in mine) == sorted(drawn)
+    assert all(mine for mine, _ in parts)  # one without any weight where there are more ranks than prompts
+    total = sum(share * float(values[mine].mean()) for mine, share in parts) / world
+    assert total == pytest.approx(float(values[drawn].mean()))
+
+
+# ---------------------------------------------------------------- what methods report
+
+
+def report(method, **state) -> list[dict]:
+    vars(method).update(state)
+    return method.report(None)
+
+
+def test_methods_report_what_they_counted():
+    on_train = {"set": "train"}
+    assert report(Replay("replay"), _rows=[{}, {}, {}]) == [{"metric": "replay_refused", **on_train, "value": 3.0}]
+    assert report(BEA("bea"), _n_tokens=5) == [{"metric": "trigger_tokens", **on_train, "value": 5.0}]
+    assert report(SaLoRA("salora"), _energy=0.7) == [{"metric": "safety_energy", **on_train, "value": 0.7}]
+
+
+@pytest.mark.parametrize("steps, share", [(10, 0.3), (8, 0.25), (1, 1.0), (0, 0.0)])
+def test_lisa_reports_the_share_of_the_steps_on_alignment_rows(steps, share):
+    """One step in four aligns, the first of each cycle: of ten steps the first, the fifth and the ninth."""
+    rows = report(Lisa("lisa"), _cycle=(1, 3), _steps=steps)
+    values = {"lisa_align_steps": 1.0, "lisa_finetune_steps": 3.0, "lisa_align_share": share}
+    assert rows == [{"metric": name, "set": "train", "value": value} for name, value in values.items()]
+
+
+def test_asft_reports_the_mean_penalty_of_its_steps_and_goes_on_with_it_after_a_resume():
+    method = AsFT("asft", lam=0.5)
+    operator = SimpleNamespace(trace=2.0, lambda_max=1.5, energy=0.9)
+    method._operators, method._terms = {"0.q_proj": operator}, []
+    facts = [("trace", 2.0), ("lambda_max", 1.5), ("energy", 0.9)]
+    about = [{"metric": f"operator_{name}", "set": "0.q_proj", "value": value} for name, value in facts]
+    assert method.report(None) == about  # no step yet
+    for values in ((4.0, 6.0), (2.0,)):  # of the terms of one step and of the next
+        method._terms = [SimpleNamespace(add_gradient_=lambda lam, v=v: torch.tensor(v)) for v in values]
+        method.after_backward(None)
+    again = AsFT("asft", lam=0.5)
+    again.load_state_dict(method.state_dict())
+    again._operators, again._terms = method._operators, method._terms
+    mean = {"metric": "penalty", "set": "train", "value": 0.5 * (10 + 2) / 2}
+    assert method.report(None) == again.report(None) == [mean, *about]
+    again.after_backward(None)
+    assert again.report(None)[0]["value"] == pytest.approx(0.5 * (10 + 2 + 2) / 3)
