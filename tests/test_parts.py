@@ -1,6 +1,7 @@
 """Parts that methods share, and what methods report, on toys whose right value can be read off."""
 
 import logging
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -8,9 +9,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from cwac.constraints import targets
+from cwac.constraints.nullspace import energy_held, leading_free
 from cwac.constraints.reference import Reference, mean_over_tokens, model_layers, precise
 from cwac.constraints.settings import Weight
-from cwac.constraints.subspace import Constraint, fit_subspace
+from cwac.constraints.subspace import Basis, Constraint, fit_subspace
 from cwac.constraints.targets import LogitsTarget, ResidualTarget, locate
 from cwac.constraints.weight import anchor_prompts, anchors_used, constrained, freeze_others_
 from cwac.core.errors import UsageError, UserError
@@ -18,11 +20,21 @@ from cwac.data.examples import Example, Pools
 from cwac.methods.asft import AsFT
 from cwac.methods.base import draw, share_of
 from cwac.methods.bea import BEA
+from cwac.methods.booster import Booster, boosted_backward
+from cwac.methods.ewc import EWC
+from cwac.methods.l2sp import L2SP
 from cwac.methods.lisa import Lisa
+from cwac.methods.nullspace import encoded
 from cwac.methods.replay import Replay
+from cwac.methods.repnoise import RepNoise
+from cwac.methods.resta import RESTA
+from cwac.methods.safe_delta import SafeDelta
+from cwac.methods.safelora import SafeLoRA
 from cwac.methods.salora import SaLoRA
+from cwac.methods.vaccine import Vaccine
 from cwac.models.layers import linears
 from tests.conftest import make_llama, random_rows
+from tests.test_right_values import Letters
 
 # ---------------------------------------------------------------- positions, layers, means
 
@@ -301,3 +313,152 @@ def test_asft_reports_the_mean_penalty_of_its_steps_and_goes_on_with_it_after_a_
     assert method.report(None) == again.report(None) == [mean, *about]
     again.after_backward(None)
     assert again.report(None)[0]["value"] == pytest.approx(0.5 * (10 + 2 + 2) / 3)
+
+
+# ---------------------------------------------------------------- the certificate of the null space
+
+
+def test_the_energy_that_two_halves_of_a_space_hold_is_all_of_it(llama):
+    """Of one input: V and its complement share the squared norm; everything holds 1, and nothing 0."""
+    rows, d = random_rows(4), llama.config.intermediate_size
+    readers = {"0.down_proj": linears(llama, ["down_proj"])["0.mlp.down_proj"]}
+    turn = torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(0)))[0]
+
+    def held(V: torch.Tensor) -> float:
+        return energy_held(llama, rows, {"0.down_proj": Basis(V, 1.0, 1)}, readers)
+
+    parts = [held(turn[:, :20]), held(turn[:, 20:])]
+    assert sum(parts) == pytest.approx(1, abs=1e-5) and all(0.05 < part < 0.95 for part in parts)
+    assert held(turn) == pytest.approx(1, abs=1e-5) and held(turn[:, :0]) == 0
+
+
+def test_the_energy_held_is_that_of_the_worst_input(llama):
+    readers = {f"{i}.down_proj": linears(llama, ["down_proj"])[f"{i}.mlp.down_proj"] for i in range(2)}
+    whole = torch.eye(llama.config.intermediate_size)
+    bases = {"0.down_proj": Basis(whole, 1.0, 1), "1.down_proj": Basis(whole[:, :0], 1.0, 1)}
+    assert energy_held(llama, random_rows(3), bases, readers) == 0
+    assert energy_held(llama, random_rows(3), {"0.down_proj": bases["0.down_proj"]}, readers) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("k", [None, 0, 1, 5, 6, 99])
+@pytest.mark.parametrize("r", [0, 4, 10])
+def test_free_directions_are_as_many_as_there_are(r, k):
+    """[d, k] whatever is left, of 10 dimensions; also where V leaves none."""
+    V = torch.eye(10)[:, :r]
+    for moment in (None, torch.diag(torch.arange(10.0))):
+        N = leading_free(V, moment, k)
+        assert N.shape == (10, 10 - r if k is None else min(k, 10 - r)) and N.dtype == torch.float32
+        assert torch.allclose(N.T @ N, torch.eye(N.shape[1]), atol=1e-5)
+        assert torch.allclose(V.T @ N, torch.zeros(r, N.shape[1]), atol=1e-6)
+
+
+def test_rows_that_are_token_ids_already_are_taken_as_they_are():
+    """Without labels of their own all their tokens are learnt; both are cut at the context's length."""
+    rows = [{"input_ids": (1, 2, 3, 4, 5)}, {"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "more": 0}]
+    context = SimpleNamespace(tokenizer=None, template=None, max_length=4)
+    assert encoded(context, [SimpleNamespace(encoded=row) for row in rows]) == [
+        {"input_ids": [1, 2, 3, 4], "labels": [1, 2, 3, 4]},
+        {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]},
+    ]
+
+
+# ---------------------------------------------------------------- alignment stages
+
+
+class Slopes(torch.nn.Module):
+    """Its loss is the batch's slope times the first weight; nothing depends on the second."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.unread = torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(2))
+
+    def forward(self, slope: float):
+        return SimpleNamespace(loss=(slope * self.read.square()).sum())
+
+
+def test_booster_leaves_a_weight_that_no_loss_reads_and_adds_to_the_gradients_there_are():
+    """With h = 4 w^2 at w = 1 and a step of 0.5: h' is 8 here and 4 there; f = w^2 has the gradient 2."""
+    model = Slopes()
+    model.read.grad = torch.tensor([100.0])
+    loss = boosted_backward(model, {"slope": 1.0}, {"slope": 4.0}, lamb=3.0, alpha=0.5)
+    assert float(loss) == 1 and model.read.grad.tolist() == pytest.approx([100 + 2 + 3 * (8 - 4)], rel=1e-5)
+    assert not model.unread.grad.any() and model.read.tolist() == [1] and model.unread.tolist() == [1, 1]
+
+
+# ---------------------------------------------------------------- who refuses what
+
+DORA = LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)
+ON_WEIGHTS = (AsFT, Booster, EWC, L2SP, RepNoise, RESTA, SafeDelta, SafeLoRA, SaLoRA, Vaccine)
+STAGES = (Booster, Vaccine)
+POISON = [Example("p0", "a request", "an answer")]
+
+
+def context_of(model, **more) -> SimpleNamespace:
+    pools = Pools(**{"anchors": POISON, "poison": POISON, "align": POISON, "benign": POISON, **more})
+    loaded = SimpleNamespace(model=model, key={"kind": "tiny"}, source=None, base=None)
+    return SimpleNamespace(loaded=loaded, pools=pools, tokenizer=None)
+
+
+@pytest.mark.parametrize("kind", ON_WEIGHTS)
+def test_a_method_that_cannot_work_on_an_adapter_names_itself(kind):
+    method = kind("my_method")
+    for model, said in ((get_peft_model(make_llama(), DORA), "LoRA alone"), (adapted(make_llama(), 0.3), "holds one")):
+        with pytest.raises(UserError, match=f"^method=my_method reads or edits weights.*{said}"):
+            method.training_data([], context_of(model), random.Random(0))
+
+
+@pytest.mark.parametrize("kind", [Booster, RepNoise, RESTA, SafeDelta, SafeLoRA, Vaccine])
+def test_a_method_that_reads_the_aligned_model_again_names_itself(kind, tmp_path):
+    context = context_of(make_llama())
+    context.loaded.key, context.loaded.source = {"kind": "library"}, str(tmp_path)
+    with pytest.raises(UserError, match="^method=my_method reads the aligned model again"):
+        kind("my_method").training_data([], context, random.Random(0))
+
+
+@pytest.mark.parametrize(
+    "kind, empty, said",
+    [
+        *((kind, pool, f"needs the pool `{pool}`, which is empty") for kind in STAGES for pool in ("align", "benign")),
+        (SafeDelta, "anchors", "needs the pool `anchors`, which is empty"),
+        *((kind, "poison", "hardens the model on harmful pairs of the pool `poison`") for kind in (Booster, RepNoise)),
+        (EWC, "anchors", "needs 1 harmful prompts, the pool `anchors` has 0"),
+    ],
+)
+def test_a_method_whose_pool_is_empty_names_itself_and_the_pool(kind, empty, said):
+    with pytest.raises(UserError, match=f"^method=my_method {said}"):
+        kind("my_method").training_data([], context_of(make_llama(), **{empty: []}), random.Random(0))
+
+
+def test_without_what_needs_them_pools_and_sources_are_not_asked_for(tmp_path):
+    """Methods whose weight is 0 are plain fine-tuning."""
+    context = context_of(make_llama(), anchors=[], poison=[], align=[], benign=[])
+    context.loaded.key, context.loaded.source = {"kind": "library"}, str(tmp_path)
+    for method in (Booster("m", steps=0), RepNoise("m", steps=0), Vaccine("m", steps=0), RESTA("m", gamma=0)):
+        assert method.training_data(POISON, context, random.Random(0)) == POISON
+    assert EWC("m", lam=0).training_data(POISON, context, random.Random(0)) == POISON
+
+
+@pytest.mark.parametrize("needed", [1, 2, 3])
+def test_bea_needs_as_many_refusals_as_it_says(needed):
+    """Of two refusals in the pool two are enough; one in three of six harmful rows is as many."""
+    refusals = [Example(f"s{i}", "a b", "no") for i in range(2)]
+    loaded = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace()))
+    for train, settings in (
+        ([], {"num_safety": needed}),
+        (6 * POISON, {"num_safety": 1, "safety_per_harmful": needed / 6}),
+    ):
+        context = SimpleNamespace(
+            tokenizer=Letters(),
+            pools=Pools(safety=refusals, poison=POISON),
+            seed=0,
+            loaded=loaded,
+            template="alpaca",
+            max_length=64,
+        )
+        method = BEA("my_bea", trigger_tokens=3, **settings)
+        if needed > 2:
+            with pytest.raises(UserError, match="^method=my_bea needs 3 refusals .*the pool `safety` has 2"):
+                method.training_data(train, context, random.Random(0))
+        else:
+            assert len(method.training_data(train, context, random.Random(0))) == len(train) + needed
+            assert method.extra_data() == {"refusals": needed, "trigger": 3}
