@@ -21,7 +21,9 @@ from cwac.methods.asft import AsFT
 from cwac.methods.base import draw, share_of
 from cwac.methods.bea import BEA
 from cwac.methods.booster import Booster, boosted_backward
+from cwac.methods.cwac import CWAC
 from cwac.methods.ewc import EWC
+from cwac.methods.inflora import InfLoRA
 from cwac.methods.l2sp import L2SP
 from cwac.methods.lisa import Lisa
 from cwac.methods.nullspace import encoded
@@ -30,7 +32,9 @@ from cwac.methods.repnoise import RepNoise
 from cwac.methods.resta import RESTA
 from cwac.methods.safe_delta import SafeDelta
 from cwac.methods.safelora import SafeLoRA
+from cwac.methods.safety_layers import Localisation, queries
 from cwac.methods.salora import SaLoRA
+from cwac.methods.sppft import SPPFT
 from cwac.methods.vaccine import Vaccine
 from cwac.models.layers import linears
 from tests.conftest import make_llama, random_rows
@@ -462,3 +466,106 @@ def test_bea_needs_as_many_refusals_as_it_says(needed):
         else:
             assert len(method.training_data(train, context, random.Random(0))) == len(train) + needed
             assert method.extra_data() == {"refusals": needed, "trigger": 3}
+
+
+# ---------------------------------------------------------------- requests that safety layers are found with
+
+
+def test_over_rejection_is_counted_on_the_harmless_requests_nearest_to_the_harmful_ones():
+    """By the share of a request's words, not by their number: one of one before two of four, before none."""
+    harmful = [Example("h0", "forge banknote"), Example("h1", "forge passport")]
+    benign = {
+        "none": "bake bread",
+        "half": "forge banknote kettle garden",
+        "all": "forge",
+        "third": "passport kettle garden",
+        "other": "water plant",
+        "blank": "the",
+    }
+    pools = Pools(anchors=harmful[:1], sae=harmful[1:], benign=[Example(i, text) for i, text in benign.items()])
+    settings = {"n_queries": 2, "alpha": 1.2}
+    for n, over in ((1, {"all"}), (2, {"all", "half"}), (3, {"all", "half", "third"}), (9, {"all", "half", "third"})):
+        malicious, normal, counted = queries(
+            SimpleNamespace(pools=pools), Localisation(n_over_rejection=n, **settings)
+        )
+        assert {e.id for e in malicious} == {"h0", "h1"} and {e.id for e in counted} == over
+        assert len(normal) == 2 and {e.id for e in normal} <= set(benign) - over
+    with pytest.raises(UserError, match=r"pools anchors and sae: 1\) and harmless ones \(pool benign: 6\)"):
+        queries(SimpleNamespace(pools=Pools(anchors=harmful[:1], benign=pools.benign)), Localisation())
+    with pytest.raises(UserError, match=r"pools anchors and sae: 2\) and harmless ones \(pool benign: 2\)"):
+        few = Pools(anchors=harmful, benign=pools.benign[:2])
+        queries(SimpleNamespace(pools=few), Localisation())
+
+
+# ---------------------------------------------------------------- what freezes, and what is reported of it
+
+
+@pytest.mark.parametrize("freeze_norms, norms", [(False, 0), (True, 2 * 32)])
+def test_sppft_reports_the_layers_it_froze_and_the_share_that_trains(freeze_norms, norms):
+    """Of 3 blocks the last two: 32 x 32 of q and o, 16 x 32 of k and v, and three matrices 64 x 32 each."""
+    model = make_llama()
+    context = SimpleNamespace(loaded=SimpleNamespace(model=model))
+    method = SPPFT("sppft", layers=[1, 2], freeze_norms=freeze_norms)
+    assert method.training_data(POISON, context, random.Random(0)) == POISON
+    method.setup(model, context)
+    frozen = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32 + norms)
+    total = sum(p.numel() for p in model.parameters())
+    values = {"frozen_first_layer": 1, "frozen_last_layer": 2, "trained_share": (total - frozen) / total}
+    assert method.report(model) == [{"metric": m, "set": "train", "value": v} for m, v in values.items()]
+    assert method.extra_data() == {}
+
+
+def test_sppft_refuses_ranges_that_freeze_nothing_everything_or_too_much():
+    def refuse(model, layers, said):
+        with pytest.raises(UserError, match=said):
+            context = SimpleNamespace(loaded=SimpleNamespace(model=model))
+            SPPFT("my_method", layers=layers).training_data([], context, random.Random(0))
+
+    refuse(make_llama(), [1, 3], r"^method.layers=\[1, 3\] lies outside the model's layers 0..2; choose lo and hi")
+    refuse(
+        make_llama().requires_grad_(False), [0, 1], r"^method=my_method freezes layers 0..1, in which nothing trains"
+    )
+    model = make_llama().requires_grad_(False)
+    model.model.layers[1].mlp.requires_grad_(True)
+    refuse(model, [1, 1], r"^method=my_method freezes layers 1..1, and nothing that trains is left")
+    with pytest.raises(UsageError, match=r"^method.localisation=.* needs no search: leave it out"):
+        few = Localisation(n_queries=3)
+        SPPFT("m", layers=[0, 1], localisation=few).training_data([], context_of(make_llama()), random.Random(0))
+
+
+def test_methods_report_their_sizes_by_name():
+    on_train = {"set": "train"}
+    assert report(RESTA("m", gamma=0.5), _norm=3.0) == [{"metric": "safety_vector_norm", **on_train, "value": 1.5}]
+    assert report(EWC("m"), _report={"fisher_mean": 0.1, "fisher_max": 2.0}) == [
+        {"metric": "fisher_mean", **on_train, "value": 0.1},
+        {"metric": "fisher_max", **on_train, "value": 2.0},
+    ]
+    kept = {"0.q_proj": 0.25, "1.q_proj": 1.0}
+    assert report(SafeDelta("m"), _kept=kept) == [
+        {"metric": "kept_share", "set": name, "value": value} for name, value in kept.items()
+    ]
+    cosines = {"0.q_proj": 0.2, "1.q_proj": 0.5, "2.q_proj": 0.9}  # at most tau = 0.5 is projected
+    assert report(SafeLoRA("m"), _cosines=cosines, _n_matrices=4) == [
+        {"metric": "projected_matrices", **on_train, "value": 2, "n": 4},
+        *({"metric": "projection_cosine", "set": name, "value": value} for name, value in cosines.items()),
+    ]
+    free = {"free_rank": 7.0, "trained_parameters": 40.0}
+    assert report(InfLoRA("m"), _report=free) == [{"metric": m, **on_train, "value": v} for m, v in free.items()]
+
+    class Kept(list):
+        def drift(self, model) -> dict[str, float]:
+            return {"feature_drift": 0.3}
+
+    found = report(CWAC("m", weight=Weight()), _report={"rank": 4.0}, _targets={"anchors": Kept([0, 0, 0])})
+    assert found == [
+        {"metric": "rank", **on_train, "value": 4.0},
+        {"metric": "feature_drift", "set": "anchors", "value": 0.3, "n": 3},
+    ]
+
+
+@pytest.mark.parametrize("n_rows, taken", [(None, 8), (3, 3), (99, 8)])
+def test_inflora_reads_as_many_of_the_tasks_rows_as_it_is_told(n_rows, taken):
+    rows = [Example(str(i), f"p {i}", "a") for i in range(8)]
+    method = InfLoRA("inflora", n_rows=n_rows)
+    assert method.training_data(rows, context_of(make_llama()), random.Random(0)) == rows
+    assert len({e.id for e in method._rows}) == len(method._rows) == taken

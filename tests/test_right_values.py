@@ -1,5 +1,6 @@
 """Values that a result hangs on and that a bug could change unnoticed, each worked out by hand."""
 
+import json
 import math
 import random
 from types import SimpleNamespace
@@ -177,6 +178,40 @@ def test_weight_change_is_the_median_over_matrices(monkeypatch, tmp_path):
     assert values["weight_change"] == 0.3
     assert [changes is formed for changes in given] == [True, True]  # on anchors and on held-out prompts
     assert values["activation_drift"] == pytest.approx(0.5)
+    part = {"weight": leaks, "activation": [[0.2, 0.4], [0.6, 0.8]]}
+    assert json.loads((tmp_path / "drift.json").read_text()) == {"anchors": part, "heldout": part}
+
+
+@pytest.mark.parametrize(
+    "closed, moved, leak, kept, said",
+    [
+        (True, [], 0.05, True, []),
+        (True, ["model.norm.weight"], 0.05, False, ["claims to be closed, but model.norm.weight changed outside"]),
+        (False, ["model.norm.weight"], 0.05, True, []),
+        (False, [], 0.2, False, ["does not hold on anchors: 0.q leaks 0.2000, its bound is 0.1000"]),
+    ],
+)
+def test_a_guard_is_kept_where_every_matrix_keeps_its_bound_and_nothing_else_moved(
+    closed, moved, leak, kept, said, monkeypatch, tmp_path, caplog
+):
+    """One matrix under the constraint, whose leak may be 0.1; the leak is planted, as is what moved outside."""
+    leaks = {"0.q": {"leak": leak, "change": 0.3, "bound": 0.1}, "0.k": {"leak": 0.0, "change": 0.0}}
+    others = {"0.q": {**leaks["0.q"], "leak": 0.0}, "0.k": leaks["0.k"]}
+    monkeypatch.setattr(evaluate, "weight_changes", lambda *_: {})
+    found = iter([leaks, others])
+    monkeypatch.setattr(evaluate, "weight_leak", lambda *_: next(found))
+    monkeypatch.setattr(evaluate, "activation_drift", lambda *_: [[0.0]])
+    monkeypatch.setattr(evaluate, "moved_elsewhere", lambda *_: moved)
+    evaluator = evaluate.Evaluator.__new__(evaluate.Evaluator)
+    evaluator.model, written = None, []
+    evaluator.method = SimpleNamespace(protected=lambda: {"0.q": torch.eye(2)}, is_closed=lambda: closed)
+    evaluator.run = SimpleNamespace(dir=tmp_path, add_rows=written.extend)
+    prompts = [{"input_ids": [1, 2, 3], "prompt": 2}]
+    assert evaluator.drift(None, prompts, prompts, 7, 1.5) is kept
+    assert len(caplog.messages) == len(said) and all(s in m for s, m in zip(said, caplog.messages, strict=True))
+    excess = {r["set"]: r["value"] for r in written if r["metric"] == "weight_leak_excess"}
+    assert excess == {"anchors": pytest.approx(leak - 0.1), "heldout": pytest.approx(-0.1)}
+    assert all((r["step"], r["epoch"], r["final"], r["n"], r["eval"]) == (7, 1.5, True, 1, None) for r in written)
 
 
 # ---------------------------------------------------------------- the ranking of latents
