@@ -192,7 +192,8 @@ def allowed(kind, key, value) -> None:
 def refused(kind, key, value) -> None:
     with pytest.raises(UsageError) as caught:
         build(kind, key, value)
-    assert str(caught.value).startswith(f"method.{OWN.get(kind, '')}{key}={value} ")
+    said, _, remedy = str(caught.value).partition("; ")
+    assert said.startswith(f"method.{OWN.get(kind, '')}{key}={value} is ") and remedy.startswith(("give ", "use "))
 
 
 def cases(table) -> list:

@@ -11,14 +11,14 @@ from peft import LoraConfig, get_peft_model
 from cwac.constraints import targets
 from cwac.constraints.nullspace import energy_held, leading_free
 from cwac.constraints.reference import Reference, mean_over_tokens, model_layers, precise
-from cwac.constraints.settings import Weight
+from cwac.constraints.settings import Activation, Weight
 from cwac.constraints.subspace import Basis, Constraint, fit_subspace
 from cwac.constraints.targets import LogitsTarget, ResidualTarget, locate
 from cwac.constraints.weight import anchor_prompts, anchors_used, constrained, freeze_others_
 from cwac.core.errors import UsageError, UserError
 from cwac.data.examples import Example, Pools
 from cwac.methods.asft import AsFT
-from cwac.methods.base import draw, share_of
+from cwac.methods.base import MemoryEstimate, Sizes, draw, share_of
 from cwac.methods.bea import BEA
 from cwac.methods.booster import Booster, boosted_backward
 from cwac.methods.cwac import CWAC
@@ -300,6 +300,27 @@ def test_lisa_reports_the_share_of_the_steps_on_alignment_rows(steps, share):
     assert rows == [{"metric": name, "set": "train", "value": value} for name, value in values.items()]
 
 
+@pytest.mark.parametrize(
+    "steps, rows, said",
+    [
+        (2000, [{}], []),
+        (1999, [{}], []),  # 100 to the nearest step
+        (1980, [{}], ["m: 1980 steps are fewer than 2 cycles of 100 + 900; alternating 99 + 891 (method.min_cycles)"]),
+        (200, [{}], ["m: 200 steps are fewer than 2 cycles of 100 + 900; alternating 10 + 90 (method.min_cycles)"]),
+        (10, [{}], ["m: 10 steps are fewer than 2 cycles of 100 + 900; alternating 1 + 9 (method.min_cycles)"]),
+        (10, [], []),
+    ],
+)
+def test_lisa_says_how_it_shortens_its_cycle(steps, rows, said, caplog):
+    """Two cycles of 1,000 steps fit into 2,000; without alignment rows nothing alternates."""
+    method = Lisa("m")
+    method._guide = rows
+    tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=1)
+    context = SimpleNamespace(seed=0, steps=steps, world_size=1, process_rank=0, tokenizer=tokenizer)
+    method.setup(None, context)
+    assert caplog.messages == said
+
+
 def test_asft_reports_the_mean_penalty_of_its_steps_and_goes_on_with_it_after_a_resume():
     method = AsFT("asft", lam=0.5)
     operator = SimpleNamespace(trace=2.0, lambda_max=1.5, energy=0.9)
@@ -443,8 +464,9 @@ def test_without_what_needs_them_pools_and_sources_are_not_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize("needed", [1, 2, 3])
-def test_bea_needs_as_many_refusals_as_it_says(needed):
+def test_bea_needs_as_many_refusals_as_it_says(needed, caplog):
     """Of two refusals in the pool two are enough; one in three of six harmful rows is as many."""
+    caplog.set_level(logging.INFO, "cwac")
     refusals = [Example(f"s{i}", "a b", "no") for i in range(2)]
     loaded = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace()))
     for train, settings in (
@@ -466,6 +488,8 @@ def test_bea_needs_as_many_refusals_as_it_says(needed):
         else:
             assert len(method.training_data(train, context, random.Random(0))) == len(train) + needed
             assert method.extra_data() == {"refusals": needed, "trigger": 3}
+            secret = method.state_dict()["trigger_sha256"]
+            assert caplog.messages[-1] == f"my_bea: trigger of 3 tokens, sha256 {secret}"
 
 
 # ---------------------------------------------------------------- requests that safety layers are found with
@@ -569,3 +593,68 @@ def test_inflora_reads_as_many_of_the_tasks_rows_as_it_is_told(n_rows, taken):
     method = InfLoRA("inflora", n_rows=n_rows)
     assert method.training_data(rows, context_of(make_llama()), random.Random(0)) == rows
     assert len({e.id for e in method._rows}) == len(method._rows) == taken
+
+
+# ---------------------------------------------------------------- what methods take beside the model
+
+HALF = Sizes(rank_share=0.5)
+
+
+def numbers(tensors) -> int:
+    return sum(tensor.numel() for tensor in tensors)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_start_and_its_stiffness_take_what_trains(lora):
+    """W_0 of all that trains itself; F also of the weights below an adapter, and a row's gradient is as large."""
+    model = adapted(make_llama()) if lora else make_llama()
+    own = 0 if lora else numbers(model.parameters())
+    held = 3 * (32 * 32 + 64 * 32) if lora else own  # q and up of three blocks
+    found = L2SP("m").estimate_memory(model, HALF)
+    assert list(found.tensors) == ["W_0 of the penalty"] and numbers(found.tensors["W_0 of the penalty"]) == own
+    found = EWC("m").estimate_memory(model, HALF)
+    assert {name: numbers(parts) for name, parts in found.tensors.items()} == {
+        "W_0 of the penalty": own,
+        "Fisher information": held,
+    }
+    assert found.setup_bytes == {"gradient of a row": 4 * held}
+    for method in (L2SP("m", lam=0), EWC("m", lam=0)):
+        assert method.estimate_memory(model, HALF) == MemoryEstimate()
+        method.after_backward(model)  # without a penalty nothing is pulled
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_projectors_of_salora_take_a_direction_a_row():
+    model = get_peft_model(make_llama(), LoraConfig(r=2, target_modules=["q_proj", "v_proj", "up_proj"]))
+    found = SaLoRA("m", safety_rank=5).estimate_memory(model, HALF)
+    assert {name: [tuple(U.shape) for U in parts] for name, parts in found.tensors.items()} == {
+        "U_C of the projectors": 3 * [(32, 5), (16, 5)]
+    }
+
+
+@pytest.mark.parametrize("rank, used", [(3, 3), (16, 16), (99, 16)])
+def test_inflora_trains_at_most_what_the_old_directions_leave(rank, used):
+    """Inputs of 32 dimensions, half of them free; k and v write 16 each and share one input a block."""
+    found = InfLoRA("m", rank=rank).estimate_memory(make_llama(), HALF)
+    assert sum(p.numel() for p in found.model.parameters() if p.requires_grad) == 3 * 2 * 16 * used
+    assert found.setup_bytes == {"fit of the subspaces": 3 * 8 * 32**2} and found.tensors == {}
+
+
+def test_the_weight_constraint_takes_v_once_an_input_and_a_once_a_matrix():
+    model = make_llama()
+    found = CWAC("m", weight=Weight(modules=["q_proj", "k_proj", "down_proj"])).estimate_memory(model, HALF)
+    V, A = 32 * 16 + 64 * 32, (32 + 16) * 16 + 32 * 32  # of a block: two inputs, three matrices
+    assert {name: numbers(parts) for name, parts in found.tensors.items()} == {
+        "V and A of the constraint": 3 * (V + A)
+    }
+    assert found.setup_bytes == {"fit of the subspaces": 3 * 8 * (32**2 + 64**2)}
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    CWAC("m", weight=Weight(freeze_others=True)).estimate_memory(model, HALF)
+    assert {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad} == {"down_proj"}
+
+
+def test_the_residual_target_has_as_many_prompts_and_positions_as_it_is_told():
+    settings = Activation(space="residual", positions="response:4", n_prompts=3, sae={"layers": [1]})
+    method = CWAC("m", activation=settings)
+    method.estimate_memory(make_llama(), Sizes(prompt_tokens=9))
+    assert method._targets["anchors"].prompts == 3 * [([1] * 13, [8, 9, 10, 11, 12])]
