@@ -17,10 +17,14 @@ from cwac.constraints.targets import LogitsTarget, ResidualTarget, locate
 from cwac.constraints.weight import anchor_prompts, anchors_used, constrained, freeze_others_
 from cwac.core.errors import UsageError, UserError
 from cwac.data.examples import Example, Pools
+from cwac.data.tokenize import Collator
+from cwac.methods import constrained_sft
 from cwac.methods.asft import AsFT
 from cwac.methods.base import MemoryEstimate, Sizes, draw, share_of
 from cwac.methods.bea import BEA
 from cwac.methods.booster import Booster, boosted_backward
+from cwac.methods.circuit_breaker import emptied
+from cwac.methods.constrained_sft import ConstrainedSFT
 from cwac.methods.cwac import CWAC
 from cwac.methods.ewc import EWC
 from cwac.methods.inflora import InfLoRA
@@ -658,3 +662,37 @@ def test_the_residual_target_has_as_many_prompts_and_positions_as_it_is_told():
     method = CWAC("m", activation=settings)
     method.estimate_memory(make_llama(), Sizes(prompt_tokens=9))
     assert method._targets["anchors"].prompts == 3 * [([1] * 13, [8, 9, 10, 11, 12])]
+
+
+# ---------------------------------------------------------------- penalties over ranks, and rows without a request
+
+
+def test_the_ranks_penalties_of_constrained_sft_average_to_that_of_all_rows(monkeypatch):
+    """Gradients are averaged over ranks, and the mean is over all tokens of a step: ranks may hold unlike many."""
+    model = make_llama()
+    batches = [Collator(2)(random_rows(n, seed=n)) for n in (1, 3)]
+    counts = [int((batch["labels"][:, 1:] != -100).sum()) for batch in batches]
+    method = ConstrainedSFT("m")
+    method.setup(model, None)
+    change_(model)
+
+    def penalty(*own) -> float:
+        for part, batch in enumerate(own):
+            method.batch(batch, 0, (part, len(own)))
+        return float(method.penalty(model, 0).detach())
+
+    whole = penalty(*batches)
+    monkeypatch.setattr(constrained_sft, "world_size", lambda: 2)
+    monkeypatch.setattr(constrained_sft, "total", lambda n, device: sum(counts))
+    ranks = [penalty(batch) for batch in batches]
+    assert sum(ranks) / 2 == pytest.approx(whole, rel=1e-5) and abs(whole) > 1e-4
+    assert counts[0] < counts[1] and ranks[0] != pytest.approx(ranks[1], rel=1e-2)
+
+
+def test_rows_that_are_asked_nothing_keep_their_answer_and_nothing_of_their_request():
+    rows = [Example(str(i), f"p {i}", "an answer", input="i") for i in range(200)]
+    assert emptied(rows, 0.0, 0) == rows
+    assert emptied(rows, 1.0, 0) == [Example(e.id, "", "an answer", input="") for e in rows]
+    half = emptied(rows, 0.5, 0)
+    assert 70 < sum(e.prompt == "" for e in half) < 130 and half == emptied(rows, 0.5, 0) != emptied(rows, 0.5, 1)
+    assert all(e == row or (e.prompt, e.input) == ("", "") for e, row in zip(half, rows, strict=True))
