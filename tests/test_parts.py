@@ -696,3 +696,32 @@ def test_rows_that_are_asked_nothing_keep_their_answer_and_nothing_of_their_requ
     half = emptied(rows, 0.5, 0)
     assert 70 < sum(e.prompt == "" for e in half) < 130 and half == emptied(rows, 0.5, 0) != emptied(rows, 0.5, 1)
     assert all(e == row or (e.prompt, e.input) == ("", "") for e, row in zip(half, rows, strict=True))
+
+
+@pytest.mark.parametrize("tokens, buffer, read", [(2048, 1.0, 2048), (2**20, 2**-20, 8)])
+def test_the_autoencoder_takes_its_weights_four_times_and_what_it_reads_once(tokens, buffer, read):
+    """Weights, gradients and two moments; tokens of two layers in two bytes each, at most the buffer's 2^10 bytes."""
+    sae = {"layers": [0, 1], "tokens": tokens, "buffer_gib": buffer}
+    method = CWAC("m", activation=Activation(n_latents=5, n_prompts=3, sae=sae))
+    found = method.estimate_memory(make_llama(), Sizes(prompt_tokens=9, shared_tokens=4))
+    weights = 4 * numbers(found.tensors["SAE"])
+    assert found.setup_bytes == {"fit of the SAE": 4 * weights + 2 * 2 * 32 * read} and weights > 0
+    target = method._targets["anchors"]
+    assert len(target) == 3 and len(target.latents) == 5 and target.gate == "tau"
+    assert {len(p.ids) for p in target.prompts} == {9} and {tuple(p.ids[:4]) for p in target.prompts} == {(0,) * 4}
+
+
+@pytest.mark.parametrize("refresh", [None, 2])
+def test_v_is_refitted_of_a_whole_model_alone(refresh):
+    method, plain, lora = (
+        CWAC("m", weight=Weight(modules=["q_proj"], refresh_steps=refresh)),
+        make_llama(),
+        adapted(make_llama()),
+    )
+    for check in (method._constrained, method._refuse_refresh_of_an_adapter):
+        check(plain)
+        if refresh is None:
+            check(lora)
+        else:
+            with pytest.raises(UsageError, match="weight.refresh_steps=2 .*use null with model.lora"):
+                check(lora)
