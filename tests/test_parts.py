@@ -725,3 +725,40 @@ def test_v_is_refitted_of_a_whole_model_alone(refresh):
         else:
             with pytest.raises(UsageError, match="weight.refresh_steps=2 .*use null with model.lora"):
                 check(lora)
+
+
+def test_projections_are_due_every_n_steps_at_the_end_and_after_a_resume_where_they_would_have_been():
+    """Every third step and the last of eight; a stop between two of them projects once more."""
+
+    def made(projected: list):
+        method = CWAC("m", weight=Weight(project_every=3))
+        method._context = Sizes(steps=8)
+        method._constraint = SimpleNamespace(project_weights_=lambda: projected.append(method._steps))
+        return method
+
+    whole: list[int] = []
+    method = made(whole)
+    for _ in range(8):
+        method.after_step(None)
+    method.stop(None, reloaded=False)
+    assert whole == [3, 6, 8]
+    first, second = [], []
+    method = made(first)
+    for _ in range(4):
+        method.after_step(None)
+    state = method.state_dict()
+    assert state == {"steps": 4} and first == [3]
+    again = made(second)
+    again.load_state_dict(state)
+    again.after_step(None)
+    again.after_step(None)
+    assert second == [6]
+    again.after_step(None)
+    again.stop(None, reloaded=False)  # where a limit of time ends the training at step 7
+    again.stop(None, reloaded=False)
+    assert second == [6, 7]
+    again.stop(None, reloaded=True)  # an earlier checkpoint's weights are between two projections
+    assert second == [6, 7, 7]
+    every = CWAC("m", weight=Weight())
+    assert every.state_dict() == {}
+    every.load_state_dict({})
