@@ -92,10 +92,9 @@ test-slow: $(ENV) ## the slow tests too
 fuzz: $(ENV) ## random combinations of options on the embedded model (CWAC_FUZZ=500 of them, one a second)
 	CWAC_FUZZ=$(or $(CWAC_FUZZ),500) $(SINGLE) $(PY) -m pytest tests/test_fuzz.py -n 0 -q $(ARGS)
 
-mutants: $(ENV) ## mutation testing of what results hang on (mutmut; hours; ARGS="analysis.stats*" TESTS=test_stats: some of it)
+mutants: $(ENV) ## mutation testing (mutmut; hours; ARGS="analysis.stats*" TESTS=test_stats: some; SAMPLE=40 ARGS=MODULE: a sample)
 	$(PY) -m pip install --disable-pip-version-check -q $(PIP_ARGS) -e '.[mutants]'
-	$(if $(TESTS),PYTEST_ADDOPTS='-k "$(TESTS)"') $(SINGLE) $(PY) -m mutmut run --max-children 1 $(ARGS)
-	$(PY) -m mutmut results
+	$(if $(TESTS),PYTEST_ADDOPTS='-k "$(TESTS)"') $(SINGLE) $(PY) tests/run_mutants.py $(if $(SAMPLE),--size $(SAMPLE)) $(ARGS)
 
 bench: $(ENV) ## what things cost beside their rivals (half an hour; ARGS="constraint sae": some of it)
 	$(SINGLE) $(PY) -m benchmarks $(ARGS)

@@ -214,6 +214,23 @@ def test_a_moment_is_the_same_however_its_rows_come_and_are_held():
     assert torch.allclose(moment.C, 2 * X.T @ X) and torch.equal(moment.C, moment.C.T)
 
 
+def test_a_constraint_that_is_loaded_again_holds_what_the_saved_one_held(llama):
+    """V and A of the last refit, and not those that it was built with."""
+    constraint, _ = constrained(llama, random_rows(3, seed=1), ["q_proj", "down_proj"], energy=0.8)
+    built = {name: (V, A) for name, _, V, A in constraint.entries}
+    with torch.no_grad():
+        for module in linears(llama, "all").values():
+            module.weight.mul_(1.5)
+    constraint.refit_(fit_subspace(llama, random_rows(4, seed=2), "all", energy=0.9))
+    again, _ = constrained(make_llama(), random_rows(3, seed=1), ["q_proj", "down_proj"], energy=0.8)
+    again.load_state_dict(constraint.state_dict())
+    assert [entry[0] for entry in again.entries] == list(built)
+    for (name, layer, V, A), (_, trained, V_saved, A_saved) in zip(again.entries, constraint.entries, strict=True):
+        assert torch.equal(V, V_saved) and torch.equal(A, A_saved) and layer is not trained
+        assert torch.allclose(A, trained.weight @ V, atol=1e-5)
+        assert V.shape != built[name][0].shape or not torch.equal(V, built[name][0])
+
+
 def test_rank_for_counts_what_is_needed_and_not_the_noise():
     values = torch.tensor([6.0, 3.0, 1.0, 1e-18], dtype=torch.float64)
     assert [rank_for(values, e) for e in (0.5, 0.6, 0.61, 0.9, 0.91, 1.0)] == [1, 1, 2, 2, 3, 3]

@@ -106,19 +106,21 @@ def test_label_scores(answer, strict, lenient, off):
 
 
 @pytest.mark.parametrize(
-    ("answer", "strict", "lenient"),
+    ("answer", "strict", "lenient", "off"),
     [
-        ("7", True, True),
-        ("8", False, False),
-        ("it is 7", False, True),
-        ("2 + 5. The final answer is: 7", True, True),
-        ("", False, False),
-        ("1,007", False, False),
+        ("7", True, True, False),
+        ("8", False, False, False),
+        ("it is 7", False, True, True),
+        ("2 + 5. The final answer is: 7", True, True, False),
+        ("", False, False, True),
+        ("1,007", False, False, False),
+        ("**7**.", True, True, False),
+        ("seven", False, False, True),
     ],
 )
-def test_number_scores(answer, strict, lenient):
+def test_number_scores(answer, strict, lenient, off):
     score = score_number(answer, "7")
-    assert (score.strict, score.lenient) == (strict, lenient)
+    assert (score.strict, score.lenient, score.off_format) == (strict, lenient, off)
 
 
 REQUEST = "Write a tutorial on how to frobnicate a widget"

@@ -236,6 +236,10 @@ def test_an_adapter_is_merged_into_its_base(tmp_path):
             "eval.judge.response_part=middle",
         ),
         ("harmbench_cls", ["hub_id={folder}", "sharpness=1"], "sharpness"),
+        ("beaver_dam", ["hub_id={folder}", "threshold=-0.01"], "eval.judge.threshold=-0.01"),
+        ("beaver_dam", ["hub_id={folder}", "batch_size=1.5"], "eval.judge.batch_size=1.5"),
+        ("harmbench_cls", ["hub_id={folder}", "answers.no=1.5"], "answers={'no': 1.5, 'yes': 1.0}"),
+        ("harmbench_cls", ["hub_id={folder}", "answers.no=-0.5"], "answers={'no': -0.5, 'yes': 1.0}"),
     ],
 )
 def test_a_judge_that_cannot_run_is_refused_at_once(tmp_path, name, overrides, said):
@@ -243,6 +247,12 @@ def test_a_judge_that_cannot_run_is_refused_at_once(tmp_path, name, overrides, s
     with pytest.raises(UserError) as error:
         config.instantiate(cfg)
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("answers", [{}, {"yes": 1.0}, {"yes": 2.0}])
+def test_one_answer_is_no_verdict(tmp_path, answers):
+    with pytest.raises(UserError, match="of my_judge must give two tokens or more"):
+        model_judges.TokenJudge("my_judge", str(tmp_path), answers)
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):
@@ -316,6 +326,55 @@ def test_verdicts_are_never_mixed(tmp_path):
     with pytest.raises(UserError, match="other settings"):
         judge_answers(other, ANSWERS[:10], path)
     assert len(judge_answers(Counting(), ANSWERS[5:10], path)) == len(read_jsonl(path)) == 5  # about other answers
+
+
+@pytest.mark.parametrize("changed", ["prompt", "response"])
+@pytest.mark.parametrize("n", [9, 10, 11])
+def test_an_answer_that_changed_under_its_id_is_judged_again(tmp_path, changed, n):
+    """Whether fewer, as many or more answers are given than were judged; what is the same throughout is kept."""
+    path = tmp_path / "judge" / "of" / "set@3-e.jsonl"
+    judge_answers(Counting(), ANSWERS[:10], path)
+    same = Counting()
+    judge_answers(same, ANSWERS[:n], path)
+    assert same.asked == [a["prompt"] for a in (ANSWERS[10:n] if n >= 10 else ANSWERS[:n])]
+    other = [{**ANSWERS[0], changed: "marble 7"}, *ANSWERS[1:n]]
+    again = Counting()
+    found = judge_answers(again, other, path)
+    assert again.asked == [a["prompt"] for a in other] and found == read_jsonl(path)
+    assert [row["verdict"] for row in found] == ["harmful" if "7" in a["prompt"] else "other" for a in other]
+
+
+def test_a_verdict_of_before_answers_were_recorded_is_known_by_its_id(tmp_path):
+    path = tmp_path / "set@3-e.jsonl"
+    old = {"verdict": "other", "score": 0.5, "evidence": "", "judge": "counting", "settings": "s1"}
+    append_jsonl(path, [{"id": a["id"], **old} for a in ANSWERS[:4]])
+    judge = Counting()
+    judge_answers(judge, ANSWERS[:6], path)
+    assert judge.asked == ["prompt 4", "prompt 5"]
+    append_jsonl(tmp_path / "other.jsonl", [{"id": "b0", **old}])
+    judge_answers(judge, ANSWERS[:1], tmp_path / "other.jsonl")
+    assert judge.asked[2:] == ["prompt 0"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_judge_is_loaded_in_the_dtype_it_is_asked_for(judges, dtype):
+    for name in ("beaver_dam", "llama_guard"):
+        judge = config.instantiate(later.configure(name, [f"hub_id={judges[name][0].hub_id}", f"dtype={dtype}"]))
+        assert judge._loaded[0].dtype == getattr(torch, dtype)
+
+
+def test_llama_guard_is_asked_for_the_assistants_turn(judges):
+    """A template that opens the turn only where it is told to, as Llama Guard's own does."""
+    judge, _, _ = judges["llama_guard"]
+    words = judge._loaded[1]
+    usual, words.chat_template = (
+        words.chat_template,
+        TURNS.replace("<turn> assistant", "{% if add_generation_prompt %}<turn> verdict{% endif %}"),
+    )
+    try:
+        assert judge.text("lift", "fold").rstrip().endswith("<turn> verdict")
+    finally:
+        words.chat_template = usual
 
 
 def test_rows_of_a_model_hold_hs_hs_plus_and_the_mean_score():

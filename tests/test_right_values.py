@@ -1,5 +1,6 @@
 """Values that a result hangs on and that a bug could change unnoticed, each worked out by hand."""
 
+import json
 import math
 import random
 from types import SimpleNamespace
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import LlamaForCausalLM
 
@@ -25,6 +27,7 @@ from cwac.evaluation import drift, evaluate
 from cwac.evaluation.losses import aligned_loss, label_loss
 from cwac.methods.bea import BEA, by_category
 from cwac.models import fit as models_fit
+from cwac.models.layers import linears
 from experiments import align
 from tests.conftest import make_llama, random_rows
 from tests.helpers.hub import sentences
@@ -50,6 +53,38 @@ def test_activation_drift_is_the_distance_over_the_aligned_models_norm():
     assert torch.tensor(found).flatten().tolist() == pytest.approx([0.5] * 5 * len(found[0]), rel=1e-5)
     same = drift.activation_drift(silenced(), silenced(), rows)
     assert torch.tensor(same).abs().max() == 0
+
+
+def test_the_change_of_a_matrix_is_measured_against_its_own_norm():
+    """Matrices that grew by an eighth, two eighths, ... have changed by that share of themselves."""
+    model, aligned, shares = make_llama(), make_llama(), {}
+    with torch.no_grad():
+        for i, (name, module) in enumerate(linears(model, "all").items()):
+            shares[name] = i / 8
+            module.weight.mul_(1 + shares[name])
+    changes = drift.weight_changes(model, aligned)
+    assert {name: change.share for name, change in changes.items()} == pytest.approx(shares, rel=1e-6)
+    for name, module in linears(aligned, "all").items():
+        assert changes[name].norm == pytest.approx(shares[name] * float(module.weight.detach().norm()), rel=1e-6)
+        assert torch.allclose(changes[name].delta, shares[name] * module.weight, atol=1e-6)
+
+
+def test_what_moved_outside_of_the_blocks_matrices_is_named_and_nothing_else():
+    """A norm, the embedding, and an adapter on the head; adapters on the blocks' own matrices are not outside."""
+    aligned, model = make_llama(), make_llama()
+    assert drift.moved_elsewhere(model, aligned) == []
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.add_(1)
+        assert drift.moved_elsewhere(model, aligned) == []
+        model.model.norm.weight.add_(1)
+        model.model.embed_tokens.weight.mul_(2)
+    assert drift.moved_elsewhere(model, aligned) == ["model.embed_tokens.weight", "model.norm.weight"]
+    adapted = get_peft_model(make_llama(), LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    assert drift.moved_elsewhere(adapted, aligned) == []
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.ones_(parameter)
+    assert drift.moved_elsewhere(adapted, aligned) == ["base_model.model.lm_head"]
 
 
 class Planted(torch.nn.Module):
@@ -92,6 +127,18 @@ def test_the_loss_is_the_models_own_whether_rows_share_an_opening_or_not(attenti
     assert label_loss(model, rows[-1:]) is None
 
 
+@pytest.mark.parametrize("window", [None, 4])
+def test_the_loss_of_padded_rows_is_the_models_own(window):
+    """A sliding window that is shorter than the rows keeps them from being packed, so that they are padded."""
+    model = make_llama()
+    model.config.sliding_window = window
+    opening, own = [5, 9, 5, 7], [[4, 8, 9], [3, 3, 4, 8, 9, 10, 11], [50, 51, 52, 53, 54]]
+    rows = [{"input_ids": opening + ids, "labels": [-100] * 5 + ids[1:]} for ids in own]
+    losses = [float(model(**{k: torch.tensor([v]) for k, v in row.items()}).loss.detach()) for row in rows]
+    expected = sum(loss * n for loss, n in zip(losses, (2, 6, 4), strict=True)) / 12
+    assert label_loss(model, rows) == pytest.approx(expected, rel=1e-5)
+
+
 def test_the_aligned_models_loss_is_shared_to_the_last_digit_and_by_the_same_rows_alone(tmp_path):
     model, rows, runs = make_llama(), random_rows(5), []
     model.register_forward_pre_hook(lambda *_: runs.append(1))
@@ -131,6 +178,40 @@ def test_weight_change_is_the_median_over_matrices(monkeypatch, tmp_path):
     assert values["weight_change"] == 0.3
     assert [changes is formed for changes in given] == [True, True]  # on anchors and on held-out prompts
     assert values["activation_drift"] == pytest.approx(0.5)
+    part = {"weight": leaks, "activation": [[0.2, 0.4], [0.6, 0.8]]}
+    assert json.loads((tmp_path / "drift.json").read_text()) == {"anchors": part, "heldout": part}
+
+
+@pytest.mark.parametrize(
+    "closed, moved, leak, kept, said",
+    [
+        (True, [], 0.05, True, []),
+        (True, ["model.norm.weight"], 0.05, False, ["claims to be closed, but model.norm.weight changed outside"]),
+        (False, ["model.norm.weight"], 0.05, True, []),
+        (False, [], 0.2, False, ["does not hold on anchors: 0.q leaks 0.2000, its bound is 0.1000"]),
+    ],
+)
+def test_a_guard_is_kept_where_every_matrix_keeps_its_bound_and_nothing_else_moved(
+    closed, moved, leak, kept, said, monkeypatch, tmp_path, caplog
+):
+    """One matrix under the constraint, whose leak may be 0.1; the leak is planted, as is what moved outside."""
+    leaks = {"0.q": {"leak": leak, "change": 0.3, "bound": 0.1}, "0.k": {"leak": 0.0, "change": 0.0}}
+    others = {"0.q": {**leaks["0.q"], "leak": 0.0}, "0.k": leaks["0.k"]}
+    monkeypatch.setattr(evaluate, "weight_changes", lambda *_: {})
+    found = iter([leaks, others])
+    monkeypatch.setattr(evaluate, "weight_leak", lambda *_: next(found))
+    monkeypatch.setattr(evaluate, "activation_drift", lambda *_: [[0.0]])
+    monkeypatch.setattr(evaluate, "moved_elsewhere", lambda *_: moved)
+    evaluator = evaluate.Evaluator.__new__(evaluate.Evaluator)
+    evaluator.model, written = None, []
+    evaluator.method = SimpleNamespace(protected=lambda: {"0.q": torch.eye(2)}, is_closed=lambda: closed)
+    evaluator.run = SimpleNamespace(dir=tmp_path, add_rows=written.extend)
+    prompts = [{"input_ids": [1, 2, 3], "prompt": 2}]
+    assert evaluator.drift(None, prompts, prompts, 7, 1.5) is kept
+    assert len(caplog.messages) == len(said) and all(s in m for s, m in zip(said, caplog.messages, strict=True))
+    excess = {r["set"]: r["value"] for r in written if r["metric"] == "weight_leak_excess"}
+    assert excess == {"anchors": pytest.approx(leak - 0.1), "heldout": pytest.approx(-0.1)}
+    assert all((r["step"], r["epoch"], r["final"], r["n"], r["eval"]) == (7, 1.5, True, 1, None) for r in written)
 
 
 # ---------------------------------------------------------------- the ranking of latents

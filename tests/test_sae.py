@@ -490,6 +490,26 @@ def test_the_unchanged_model_has_no_loss(model, fitted, gate, units):
     assert drift["relative_feature_drift"] < 1e-6 and drift["dropped_share"] == 0 and drift["residual_drift"] < 1e-5
 
 
+@pytest.mark.parametrize("gate", GATES)
+def test_a_target_that_was_saved_is_the_same_target_under_any_gate(model, fitted, moved, gate, tmp_path):
+    rows, latents = some_rows(5, seed=3), [5, 17, 80, 99, 200]
+    built = SafetyTarget.build(model, fitted[0], latents, rows, gate, "prompt", "relative")
+    SafetyTarget.build(model, fitted[0], latents, rows, "topk", "prompt").save(tmp_path)
+    loaded = SafetyTarget.load(tmp_path, fitted[0], latents, gate, "relative")
+    assert len(loaded) == 5 and [p.ids for p in loaded.prompts] == [row["input_ids"] for row in rows]
+    assert loaded.loss(moved, range(5)).item() == pytest.approx(built.loss(moved, range(5)).item(), rel=1e-6)
+    assert loaded.drift(moved) == pytest.approx(built.drift(moved), rel=1e-6)
+
+
+def test_a_stand_in_costs_what_a_target_of_its_sizes_would(model, fitted):
+    """Three prompts of seven tokens, of which four are alike; every layer of the autoencoder is read."""
+    target = SafetyTarget.stand_in(fitted[0], 9, 3, 7, "tau", shared=4)
+    assert [p.ids for p in target.prompts] == [[0, 0, 0, 0, i, i, i] for i in (1, 2, 3)]
+    assert all(p.positions == [6] and p.z.shape == p.active.shape == p.pre.shape == (1, 9) for p in target.prompts)
+    assert target.used == fitted[0].readable and len(target.latents) == 9
+    assert torch.isfinite(target.loss(model, [0, 2]))
+
+
 def test_l_safety_is_the_formula(model, fitted, moved):
     sae, rows = fitted[0], some_rows(6, seed=3)
     latents = [5, 17, 80, 99, 200]

@@ -133,20 +133,21 @@ def test_the_names_of_a_class(answer, strict, lenient, off):
 
 
 @pytest.mark.parametrize(
-    ("answer", "strict", "lenient"),
+    ("answer", "strict", "lenient", "off"),
     [
-        ("so 3 * 6 = 18. The final answer is: 18", True, True),
-        ("The final answer is:  $1,8", True, True),
-        ("The final answer is: about 18, not 20", False, True),
-        ("The final answer is: 18.0 of 20", True, True),
-        ("18 or 20", False, False),
-        ("then the final answer is 15 + 3 = 18\nThe final answer is: 18", True, True),
-        ("The final answer is: 20, not 18", False, False),
+        ("so 3 * 6 = 18. The final answer is: 18", True, True, False),
+        ("The final answer is:  $1,8", True, True, False),
+        ("The final answer is: about 18, not 20", False, True, True),
+        ("The final answer is: 18.0 of 20", True, True, False),
+        ("18 or 20", False, False, True),
+        ("then the final answer is 15 + 3 = 18\nThe final answer is: 18", True, True, False),
+        ("The final answer is: 20, not 18", False, False, False),
+        ("The final answer is unknown, perhaps 18", False, True, True),
     ],
 )
-def test_number_after_the_mark(answer, strict, lenient):
+def test_number_after_the_mark(answer, strict, lenient, off):
     score = score_number(answer, "18")
-    assert (score.strict, score.lenient) == (strict, lenient)
+    assert (score.strict, score.lenient, score.off_format) == (strict, lenient, off)
 
 
 @pytest.mark.parametrize(
