@@ -339,8 +339,8 @@ def course(page: Path, name: str) -> str:
     header = ["model", "method", "seed", "step", *(f"{metric}, %" for metric in metrics), "n"]
     table_ = compact(tables.markdown(header, lines, width=10_000))
     return f"{table_}\n\n" + wrapped(
-        "Step 0 is the aligned model. In brackets the exact 95 % interval over a run's prompts, none over seeds; n are "
-        f"the numbers of prompts of {', '.join(metrics)}. From `results/{name}`."
+        "Step 0 is the aligned model. In brackets the exact 95 % interval over a run's prompts, none over seeds. The "
+        f"last column has the numbers of prompts of {', '.join(metrics)}. From `results/{name}`."
     )
 
 
