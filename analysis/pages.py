@@ -328,6 +328,26 @@ def overview(page: Path, name: str) -> str:
     return "\n\n".join([*parts, f"`results/{name}`: {len(collection.runs)} runs, seeds {seeds}."])
 
 
+def course(page: Path, name: str) -> str:
+    """Every run of a small campaign at each step that was evaluated, with exact intervals over its own prompts."""
+    metrics, rows = ("FA", "HS", "other"), pooled(read_exported(RESULTS / name).rows)
+    rows, lines = rows[rows["metric"].isin(metrics)], []
+    for (model, method, seed, step), part in rows.groupby(["model", "method", "seed", "step"], sort=False):
+        found = [cell(part, metric) for metric in metrics]
+        shares = []
+        for row in found:
+            low, high = stats.exact(row["value"], row["n"])
+            shares.append(f"{row['value']:.1f} [{low:.1f}, {high:.1f}]")
+        line = [headline.named(model), paper.method_label(method), f"{seed:g}", f"{step:g}", *shares]
+        lines.append([*line, " / ".join(f"{row['n']:g}" for row in found)])
+    header = ["model", "method", "seed", "step", *(f"{metric}, %" for metric in metrics), "n"]
+    table_ = compact(tables.markdown(header, lines, width=10_000))
+    return f"{table_}\n\n" + wrapped(
+        "Step 0 is the aligned model. In brackets the exact 95 % interval over a run's prompts, none over seeds. The "
+        f"last column has the numbers of prompts of {', '.join(metrics)}. From `results/{name}`."
+    )
+
+
 def picture(page: Path, name: str) -> str:
     """A picture of an exported campaign, copied beside the pages so that the site holds it."""
     path = RESULTS / name
@@ -440,6 +460,7 @@ MAKERS: dict[str, Callable[..., str]] = {
     "held": held,
     "bench": bench,
     "overview": overview,
+    "course": course,
     "picture": picture,
     "beside_paper": beside_paper,
     "steps": steps,

@@ -70,6 +70,7 @@ MODELS = {
     "mistral": "Mistral-7B",
     "gemma2": "Gemma-2-9B",
     "smollm2": "SmolLM2-135M",
+    "qwen_coder_05b": "Qwen2.5-Coder-0.5B",
     "tiny": "embedded model",
 }
 TASKS = {"sst2": "SST-2", "agnews": "AG News", "gsm8k": "GSM8K", "pubmedqa": "PubMedQA", "alpaca": "AlpacaEval"}

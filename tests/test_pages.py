@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -154,6 +155,30 @@ def test_steps_shows_the_last_of_them_at_each_ratio(monkeypatch):
     assert [c.strip() for c in lines[2].split("|")[1:-1]] == ["SFT", "-", "50.0 ± 4.0", "99.0 ± 4.0"]
     assert [c.strip() for c in lines[3].split("|")[1:-1]][1:] == ["0.99", "2.0 ± 4.0", "not measured"]
     assert "HS after 60 steps." in lines[-1]
+
+
+def test_a_course_shows_each_evaluation_with_an_interval_over_its_prompts(monkeypatch):
+    """Harmful requests of two sets are pooled by their numbers; a fresh binomial interval, not one of means."""
+    values = {("FA", "sst2"): (50.0, 60), ("HS", "a"): (100.0, 10), ("HS", "b"): (0.0, 30)}
+    values |= {("other", "a"): (0.0, 10), ("other", "b"): (100.0, 30)}
+    same = {
+        "run_id": "r",
+        "model": "smollm2",
+        "method": "cwac",
+        "seed": 0,
+        "judge": "j",
+        "eval": "e",
+        "stderr": math.nan,
+    }
+    rows = pd.DataFrame([
+        {**same, "epoch": step / 32, "step": step, "final": step == 32, "metric": m, "set": s, "value": v, "n": n}
+        for step in (0, 32)
+        for (m, s), (v, n) in values.items()
+    ])  # fmt: skip
+    monkeypatch.setattr(pages, "read_exported", lambda folder: SimpleNamespace(rows=rows))
+    lines = [[c.strip() for c in line.split("|")[1:-1]] for line in pages.course(README, "two").splitlines()[:4]]
+    assert lines[2][:4] == ["SmolLM2-135M", "CWAC", "0", "0"] and lines[3][3] == "32"
+    assert lines[3][4:] == ["50.0 [36.8, 63.2]", "25.0 [12.7, 41.2]", "75.0 [58.8, 87.3]", "60 / 40 / 40"]
 
 
 # --- what a campaign comes to -------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections import Counter
 from math import isnan
 from types import SimpleNamespace
 
@@ -20,12 +21,14 @@ from transformers import (
 
 from cwac.constraints import anchors
 from cwac.constraints.activation import general_rows, sae_config, sae_prompts
+from cwac.constraints.sae import ranking
 from cwac.constraints.sae.autoencoder import RoutedSAE, largest
 from cwac.constraints.sae.fit import (
     SAEConfig,
     TokenBuffer,
     auxiliary_loss,
     fit_sae,
+    last_usage,
     quality,
     rate,
     renormalises,
@@ -50,10 +53,22 @@ from cwac.core.identity import run_id
 from cwac.data.examples import Example
 from cwac.data.refusals import KeywordJudge
 from cwac.data.web_text import documents, web_rows
+from cwac.models import hooks
 from cwac.models.generate import generate
-from cwac.models.hooks import keep_mask, layers_of, normalize, on_layers, read_at, residuals, shared_prefix
+from cwac.models.hooks import (
+    keep_mask,
+    layers_of,
+    logits_at,
+    normalize,
+    on_layers,
+    packs,
+    read_at,
+    residuals,
+    shared_prefix,
+)
 from cwac.models.layers import decoder_layers
 from cwac.models.packing import takes_any_mask, together
+from cwac.training.context import open_context
 
 SIZE = {
     "vocab_size": 97,
@@ -451,6 +466,17 @@ def test_a_collapsed_router_falls_back_and_says_so(model, monkeypatch, usage, fa
     assert ("router_fallback" in sae.info) == (router == "uniform")
 
 
+def test_which_layer_last_tokens_are_read_at(model):
+    """The model is asked only where a router chooses."""
+    rows = some_rows(30)
+    assert last_usage(None, random_sae(layers=(0, 1, 2), router="uniform"), rows).tolist() == [0, 1, 0]
+    assert last_usage(None, random_sae(layers=(0, 1, 2), router="layer:2"), rows).tolist() == [0, 0, 1]
+    sae = random_sae(d=32, layers=(0, 1, 2), router="hard")
+    places = last_latents(model, sae, rows)[1]
+    assert torch.allclose(last_usage(model, sae, rows), torch.bincount(places, minlength=3) / 30)
+    assert len(places.unique()) > 1
+
+
 def test_save_and_load(model, fitted, tmp_path):
     sae, _ = fitted
     sae.save(tmp_path)
@@ -729,6 +755,122 @@ def test_attribution_is_the_first_order_effect_of_removing_a_latent(model, fitte
 
         effect += (margin(0.02) - margin(-0.02)) / 0.04 / len(rows)
     assert attribution(model, sae, rows, [5, 6], [7, 8])[latent].item() == pytest.approx(effect, rel=2e-2, abs=1e-5)
+
+
+def alone(model, sae, row, refusal=None, compliance=None):
+    """What ranking reads of one prompt, in a plain pass of its own: z, u, its first token, each latent's attribution.
+
+    The gradient of the margin is taken at all tokens of all layers, with all logits.
+    """
+    seen = {}
+
+    def record(layer, hidden):
+        seen[layer] = hidden if seen else hidden.detach().requires_grad_()
+        return seen[layer]
+
+    with on_layers(model, sae.layers, record):
+        logits = model(input_ids=torch.tensor([row["input_ids"]]), use_cache=False).logits[0, -1]
+    hidden = [seen[layer] for layer in sae.layers]
+    x, _, std = sae.normalize(torch.stack([h.detach()[0, -1] for h in hidden]))
+    weights = sae.read_weights(x)
+    u = sae.mix(x, weights)
+    z, effect = sae.dense(u), None
+    if refusal is not None:
+        margin = logits[list(refusal)].logsumexp(0) - logits[list(compliance)].logsumexp(0)
+        slope = torch.stack([g[0, -1] for g in torch.autograd.grad(margin, hidden)])
+        effect = z * sae.on_decoder(sae.mix(std * slope, weights))
+    return z, u, int(logits.argmax()), effect
+
+
+def ranking_of_prompts_alone(monkeypatch, model, sae, harmful, benign, **more):
+    """`rank_latents` with every prompt read in a pass of its own."""
+
+    def latents(model, sae, rows, openers=None):
+        read = [alone(model, sae, row) for row in rows]
+        if openers is not None:  # longest first: of openers that are as frequent, those seen first count
+            order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
+            openers.update(read[i][2] for i in order)
+        places = torch.full((len(rows),), sae.fixed)
+        return torch.stack([z for z, *_ in read]), places, torch.stack([u for _, u, *_ in read])
+
+    def effects(model, sae, rows, refusal, compliance):
+        return torch.stack([alone(model, sae, row, refusal, compliance)[3] for row in rows]).mean(0)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ranking, "last_latents", latents)
+        patched.setattr(ranking, "attribution", effects)
+        return rank_latents(model, sae, harmful, benign, **more)
+
+
+def same_table(table, plain):
+    assert table["latent"].tolist() == plain["latent"].tolist()
+    assert table["eligible"].tolist() == plain["eligible"].tolist()
+    for column in table.columns:
+        assert table[column].to_numpy() == pytest.approx(plain[column].to_numpy(), rel=1e-3, abs=1e-5, nan_ok=True)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("method", ["contrast", "contrast+attribution"])
+def test_the_ranking_is_that_of_prompts_read_alone(monkeypatch, method, attention):
+    """Packed prompts, and logits of their last tokens alone, give what a plain pass over each prompt gives."""
+    model = LlamaForCausalLM._from_config(llama(seed=4).config, attn_implementation=attention)
+    model.load_state_dict(llama(seed=4).state_dict())
+    sae = random_sae(d=32, m=128, k=6, layers=(0, 1, 2), router="layer:1").requires_grad_(False)
+    harmful, benign = some_rows(60, seed=6), some_rows(50, seed=7)
+    for rows in (harmful, benign):  # the opening of a template, prompts that open others, and prompts twice
+        rows[:] = [{"input_ids": [1, 9, 8, 7, *row["input_ids"]]} for row in rows]
+        rows += [{"input_ids": row["input_ids"][:-2]} for row in rows[:5]] + rows[:5]
+    openers = None if method == "contrast" else ({5: 0.6, 6: 0.4}, {7: 0.5, 8: 0.5})
+    given = {"n": 30, "method": method, "openers": openers, "general_rows": some_rows(40, seed=8)}
+    plain = ranking_of_prompts_alone(monkeypatch, model, sae, harmful, benign, **given)
+    table = rank_latents(model, sae, harmful, benign, **given)
+    same_table(table, plain)
+    assert table["eligible"].any() and not table["eligible"].all()
+
+
+def test_the_ranking_of_the_embedded_model_is_that_of_prompts_read_alone(monkeypatch, artifacts):
+    """Its refusals and its answers open with words of their own, which are measured on the way."""
+    context = open_context(compose(["method=cwac", f"paths.artifacts={artifacts}"]))
+    model, pools = context.loaded.model, context.pools
+    harmful, benign = (anchors.encode_prompts(context, pool[:60]) for pool in (pools.sae, pools.benign))
+    sae = random_sae(d=128, m=512, k=16, layers=(0, 1, 2), router="layer:1").requires_grad_(False)
+    plain = ranking_of_prompts_alone(monkeypatch, model, sae, harmful, benign, n=40)
+    table = rank_latents(model, sae, harmful, benign, n=40)
+    same_table(table, plain)
+    assert table["eligible"].sum() > 3 and table["attribution"].notna().all()
+
+
+@pytest.mark.parametrize("rows", [[[1, 5, 6], [1, 5, 6, 7], [1, 5, 6, 7, 8]], [[1, 5, 6]] * 3, [[1, 5, 6]]])
+def test_a_prompt_that_opens_another_has_an_attribution_of_its_own(model, fitted, rows):
+    """The last token of the first is read by the others, whose margins its gradient must not hold."""
+    sae, rows = fitted[0], [{"input_ids": ids} for ids in rows]
+    each = [alone(model, sae, row, [5, 6], [7, 8])[3] for row in rows]
+    assert torch.allclose(attribution(model, sae, rows, [5, 6], [7, 8]), torch.stack(each).mean(0), atol=1e-5)
+
+
+def test_ranking_computes_logits_of_last_tokens_alone(model, fitted):
+    """A model with a large vocabulary spends gigabytes on the others."""
+    read = []
+    handle = model.lm_head.register_forward_hook(lambda _module, given, _out: read.append(given[0].shape[1]))
+    rows = [{"input_ids": [1, 5, 6, 7, 8, i, i + 1]} for i in range(10, 60)]
+    rank_latents(model, fitted[0], rows, rows[:20], n=5, openers=({5: 1.0}, {6: 1.0}))
+    assert sum(read) == 50  # of the attribution
+    last_latents(model, fitted[0], rows, counted := Counter())
+    handle.remove()
+    assert sum(read) == 100 and counted.total() == 50
+
+
+def test_logits_of_some_tokens_are_those_of_a_model_that_cannot_be_asked_for_them(model, monkeypatch):
+    rows = some_rows(9, seed=2)
+    (_, inputs, last), *_ = packs(model, rows)
+    asked = logits_at(model, inputs, last)
+    monkeypatch.setattr(hooks, "picks_logits", lambda _: False)
+    assert torch.allclose(asked, logits_at(model, inputs, last), atol=1e-5)
+    padded = copy.deepcopy(model)
+    padded.config._attn_implementation = "flash_attention_2"  # takes no mask but that of padding
+    (_, inputs, last), *_ = packs(padded, rows)
+    monkeypatch.undo()
+    assert inputs["input_ids"].shape[0] == 9 and torch.allclose(asked, logits_at(model, inputs, last), atol=1e-5)
 
 
 def test_ranking_refuses_bad_input(model, fitted):

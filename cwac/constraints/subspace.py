@@ -77,6 +77,7 @@ def capture(
     visit,
     batch_size: int = 16,
     answers_only: bool = False,
+    description: str | None = None,
 ) -> None:
     """Run `rows` through the model and call visit(name, x, first) with the inputs of each module.
 
@@ -84,6 +85,7 @@ def capture(
     tokens. Padding is dropped. A token that n rows of a batch share (`cwac.models.packing`) is passed once, multiplied
     by sqrt(n), so that sums of squares and of products are the same as if it were passed for each row.
     answers_only: pass only the tokens after a row's prompt, of which `row["prompt"]` is the length in tokens.
+    description: the progress bar's label; None shows no bar.
     """
     first = later = None  # `Counted` tokens of the batch that runs at the moment
 
@@ -94,7 +96,8 @@ def capture(
     target = next(model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
     unread = unread_logits(model)
-    with torch.no_grad(), evaluating(model), on_inputs(modules, record):
+    bar = tqdm(total=len(rows), desc=description, unit="row", disable=description is None)
+    with torch.no_grad(), evaluating(model), on_inputs(modules, record), bar:
         for start in range(0, len(order), batch_size):
             chosen = [rows[i] for i in order[start : start + batch_size]]
             inputs, places = together(model, [row["input_ids"] for row in chosen])
@@ -103,6 +106,7 @@ def capture(
                 places = places.masked_fill(torch.arange(places.shape[1]) < lengths, -1)
             first, later = Counted(places[:, :1], target), Counted(places[:, 1:], target)
             model(**{key: value.to(target) for key, value in inputs.items()}, use_cache=False, **unread)
+            bar.update(len(chosen))
 
 
 def share_outside(x: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
@@ -169,7 +173,7 @@ def fit_subspace(
         moments[name].add(x.double() if exact else x.float())
         first[name].append(x0.double())
 
-    capture(model, rows, sources, visit, batch_size)
+    capture(model, rows, sources, visit, batch_size, description="anchors" if progress else None)
     wanted = partial(rank_for, energy=energy)
     bases = {}
     for name in tqdm(sources, desc="subspace", unit="input", disable=not progress):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cwac.core.errors import UserError
 from cwac.data.tokenize import Collator
-from cwac.models.layers import decoder_layers
+from cwac.models.layers import decoder_layers, picks_logits
 from cwac.models.packing import common_opening, together
 
 Row = dict[str, Any]
@@ -209,14 +209,49 @@ def bos_ids(model: nn.Module) -> list[int]:
     return [] if bos is None else list(bos) if isinstance(bos, (list, tuple)) else [bos]
 
 
-def batches(rows: Sequence[Row], device: torch.device, tokens: int = 4096) -> Iterator[tuple[list[int], dict]]:
-    """(row numbers, right-padded batch) of at most `tokens` padded tokens, longest rows first."""
+def by_length(rows: Sequence[Row], tokens: int) -> Iterator[list[int]]:
+    """Row numbers for one batch after another of at most `tokens` padded tokens, longest rows first."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
     while order:
         size = max(1, tokens // len(rows[order[0]]["input_ids"]))
         chosen, order = order[:size], order[size:]
+        yield chosen
+
+
+def batches(rows: Sequence[Row], device: torch.device, tokens: int = 4096) -> Iterator[tuple[list[int], dict]]:
+    """(row numbers, right-padded batch) of at most `tokens` padded tokens, longest rows first."""
+    for chosen in by_length(rows, tokens):
         batch = Collator(0)([{"input_ids": rows[i]["input_ids"]} for i in chosen])  # id 0 is masked everywhere
         yield chosen, {k: v.to(device) for k, v in batch.items() if k != "labels"}
+
+
+def packs(
+    model: nn.Module, rows: Sequence[Row], tokens: int = 1024
+) -> Iterator[tuple[list[int], dict[str, Tensor], Tensor]]:
+    """(row numbers, the model's inputs, where each row's last token is [B]) of at most `tokens` tokens, longest first.
+
+    What the rows of a pack open with is read once (`cwac.models.packing`), and each row's last token is its own. Where
+    it is counts in outputs [.., T, d] flattened to [-1, d].
+    """
+    device = device_of(model)
+    for chosen in by_length(rows, tokens):
+        ids = [rows[i]["input_ids"] for i in chosen]
+        inputs, places = together(model, ids, own_last=True)
+        last = places[torch.arange(len(ids)), torch.tensor([len(row) - 1 for row in ids])]
+        yield chosen, {k: v.to(device) for k, v in inputs.items()}, last.to(device)
+
+
+def logits_at(model: nn.Module, inputs: Mapping[str, Tensor], places: Tensor) -> Tensor:
+    """Logits [B, V] at some tokens of a forward pass, with their graph; places [B] count as those of `packs`.
+
+    Where the model can be asked for some columns alone, no others are computed: a small model's head is a quarter of
+    its work, and the logits of a few thousand tokens are gigabytes.
+    """
+    row, column = places // inputs["input_ids"].shape[1], places % inputs["input_ids"].shape[1]
+    if not picks_logits(model):
+        return model(**inputs, use_cache=False).logits[row, column]
+    columns, at = column.unique(return_inverse=True)
+    return model(**inputs, use_cache=False, logits_to_keep=columns).logits[row, at]
 
 
 def device_of(model: nn.Module) -> torch.device:

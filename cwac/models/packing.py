@@ -17,14 +17,18 @@ LONGEST = 2048
 """Tokens of a packed row; attention within it costs their square."""
 
 
-def together(model: nn.Module, rows: Sequence[list[int]]) -> tuple[dict[str, Tensor], Tensor]:
+def together(model: nn.Module, rows: Sequence[list[int]], own_last: bool = False) -> tuple[dict[str, Tensor], Tensor]:
     """Inputs of the model for all `rows` (token ids), and where each token's outputs are.
+
+    own_last: the last token of a row is not shared, so that no other row's outputs depend on it.
 
     Places: [B, longest row], indices into the outputs [.., T, d] flattened to [-1, d]; -1 beyond a row's end. The rows
     are padded, one below the other, where the model's attention takes no such mask or there is nothing to share.
     """
     longest = max(map(len, rows))
     opening = common_opening(rows)
+    if own_last:
+        opening = min(opening, min(map(len, rows)) - 1)
     tokens = opening + sum(len(row) - opening for row in rows)
     places = torch.full((len(rows), longest), -1)
     if not takes_any_mask(model, longest) or tokens > min(LONGEST, len(rows) * longest - 1):

@@ -28,9 +28,9 @@ from cwac.models.hooks import (
     bos_ids,
     device_of,
     keep_mask,
-    last_tokens,
     layers_of,
     normalize,
+    packs,
     residuals,
     shared_prefix,
 )
@@ -436,13 +436,16 @@ def warn_of_repeats(rows: Sequence[Row], part: float, label: str, cfg: SAEConfig
 
 @torch.no_grad()
 def last_usage(model: nn.Module, sae: RoutedSAE | PretrainedSAE, rows: Sequence[Row]) -> Tensor:
-    """Share of the rows' last tokens read at each layer, [L_r], on the CPU."""
+    """Share of the rows' last tokens read at each layer, [L_r], on the CPU; only a router that chooses has to run."""
+    if isinstance(sae, PretrainedSAE) or sae.router is None:
+        used = torch.zeros(len(sae.layers)).index_fill(0, torch.tensor(sae.readable), 1.0)
+        return used / used.sum()
     used = torch.zeros(len(sae.layers))
-    with evaluating(model):
-        for _, batch in batches(rows, device_of(model)):
-            r = residuals(model, batch, sae.layers)
-            last = last_tokens(r, batch["attention_mask"])
-            used += _read_at(sae, sae.read(sae.normalize(last)[0])[1], len(last)).cpu()
+    with evaluating(model), tqdm(total=len(rows), desc="routes", unit="prompt") as bar:
+        for chosen, batch, last in packs(model, rows):
+            r = residuals(model, batch, sae.layers).flatten(0, 1)[last]
+            used += _read_at(sae, sae.read(sae.normalize(r)[0])[1], len(last)).cpu()
+            bar.update(len(chosen))
     return used / used.sum()
 
 
@@ -485,23 +488,25 @@ def quality(
         active = full = 0.0
         sizes = itertools.accumulate(len(row["input_ids"]) for row in corpus)
         sample = [row for row, size in zip(corpus, sizes, strict=True) if size <= max_tokens] or corpus[:1]
-        for _, batch in batches(sample, device, tokens_at_once(sae, 2048)):
-            with evaluating(model):
+        bar = tqdm(total=len(sample), desc=f"quality ({label})", unit="row")
+        with evaluating(model), bar:
+            for chosen, batch in batches(sample, device, tokens_at_once(sae, 2048)):
                 r = residuals(model, batch, sae.layers)
-            x = sae.normalize(r)[0]
-            x = x[keep_mask(batch["input_ids"], batch["attention_mask"], r, bos, skip)]
-            u, places = sae.read(x)
-            values, indices = sae.encode(u)
-            fvu[0].add(u, sae.decode(values, indices))
-            # reading every token at every layer costs L_r encodings, so a smaller sample has to do
-            for place in range(n_layers if fvu[1].n * n_layers < max_tokens else 0):
-                fvu[place + 1].add(*sae.at_layer(x, place))
-            fired += torch.bincount(indices[values > 0], minlength=sae.m)
-            used += _read_at(sae, places, len(u)).to(device)
-            count = (values > 0).sum(-1)
-            active += count.sum().item()
-            if isinstance(sae, RoutedSAE):
-                full += (count == sae.k).sum().item()
+                x = sae.normalize(r)[0]
+                x = x[keep_mask(batch["input_ids"], batch["attention_mask"], r, bos, skip)]
+                u, places = sae.read(x)
+                values, indices = sae.encode(u)
+                fvu[0].add(u, sae.decode(values, indices))
+                # reading every token at every layer costs L_r encodings, so a smaller sample has to do
+                for place in range(n_layers if fvu[1].n * n_layers < max_tokens else 0):
+                    fvu[place + 1].add(*sae.at_layer(x, place))
+                fired += torch.bincount(indices[values > 0], minlength=sae.m)
+                used += _read_at(sae, places, len(u)).to(device)
+                count = (values > 0).sum(-1)
+                active += count.sum().item()
+                if isinstance(sae, RoutedSAE):
+                    full += (count == sae.k).sum().item()
+                bar.update(len(chosen))
         n = fvu[0].n
         if not n:
             raise UserError(f"the held-out {label} rows have no token beyond their shared opening: pass longer ones")

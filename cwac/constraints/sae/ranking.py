@@ -28,8 +28,9 @@ from cwac.models.hooks import (
     bos_ids,
     device_of,
     keep_mask,
-    last_tokens,
+    logits_at,
     on_layers,
+    packs,
     residuals,
     shared_prefix,
 )
@@ -42,15 +43,9 @@ DISTINGUISHING_RATIO = 3.0
 """How many times as often a token opens one side as the other, to count as a sign of it (ours)."""
 
 
-@torch.no_grad()
-def measured_openers(model: nn.Module, rows: Sequence[Row], n: int = 8) -> dict[int, float]:
-    """The n most frequent first tokens of the model's own greedy answers to encoded prompts, and their shares."""
-    counts: Counter[int] = Counter()
-    with evaluating(model):
-        for _, batch in batches(rows, device_of(model)):
-            logits = model(**batch, use_cache=False).logits
-            counts.update(last_tokens(logits, batch["attention_mask"]).argmax(-1).tolist())
-    return {token: count / len(rows) for token, count in counts.most_common(n)}
+def most_frequent(openers: Counter[int], n: int = 8) -> dict[int, float]:
+    """The n most frequent of counted first tokens, each with its share of all that were counted."""
+    return {token: count / openers.total() for token, count in openers.most_common(n)}
 
 
 def distinguishing_tokens(
@@ -70,21 +65,36 @@ def distinguishing_tokens(
 
 @torch.no_grad()
 def last_latents(
-    model: nn.Module, sae: RoutedSAE | PretrainedSAE, rows: Sequence[Row]
+    model: nn.Module,
+    sae: RoutedSAE | PretrainedSAE,
+    rows: Sequence[Row],
+    openers: Counter[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Latents z [P, M], the routed layer's place [P] and input u [P, d] at each prompt's last token; on the CPU.
 
     Of several pretrained autoencoders, u is [P, L_r d], and no layer is routed: its place is 0.
+    openers: if given, the same passes go on to the logits, and the first token of each greedy answer is counted in it.
     """
     z, layer = torch.empty(len(rows), sae.m), torch.zeros(len(rows), dtype=torch.long)
     inputs = torch.empty(len(rows), sae.width)
-    with evaluating(model):
-        for chosen, batch in batches(rows, device_of(model)):
-            r = residuals(model, batch, sae.layers)
-            u, routed = sae.read(sae.normalize(last_tokens(r, batch["attention_mask"]))[0])
+    with evaluating(model), tqdm(total=len(rows), desc="latents", unit="prompt") as bar:
+        for chosen, batch, last in packs(model, rows):
+            if openers is None:
+                r = residuals(model, batch, sae.layers).flatten(0, 1)[last]
+            else:
+                seen: dict[int, Tensor] = {}
+
+                def record(layer: int, hidden: Tensor, seen=seen, last=last) -> None:
+                    seen[layer] = hidden.flatten(0, 1)[last]
+
+                with on_layers(model, sae.layers, record):
+                    openers.update(logits_at(model, batch, last).argmax(-1).tolist())
+                r = torch.stack([seen[layer] for layer in sae.layers], dim=1)
+            u, routed = sae.read(sae.normalize(r)[0])
             z[chosen], inputs[chosen] = sae.dense(u).cpu(), u.cpu()
             if routed is not None:
                 layer[chosen] = routed.cpu()
+            bar.update(len(chosen))
     return z, layer, inputs
 
 
@@ -92,14 +102,15 @@ def last_latents(
 def firing_rates(model: nn.Module, sae: RoutedSAE | PretrainedSAE, rows: Sequence[Row]) -> Tensor:
     """Share of kept tokens on which each latent fires, [M]."""
     counts, n, skip = torch.zeros(sae.m), 0, shared_prefix(rows)
-    with evaluating(model):
-        for _, batch in batches(rows, device_of(model), tokens_at_once(sae)):
+    with evaluating(model), tqdm(total=len(rows), desc="firing rates", unit="row") as bar:
+        for chosen, batch in batches(rows, device_of(model), tokens_at_once(sae)):
             r = residuals(model, batch, sae.layers)
             keep = keep_mask(batch["input_ids"], batch["attention_mask"], r, bos_ids(model), skip)
             x = sae.normalize(r[keep])[0]
             values, indices = sae.encode(sae.read(x)[0])
             counts += torch.bincount(indices[values > 0], minlength=sae.m).cpu()
             n += len(x)
+            bar.update(len(chosen))
     if not n:
         raise UserError("no token of the general rows is SAE data, so no latent has a density; enlarge pools.benign")
     return counts / n
@@ -119,8 +130,9 @@ def attribution(
     One backward pass per prompt, no reconstruction is spliced in.
     """
     total = torch.zeros(sae.m)
-    with evaluating(model), torch.enable_grad():
-        for _, batch in batches(rows, device_of(model), 2048):
+    bar = tqdm(total=len(rows), desc="attribution", unit="prompt")
+    with evaluating(model), torch.enable_grad(), bar:
+        for chosen, batch, last in packs(model, rows):
             seen: dict[int, Tensor] = {}
 
             def record(layer: int, hidden: Tensor, seen=seen) -> Tensor:
@@ -129,19 +141,18 @@ def attribution(
                 return seen[layer]
 
             with on_layers(model, sae.layers, record):
-                logits = model(**batch, use_cache=False).logits.float()
-            mask = batch["attention_mask"]
-            final = last_tokens(logits, mask)
+                final = logits_at(model, batch, last).float()
             margin = final[:, list(refusal)].logsumexp(-1) - final[:, list(compliance)].logsumexp(-1)
             hidden = [seen[layer] for layer in sae.layers]
             grads = torch.autograd.grad(margin.sum(), hidden)
             with torch.no_grad():
-                r = torch.stack([last_tokens(h, mask) for h in hidden], dim=1)  # [B, L_r, d]
-                g = torch.stack([last_tokens(h, mask) for h in grads], dim=1).float()
+                r = torch.stack([h.flatten(0, 1)[last] for h in hidden], dim=1)  # [B, L_r, d]
+                g = torch.stack([h.flatten(0, 1)[last] for h in grads], dim=1).float()
                 x, _, std = sae.normalize(r)
                 weights = sae.read_weights(x)
                 z = sae.dense(sae.mix(x, weights))
                 total += (z * sae.on_decoder(sae.mix(std * g, weights))).sum(0).cpu()
+            bar.update(len(chosen))
     return total / len(rows)
 
 
@@ -186,8 +197,9 @@ def rank_latents(
         raise UserError(f"method.activation.n_latents={n}: must lie between 1 and the SAE's {sae.m} latents")
     sae = sae.to(device_of(model))
     generator = torch.Generator().manual_seed(seed)
-    harmful, places, u_harmful = last_latents(model, sae, harmful_rows)
-    benign, _, u_benign = last_latents(model, sae, benign_rows)
+    counted = [Counter() for _ in range(2)] if method == "contrast+attribution" and openers is None else []
+    harmful, places, u_harmful = last_latents(model, sae, harmful_rows, *counted[:1])
+    benign, _, u_benign = last_latents(model, sae, benign_rows, *counted[1:])
     contrast = _contrast(harmful, benign)
     samples = torch.stack([
         _contrast(_resample(harmful, generator), _resample(benign, generator)) for _ in range(bootstraps)
@@ -200,7 +212,7 @@ def rank_latents(
     effect = torch.full((sae.m,), float("nan"))
     if method == "contrast+attribution":
         if openers is None:
-            openers = measured_openers(model, harmful_rows), measured_openers(model, benign_rows)
+            openers = most_frequent(counted[0]), most_frequent(counted[1])
         refusal, compliance = distinguishing_tokens(*openers)
         if not refusal or not compliance:
             raise UserError(

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from cwac.constraints.sae.autoencoder import RoutedSAE
 from cwac.constraints.sae.pretrained import PretrainedSAE
@@ -110,7 +111,7 @@ class SafetyTarget:
         chosen = torch.as_tensor(list(latents), device=sae.w_enc.device)
         prompts = []
         with torch.no_grad(), evaluating(model):
-            for row in prompt_rows:
+            for row in tqdm(prompt_rows, desc="targets", unit="prompt"):
                 ids, where = locate(row, positions)
                 # one prompt at a time: no padding, and nothing depends on what it is batched with
                 r = residuals(model, {"input_ids": torch.tensor([ids], device=device_of(model))}, sae.layers)[0, where]
