@@ -117,8 +117,7 @@ class CWAC(Method):
 
     def _check_cheaply(self, model: nn.Module, context: Context) -> None:
         if self.weight is not None:
-            constrained(model, self.weight)
-            self._refuse_refresh_of_an_adapter(model)
+            self._constrained(model)
         self._check_anchors(model, context)
 
     def _check_anchors(self, model: nn.Module, context: Context) -> None:
@@ -137,12 +136,6 @@ class CWAC(Method):
                 anchor_rows(model, context, pools.sae, 0)
                 harmful, harmless = harmful + len(sae_prompts(model, context, self.activation)), len(pools.benign)
         self._used = {"harmful_prompts": harmful} | ({"harmless_rows": harmless} if harmless else {})
-
-    def _refuse_refresh_of_an_adapter(self, model: nn.Module) -> None:
-        lora = any("lora_" in name for name, _ in model.named_parameters())
-        remedy = "an adapter's W_now V_now is no value to pin, since B moves too: use null with model.lora"
-        refresh = self.weight.refresh_steps
-        check(not (lora and refresh), "weight.refresh_steps", refresh, remedy)
 
     def estimate_memory(self, model: nn.Module, sizes: Sizes) -> MemoryEstimate:
         self._context, estimate = sizes, MemoryEstimate()
@@ -293,7 +286,7 @@ class CWAC(Method):
 
     def _setup_weight(self, model: nn.Module, context: Context) -> None:
         weight = self.weight
-        modules, unconstrained = self._constrained(model)
+        modules, unconstrained = self._constrained(model, warn=False)  # `_check_cheaply` has warned
         bases = anchor_bases(model, context, weight)
         full = [name for name, b in bases.items() if b.rank >= b.dim]
         if len(full) == len(bases):
