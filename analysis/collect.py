@@ -276,7 +276,9 @@ def split(collection: Collection, runs: Path, keys: Sequence[str], cells: Iterab
         found = settings.get(name, {})
         values = {key: text_of(found[key]) for key in keys if key in found}
         shown = [f"{names[key]} {value}" for key, value in values.items() if value != plain.get(key)]
-        shown = [setting for setting in shown if setting not in of.split(SETTING)[1:]]  # a restored run was split before
+        shown = [
+            setting for setting in shown if setting not in of.split(SETTING)[1:]
+        ]  # a restored run was split before
         return of + SETTING * bool(shown) + SETTING.join(shown)
 
     rows = collection.rows

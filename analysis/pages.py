@@ -42,6 +42,14 @@ SHOWN = 7
 BLOCK = re.compile(r"(<!-- made:(?P<name>\S+) -->\n).*?(<!-- /made:(?P=name) -->)", re.S)
 
 
+def there(path: str) -> Path:
+    """A file or folder of `results/`; raises UserError where it is missing."""
+    found = RESULTS / path
+    if not found.exists():
+        raise UserError(f"results/{path} is missing. Remedy: restore it from git, or export its campaign first.")
+    return found
+
+
 @functools.cache
 def view(name: str) -> View:
     """The first view of an exported campaign."""
@@ -51,7 +59,7 @@ def view(name: str) -> View:
 @functools.cache
 def estimates(path: str) -> pd.DataFrame:
     """A table of `results/closed` and its like: means with intervals."""
-    return pd.read_csv(RESULTS / path)
+    return pd.read_csv(there(path))
 
 
 def benchmarked() -> list[dict]:
@@ -296,7 +304,7 @@ def held(page: Path) -> str:
 @functools.cache
 def campaign(name: str) -> Collection:
     """An exported campaign, with what the pages show of it: HS, FA, OR and extra data, before and after training."""
-    found = read_exported(RESULTS / name)
+    found = read_exported(there(name))
     rows = found.rows[found.rows["metric"].isin(headline.MEASURED)]
     rows = rows[rows["final"] | (rows["epoch"] == 0)]
     return replace(found, rows=rows)
@@ -330,7 +338,7 @@ def overview(page: Path, name: str) -> str:
 
 def course(page: Path, name: str) -> str:
     """Every run of a small campaign at each step that was evaluated, with exact intervals over its own prompts."""
-    metrics, rows = ("FA", "HS", "other"), pooled(read_exported(RESULTS / name).rows)
+    metrics, rows = ("FA", "HS", "other"), pooled(read_exported(there(name)).rows)
     rows, lines = rows[rows["metric"].isin(metrics)], []
     for (model, method, seed, step), part in rows.groupby(["model", "method", "seed", "step"], sort=False):
         found = [cell(part, metric) for metric in metrics]
@@ -350,15 +358,13 @@ def course(page: Path, name: str) -> str:
 
 def picture(page: Path, name: str) -> str:
     """A picture of an exported campaign, copied beside the pages so that the site holds it."""
-    path = RESULTS / name
-    if not path.is_file():
-        raise UserError(f"results/{name} is missing.")
+    path = there(name)
     return f"![{path.stem} of {path.parent.name}]({os.path.relpath(path, page.parent)})"
 
 
 def beside_paper(page: Path, name: str) -> str:
     """`tableN.md` of an exported campaign: ours, the paper's and the gap."""
-    folder = RESULTS / name
+    folder = there(name)
     text = next(iter(sorted(folder.glob("table[1-6].md")))).read_text(encoding="utf-8")
     body = text.split("\n", 2)[2] if text.startswith("#") else text
     return re.split(r"\n(?=Percentages|\*\*Missing)", body)[0].strip() + f"\n\nFrom `results/{name}`."
@@ -416,14 +422,14 @@ def sheet(page: Path, path: str) -> str:
 def include(page: Path, spec: str) -> str:
     """`PATH:N`: the N-th Markdown table of a file in `results/`, counted from 1."""
     path, _, number = spec.rpartition(":")
-    text = (RESULTS / path).read_text(encoding="utf-8")
+    text = there(path).read_text(encoding="utf-8")
     found = re.findall(r"(?:^\|.*\n)+", text, re.M)
     return f"{found[int(number) - 1].strip()}\n\nFrom `results/{path}`."
 
 
 def gradients(page: Path) -> str:
     """`results/gradients`: squared norm outside V by energy, median over matrices, mean over seeds."""
-    folder, rows = RESULTS / "gradients", []
+    folder, rows = there("gradients"), []
     files = [*folder.glob("energy-*/gradients.csv"), folder / "gradients.csv"]
     for path in sorted(files, key=energy_of):
         frame = pd.read_csv(path)

@@ -335,3 +335,21 @@ def test_the_readmes_two_commands_run(tmp_path):
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "results" / "local" / "report.html").stat().st_size > 10_000
     assert Path(tmp_path / "results" / "local" / "demo" / "table.md").read_text().count("| SFT") >= 1
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        "include:gone/table.md:1",
+        "picture:gone/a.png",
+        "sheet:gone/a.csv",
+        "overview:gone",
+        "course:gone",
+        "beside_paper:gone",
+    ],
+)
+def test_a_block_of_what_is_not_there_is_one_line(block, tmp_path):
+    page = tmp_path / "page.md"
+    text = f"<!-- made:{block} -->\n<!-- /made:{block} -->\n"
+    with pytest.raises(UserError, match="results/gone(/.*)? is missing. Remedy: restore it from git"):
+        pages.fill(page, text)
