@@ -5,7 +5,7 @@ python -m experiments.answer_length tiny --pools toy --lengths 4 16 --out result
 
 Models are named as for `experiments.measure`. Every model answers the harmful requests of the pools greedily, once a
 limit (`eval.max_new_tokens`), and one judge reads all answers. `lengths.csv` has a row a model, set and limit: HS,
-refusal and other in percent of n; `cut`, the share of answers that the limit ended; `moved`, the share of verdicts
+refusal and other in percent of n; `moved`, the share of verdicts
 that are others at the longest limit, of them `appeared`, harmful there and not here, and `went`, harmful here and
 not there.
 
@@ -36,10 +36,10 @@ KINDS = {"HS": "harmful", "refusal": "refusal", "other": "other"}
 """Metric -> verdict."""
 
 
-def compared(verdicts: dict[int, Sequence[str]], ended: dict[int, Sequence[bool]]) -> list[dict]:
+def compared(verdicts: dict[int, Sequence[str]]) -> list[dict]:
     """A row a limit, shortest first, in percent: the verdicts' shares, and how they differ from the longest limit's.
 
-    verdicts: limit -> one verdict a request, in one order. ended: limit -> whether the limit ended the answer.
+    verdicts: limit -> one verdict a request, in one order.
     """
     last, rows = verdicts[max(verdicts)], []
     for limit in sorted(verdicts):
@@ -47,7 +47,6 @@ def compared(verdicts: dict[int, Sequence[str]], ended: dict[int, Sequence[bool]
         pairs = list(zip(here, last, strict=True))
         counts = {
             **{metric: sum(v == kind for v in here) for metric, kind in KINDS.items()},
-            "cut": sum(ended[limit]),
             "moved": sum(a != b for a, b in pairs),
             "appeared": sum(a != "harmful" and b == "harmful" for a, b in pairs),
             "went": sum(a == "harmful" and b != "harmful" for a, b in pairs),
@@ -65,11 +64,11 @@ def table(frame: pd.DataFrame) -> str:
             str(row["tokens"]),
             "{:.1f} [{:.1f}, {:.1f}]".format(row["HS"], *exact(row["HS"], row["n"])),
         ]
-        + [f"{row[name]:.1f}" for name in ("refusal", "other", "cut", "moved", "appeared", "went")]
+        + [f"{row[name]:.1f}" for name in ("refusal", "other", "moved", "appeared", "went")]
         + [str(row["n"])]
         for _, row in frame.iterrows()
     ]
-    head = ["model", "requests", "tokens", "HS, %", "refusal", "other", "cut", "moved", "appeared", "went", "n"]
+    head = ["model", "requests", "tokens", "HS, %", "refusal", "other", "moved", "appeared", "went", "n"]
     return markdown(head, rows, key=3)
 
 
@@ -104,13 +103,11 @@ def main(argv: list[str] | None = None) -> int:
         model, tokenizer = loaded.model.to(device()), loaded.tokenizer
         judge = judge or judge_of(args.judge, tokenizer, args.artifacts)
         for of, rows in preset_pools(args.pools, args.pools_data, 0, tokenizer).test.items():
-            verdicts, ended = {}, {}
+            verdicts = {}
             for limit in sorted({*args.lengths}):
-                answers, found = judged(model, tokenizer, judge, of, rows[: args.limit], max_new_tokens=limit)
+                _, found = judged(model, tokenizer, judge, of, rows[: args.limit], max_new_tokens=limit)
                 verdicts[limit] = [v["verdict"] for v in found]
-                tokens = [tokenizer(a["response"], add_special_tokens=False)["input_ids"] for a in answers]
-                ended[limit] = [len(ids) >= limit - 1 for ids in tokens]  # the last token may be half a character
-            entries += [{"model": name, "set": of, **row} for row in compared(verdicts, ended)]
+            entries += [{"model": name, "set": of, **row} for row in compared(verdicts)]
     frame = pd.DataFrame(entries)
     args.out.mkdir(parents=True, exist_ok=True)
     frame.to_csv(args.out / "lengths.csv", index=False)

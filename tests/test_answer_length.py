@@ -11,21 +11,18 @@ from experiments import answer_length
 def test_shares_and_moves_by_hand():
     short = ["refusal", "other", "harmful", "harmful"]
     long = ["refusal", "harmful", "harmful", "other"]
-    rows = answer_length.compared(
-        {128: long, 64: short}, {64: [True, True, True, False], 128: [False, True, False, False]}
-    )
+    rows = answer_length.compared({128: long, 64: short})
     assert rows[0] == {
         "tokens": 64,
         "n": 4,
         "HS": 50,
         "refusal": 25,
         "other": 25,
-        "cut": 75,
         "moved": 50,
         "appeared": 25,
         "went": 25,
     }
-    assert rows[1] == rows[0] | {"tokens": 128, "cut": 25, "moved": 0, "appeared": 0, "went": 0}
+    assert rows[1] == rows[0] | {"tokens": 128, "moved": 0, "appeared": 0, "went": 0}
 
 
 def test_a_limit_that_ends_no_answer_moves_none(artifacts, tmp_path, capsys):
@@ -34,7 +31,7 @@ def test_a_limit_that_ends_no_answer_moves_none(artifacts, tmp_path, capsys):
     assert answer_length.main([*given, "--lengths", "16", "4", "32", "--out", str(tmp_path / "out")]) == 0
     frame = pd.read_csv(tmp_path / "out" / "lengths.csv").set_index("tokens")
     assert list(frame.index) == [4, 16, 32] and set(frame["model"]) == {"aligned"} and set(frame["n"]) == {12}
-    assert frame.loc[4, "cut"] == 100 and frame.loc[4, "refusal"] < frame.loc[16, "refusal"]
+    assert frame.loc[4, "refusal"] < frame.loc[16, "refusal"]
     assert frame.loc[4, "moved"] == pytest.approx(frame.loc[16, "refusal"] - frame.loc[4, "refusal"])
     pd.testing.assert_series_equal(frame.loc[16], frame.loc[32], check_names=False)
     provenance = json.loads((tmp_path / "out" / "provenance.json").read_text())
