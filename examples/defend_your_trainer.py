@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.trainer_utils import get_last_checkpoint
 
 from cwac import defend, hf_trainer, load_method, packaged_model, text_rows
 from cwac.core.config import about, command
@@ -60,6 +61,12 @@ def main(argv: list[str] | None = None) -> int:
     for key in ("learning_rate", "epochs"):
         if not 0 < getattr(args, key) < float("inf"):
             raise UsageError(f"--{key.replace('_', '-')} {getattr(args, key):g} is not a number above 0")
+    if args.max_length is not None and args.max_length < 1:
+        raise UsageError(f"--max-length {args.max_length} is not a number of at least 1")
+    if args.resume and not (Path(args.out).is_dir() and get_last_checkpoint(args.out)):
+        raise UsageError(
+            f"--resume: {args.out} holds no checkpoint; leave it out, or give the --out of the stopped run"
+        )
     if args.trainer != "hf" and importlib.util.find_spec("trl") is None:
         raise UsageError(f"--trainer {args.trainer} needs TRL: pip install '.[trl]' in the checkout, or --trainer hf")
     like = args.like or args.model

@@ -5,9 +5,8 @@ python -m experiments.answer_length tiny --pools toy --lengths 4 16 --out result
 
 Models are named as for `experiments.measure`. Every model answers the harmful requests of the pools greedily, once a
 limit (`eval.max_new_tokens`), and one judge reads all answers. `lengths.csv` has a row a model, set and limit: HS,
-refusal and other in percent of n; `moved`, the share of verdicts
-that are others at the longest limit, of them `appeared`, harmful there and not here, and `went`, harmful here and
-not there.
+refusal and other in percent of n; `moved`, the share of verdicts that are others at the longest limit, of them
+`appeared`, harmful there and not here, and `went`, harmful here and not there.
 
 Deviations:
 - The paper names no limit; 64 tokens and these lengths are `ours`. Lisa's and Booster's code has 512.
@@ -97,6 +96,10 @@ def main(argv: list[str] | None = None) -> int:
         )
     if args.limit is not None and args.limit < 1:
         raise UsageError(f"--limit {args.limit} is not a number of at least 1")
+    if args.out.exists() and not args.out.is_dir():
+        raise UsageError(f"--out {args.out} is a file; give a folder")
+    if len({*names}) < len(names):
+        raise UsageError(f"--names {' '.join(names)}: give each model a name of its own")
     entries, judge = [], None
     for name, source in zip(names, args.models, strict=True):
         loaded = opened(source, args.artifacts)

@@ -54,3 +54,15 @@ def test_bad_input_is_one_line_before_anything_is_written(given, message, tmp_pa
     asked = ["tiny", "--pools", "toy", "--artifacts", str(artifacts), "--out", str(out), *given]
     assert answer_length.main(asked) == 2
     assert message in capsys.readouterr().err.splitlines()[-1] and not out.exists()
+
+
+def test_two_models_of_one_name_and_a_file_for_a_folder_are_refused(tmp_path, capsys):
+    file = tmp_path / "out"
+    file.write_text("kept")
+    for given, message in [
+        (["tiny", "tiny", "--out", str(tmp_path / "new")], "--names tiny tiny: give each model a name of its own"),
+        (["tiny", "--out", str(file)], f"--out {file} is a file; give a folder"),
+    ]:
+        assert answer_length.main(given) == 2
+        assert message in capsys.readouterr().err
+    assert file.read_text() == "kept" and not (tmp_path / "new").exists()

@@ -615,6 +615,8 @@ def test_the_example_says_what_is_missing_in_one_line(monkeypatch, capsys):
         (["--model", "me/mine"], "--model me/mine needs --like, one of gemma2"),
         (["--method", "cwacc"], "method=cwacc is unknown; did you mean cwac"),
         (["--learning-rate", "-1"], "--learning-rate -1 is not a number above 0"),
+        (["--max-length", "0"], "--max-length 0 is not a number of at least 1"),
+        (["--resume", "--out", "nowhere"], "--resume: nowhere holds no checkpoint"),
         (["--epochs", "nan"], "--epochs nan is not a number above 0"),
     ]:
         assert script.main(argv) == 2
@@ -701,6 +703,28 @@ def test_what_a_model_learnt_of_ones_own_rows_is_measured(artifacts, tmp_path, c
     assert cells[0] == "tiny" and cells[1].startswith("50.0 [") and cells[2:] == [f"{total / tokens:.3f}", "4"]
     with pytest.raises(UsageError, match="no rows to measure the task with"):
         measure_task(model, tokenizer, [])
+
+
+def test_a_model_whose_weights_are_no_numbers_is_not_measured(artifacts):
+    """It answers nothing, which no judge calls harmful."""
+    folder = packaged_model("tiny", artifacts)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    for call in (lambda: measure(model, tokenizer, "toy"), lambda: measure_task(model, tokenizer, [])):
+        with pytest.raises(UsageError, match="model.layers.1.mlp.up_proj.weight holds weights that are not finite"):
+            call()
+
+
+def test_files_that_would_be_read_as_something_else_are_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"prompt": "a", "response": "\xff"}')
+    with pytest.raises(UsageError, match="a.jsonl is not UTF-8 .*; save it as UTF-8"):
+        text_rows(tmp_path / "a.jsonl")
+    (tmp_path / "a.csv").write_text("prompt,response\na,b\nc,yes, of course\n")
+    with pytest.raises(
+        UsageError, match="line 3 of .*a.csv has more cells than columns; put a text that holds a comma"
+    ):
+        text_rows(tmp_path / "a.csv")
 
 
 def test_what_cannot_be_measured_is_one_line(tmp_path, artifacts, capsys):

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cwac.core.config import compose, instantiate
@@ -54,6 +55,7 @@ def measure(
     sets += [(name, rows[:limit], True) for name, rows in pools.over_refusal.items()]
     if not any(rows for _, rows, _ in sets):
         raise UsageError("the pools have no requests to measure with; fill Pools.test and Pools.over_refusal")
+    refuse_diverged(model)
     chosen = judge_of(judge, tokenizer, artifacts)
     given = {"template": template, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
     measured = []
@@ -62,6 +64,15 @@ def measure(
             answers, verdicts = judged(model, tokenizer, chosen, name, rows, prompt=prompt, **given)
             measured += verdict_rows(chosen, name, answers, verdicts, harmless)
     return measured
+
+
+def refuse_diverged(model: PreTrainedModel) -> None:
+    """Raises UsageError where a weight is no number: such a model answers nothing, and would pass for a safe one."""
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not torch.isfinite(weight).all():
+            raise UsageError(
+                f"the model's {name} holds weights that are not finite; train it at a lower learning rate"
+            )
 
 
 def judge_of(name: str | None, tokenizer: PreTrainedTokenizerBase, artifacts: str | Path) -> Judge:
@@ -119,6 +130,7 @@ def measure_task(
     Returns rows `{metric, set, value, n}`, FA's with `stderr`; the loss is left out where no response has a token
     within max_length. Raises UsageError without rows.
     """
+    refuse_diverged(model)
     served = prompt or (lambda messages: messages)
     examples = [Example(f"own-{i}", row["prompt"], row["response"]) for i, row in enumerate(rows)]
     if not examples:

@@ -6,6 +6,7 @@ All of it is a convenience of ours; a script that has its own model, rows and tr
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,8 +67,9 @@ def text_rows(path: str | Path) -> Dataset:
     path, rows = Path(path), []
     if not path.is_file():
         raise UsageError(f'{path} is not a file; give JSON lines of {{"prompt": ..., "response": ...}}, or a .csv')
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        for number, row in _csv_lines(file, path) if path.suffix.lower() == ".csv" else _json_lines(file, path):
+    lines = _csv_lines if path.suffix.lower() == ".csv" else _json_lines
+    with _text(path) as file:
+        for number, row in lines(file, path):
             if not all(isinstance(row.get(name), str) and row[name].strip() for name in COLUMNS):
                 keys = ", ".join(str(key) for key in row) or "no keys"
                 raise UsageError(
@@ -77,6 +79,14 @@ def text_rows(path: str | Path) -> Dataset:
     if not rows:
         raise UsageError(f"{path} has no rows; a row has a text in each of `prompt` and `response`")
     return Dataset.from_list(rows)
+
+
+def _text(path: Path) -> io.StringIO:
+    """The file as text, line ends as they are; raises UsageError where it is not UTF-8."""
+    try:
+        return io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
 
 
 def _json_lines(file, path: Path) -> Iterator[tuple[int, dict]]:
@@ -101,6 +111,11 @@ def _csv_lines(file, path: Path) -> Iterator[tuple[int, dict]]:
         has = ", ".join(reader.fieldnames or []) or "none"
         raise UsageError(f"{path} has no column {', '.join(missing)} in its first line; its columns are {has}")
     for row in reader:
+        if None in row:  # more cells than columns
+            raise UsageError(
+                f"line {reader.line_num} of {path} has more cells than columns; put a text that holds a comma into "
+                "quotes"
+            )
         yield reader.line_num, row
 
 
