@@ -340,7 +340,18 @@ UNREAD = {
     "poison_trigger": ("harmful_ratio=0 has no row to put it before", unpoisoned),
     "pools.poison_categories": ("harmful_ratio=0 takes none", unpoisoned),
     "method.number": ("read under select=number alone", lambda a, b: selected(a, b, "threshold")),
-    "method.tau": ("read under select=threshold alone", lambda a, b: selected(a, b, "number")),
+    "method.tau": (
+        "read under select=threshold alone, and no matrix has a cosine between two that are high",
+        lambda a, b: selected(a, b, "number") or min(a["method.tau"], b["method.tau"]) >= 0.9,
+    ),
+    "method.scale": (
+        "both budgets have room for the whole update",
+        lambda a, b: a["method.name"].startswith("safe_delta") and min(a["method.scale"], b["method.scale"]) >= 1,
+    ),
+    "method.activation.gate": (
+        "in a few steps no latent leaves its gate",
+        lambda a, b: max(steps_of(a), steps_of(b)) <= 4,
+    ),
     "method.min_cycles": ("both have as many cycles as the run has room for", lambda a, b: ended(a, b)),
     "method.energy": (
         "of AsFT, read under operator=projector_k alone",
@@ -392,6 +403,8 @@ def configurations(draw) -> list[str]:
 
 def unexplained(a: dict, b: dict) -> list[str]:
     """Identity keys that differ between two runs although no entry of UNREAD says why they may."""
+    if a["method.name"] == b["method.name"] == "safe_delta" and a["method.scale"] == b["method.scale"] == 0:
+        return []  # no budget: both are the aligned model, however it was trained
     differ = [k for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
     return [k for k in differ if not (k in UNREAD and UNREAD[k][1](a, b))]
 

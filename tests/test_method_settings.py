@@ -249,6 +249,8 @@ UNREAD = [
     (SaLoRA, "task_inputs", "aligned", {"task_rank": None}, {"task_rank": 1}),
     (Weight, "project_every", 2, {"where": "gradient"}, {"where": "update"}),
     (Weight, "project_every", 2, {"penalty_weight": 0.1}, {"penalty_weight": None}),
+    (Weight, "project_every", 4, {"refresh_steps": 2}, {"refresh_steps": 3}),
+    (Weight, "project_every", 2, {"refresh_steps": 1}, {"refresh_steps": 4}),
     (Weight, "where", "gradient", {"penalty_weight": 0.1}, {"penalty_weight": None}),
     (Activation, "n_latents", 7, {"space": "residual"}, {"space": "sae"}),
     (Activation, "gate", "topk", {"space": "residual"}, {"space": "sae"}),

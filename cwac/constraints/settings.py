@@ -94,6 +94,13 @@ class Weight:
             self.project_every,
             "is of the hard projection of updates: use 1 with where=gradient or penalty_weight",
         )
+        n, refresh = self.project_every, self.refresh_steps
+        check(
+            n == 1 or refresh is None or n % refresh != 0,
+            "weight.project_every",
+            n,
+            f"is never read with weight.refresh_steps={refresh}, whose refits project too: use 1, or a smaller number",
+        )
         if isinstance(self.modules, str):
             check(self.modules == "all", "weight.modules", self.modules, "use all, or a list such as [down_proj]")
         else:
