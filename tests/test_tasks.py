@@ -225,3 +225,11 @@ def test_the_real_files_serve_every_task_with_no_network(name, train, test):
         assert all(score_label(e.response, e.label, task.labels, task.aliases).strict for e in task.train)
     if name == "gsm8k":
         assert all(score_number(e.response, e.label).strict for e in task.train)
+
+
+def test_validation_that_takes_every_row_is_named(folder):
+    """Not the data, which are there, but what is set aside of them."""
+    count = len(load_task(task_cfg("alpaca", "task.n_validation=0", "task.n_train=100000"), str(folder), 0).train)
+    assert count > 10
+    with pytest.raises(UserError, match=r"task.n_validation=100000 takes all \d+ rows of task=alpaca"):
+        load_task(task_cfg("alpaca", "task.n_validation=100000"), str(folder), 0)
