@@ -96,8 +96,8 @@ def _real(cfg, data: str | None, seed: int, split: str, avoid: set[str]) -> tupl
         test = examples(cfg.test_split, "test")
     if 0 < len(pool) <= cfg.n_validation:
         raise UserError(
-            f"task.n_validation={cfg.n_validation} takes all {len(pool)} rows of task={cfg.name} that could be trained "
-            "on; give a smaller task.n_validation, or more rows"
+            f"task.n_validation={cfg.n_validation} takes all {len(pool)} rows of task={cfg.name} that could be "
+            "trained on; give a smaller task.n_validation, or more rows"
         )
     random.Random("task-validation").shuffle(pool)
     validation, pool = pool[: cfg.n_validation], pool[cfg.n_validation :]
