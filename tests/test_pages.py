@@ -176,7 +176,8 @@ def test_a_course_shows_each_evaluation_with_an_interval_over_its_prompts(monkey
         for (m, s), (v, n) in values.items()
     ])  # fmt: skip
     monkeypatch.setattr(pages, "read_exported", lambda folder: SimpleNamespace(rows=rows))
-    lines = [[c.strip() for c in line.split("|")[1:-1]] for line in pages.course(README, "two_models").splitlines()[:4]]
+    shown = pages.course(README, "two_models").splitlines()
+    lines = [[c.strip() for c in line.split("|")[1:-1]] for line in shown[:4]]
     assert lines[2][:4] == ["SmolLM2-135M", "CWAC", "0", "0"] and lines[3][3] == "32"
     assert lines[3][4:] == ["50.0 [36.8, 63.2]", "25.0 [12.7, 41.2]", "75.0 [58.8, 87.3]", "60 / 40 / 40"]
 
