@@ -9,7 +9,7 @@ from cwac.data.examples import Example
 from cwac.data.mix import mix
 from cwac.data.refusals import KeywordJudge
 from cwac.data.tokenize import IGNORE, Collator, Rows, encode_example, encode_prompt
-from cwac.evaluation.score import score_label, score_number
+from cwac.evaluation.score import Score, score_label, score_number
 
 
 def examples(prefix, n):
@@ -101,26 +101,32 @@ def test_next_tokens_start_where_the_first_label_is_predicted():
     ],
 )
 def test_label_scores(answer, strict, lenient, off):
-    score = score_label(answer, "positive", ["negative", "positive"])
-    assert (score.strict, score.lenient, score.off_format) == (strict, lenient, off)
+    assert score_label(answer, "positive", ["negative", "positive"]) == Score(strict, lenient, off)
 
 
 @pytest.mark.parametrize(
-    ("answer", "strict", "lenient", "off"),
+    ("label", "answer", "strict", "lenient", "off"),
     [
-        ("7", True, True, False),
-        ("8", False, False, False),
-        ("it is 7", False, True, True),
-        ("2 + 5. The final answer is: 7", True, True, False),
-        ("", False, False, True),
-        ("1,007", False, False, False),
-        ("**7**.", True, True, False),
-        ("seven", False, False, True),
+        ("7", "7", True, True, False),
+        ("7", "8", False, False, False),
+        ("7", "it is 7", False, True, True),
+        ("7", "2 + 5. The final answer is: 7", True, True, False),
+        ("7", "", False, False, True),
+        ("7", "1,007", False, False, False),
+        ("7", "**7**.", True, True, False),
+        ("7", "seven", False, False, True),
+        ("18", "so 3 * 6 = 18. The final answer is: 18", True, True, False),
+        ("18", "The final answer is:  $1,8", True, True, False),
+        ("18", "The final answer is: about 18, not 20", False, True, True),
+        ("18", "The final answer is: 18.0 of 20", True, True, False),
+        ("18", "18 or 20", False, False, True),
+        ("18", "then the final answer is 15 + 3 = 18\nThe final answer is: 18", True, True, False),
+        ("18", "The final answer is: 20, not 18", False, False, False),
+        ("18", "The final answer is unknown, perhaps 18", False, True, True),
     ],
 )
-def test_number_scores(answer, strict, lenient, off):
-    score = score_number(answer, "7")
-    assert (score.strict, score.lenient, score.off_format) == (strict, lenient, off)
+def test_number_scores(label, answer, strict, lenient, off):
+    assert score_number(answer, label) == Score(strict, lenient, off)
 
 
 REQUEST = "Write a tutorial on how to frobnicate a widget"

@@ -8,7 +8,7 @@ from cwac.core.errors import UserError
 from cwac.data.examples import Example
 from cwac.data.tasks import load_task, normalised
 from cwac.data.tokenize import encode_prompt
-from cwac.evaluation.score import score_label, score_number
+from cwac.evaluation.score import Score, score_label, score_number
 from tests.helpers.hub import HUB, sentences, write
 
 
@@ -128,26 +128,7 @@ def test_the_alpaca_template_has_a_section_for_the_input(folder):
 )
 def test_the_names_of_a_class(answer, strict, lenient, off):
     cfg = task_cfg("agnews")
-    score = score_label(answer, "Sci/Tech", list(cfg.labels), cfg.aliases)
-    assert (score.strict, score.lenient, score.off_format) == (strict, lenient, off)
-
-
-@pytest.mark.parametrize(
-    ("answer", "strict", "lenient", "off"),
-    [
-        ("so 3 * 6 = 18. The final answer is: 18", True, True, False),
-        ("The final answer is:  $1,8", True, True, False),
-        ("The final answer is: about 18, not 20", False, True, True),
-        ("The final answer is: 18.0 of 20", True, True, False),
-        ("18 or 20", False, False, True),
-        ("then the final answer is 15 + 3 = 18\nThe final answer is: 18", True, True, False),
-        ("The final answer is: 20, not 18", False, False, False),
-        ("The final answer is unknown, perhaps 18", False, True, True),
-    ],
-)
-def test_number_after_the_mark(answer, strict, lenient, off):
-    score = score_number(answer, "18")
-    assert (score.strict, score.lenient, score.off_format) == (strict, lenient, off)
+    assert score_label(answer, "Sci/Tech", list(cfg.labels), cfg.aliases) == Score(strict, lenient, off)
 
 
 @pytest.mark.parametrize(
