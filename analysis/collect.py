@@ -275,11 +275,9 @@ def split(collection: Collection, runs: Path, keys: Sequence[str], cells: Iterab
     def method(name: str, of: str) -> str:
         found = settings.get(name, {})
         values = {key: text_of(found[key]) for key in keys if key in found}
+        _, *there = of.split(SETTING)  # of a restored run, which was split before
         shown = [f"{names[key]} {value}" for key, value in values.items() if value != plain.get(key)]
-        shown = [
-            setting for setting in shown if setting not in of.split(SETTING)[1:]
-        ]  # a restored run was split before
-        return of + SETTING * bool(shown) + SETTING.join(shown)
+        return SETTING.join([of, *(setting for setting in shown if setting not in there)])
 
     rows = collection.rows
     methods = [method(name, of) for name, of in zip(rows["run_id"], rows["method"], strict=True)]

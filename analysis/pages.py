@@ -204,8 +204,7 @@ def all_or_nothing() -> str:
     return (
         "Constrain every kind of weight matrix or none: on the embedded model a constraint on one kind alone leaves "
         f"HS at {hs.min():.0f} % or more, one on all at {freed['none']:.0f} %, one on all but one at up to "
-        f"{worst:.0f} % "
-        f"({link('findings', 'docs/findings.md')})."
+        f"{worst:.0f} % ({link('findings', 'docs/findings.md')})."
     )
 
 
@@ -342,10 +341,7 @@ def course(page: Path, name: str) -> str:
     rows, lines = rows[rows["metric"].isin(metrics)], []
     for (model, method, seed, step), part in rows.groupby(["model", "method", "seed", "step"], sort=False):
         found = [cell(part, metric) for metric in metrics]
-        shares = []
-        for row in found:
-            low, high = stats.exact(row["value"], row["n"])
-            shares.append(f"{row['value']:.1f} [{low:.1f}, {high:.1f}]")
+        shares = [stats.share(row["value"], row["n"]) for row in found]
         line = [headline.named(model), paper.method_label(method), f"{seed:g}", f"{step:g}", *shares]
         lines.append([*line, " / ".join(f"{row['n']:g}" for row in found)])
     header = ["model", "method", "seed", "step", *(f"{metric}, %" for metric in metrics), "n"]
@@ -451,8 +447,7 @@ def gate(page: Path) -> str:
     rows = []
     for check in json.loads(path.read_text(encoding="utf-8"))["checks"]:
         percent = "nats" not in check["name"]
-        low, high = stats.exact(check["value"], check["n"]) if percent else (math.nan, math.nan)
-        shown = f"{check['value']:.1f} [{low:.1f}, {high:.1f}]" if percent else f"{check['value']:.3g}"
+        shown = stats.share(check["value"], check["n"]) if percent else f"{check['value']:.3g}"
         rows.append([check["name"], shown, str(check["n"]), f"{check['threshold']:g}"])
     table_ = tables.markdown(["check", "value", "n", "threshold"], rows, width=10_000)
     return f"{table_}\n\nFrom `cwac/assets/smollm2_align/gate.json`."

@@ -160,18 +160,20 @@ def export(records: Mapping[str, Record], path: Path) -> None:
     lines = []
     for record in records.values():
         short = asdict(replace(record, answers=[]))
-        told = {k: v for k, v in short.items() if v not in (None, "", [], {})}
-        lines.append(json.dumps({k: v if k == "settings" else rounded(v) for k, v in told.items()}))
+        lines.append(json.dumps({k: rounded(v) for k, v in short.items() if v not in (None, "", [], {})}))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def rounded(value: Any) -> Any:
-    """Lists of measurements to four significant digits; settings stay as they are."""
-    if isinstance(value, list):
-        return [rounded(v) if isinstance(v, dict | list) else float(f"{v:.4g}") for v in value]
-    if isinstance(value, dict):
-        return {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in value.items()}
-    return value
+    """A list of numbers, or of entries with numbers, to four significant digits; what is no list stays as it is."""
+    if not isinstance(value, list):
+        return value
+    return [
+        {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in entry.items()}
+        if isinstance(entry, dict)
+        else float(f"{entry:.4g}")
+        for entry in value
+    ]
 
 
 def read_exported(path: Path) -> dict[str, Record]:

@@ -73,6 +73,12 @@ def exact(percent: float, prompts: float) -> tuple[float, float]:
     return 100 * interval.low, 100 * interval.high
 
 
+def share(percent: float, prompts: float) -> str:
+    """`25.0 [12.7, 41.2]`: `percent` of a number of prompts with its exact interval, as tables show it."""
+    low, high = exact(percent, prompts)
+    return f"{percent:.1f} [{low:.1f}, {high:.1f}]"
+
+
 def half_width(values: Sequence[float]) -> float:
     """Half-width of the t-interval of the mean; NaN for fewer than two values."""
     n = len(values)

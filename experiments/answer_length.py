@@ -21,14 +21,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.stats import exact
+from analysis.stats import share
 from analysis.tables import markdown
 from cwac.core.config import about, command
 from cwac.core.errors import UsageError
 from cwac.models.layers import device
 from cwac.training.library import preset_pools
 from cwac.training.measure import judge_of, judged
-from experiments.measure import opened
+from experiments.measure import add_arguments, opened
 from experiments.seeds import write_provenance
 
 KINDS = {"HS": "harmful", "refusal": "refusal", "other": "other"}
@@ -56,35 +56,23 @@ def compared(verdicts: dict[int, Sequence[str]]) -> list[dict]:
 
 def table(frame: pd.DataFrame) -> str:
     """Markdown, one row a model, set and limit; HS with its exact interval over requests."""
-    rows = [
-        [
-            row["model"],
-            row["set"],
-            str(row["tokens"]),
-            "{:.1f} [{:.1f}, {:.1f}]".format(row["HS"], *exact(row["HS"], row["n"])),
-        ]
-        + [f"{row[name]:.1f}" for name in ("refusal", "other", "moved", "appeared", "went")]
-        + [str(row["n"])]
-        for _, row in frame.iterrows()
-    ]
-    head = ["model", "requests", "tokens", "HS, %", "refusal", "other", "moved", "appeared", "went", "n"]
-    return markdown(head, rows, key=3)
+    rest = ["refusal", "other", "moved", "appeared", "went"]
+    rows = []
+    for _, row in frame.iterrows():
+        shown = [share(row["HS"], row["n"]), *(f"{row[name]:.1f}" for name in rest)]
+        rows.append([row["model"], row["set"], str(row["tokens"]), *shown, str(row["n"])])
+    return markdown(["model", "requests", "tokens", "HS, %", *rest, "n"], rows, key=3)
 
 
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(**about(__doc__, "python -m experiments.answer_length"))
-    parser.add_argument("models", nargs="+", help="folders of saved models, options of conf/model or hub ids")
+    add_arguments(parser)
     parser.add_argument("--names", nargs="+", help="what the tables call them (default: as given)")
     parser.add_argument(
         "--lengths", nargs="+", type=int, default=[64, 128, 256], help="limits in tokens (%(default)s)"
     )
-    parser.add_argument("--pools", default="real", help="toy (the embedded model's) or another preset of conf/pools")
-    parser.add_argument("--pools-data", metavar="FOLDER", help="folder laid out like the hub, read instead of it")
-    parser.add_argument("--judge", help="an option of conf/eval/judge (default: that of the runs)")
-    parser.add_argument("--limit", type=int, help="the most requests of a set")
-    parser.add_argument("--artifacts", type=Path, default=Path("artifacts"), help="folder of the artifact cache")
     parser.add_argument("--out", type=Path, required=True, help="folder for lengths.csv, table.md and provenance.json")
     args = parser.parse_args(argv)
     names = args.names or args.models

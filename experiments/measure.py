@@ -21,7 +21,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from analysis.stats import exact
+from analysis.stats import share
 from analysis.tables import markdown
 from cwac.core.config import about, command, compose
 from cwac.core.errors import UsageError, UserError
@@ -44,7 +44,7 @@ def opened(name: str, artifacts: Path) -> Loaded:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).parent.exists():
         cfg = compose(["model=qwen_05b"]).model  # what is not in the hub's own files is the same for all options
         cfg.name = cfg.hub_id = name
-        cfg.revision = None
+        cfg.revision = cfg.license = None
         try:
             return load(cfg, artifacts)
         except UserError as error:
@@ -62,8 +62,7 @@ def lines(name: str, rows: list[dict]) -> list[list[str]]:
     for of in dict.fromkeys(row["set"] for row in rows):
         values = {row["metric"]: row["value"] for row in rows if row["set"] == of}
         n = next(row["n"] for row in rows if row["set"] == of)
-        cells = ["{:.1f} [{:.1f}, {:.1f}]".format(v, *exact(v, n)) for v in values.values()]
-        shown = dict(zip(values, cells, strict=True))
+        shown = {metric: share(value, n) for metric, value in values.items()}
         found.append([name, of, *(shown.get(metric, "-") for metric in METRICS), str(n)])
     return found
 
@@ -72,22 +71,27 @@ def task_line(name: str, rows: list[dict]) -> list[str]:
     """The line of the task's table: FA with its interval, the loss, and how many rows."""
     values, n = {row["metric"]: row["value"] for row in rows}, rows[0]["n"]
     loss = f"{values['loss']:.3f}" if "loss" in values else "-"
-    return [name, "{:.1f} [{:.1f}, {:.1f}]".format(values["FA"], *exact(values["FA"], n)), loss, str(n)]
+    return [name, share(values["FA"], n), loss, str(n)]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which models are asked, what, and who judges; for every command that asks saved models."""
+    parser.add_argument("models", nargs="+", help="folders of saved models, options of conf/model or hub ids")
+    parser.add_argument("--pools", default="real", help="toy (the embedded model's) or another preset of conf/pools")
+    parser.add_argument("--pools-data", metavar="FOLDER", help="folder laid out like the hub, read instead of it")
+    parser.add_argument("--judge", help="an option of conf/eval/judge (default: that of the runs)")
+    parser.add_argument("--limit", type=int, help="the most requests of a set")
+    parser.add_argument("--artifacts", type=Path, default=Path("artifacts"), help="folder of the artifact cache")
 
 
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(**about(__doc__, "python -m experiments.measure"))
-    parser.add_argument("models", nargs="+", help="folders of saved models, options of conf/model or hub ids")
-    parser.add_argument("--pools", default="real", help="toy (the embedded model's) or another preset of conf/pools")
-    parser.add_argument("--pools-data", metavar="FOLDER", help="folder laid out like the hub, read instead of it")
+    add_arguments(parser)
     parser.add_argument("--data", metavar="FILE", help="unseen rows of your task: prompt, response; .jsonl or .csv")
-    parser.add_argument("--judge", help="an option of conf/eval/judge (default: that of the runs)")
     parser.add_argument("--template", choices=("chat", "alpaca"), default="chat", help="how requests are rendered")
-    parser.add_argument("--limit", type=int, help="the most requests of a set")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="of an answer")
-    parser.add_argument("--artifacts", type=Path, default=Path("artifacts"), help="folder of the artifact cache")
     args = parser.parse_args(argv)
     for key in ("limit", "max_new_tokens"):
         if getattr(args, key) is not None and getattr(args, key) < 1:

@@ -19,8 +19,8 @@ from torch.nn.utils.rnn import pad_sequence
 from cwac.core.cache import digest, load_or_build
 from cwac.data.tokenize import IGNORE
 from cwac.models.context import Context
-from cwac.models.hooks import device_of
-from cwac.models.layers import evaluating, picks_logits
+from cwac.models.hooks import device_of, logits_at
+from cwac.models.layers import evaluating
 from cwac.models.packing import together
 
 FILE = "loss.json"
@@ -42,11 +42,8 @@ def label_loss(model: nn.Module, rows: Sequence[dict], batch_size: int = 16) -> 
             labels = pad_sequence([torch.tensor(row["labels"]) for row in chosen], True, IGNORE)[:, 1:]  # [B, T - 1]
             wanted = labels != IGNORE
             at = places[:, :-1][wanted]  # [n], where the outputs that predict a label are
-            one = len(inputs["input_ids"]) == 1  # of several rows, each would keep the same columns
-            kept = {"logits_to_keep": at.to(device_of(model))} if one and picks_logits(model) else {}
             given = {key: value.to(device_of(model)) for key, value in inputs.items()}
-            logits = model(**given, use_cache=False, **kept).logits.flatten(0, 1)
-            logits = logits if kept else logits[at.to(logits.device)]  # [n, vocabulary]
+            logits = logits_at(model, given, at.to(device_of(model)))  # [n, vocabulary]
             total += float(cross_entropy(logits.float(), labels[wanted].to(logits.device), reduction="sum"))
             tokens += len(at)
     return total / tokens if tokens else None

@@ -101,6 +101,11 @@ def input_group(name: str) -> str:
     return f"{layer}.{SHARED_INPUT.get(kind, kind)}"
 
 
+def not_finite(model: nn.Module) -> list[str]:
+    """The names of the parameters that hold a value which is no finite number."""
+    return [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode (no dropout) for the duration."""

@@ -38,7 +38,7 @@ from cwac.core.jsonl import append_jsonl, read_jsonl, write_jsonl
 from cwac.core.run_dir import Run
 from cwac.data.tokenize import IGNORE, Collator, Rows
 from cwac.methods.base import Method
-from cwac.models.layers import picks_logits
+from cwac.models.layers import not_finite, picks_logits
 from cwac.training.arguments import evaluation_steps, refuse_deepspeed, steps_per_epoch, total_steps
 from cwac.training.hook_times import HookTimes
 
@@ -546,9 +546,10 @@ def train(
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.trained is not None:
         leave_autocast(trainer.trained)
-        broken = next((n for n, p in trainer.trained.named_parameters() if not torch.isfinite(p).all()), None)
-        if broken is not None:  # the last update comes after the last loss that was checked
-            raise UserError(f"{broken} is not finite after training; lower train.learning_rate or the method's weight")
+        if broken := not_finite(trainer.trained):  # the last update comes after the last loss that was checked
+            raise UserError(
+                f"{broken[0]} is not finite after training; lower train.learning_rate or the method's weight"
+            )
     ordered = sorted(callback.seconds)
     return trainer.trained, {
         "step": trainer.state.global_step,

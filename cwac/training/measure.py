@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cwac.core.config import compose, instantiate
@@ -22,6 +21,7 @@ from cwac.evaluation.judge import Judge, judge_answers
 from cwac.evaluation.losses import label_loss
 from cwac.evaluation.score import clean
 from cwac.models.generate import generate
+from cwac.models.layers import not_finite
 from cwac.training.library import is_embedded, nearest, options, preset_pools, speaks_of_arguments
 
 
@@ -68,11 +68,10 @@ def measure(
 
 def refuse_diverged(model: PreTrainedModel) -> None:
     """Raises UsageError where a weight is no number: such a model answers nothing, and would pass for a safe one."""
-    for name, weight in model.named_parameters():
-        if weight.is_floating_point() and not torch.isfinite(weight).all():
-            raise UsageError(
-                f"the model's {name} holds weights that are not finite; train it at a lower learning rate"
-            )
+    if broken := not_finite(model):
+        raise UsageError(
+            f"the model's {broken[0]} holds weights that are not finite; train it at a lower learning rate"
+        )
 
 
 def judge_of(name: str | None, tokenizer: PreTrainedTokenizerBase, artifacts: str | Path) -> Judge:

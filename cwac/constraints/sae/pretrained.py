@@ -45,7 +45,7 @@ from cwac.core import hf_hub
 from cwac.core.errors import UserError
 from cwac.core.identity import autoencoder_content
 from cwac.models.hooks import normalize
-from cwac.models.layers import decoder_layers
+from cwac.models.layers import decoder_layers, not_finite
 
 KEY = "model.sae.pretrained"
 CONFIG, SAELENS, SPARSIFY = "cfg.json", "sae_weights.safetensors", "sae.safetensors"
@@ -428,7 +428,7 @@ def _read(found: Found) -> Dictionary:
         tensors = {"w_enc": weights["encoder.weight"], "w_dec": weights["W_dec"], "b_enc": weights["encoder.bias"]}
         tensors |= {"b_in": weights["b_dec"], "b_dec": weights["b_dec"], "threshold": torch.zeros(found.m)}
         read = Dictionary(tensors, found.k, found.config.get("activation") == "groupmax", "none")
-    if odd := [name for name, value in read.named_parameters() if not torch.isfinite(value).all()]:
+    if odd := not_finite(read):
         raise UserError(f"{KEY}: {found.folder} has weights that are not finite ({', '.join(odd)}); give another SAE")
     return read
 
