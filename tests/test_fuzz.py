@@ -256,7 +256,7 @@ POOLS = {
     "bea": "safety",
     "lisa": "safety",
     "safeinstr": "safety",
-    "vaccine": "safety benign",
+    "vaccine": "benign",
 }
 """The pools that a method reads, by the start of its name; the others read none."""
 
@@ -359,8 +359,18 @@ UNREAD = {
     ),
     **{
         f"method.{key}": ("every token has beta alone", lambda a, b: constrains_evenly(a) and constrains_evenly(b))
-        for key in ("length", "factor", "first_factor")
+        for key in ("factor", "first_factor")
     },
+    "method.length": (
+        "every token has beta alone, or the first one's factor is the only one",
+        lambda a, b: (
+            (constrains_evenly(a) and constrains_evenly(b))
+            or (
+                a.get("method.factor") == b.get("method.factor") == 1
+                and min(a["method.length"], b["method.length"]) > 0
+            )
+        ),
+    ),
     **{
         f"method.{key}": ("BEA adds as many refusals", as_many_refusals)
         for key in ("num_safety", "safety_per_harmful")
