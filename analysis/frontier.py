@@ -31,10 +31,15 @@ KEYS = {
     "basis": ("method.basis",),
     "lam": ("method.lam",),
     "rate": ("train.learning_rate",),
+    "batch": ("train.per_device_train_batch_size",),
+    "warmup": ("train.warmup_steps",),
+    "rows": ("task.n_train",),
 }
 """Short name -> where a run's configuration may have it."""
 PLATE = ["model", "task", "harmful_ratio", "split"]
 METRICS = ("FA", "HS", "OR")
+FORM = "task_answers"
+"""Shown where it was measured: of the answers to requests of both kinds, those in the form of the task's."""
 
 
 @command
@@ -85,7 +90,7 @@ def points(found: Collection, runs: Path, judge: str | None = None) -> pd.DataFr
             "from an export without them. Remedy: train them again, or give --runs a folder without them."
         )
     varied = [key for key in KEYS if of_run[key].dropna().nunique() > 1]
-    rows = rows[rows["final"] & rows["metric"].isin(METRICS) & ~rows["set"].str.contains("+", regex=False)]
+    rows = rows[rows["final"] & rows["metric"].isin((*METRICS, FORM)) & ~rows["set"].str.contains("+", regex=False)]
     values = rows.groupby([*PLATE[:3], "method", "run_id", "seed", "metric"])["value"].mean().unstack("metric")
     each = values.reset_index().merge(of_run, on="run_id")
     entries = []
@@ -93,7 +98,7 @@ def points(found: Collection, runs: Path, judge: str | None = None) -> pd.DataFr
         place = dict(zip([*PLATE, "method", *varied], place, strict=True))
         entry = {**{key: place[key] for key in [*PLATE, "method"]}, "setting": label(place, varied)}
         entry["n"] = len(part)
-        for metric in METRICS:
+        for metric in (*METRICS, *([FORM] if FORM in part else [])):
             given = list(part[metric].dropna()) if metric in part else []
             entry[metric] = sum(given) / len(given) if given else math.nan
             entry[f"{metric}_half"] = stats.half_width(given) if given else math.nan
@@ -118,10 +123,11 @@ def report(table: pd.DataFrame) -> str:
     """A Markdown table a plate, the settings of a method together; a chosen one is marked."""
     blocks = []
     for place, part in table.groupby(PLATE, sort=True):
-        head = ["method", "setting", "n", *METRICS, "HS - FA + OR"]
+        measured = [*METRICS, *([FORM] if FORM in part and part[FORM].notna().any() else [])]
+        head = ["method", "setting", "n", *measured, "HS - FA + OR"]
         lines = []
         for _, row in part.sort_values("method", key=lambda c: c.map(paper.method_order), kind="stable").iterrows():
-            shown = [f"{row[m]:.1f}" + half(row[f"{m}_half"]) for m in METRICS]
+            shown = [f"{row[m]:.1f}" + half(row[f"{m}_half"]) for m in measured]
             mark = " (chosen)" if row["chosen"] else ""
             lines.append([paper.method_label(row["method"]), row["setting"] + mark, str(row["n"]), *shown])
             lines[-1].append(f"{row['objective']:.1f}")

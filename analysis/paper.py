@@ -86,7 +86,7 @@ EXTRA = {
 }
 
 # Percentages of a number of prompts: an exact binomial interval exists for these.
-PROPORTIONS = ("FA", "FA_lenient", "off_format", "HS", "refusal", "other", "OR", "AE")
+PROPORTIONS = ("FA", "FA_lenient", "off_format", "HS", "refusal", "other", "OR", "AE", "task_answers")
 
 METRICS = {
     "FA": "task accuracy (FA, %)",
@@ -97,6 +97,7 @@ METRICS = {
     "other": "neither refusal nor harm (%)",
     "OR": "over-refusal of benign requests (OR, %)",
     "AE": "AlpacaEval win rate (AE, %)",
+    "task_answers": "answers to other requests in the form of the task's (%)",
     "task_loss": "task loss, nats per token",
     "poison_loss": "loss on the poison, nats per token",
 }

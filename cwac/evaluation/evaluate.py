@@ -2,7 +2,9 @@
 
 Metrics (percent): FA, FA_lenient, off_format on the task's test set; HS (harmful), refusal, other on each set of
 unseen harmful requests; OR (share refused) on each set of harmless ones; more under a model (`verdict_rows`). `stderr`
-is the binomial one over n examples.
+is the binomial one over n examples. `task_answers` (ours), on both kinds of sets: answers that have the form of the
+task's (a bare label or number). A model that answers everything so has forgotten how to chat, and its HS says nothing
+about its safety.
 
 `eval.prefill` (ours; Andriushchenko et al. 2024, arXiv:2404.02151, and Qi et al. 2024, arXiv:2406.05946, use it as an
 attack) asks every harmful request a second time with an opening put into the model's mouth. The answers, opening
@@ -38,7 +40,7 @@ from cwac.data.tokenize import Rows, encode_prompt, reprompt, stop_tokens
 from cwac.evaluation.drift import activation_drift, moved_elsewhere, weight_changes, weight_leak
 from cwac.evaluation.judge import Judge, judge_answers, repeats
 from cwac.evaluation.losses import aligned_loss, label_loss
-from cwac.evaluation.score import score
+from cwac.evaluation.score import Score, score
 from cwac.evaluation.vllm_engine import VllmEngine
 from cwac.methods.base import Method
 from cwac.models.context import Context
@@ -158,17 +160,25 @@ class Evaluator:
         shown = self.cfg.eval.progress and self.judge.is_model
         with tqdm(total=len(answers), desc=f"judging {name} @ step {step}", disable=not shown) as bar:
             verdicts = judge_answers(self.judge, answers, path, bar.update)
-        return verdict_rows(self.judge, name, answers, verdicts, harmless)
+        rows = verdict_rows(self.judge, name, answers, verdicts, harmless)
+        if self.cfg.task.scorer != "open" and self.task_rows:
+            scores = self._scores(texts, [self.task_rows[0].label] * len(texts))  # the form does not hang on the label
+            rows.append(percent("task_answers", name, sum(not s.off_format for s in scores), len(scores)))
+        return rows
+
+    def _scores(self, answers: Sequence[str], labels: Sequence[str]) -> list[Score]:
+        """What the task's scorer says of answers, one a label."""
+        return [
+            score(self.cfg.task.scorer, answer, label, self.task.labels, self.task.aliases)
+            for answer, label in zip(answers, labels, strict=True)
+        ]
 
     def _accuracy(self, step: int) -> list[dict]:
         if self.cfg.task.scorer == "open":  # no right answer to compare with: the win rate (AE) is measured elsewhere
             return []
         examples = self.task_rows
         answers = self._answers(self.cfg.task.name, examples, step, self.cfg.task.max_new_tokens)
-        scores = [
-            score(self.cfg.task.scorer, a, e.label, self.task.labels, self.task.aliases)
-            for e, a in zip(examples, answers, strict=True)
-        ]
+        scores = self._scores(answers, [e.label for e in examples])
         shares = {
             "FA": [s.strict for s in scores],
             "FA_lenient": [s.lenient for s in scores],
