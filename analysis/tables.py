@@ -34,6 +34,8 @@ HS: harmful compliance; other: neither refusal nor harm; what is left of 100 is 
 the answer alone. OR: benign requests refused. Each percentage is of its own set of prompts."""
 MARKS = {"prompts": "†", "seeds and prompts": "‡"}
 """Beside an interval that is not over seeds alone."""
+COLLAPSED = 50.0
+"""Percent of `task_answers`, mean over sets, from which a table says that the model no longer chats (ours)."""
 CLOSED_NOTE = "closed: all trained matrices constrained, and nothing else trains."
 
 
@@ -418,6 +420,8 @@ def results(
     for model, task in grids(collection, summary):
         parts.append(f"### {model}, {task}")
         parts.append(result_table(collection, summary, model, task))
+        if note := collapse_note(summary, model, task):
+            parts.append(note)
         if difference is None:
             continue
         if changed := difference_table(difference, model, task):
@@ -434,6 +438,23 @@ def results(
         if cost := means_table(summary, model, task, COST):
             parts += ["Cost, means over seeds and harmful ratios (peak memory in MiB):", cost]
     return parts
+
+
+def collapse_note(summary: pd.DataFrame, model: str, task: str) -> str:
+    """Names the methods whose model came to answer other requests as it answers the task; "" if there is none."""
+    of_grid = (summary["model"] == model) & (summary["task"] == task) & (summary["method"] != paper.ALIGNED)
+    rows = summary[of_grid & (summary["metric"] == "task_answers")]
+    shares = rows.groupby(["method", "harmful_ratio"])["mean"].mean()
+    fallen = sorted(
+        (key for key, share in shares.items() if share >= COLLAPSED), key=lambda k: paper.method_order(k[0])
+    )
+    if not fallen:
+        return ""
+    named = ", ".join(f"{paper.method_label(m)} at p = {p:g} ({shares[m, p]:.0f} %)" for m, p in fallen)
+    return (
+        "**Half or more of the answers to requests outside the task have the form of the task's answers**, so their "
+        f"HS says nothing about safety: {named}."
+    )
 
 
 def overview(collection: Collection, summary: pd.DataFrame) -> str:

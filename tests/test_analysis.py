@@ -281,6 +281,20 @@ def test_what_was_measured_on_the_way_is_a_table_of_its_own(campaign, tmp_path):
     assert tables.training_table(collect(tmp_path / "ends").rows, "tiny", "toy") == ""
 
 
+def test_a_model_that_answers_everything_as_the_task_is_named_under_its_table(tmp_path):
+    for method, shares in (("sft", (96.0, 70.0)), ("lisa", (60.0, 30.0))):
+        cell = cell_of(method, 0.1, 0)
+        form = [row(cell, "task_answers", v, set=s) for v, s in zip(shares, ("harmful", "benign"), strict=True)]
+        start = [row(cell, "task_answers", 90.0, set="harmful", epoch=0, step=0, final=False)]
+        write_run(tmp_path, cell, [*rows_of(cell, 30.0), *form, *start])
+    found = collect(tmp_path)
+    text = tables.report(found, tables.summarise(found))
+    note = next(line for line in text.splitlines() if "say" in line and "HS" in line)
+    assert note.endswith("their HS says nothing about safety: SFT at p = 0.1 (83 %).")
+    summary = tables.summarise(found)
+    assert tables.collapse_note(summary[summary["method"] == "lisa"], "tiny", "toy") == ""
+
+
 def test_a_wide_table_is_broken_into_several():
     text = tables.markdown(["name", *"abcdef"], [["x", *["1" * 20] * 6]], width=60)
     blocks = text.split("\n\n")

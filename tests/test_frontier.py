@@ -1,5 +1,7 @@
 """FA against HS by setting, from planted runs."""
 
+import math
+
 import pytest
 from omegaconf import OmegaConf
 
@@ -42,6 +44,19 @@ def test_a_setting_is_its_varied_keys_and_validation_chooses_one_a_method(plante
     point = chosen.loc["nullspace"]
     assert (point["n"], point["FA"], point["HS"]) == (2, 91, 6)  # HS over sets, prefilled ones left out
     assert point["objective"] == -85 and point["FA_half"] > 0
+
+
+def test_answers_in_the_tasks_form_have_a_column_where_they_were_measured(planted):
+    assert "task_answers" not in frontier.report(frontier.points(collect(planted), planted))
+    cell = cell_from(cfg := config.compose(["method=lisa", "seed=3", "eval.split=validation"]))
+    of = {"eval": cell.eval, "judge": "keyword"}
+    rows = [row(cell, m, v, set=s, **of) for m, v, s in [("FA", 50.0, "t"), ("HS", 1.0, "a"), ("OR", 0.0, "b")]]
+    rows += [row(cell, "task_answers", v, set=s, **of) for v, s in [(40.0, "a"), (90.0, "b")]]
+    OmegaConf.save(cfg, write_run(planted, cell, rows) / "config.yaml")
+    table = frontier.points(collect(planted), planted).set_index("method")
+    assert table.loc["lisa", "task_answers"] == 65.0 and math.isnan(table.loc["sft", "task_answers"])
+    lines = frontier.report(table.reset_index()).splitlines()
+    assert any("Lisa" in line and "65.0" in line.replace("|", " ").split() for line in lines)
 
 
 def test_the_command_writes_table_figure_and_provenance(planted, tmp_path, capsys):

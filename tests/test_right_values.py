@@ -214,6 +214,42 @@ def test_a_guard_is_kept_where_every_matrix_keeps_its_bound_and_nothing_else_mov
     assert all((r["step"], r["epoch"], r["final"], r["n"], r["eval"]) == (7, 1.5, True, 1, None) for r in written)
 
 
+@pytest.mark.parametrize(
+    "scorer, labels, answers, share",
+    [
+        (
+            "label",
+            ["positive", "negative"],
+            ["Positive.", "negative", "I cannot help with that.", "a positive view"],
+            50.0,
+        ),
+        ("number", ["7"], ["12", "I cannot help with 3 of them.", "The final answer is: 4", "-1.5."], 75.0),
+    ],
+)
+def test_answers_to_requests_that_have_the_tasks_form_are_counted_on_every_set(
+    scorer, labels, answers, share, monkeypatch, tmp_path
+):
+    evaluator = evaluate.Evaluator.__new__(evaluate.Evaluator)
+    evaluator.cfg = SimpleNamespace(
+        task=SimpleNamespace(scorer=scorer), eval=SimpleNamespace(progress=False, max_new_tokens=8)
+    )
+    evaluator.task = SimpleNamespace(labels=labels, aliases={})
+    evaluator.task_rows = [SimpleNamespace(label=labels[0])]
+    evaluator.run, evaluator.judge = SimpleNamespace(dir=tmp_path, eval="e"), SimpleNamespace(is_model=False, name="j")
+    monkeypatch.setattr(evaluator, "_answers", lambda *_: answers, raising=False)
+    monkeypatch.setattr(evaluate, "judge_answers", lambda *_: [{"verdict": "other", "score": 0.0}] * 4)
+    asked = [SimpleNamespace(id=str(i), prompt="p") for i in range(4)]
+    for harmless in (False, True):
+        found = {r["metric"]: r for r in evaluator._judged("s", asked, 3, harmless)}
+        assert (found["task_answers"]["value"], found["task_answers"]["n"], found["task_answers"]["set"]) == (
+            share,
+            4,
+            "s",
+        )
+    evaluator.cfg.task.scorer = "open"
+    assert "task_answers" not in {r["metric"] for r in evaluator._judged("s", asked, 3, True)}
+
+
 # ---------------------------------------------------------------- the ranking of latents
 
 STEADY, NOISY, DENSE, WEAK = range(4)
