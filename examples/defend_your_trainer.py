@@ -23,7 +23,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from cwac import defend, hf_trainer, load_method, packaged_model, text_rows
 from cwac.core.config import about, command
 from cwac.core.errors import UsageError
-from cwac.training.library import options
+from cwac.training.library import nearest, options
 from cwac.training.script import SETTINGS, turns
 
 
@@ -71,7 +71,12 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError(f"--trainer {args.trainer} needs TRL: pip install '.[trl]' in the checkout, or --trainer hf")
     like = args.like or args.model
     if like not in options("model"):
-        raise UsageError(f"--model {args.model} needs --like, one of {', '.join(options('model'))}")
+        known = options("model")
+        if args.like:
+            raise UsageError(f"--like {like} is unknown; {nearest(like, known)}there are {', '.join(known)}")
+        raise UsageError(
+            f"--model {like} needs --like, one of {', '.join(known)}; {nearest(like, known)}".rstrip("; ")
+        )
     rows = text_rows(args.data)
     method = load_method(args.method, like, *args.overrides)
 

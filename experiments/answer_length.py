@@ -28,7 +28,7 @@ from cwac.core.errors import UsageError
 from cwac.models.layers import device
 from cwac.training.library import preset_pools
 from cwac.training.measure import judge_of, judged
-from experiments.measure import add_arguments, opened
+from experiments.measure import add_arguments, check_asked, opened
 from experiments.seeds import write_provenance
 
 KINDS = {"HS": "harmful", "refusal": "refusal", "other": "other"}
@@ -88,6 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError(f"--out {args.out} is a file; give a folder")
     if len({*names}) < len(names):
         raise UsageError(f"--names {' '.join(names)}: give each model a name of its own")
+    check_asked(args)
     entries, judge = [], None
     for name, source in zip(names, args.models, strict=True):
         loaded = opened(source, args.artifacts)

@@ -19,7 +19,7 @@ import re
 import sys
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from analysis.stats import share
 from analysis.tables import markdown
@@ -27,33 +27,52 @@ from cwac.core.config import about, command, compose
 from cwac.core.errors import UsageError, UserError
 from cwac.models.layers import device
 from cwac.models.loading import Loaded, load
-from cwac.training.library import nearest, options
+from cwac.training.library import nearest, options, speaks_of_arguments
 from cwac.training.measure import measure, measure_task
 from cwac.training.script import text_rows
 
 METRICS = ("HS", "refusal", "other", "OR")
 
 
-def opened(name: str, artifacts: Path) -> Loaded:
-    """The model of a folder, of an option of conf/model or of a hub id; raises UserError for anything else."""
+def configured(name: str) -> DictConfig:
+    """The `model` group for a folder, an option of conf/model or a hub id; raises UsageError for anything else."""
     if Path(name).is_dir():
         cfg = compose(["model=smollm2"]).model
         OmegaConf.update(cfg, "path", name, force_add=True)
         cfg.kind, cfg.name = "folder", name
-        return load(cfg, artifacts)
+        return cfg
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).parent.exists():
         cfg = compose(["model=qwen_05b"]).model  # what is not in the hub's own files is the same for all options
         cfg.name = cfg.hub_id = name
         cfg.revision = cfg.license = None
-        try:
-            return load(cfg, artifacts)
-        except UserError as error:
-            raise UserError(f"{name} is no folder here, and as a hub id: {error}") from error
+        return cfg
     if name not in (known := options("model")):
         raise UsageError(
             f"{name} is neither a folder nor a model; {nearest(name, known)}there are {', '.join(known)}, and hub ids"
         )
-    return load(compose([f"model={name}"]).model, artifacts)
+    return compose([f"model={name}"]).model
+
+
+@speaks_of_arguments
+def opened(name: str, artifacts: Path) -> Loaded:
+    """The model of a folder, of an option of conf/model or of a hub id; raises UserError for anything else."""
+    cfg = configured(name)
+    try:
+        return load(cfg, artifacts)
+    except UserError as error:
+        if cfg.get("hub_id") != name:
+            raise
+        raise UserError(f"{name} is no folder here, and as a hub id: {error}") from error
+
+
+def check_asked(args: argparse.Namespace) -> None:
+    """Raises UsageError for a name in the arguments that means nothing, before a model is opened."""
+    for name in args.models:
+        configured(name)
+    for key, group in (("pools", "pools"), ("judge", "eval/judge")):
+        name, known = getattr(args, key), options(group)
+        if name is not None and name not in known:
+            raise UsageError(f"--{key} {name} is unknown; {nearest(name, known)}there are {', '.join(known)}")
 
 
 def lines(name: str, rows: list[dict]) -> list[list[str]]:
@@ -96,6 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     for key in ("limit", "max_new_tokens"):
         if getattr(args, key) is not None and getattr(args, key) < 1:
             parser.error(f"--{key.replace('_', '-')} {getattr(args, key)} is not a number of at least 1")
+    check_asked(args)
     held_out = text_rows(args.data) if args.data else None
     rows, learnt, judges = [], [], set()
     for name in args.models:

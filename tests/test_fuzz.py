@@ -362,9 +362,11 @@ UNREAD = {
         for key in ("factor", "first_factor")
     },
     "method.length": (
-        "every token has beta alone, or the first one's factor is the only one",
+        "every token has beta alone, or the first one's factor is the only one, or the tasks' answers, two tokens "
+        "with their end, are all that is trained on",
         lambda a, b: (
             (constrains_evenly(a) and constrains_evenly(b))
+            or (unpoisoned(a, b) and min(a.get("method.length", 0), b.get("method.length", 0)) >= 2)
             or (
                 a.get("method.factor") == b.get("method.factor") == 1
                 and min(a["method.length"], b["method.length"]) > 0

@@ -613,6 +613,9 @@ def test_the_example_says_what_is_missing_in_one_line(monkeypatch, capsys):
         (["--trainer", "sft"], r"--trainer sft needs TRL: pip install '\.\[trl\]' in the checkout"),
         (["--trainer", "trl"], r"--trainer trl needs TRL: pip install '\.\[trl\]' in the checkout"),
         (["--model", "me/mine"], "--model me/mine needs --like, one of gemma2"),
+        (["--model", "Smollm"], "--model Smollm needs --like, one of .*; did you mean smollm2"),
+        (["--model", "me/mine", "--like", "quen"], "--like quen is unknown; did you mean qwen"),
+        (["method.lam"], "method.lam has no value; give method.lam=<value>"),
         (["--method", "cwacc"], "method=cwacc is unknown; did you mean cwac"),
         (["--learning-rate", "-1"], "--learning-rate -1 is not a number above 0"),
         (["--max-length", "0"], "--max-length 0 is not a number of at least 1"),
@@ -727,15 +730,36 @@ def test_files_that_would_be_read_as_something_else_are_refused(tmp_path):
         text_rows(tmp_path / "a.csv")
 
 
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ('prompt,response\na,b\n"c,d\ne,f\ng,h\n', 3),
+        ('prompt,response\n"a\nb",c\n"d" e,f\n', 4),
+        (f'prompt,response\na,"{"x" * 140_000}\nb,c\n', 2),
+    ],
+)
+def test_a_quote_that_is_never_closed_does_not_take_in_the_rows_after_it(text, line, tmp_path):
+    (tmp_path / "a.csv").write_text(text, encoding="utf-8")
+    with pytest.raises(
+        UsageError, match=rf"the row that begins on line {line} of .*a.csv is no CSV .*close each text"
+    ):
+        text_rows(tmp_path / "a.csv")
+
+
 def test_what_cannot_be_measured_is_one_line(tmp_path, artifacts, capsys):
     from experiments.measure import main
 
     for argv, message in [
         (["tinny", "--pools", "toy"], "tinny is neither a folder nor a model; did you mean tiny"),
         (["tiny", "--pools", "real"], "pools='real' has words that the embedded model lacks; give pools='toy'"),
-        (["tiny", "--pools", "toy", "--judge", "keywrd"], "judge=keywrd is unknown; did you mean keyword"),
+        (["tiny", "--pools", "toy", "--judge", "keywrd"], "--judge keywrd is unknown; did you mean keyword"),
         ([str(tmp_path), "--pools", "toy"], "does not hold a causal language model"),
-        (["me/mine", "--pools", "toy"], "me/mine is no folder here, and as a hub id: model.hub_id=me/mine could not"),
+        (
+            ["me/mine", "--pools", "toy"],
+            "me/mine is no folder here, and as a hub id: me/mine could not .*or give a local folder instead$",
+        ),
+        (["tiny", "Tinyy", "--pools", "toy"], "Tinyy is neither a folder nor a model; did you mean tiny"),
+        (["tiny", "--pools", "Tyo"], "--pools Tyo is unknown; did you mean toy"),
         ([f"{tmp_path}/mine", "--pools", "toy"], "/mine is neither a folder nor a model"),
     ]:
         assert main([*argv, "--artifacts", str(artifacts)]) == 2

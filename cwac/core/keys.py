@@ -170,12 +170,12 @@ def near(name: str, candidates: Iterable[str]) -> list[str]:
         return re.split(r"[./]", text)[-1]
 
     def alike(a: str, b: str) -> float:
-        return difflib.SequenceMatcher(None, a, b).ratio()
+        return difflib.SequenceMatcher(None, a.lower(), b.lower()).ratio()
 
     name = str(name)
     scores = {c: max(alike(name, c), alike(last(name), last(c)) - 0.1) for c in map(str, candidates) if c != name}
     best = max(scores.values(), default=0.0)
-    close = [c for c in scores if scores[c] >= max(0.7, best - 0.08)]
+    close = [c for c in scores if scores[c] >= max(0.66, best - 0.08)]
     return sorted(close, key=lambda c: (-scores[c], c))[:3]
 
 

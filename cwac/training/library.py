@@ -44,6 +44,8 @@ from cwac.training.engine import MethodTrainer, attach, collated, refuse_other_k
 
 AS_ARGUMENTS = (
     (r"\+?model\.base=", "base="),
+    (r"model\.hub_id=", ""),
+    (r"one with model\.kind=folder \+model\.path=<folder>( \(for several models:[^)]*\))?", "folder instead"),
     (r"paths\.data", "data"),
     (r" \(model\.kind=[^)]*\)", ""),
     (r"model\.lora='\{[^}]*\}'", "an adapter (peft's get_peft_model)"),
@@ -51,7 +53,7 @@ AS_ARGUMENTS = (
     (r"model\.dtype=", "dtype="),
     (r"\btrain\.(?!py\b)", ""),
 )
-"""Key of train.py that an error may name -> what a script sets instead: an argument of `defend` or of its trainer."""
+"""Key of train.py that an error may name -> what a script sets instead: an argument, of its own or of its trainer."""
 
 MODEL_INPUTS = {"input_ids", "attention_mask", "labels", "shift_labels", "position_ids", "token_type_ids"}
 """Keys of a batch that a method's own batches also have, or that a model does not need."""
@@ -232,6 +234,9 @@ def load_method(name: str, model: str, *overrides: str) -> Method:
         known = options(group)
         if option not in known:
             raise UsageError(f"{group}={option} is unknown; {nearest(str(option), known)}there are {', '.join(known)}")
+    for override in overrides:
+        if "=" not in override and not override.startswith("~"):
+            raise UsageError(f"{override} has no value; give {override}=<value>")
     try:
         cfg = compose([f"method={name}", f"model={model}", *overrides])
     except (HydraException, OmegaConfBaseException) as error:

@@ -106,17 +106,26 @@ def _json_lines(file, path: Path) -> Iterator[tuple[int, dict]]:
 
 
 def _csv_lines(file, path: Path) -> Iterator[tuple[int, dict]]:
-    reader = csv.DictReader(file)
-    if missing := [name for name in COLUMNS if name not in (reader.fieldnames or [])]:
-        has = ", ".join(reader.fieldnames or []) or "none"
-        raise UsageError(f"{path} has no column {', '.join(missing)} in its first line; its columns are {has}")
-    for row in reader:
-        if None in row:  # more cells than columns
-            raise UsageError(
-                f"line {reader.line_num} of {path} has more cells than columns; put a text that holds a comma into "
-                "quotes"
-            )
-        yield reader.line_num, row
+    reader = csv.DictReader(file, strict=True)  # not strict, a quote that is never closed takes in all rows after it
+    read = 0  # lines of rows that are whole
+    try:
+        if missing := [name for name in COLUMNS if name not in (reader.fieldnames or [])]:
+            has = ", ".join(reader.fieldnames or []) or "none"
+            raise UsageError(f"{path} has no column {', '.join(missing)} in its first line; its columns are {has}")
+        read = reader.line_num
+        for row in reader:
+            if None in row:  # more cells than columns
+                raise UsageError(
+                    f"line {reader.line_num} of {path} has more cells than columns; put a text that holds a comma "
+                    "into quotes"
+                )
+            yield reader.line_num, row
+            read = reader.line_num
+    except csv.Error as error:
+        raise UsageError(
+            f"the row that begins on line {read + 1} of {path} is no CSV ({error}); close each text that a quote "
+            "opens, and double a quote within it"
+        ) from error
 
 
 def turns(row: dict) -> tuple[list[dict], list[dict]]:
