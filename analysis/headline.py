@@ -182,22 +182,21 @@ def beaten(view: View, method: str = "cwac") -> str:
     label = paper.method_label(method)
     if not others:
         return "no other method was run"
+    cost = f"an FA at most {MARGIN:g} points below {label}'s"
     if surely:
-        return f"{label} is beaten at its own accuracy by {several(surely, others)}"
+        return f"{several(surely, others)} {'have' if len(surely) > 1 else 'has'} a lower HS at {cost}"
     if lower:
-        return (
-            f"{several(lower, others)} end lower in the mean, at an accuracy within {MARGIN:g} points of {label}'s or "
-            "above, which these seeds do not decide"
-        )
-    return f"none of the other methods ({others}) ends lower than {label} at its accuracy"
+        have = "have" if len(lower) > 1 else "has"
+        return f"{several(lower, others)} {have} a lower HS in the mean at {cost}, which these seeds do not decide"
+    return f"none of the other methods ({others}) has a lower HS than {label} at {cost}"
 
 
 def several(methods: Sequence[str], others: int, most: int = 3) -> str:
-    """All by name, or how many of the others and the first few; L2-SP, the simplest, first where it is there."""
+    """A sentence's subject: all by name, or how many of the others and the first few; L2-SP, the simplest, leads."""
     first = sorted(methods, key=lambda m: m != "l2sp")
     if len(first) <= most + 1:
         return names(first)
-    return f"{len(first)} of the {others} other methods, such as {names(first[:most])}"
+    return f"{len(first)} of the {others} other methods, such as {names(first[:most])},"
 
 
 def short(method: str) -> str:
