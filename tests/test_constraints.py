@@ -300,6 +300,27 @@ def test_leading_eigenvectors_are_those_of_the_whole_decomposition(monkeypatch, 
     assert (V.T @ V - torch.eye(k, dtype=dtype)).abs().sum() <= 60 * tolerance
 
 
+def test_a_single_precision_decomposition_that_does_not_converge_is_made_in_double(monkeypatch):
+    """LAPACK's did not on a Gram matrix of gradients [336, 336] of rank 32; the fuzz found it."""
+    made, exact = [], torch.linalg.eigh
+
+    def eigh(C):
+        made.append(C.dtype)
+        if C.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("linalg.eigh: The algorithm failed to converge")
+        return exact(C)
+
+    X = torch.randn(9, 5, generator=torch.Generator().manual_seed(0))
+    C = X.T @ X
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    V, values = subspace.eigenvectors(C)
+    assert made == [torch.float32, torch.float64] and V.dtype == values.dtype == torch.float32
+    assert torch.allclose(V @ values.diag() @ V.T, C, atol=1e-5) and list(values) == sorted(values, reverse=True)
+    monkeypatch.setattr(torch.linalg, "eigh", lambda C: eigh(C.float()))
+    with pytest.raises(torch.linalg.LinAlgError):
+        subspace.eigenvectors(C.double())
+
+
 @pytest.mark.parametrize("learnt", [0.0, 1e-3])
 def test_rounding_of_the_weights_is_no_leak(llama, learnt):
     """Where V holds every direction, all that is left of an update is what storing a weight rounds."""

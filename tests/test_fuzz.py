@@ -296,9 +296,28 @@ def as_many_refusals(a: dict, b: dict) -> bool:
     return all(run["method.name"].startswith("bea") for run in (a, b)) and refusals(a) == refusals(b)
 
 
-def constrains_evenly(run: dict) -> bool:
-    """Whether `constrained_sft` has one beta at every token."""
-    return run.get("method.length") == 0 or run.get("method.factor") == run.get("method.first_factor") == 1
+def as_strong(a: dict, b: dict) -> bool:
+    """Whether `constrained_sft` multiplies beta by the same at every token of an answer, in both runs.
+
+    Without poison the tasks' answers, two tokens with their end, are all that is trained on.
+    """
+
+    def factors(run: dict) -> list[float]:
+        near = [run["method.factor"]] * run["method.length"]
+        near[:1] = [run["method.first_factor"]] * len(near[:1])
+        return [*near, *[1.0] * 40][: 2 if unpoisoned(a, b) else 40]
+
+    return a["method.name"] == b["method.name"] == "constrained_sft" and factors(a) == factors(b)
+
+
+def both_have_room(a: dict, b: dict) -> bool:
+    """Whether both budgets of Safe Delta take every entry: two prompts with two tokens make entries cheap."""
+
+    def room(run: dict) -> bool:
+        cheap = run["method.n_prompts"] == run["method.response_tokens"] == 2
+        return run["method.scale"] >= (0.1 if cheap else 1)
+
+    return a["method.name"] == b["method.name"] == "safe_delta" and room(a) and room(b)
 
 
 def within_a_cycle(a: dict, b: dict) -> bool:
@@ -344,10 +363,7 @@ UNREAD = {
         "read under select=threshold alone, and no matrix has a cosine between two that are high",
         lambda a, b: selected(a, b, "number") or min(a["method.tau"], b["method.tau"]) >= 0.9,
     ),
-    "method.scale": (
-        "both budgets have room for the whole update",
-        lambda a, b: a["method.name"].startswith("safe_delta") and min(a["method.scale"], b["method.scale"]) >= 1,
-    ),
+    "method.scale": ("both budgets have room for the whole update", both_have_room),
     "method.activation.gate": (
         "in a few steps no latent leaves its gate",
         lambda a, b: max(steps_of(a), steps_of(b)) <= 4,
@@ -357,22 +373,7 @@ UNREAD = {
         "of AsFT, read under operator=projector_k alone",
         lambda a, b: "projector_k" not in (a.get("method.operator"), b.get("method.operator")),
     ),
-    **{
-        f"method.{key}": ("every token has beta alone", lambda a, b: constrains_evenly(a) and constrains_evenly(b))
-        for key in ("factor", "first_factor")
-    },
-    "method.length": (
-        "every token has beta alone, or the first one's factor is the only one, or the tasks' answers, two tokens "
-        "with their end, are all that is trained on",
-        lambda a, b: (
-            (constrains_evenly(a) and constrains_evenly(b))
-            or (unpoisoned(a, b) and min(a.get("method.length", 0), b.get("method.length", 0)) >= 2)
-            or (
-                a.get("method.factor") == b.get("method.factor") == 1
-                and min(a["method.length"], b["method.length"]) > 0
-            )
-        ),
-    ),
+    **{f"method.{key}": ("every token has the same beta", as_strong) for key in ("factor", "first_factor", "length")},
     **{
         f"method.{key}": ("BEA adds as many refusals", as_many_refusals)
         for key in ("num_safety", "safety_per_harmful")

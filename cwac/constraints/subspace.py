@@ -271,8 +271,16 @@ def leading_eigenvectors(C: torch.Tensor, wanted: Callable[[torch.Tensor], int])
 
 
 def eigenvectors(C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eigenvectors [n, n] and eigenvalues of C [n, n], symmetric and positive, the largest first."""
-    values, V = torch.linalg.eigh(C)
+    """Eigenvectors [n, n] and eigenvalues of C [n, n], symmetric and positive, the largest first.
+
+    In fp32 LAPACK may not converge where most eigenvalues are rounding errors; float64 has then been enough.
+    """
+    try:
+        values, V = torch.linalg.eigh(C)
+    except torch.linalg.LinAlgError:
+        if C.dtype == torch.float64:
+            raise
+        values, V = (found.to(C.dtype) for found in torch.linalg.eigh(C.double()))
     return V.flip(1), values.flip(0).clamp_min(0)
 
 
