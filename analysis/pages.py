@@ -332,7 +332,11 @@ def overview(page: Path, name: str) -> str:
         for m, t in tables.grids(collection, summary)
     ]
     seeds = ", ".join(str(s) for s in sorted(collection.rows["seed"].dropna().unique()))
-    return "\n\n".join([*parts, f"`results/{name}`: {len(collection.runs)} runs, seeds {seeds}."])
+    judges = ", ".join(f"`{judge}`" for judge in sorted({*collection.rows["judge"].dropna()} - {""}))
+    earlier = ", on an alignment before the one that ships" if name.startswith("earlier/") else ""
+    return "\n\n".join(
+        [*parts, f"`results/{name}`: {len(collection.runs)} runs, seeds {seeds}, judge {judges}{earlier}."]
+    )
 
 
 def course(page: Path, name: str) -> str:
