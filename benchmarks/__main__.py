@@ -23,6 +23,7 @@ PARTS = {
     "evaluation": {},
     "judge": {},
     "nullspace": {"steps": 4},
+    "memory": {},
     "engines": {},
     "methods": {"steps": 60},
 }

@@ -5,18 +5,15 @@ python -m benchmarks.nullspace [--steps 6 --tokens 512 --labels 128] [overrides,
 As in benchmarks/steps.py weights are random at `model.shape`, rows are random tokens and methods are set up by
 `estimate_memory`. The adapters' rivals on the same matrices are peft's LoRA with r = 64, SaLoRA on it, and peft's
 own layers with a random A frozen (LoRA-FA; a random A in the null space, as for continual learning, costs the same).
-Memory and FLOPs are counted by experiments/cost.py; with `--measured` steps the peak is measured too, in a process
-of its own.
+Memory and FLOPs are counted by experiments/cost.py; `benchmarks.memory` measures the peak.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 
-import torch
 from omegaconf import DictConfig
 
 from benchmarks import runner
@@ -25,7 +22,6 @@ from benchmarks.runner import Skipped, entry
 from benchmarks.steps import PROMPTS, STOCK, stock, trainer
 from cwac.core import config
 from cwac.training.engine import MethodTrainer
-from experiments import cost
 from experiments.cost import Row, estimate, shape
 
 LORA = "model.lora={r: 64, alpha: 64, target_modules: all-linear}"
@@ -48,12 +44,12 @@ def frozen_a(cfg: DictConfig, row: Row, steps: int, folder: str) -> MethodTraine
 
 
 def measure(
-    steps: int = 6, tokens: int = 512, labels: int = 128, measured: int = 0, overrides: Sequence[str] = ()
+    steps: int = 6, tokens: int = 512, labels: int = 128, overrides: Sequence[str] = ()
 ) -> Iterator[dict | Skipped]:
     """Rows of the step's time against each rival, of FLOPs, and of peak memory; then Llama-2-7B's and Llama-3-70B's.
 
     steps: optimizer steps of each trainer, the first left out. tokens, labels: of the one row of a batch, and how many
-    of them carry a label. measured: steps of the runs whose memory is measured; 0 counts it only.
+    of them carry a label.
     """
     row, whole = Row(tokens, labels, PROMPTS), Row(tokens, tokens, PROMPTS)
     given = ["model=smollm2", "task=sst2", "train.per_device_train_batch_size=1", *overrides]
@@ -94,27 +90,7 @@ def measure(
         yield entry(f"FLOPs of a step of nullspace, {name}, {batch}, counted", f"FLOPs {STOCK}, counted", share)
         share = counted.total / plain.total
         yield entry(f"peak memory of nullspace, {name}, {batch}, counted", f"peak memory {STOCK}, counted", share, bar)
-    if measured:
-        theirs = alone(sft, row, measured)
-        for name, cfg, bar in settings:
-            yield entry(
-                f"peak memory of nullspace, {name}, {batch}, measured",
-                "peak memory of sft, measured",
-                alone(cfg, row, measured) / theirs,
-                bar,
-            )
     yield from large(row)
-
-
-def alone(cfg: DictConfig, row: Row, steps: int) -> float:
-    """Bytes at the peak of a training in a process of its own (`experiments.cost.measure`)."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(peak, (cfg, row, steps))
-
-
-def peak(cfg: DictConfig, row: Row, steps: int) -> float:
-    torch.set_num_threads(1)
-    return cost.measure(cfg, shape(cfg), row, steps)[0]
 
 
 def large(row: Row) -> Iterator[dict]:

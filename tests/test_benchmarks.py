@@ -18,6 +18,7 @@ from benchmarks import (
     evaluation,
     judge,
     large,
+    memory,
     methods,
     phases,
     prepared,
@@ -225,6 +226,20 @@ def test_the_engines_in_miniature(random_model, monkeypatch):
     monkeypatch.setenv("CWAC_VLLM_PYTHON", "/nowhere/python")
     (skipped,) = engines.measure(prompts=3, tokens=4, overrides=given)
     assert isinstance(skipped, runner.Skipped) and "/nowhere/python" in skipped.reason and not skipped.barred
+
+
+def test_peak_memory_is_measured_beside_sft_on_the_same_row(monkeypatch):
+    seen = []
+
+    def alone(cfg, row, steps):
+        seen.append((cfg.method.name, cfg.method.get("k"), bool(cfg.model.lora), row.tokens, row.labels, steps))
+        return 4e9 if cfg.method.name == "sft" and not cfg.model.lora else 1e9
+
+    monkeypatch.setattr(memory, "alone", alone)
+    rows = list(memory.measure(2, 32, 8, ["model=tiny", "task=toy_sentiment"]))
+    assert seen[:2] == [("sft", None, False, 32, 8, 2), ("nullspace", 64, False, 32, 8, 2)] and len(rows) == 6
+    assert {r["ratio"] for r in rows} == {0.25} and [r["bar"] for r in rows] == [0.5, 0.85, 0.85, None, None, None]
+    assert ("sft", None, True, 32, 8, 2) in seen and "tiny, 1 x 32 tokens" in rows[0]["name"]
 
 
 def test_what_a_second_method_builds_is_counted(monkeypatch):
