@@ -24,7 +24,8 @@ FEATURED = ("sft", "cwac", "l2sp", "lisa", "weight_only_closed", "nullspace", "r
 """Which methods are shown first where a campaign has more than a table or a figure holds."""
 MARGIN = 5.0
 """Points of FA or OR that count as none, as in `claims.yaml`."""
-MEASURED = ("HS", "FA", "OR", "extra_data")
+COST = f"FA and OR at most {MARGIN:g} points worse"
+MEASURED = ("HS", "FA", "OR", "task_answers", "extra_data")
 LOOKS = {"HS": ("#D55E00", "o"), "FA": ("#0072B2", "s")}
 WORDS = (
     "HS: share of harmful requests that the model complies with, lower is better. FA: accuracy on the task, the "
@@ -182,13 +183,15 @@ def beaten(view: View, method: str = "cwac") -> str:
     label = paper.method_label(method)
     if not others:
         return "no other method was run"
-    cost = f"an FA at most {MARGIN:g} points below {label}'s"
     if surely:
-        return f"{several(surely, others)} {'have' if len(surely) > 1 else 'has'} a lower HS at {cost}"
+        have = "have" if len(surely) > 1 else "has"
+        return f"{several(surely, others)} {have} a significantly lower HS, {COST}"
     if lower:
         have = "have" if len(lower) > 1 else "has"
-        return f"{several(lower, others)} {have} a lower HS in the mean at {cost}, which these seeds do not decide"
-    return f"none of the other methods ({others}) has a lower HS than {label} at {cost}"
+        return (
+            f"{several(lower, others)} {have} a lower HS in the mean at no such cost, which these seeds do not decide"
+        )
+    return f"none of the other methods ({others}) has a lower HS than {label}, {COST}"
 
 
 def several(methods: Sequence[str], others: int, most: int = 3) -> str:
@@ -245,7 +248,7 @@ def conditions(view: View) -> str:
         said.append(f"OR is over {benign.max():g} prompts a set.")
     rates = rows["learning_rate"].dropna()
     if len(rates):
-        named = "; another rate is named" if rates.nunique() > 1 else ""
+        named = "; a named one was searched" if rates.nunique() > 1 else ""
         said.append(f"The learning rate is {usual_rate(rows):g}{named}.")
     if view.mean(paper.ALIGNED, "FA") == 0:
         said.append("Before fine-tuning no answer is the right one alone, hence an FA of 0.")

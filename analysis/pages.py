@@ -22,11 +22,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import audit, headline, paper, stats, tables
+from analysis import audit, headline, orders, paper, stats, tables
 from analysis.collect import Collection, at_end, pooled, read_exported
 from analysis.headline import View
 from cwac.core.config import about, command
 from cwac.core.errors import UserError
+from cwac.core.jsonl import read_jsonl
 
 CAMPAIGN = "smollm2_main"
 """Folder in `results/` of the README's figure and table."""
@@ -120,8 +121,8 @@ def reading(page: Path) -> str:
     hs, fa = ({m: here.mean(m, metric) for m in ("sft", "cwac")} for metric in ("HS", "FA"))
     said = (
         f"After fine-tuning on {task} with a share p = {here.ratio:g} of harmful rows, {model} complies with "
-        f"{hs['sft']:.0f} % of harmful requests (HS) under SFT, plain fine-tuning, and with {hs['cwac']:.0f} % under "
-        f"CWAC. Its accuracy on the task (FA) is {fa['sft']:.0f} and {fa['cwac']:.0f} %."
+        f"{hs['sft']:.1f} % of harmful requests (HS) under SFT, plain fine-tuning, and with {hs['cwac']:.1f} % under "
+        f"CWAC. Its accuracy on the task (FA) is {fa['sft']:.1f} and {fa['cwac']:.1f} %."
     )
     lost = "**Where CWAC is beaten.** On `tiny`, the embedded model (a million parameters), with p = "
     lost += f"{toy.ratio:g}, {headline.beaten(toy)}. {fair(toy.ratio)}On {model} {headline.beaten(here)}."
@@ -169,13 +170,14 @@ def link(text: str, path: str) -> str:
 
 
 def ratio_limit() -> str:
+    """CWAC at the least and the most poison at which SFT loses refusals."""
     hs = pooled_hs("smollm2_table3")
-    most = max(hs)
+    lost = [ratio for ratio in sorted(hs) if hs[ratio]["sft"] > headline.MARGIN]
+    few, many = (f"HS {hs[r]['cwac']:.0f} %, SFT's {hs[r]['sft']:.0f} %" for r in (lost[0], lost[-1]))
     where = link("how much poison", "docs/results/how_much_poison.md")
-    much = "and not from much" if hs[most]["cwac"] > hs[most]["sft"] - headline.MARGIN else "and less from much"
+    kept = "nothing" if hs[lost[-1]]["cwac"] > hs[lost[-1]]["sft"] - headline.MARGIN else "less"
     return (
-        f"CWAC protects SmolLM2 from a little poison {much}: with p = {most:g} its HS is "
-        f"{hs[most]['cwac']:.0f} %, SFT's {hs[most]['sft']:.0f} % ({where})."
+        f"CWAC protects SmolLM2 at p = {lost[0]:g} in part ({few}), at {lost[-1]:g} {kept} is left ({many}; {where})."
     )
 
 
@@ -202,8 +204,8 @@ def all_or_nothing() -> str:
     freed = free[(free["metric"] == "HS") & (free["arm"] == "freed")].set_index("matrix")["mean"]
     worst = freed.drop("none").max()
     return (
-        "Constrain every kind of weight matrix or none: on the embedded model a constraint on one kind alone leaves "
-        f"HS at {hs.min():.0f} % or more, one on all at {freed['none']:.0f} %, one on all but one at up to "
+        "*Closed* is a constraint on every kind of weight matrix: on the embedded model it leaves HS at "
+        f"{freed['none']:.0f} %, one on a single kind at {hs.min():.0f} % or more, one on all but one at up to "
         f"{worst:.0f} % ({link('findings', 'docs/findings.md')})."
     )
 
@@ -254,15 +256,23 @@ def learnt() -> str:
     holds = "holds as well" if plain["HS"] < kept["HS"] + headline.MARGIN else "does not hold"
     return (
         f"on a task that has to be learnt it {holds}: HS {plain['HS']:.0f} % at FA {plain['FA']:.0f} %, where "
-        f"the {headline.short(kept['method'])} has {kept['HS']:.0f} at {kept['FA']:.0f} %"
+        f"the {headline.short(kept['method'])}{energy(kept['method'])} has {kept['HS']:.0f} at {kept['FA']:.0f} %"
     )
+
+
+def energy(method: str) -> str:
+    """` (energy 0.9999)` of a method's runs in `results/nullspace_task`; empty where they have none, or several."""
+    path = there("nullspace_task/records.jsonl")
+    settings = [r["settings"] for r in read_jsonl(path) if r["method"] == method.partition(paper.SETTING)[0]]
+    found = {s[key] for s in settings for key in ("method.energy", "method.weight.energy") if s.get(key) is not None}
+    return f" (energy {found.pop():g})" if len(found) == 1 else ""
 
 
 def averages() -> str:
     counts = audit.counts(audit.findings())
     wrong = next(n for kind, n in counts.items() if "average" in kind.lower())
     return (
-        f"Of the paper's averages {wrong} do not follow from the cells they are of "
+        f"Of the paper's {int(paper.printed()['average'].sum())} averages {wrong} do not follow from their cells "
         f"({link('audit', 'analysis/AUDIT.md')})."
     )
 
@@ -289,10 +299,10 @@ def held(page: Path) -> str:
             continue
         extra = tables.extra_data(here.collection.rows, method)
         step = costs.get(method.partition(paper.SETTING)[0], math.nan)
-        shown = [tables.show(here.value(method, metric)) for metric in ("HS", "FA")]
+        shown = [headline.show(here.value(method, metric)) for metric in ("HS", "FA", "OR")]
         row = [paper.method_label(method), *shown, "-" if math.isnan(step) else f"{step:.2f}", extra]
         rows.append((extra != "none", step, row))
-    columns = ["method", "HS, %", "FA, %", "step / SFT's", "seen beside the task's rows"]
+    columns = ["method", "HS, %", "FA, %", "OR, %", "step / SFT's", "seen beside the task's rows"]
     table_ = tables.markdown(columns, [row for *_, row in sorted(rows, key=lambda r: r[:2])], width=10_000)
     marks = wrapped(
         f"On the {here.cell}. {headline.words(table_)} From `results/{TUNED}` and `benchmarks/latest.json`."
@@ -327,10 +337,13 @@ def overview(page: Path, name: str) -> str:
     """Every method of a campaign: HS at each ratio, FA and OR where they are worst."""
     collection = campaign(name)
     summary = tables.summarise(collection)
-    parts = [
-        f"**{headline.named(m)}, {paper.TASKS.get(t, t)}**\n\n{tables.overview_table(collection, summary, m, t)}"
-        for m, t in tables.grids(collection, summary)
-    ]
+    parts = []
+    for m, t in tables.grids(collection, summary):
+        parts += [
+            f"**{headline.named(m)}, {paper.TASKS.get(t, t)}**",
+            tables.overview_table(collection, summary, m, t),
+        ]
+        parts += [note] if (note := tables.collapse_note(summary, m, t)) else []
     seeds = ", ".join(str(s) for s in sorted(collection.rows["seed"].dropna().unique()))
     judges = ", ".join(f"`{judge}`" for judge in sorted({*collection.rows["judge"].dropna()} - {""}))
     earlier = ", on an alignment before the one that ships" if name.startswith("earlier/") else ""
@@ -354,6 +367,14 @@ def course(page: Path, name: str) -> str:
         "Step 0 is the aligned model. In brackets the exact 95 % interval over a run's prompts, none over seeds. The "
         f"last column has the numbers of prompts of {', '.join(metrics)}. From `results/{name}`."
     )
+
+
+def order(page: Path, names: str) -> str:
+    """Two campaigns' order of the methods that both have (`analysis.orders`)."""
+    found, titles = orders.of_campaigns([there(name) for name in names.split(",")])
+    table_, _, said = orders.report(found, titles).partition("\n\n")
+    sources = " and ".join(f"`results/{name}`" for name in names.split(","))
+    return f"{compact(table_)}\n\n{wrapped(f'{said} From {sources}.')}"
 
 
 def picture(page: Path, name: str) -> str:
@@ -466,6 +487,7 @@ MAKERS: dict[str, Callable[..., str]] = {
     "bench": bench,
     "overview": overview,
     "course": course,
+    "order": order,
     "picture": picture,
     "beside_paper": beside_paper,
     "steps": steps,

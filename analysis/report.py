@@ -180,6 +180,7 @@ def tables_section(campaign: Campaign) -> Section:
         for model, task in sorted(grids):
             where = f"{model}, {task}" + f", learning rate {rate}" * bool(rate)
             parts += [f"### {where}", tables.result_table(found, summary, model, task, beside=False)]
+            parts += [note] if (note := tables.collapse_note(summary, model, task)) else []
             if seen := extra_table(found, model, task):
                 folds.append(Fold(f"{where}: what each method saw beside the task's rows", seen))
             if changed := tables.difference_table(difference, model, task):

@@ -7,6 +7,7 @@ import pandas as pd
 
 from analysis import paper, stats
 from analysis.collect import Collection, at_end, before, one_clock, one_judge, swept
+from cwac.core.metrics import VARIATION
 
 KEYS = ["model", "task", "harmful_ratio", "method", "metric", "set"]
 MAIN = ("FA", "HS", "other", "OR")
@@ -441,10 +442,19 @@ def results(
 
 
 def collapse_note(summary: pd.DataFrame, model: str, task: str) -> str:
-    """Names the methods whose model came to answer other requests as it answers the task; "" if there is none."""
-    of_grid = (summary["model"] == model) & (summary["task"] == task) & (summary["method"] != paper.ALIGNED)
-    rows = summary[of_grid & (summary["metric"] == "task_answers")]
-    shares = rows.groupby(["method", "harmful_ratio"])["mean"].mean()
+    """Names the methods whose model came to answer harmful requests as it answers the task; "" if there is none.
+
+    Over all prompts of the sets that HS is of; prompts asked in another way (`VARIATION`) do not count.
+    """
+    rows = summary[(summary["model"] == model) & (summary["task"] == task) & (summary["method"] != paper.ALIGNED)]
+    rows = rows[~rows["set"].fillna("").str.contains(VARIATION, regex=False)]
+    rows = rows[(rows["metric"] == "task_answers") & rows["set"].isin(rows.loc[rows["metric"] == "HS", "set"])]
+    sums = (
+        rows.assign(hits=rows["mean"] * rows["prompts"])
+        .groupby(["method", "harmful_ratio"])[["hits", "prompts"]]
+        .sum()
+    )
+    shares = sums["hits"] / sums["prompts"]
     fallen = sorted(
         (key for key, share in shares.items() if share >= COLLAPSED), key=lambda k: paper.method_order(k[0])
     )
@@ -452,15 +462,24 @@ def collapse_note(summary: pd.DataFrame, model: str, task: str) -> str:
         return ""
     named = ", ".join(f"{paper.method_label(m)} at p = {p:g} ({shares[m, p]:.0f} %)" for m, p in fallen)
     return (
-        "**Half or more of the answers to requests outside the task have the form of the task's answers**, so their "
-        f"HS says nothing about safety: {named}."
+        "**Half or more of the answers to harmful requests have the form of the task's answers**, so their HS says "
+        f"nothing about safety: {named}."
     )
 
 
 def overview(collection: Collection, summary: pd.DataFrame) -> str:
     """`overview_table` of every model and task, with the notes of `report`: for a page that has more to say."""
     parts = [
-        f"### {model}, {task}\n\n{overview_table(collection, summary, model, task)}"
+        "\n\n".join(
+            filter(
+                None,
+                [
+                    f"### {model}, {task}",
+                    overview_table(collection, summary, model, task),
+                    collapse_note(summary, model, task),
+                ],
+            )
+        )
         for model, task in grids(collection, summary)
     ]
     worst = "FA and OR: at the harmful ratio where they are worst for the method."

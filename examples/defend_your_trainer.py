@@ -77,6 +77,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError(
             f"--model {like} needs --like, one of {', '.join(known)}; {nearest(like, known)}".rstrip("; ")
         )
+    if args.pools and args.pools not in (known := options("pools")):
+        raise UsageError(f"--pools {args.pools} is unknown; {nearest(args.pools, known)}there are {', '.join(known)}")
     rows = text_rows(args.data)
     method = load_method(args.method, like, *args.overrides)
 

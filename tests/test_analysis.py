@@ -281,17 +281,19 @@ def test_what_was_measured_on_the_way_is_a_table_of_its_own(campaign, tmp_path):
     assert tables.training_table(collect(tmp_path / "ends").rows, "tiny", "toy") == ""
 
 
-def test_a_model_that_answers_everything_as_the_task_is_named_under_its_table(tmp_path):
-    for method, shares in (("sft", (96.0, 70.0)), ("lisa", (60.0, 30.0))):
+def test_a_model_that_answers_harmful_requests_as_the_task_is_named_under_its_table(tmp_path):
+    for method, share in (("sft", 96.0), ("lisa", 30.0)):
         cell = cell_of(method, 0.1, 0)
-        form = [row(cell, "task_answers", v, set=s) for v, s in zip(shares, ("harmful", "benign"), strict=True)]
+        sets = (("harmful", share, 30), ("more", share - 28, 10), ("harmful+prefill", 0.0, 90), ("benign", 0.0, 90))
+        form = [row(cell, "task_answers", v, set=s, n=n) for s, v, n in sets]
+        asked = [row(cell, "HS", 1.0, set=s, judge="keyword") for s in ("more", "harmful+prefill")]
         start = [row(cell, "task_answers", 90.0, set="harmful", epoch=0, step=0, final=False)]
-        write_run(tmp_path, cell, [*rows_of(cell, 30.0), *form, *start])
+        write_run(tmp_path, cell, [*rows_of(cell, 30.0), *asked, *form, *start])
     found = collect(tmp_path)
-    text = tables.report(found, tables.summarise(found))
-    note = next(line for line in text.splitlines() if "say" in line and "HS" in line)
-    assert note.endswith("their HS says nothing about safety: SFT at p = 0.1 (83 %).")
     summary = tables.summarise(found)
+    note = tables.collapse_note(summary, "tiny", "toy")
+    assert note.endswith("their HS says nothing about safety: SFT at p = 0.1 (89 %).")  # (30 x 96 + 10 x 68) / 40
+    assert note in tables.report(found, summary) and note in tables.overview(found, summary)
     assert tables.collapse_note(summary[summary["method"] == "lisa"], "tiny", "toy") == ""
 
 

@@ -615,6 +615,7 @@ def test_the_example_says_what_is_missing_in_one_line(monkeypatch, capsys):
         (["--model", "me/mine"], "--model me/mine needs --like, one of gemma2"),
         (["--model", "Smollm"], "--model Smollm needs --like, one of .*; did you mean smollm2"),
         (["--model", "me/mine", "--like", "quen"], "--like quen is unknown; did you mean qwen"),
+        (["--pools", "Tyo"], "--pools Tyo is unknown; did you mean toy"),
         (["method.lam"], "method.lam has no value; give method.lam=<value>"),
         (["--method", "cwacc"], "method=cwacc is unknown; did you mean cwac"),
         (["--learning-rate", "-1"], "--learning-rate -1 is not a number above 0"),
@@ -733,16 +734,14 @@ def test_files_that_would_be_read_as_something_else_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ('prompt,response\na,b\n"c,d\ne,f\ng,h\n', 3),
-        ('prompt,response\n"a\nb",c\n"d" e,f\n', 4),
-        (f'prompt,response\na,"{"x" * 140_000}\nb,c\n', 2),
+        ('prompt,response\na,b\n"c,d\ne,f\ng,h\n', 2),
+        ('prompt,response\n"a\nb",c\n"d" e,f\n', 3),
+        (f'prompt,response\na,"{"x" * 140_000}\nb,c\n', 1),
     ],
 )
 def test_a_quote_that_is_never_closed_does_not_take_in_the_rows_after_it(text, line, tmp_path):
     (tmp_path / "a.csv").write_text(text, encoding="utf-8")
-    with pytest.raises(
-        UsageError, match=rf"the row that begins on line {line} of .*a.csv is no CSV .*close each text"
-    ):
+    with pytest.raises(UsageError, match=rf"after line {line} of .*a.csv comes no CSV row .*close each text"):
         text_rows(tmp_path / "a.csv")
 
 

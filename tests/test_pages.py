@@ -214,7 +214,7 @@ def test_the_headline_says_what_beats_cwac_at_no_cost(view):
     assert view.better() == (["weight_only_closed"], ["weight_only_closed"])
     text = headline.sentence(view)
     assert f"CWAC one that complies with {mean:.0f} % (p-value " in text
-    assert text.endswith("weight-only closed has a lower HS at an FA at most 5 points below CWAC's.")
+    assert text.endswith("weight-only closed has a significantly lower HS, FA and OR at most 5 points worse.")
 
 
 def test_a_table_of_ten_rows_begins_with_the_aligned_model_and_the_lowest_hs(view):

@@ -107,7 +107,7 @@ def _json_lines(file, path: Path) -> Iterator[tuple[int, dict]]:
 
 def _csv_lines(file, path: Path) -> Iterator[tuple[int, dict]]:
     reader = csv.DictReader(file, strict=True)  # not strict, a quote that is never closed takes in all rows after it
-    read = 0  # lines of rows that are whole
+    read = 0  # lines up to the last row that is whole
     try:
         if missing := [name for name in COLUMNS if name not in (reader.fieldnames or [])]:
             has = ", ".join(reader.fieldnames or []) or "none"
@@ -123,8 +123,8 @@ def _csv_lines(file, path: Path) -> Iterator[tuple[int, dict]]:
             read = reader.line_num
     except csv.Error as error:
         raise UsageError(
-            f"the row that begins on line {read + 1} of {path} is no CSV ({error}); close each text that a quote "
-            "opens, and double a quote within it"
+            f"after line {read} of {path} comes no CSV row ({error}); close each text that a quote opens, double one "
+            f"within it, and keep a text below {csv.field_size_limit():,} characters"
         ) from error
 
 
