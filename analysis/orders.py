@@ -7,7 +7,7 @@ at the setting without a name where a campaign has one, else at its named one, s
 table shows which. HS is over the seeds that all of these methods have, and over the prompts that both campaigns asked
 (where they share none, over each one's own).
 
-The interval (ours) is a bootstrap: seeds and prompts are drawn with replacement, the same for all methods of a campaign
+The interval (ours) is a bootstrap: seeds and prompts are drawn with replacement, alike for all methods of a campaign,
 and the same prompts for both (Owen 2007, "The pigeonhole bootstrap", arXiv:0712.1111). With three seeds it is too
 narrow: in simulations of five methods it held the true correlation in 83 to 92 of 100 trials. It says how sure the
 correlation of these methods is, not that of others. The p-value is over all orders of the methods, of nine and
