@@ -303,7 +303,7 @@ def as_strong(a: dict, b: dict) -> bool:
     """
 
     def factors(run: dict) -> list[float]:
-        near = [run["method.factor"]] * run["method.length"]
+        near = [run["method.factor"]] * int(run["method.length"])
         near[:1] = [run["method.first_factor"]] * len(near[:1])
         return [*near, *[1.0] * 40][: 2 if unpoisoned(a, b) else 40]
 
