@@ -161,7 +161,7 @@ def table(page: Path) -> str:
 
 def found(page: Path) -> str:
     """What the project found, one sentence each, with the page that shows it."""
-    made = (ratio_limit(), all_or_nothing(), holds_for(), adapter(), slower(), averages())
+    made = (ratio_limit(), second(), all_or_nothing(), holds_for(), adapter(), slower(), averages())
     return "\n".join(wrapped(f"- {text}", "  ") for text in made)
 
 
@@ -178,6 +178,21 @@ def ratio_limit() -> str:
     kept = "nothing" if hs[lost[-1]]["cwac"] > hs[lost[-1]]["sft"] - headline.MARGIN else "less"
     return (
         f"CWAC protects SmolLM2 at p = {lost[0]:g} in part ({few}), at {lost[-1]:g} {kept} is left ({many}; {where})."
+    )
+
+
+def second() -> str:
+    """What became of the second real model under SFT, CWAC and the null-space adapter."""
+    here = view("qwen_main")
+    shown = [
+        f"{headline.short(m).split(' at ')[0]} {here.mean(m, 'HS'):.0f} %"
+        for m in here.methods
+        if m.partition(paper.SETTING)[0] in ("sft", "cwac", "nullspace")
+    ]
+    where = link("on real models", "docs/results/real_model.md")
+    return (
+        f"On a second model, {headline.named(here.model)}, HS begins at {here.mean(paper.ALIGNED, 'HS'):.0f} % and ends "
+        f"at: {', '.join(shown)} ({where})."
     )
 
 
