@@ -191,8 +191,8 @@ def second() -> str:
     ]
     where = link("on real models", "docs/results/real_model.md")
     return (
-        f"On a second model, {headline.named(here.model)}, HS begins at {here.mean(paper.ALIGNED, 'HS'):.0f} % and ends "
-        f"at: {', '.join(shown)} ({where})."
+        f"On a second model, {headline.named(here.model)}, HS begins at {here.mean(paper.ALIGNED, 'HS'):.0f} % and "
+        f"ends at: {', '.join(shown)} ({where})."
     )
 
 
