@@ -310,6 +310,11 @@ def as_strong(a: dict, b: dict) -> bool:
     return a["method.name"] == b["method.name"] == "constrained_sft" and factors(a) == factors(b)
 
 
+def drawn(run: dict) -> bool:
+    """Whether an adapter's directions are drawn from the null space without looking at rows."""
+    return run.get("method.directions") == "random" or run.get("method.basis") == "complement"
+
+
 def both_have_room(a: dict, b: dict) -> bool:
     """Whether both budgets of Safe Delta take every entry: two prompts with two tokens make entries cheap."""
 
@@ -378,6 +383,7 @@ UNREAD = {
         f"method.{key}": ("BEA adds as many refusals", as_many_refusals)
         for key in ("num_safety", "safety_per_harmful")
     },
+    "method.n_rows": ("directions drawn at random look at no rows", lambda a, b: drawn(a) and drawn(b)),
     "method.finetune_steps": ("the run ends in the first of them", within_a_cycle),
     "method.trigger_at_inference": ("it is served otherwise, not trained otherwise", lambda a, b: True),
     "method.name": (
