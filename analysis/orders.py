@@ -178,9 +178,10 @@ def report(found: Agreement, names: tuple[str, str]) -> str:
     """A table of the methods by the first campaign's HS, and the correlation below it."""
     lines = []
     for i in np.argsort(found.hs[0], kind="stable"):
-        labels = list(dict.fromkeys(map(paper.method_label, found.methods[i])))
-        lines.append([" / ".join(labels), *(f"{hs:.1f}" for hs in found.hs[:, i])])
-    table = markdown(["method", *(f"HS on {name}, %" for name in names)], lines)
+        first, second = map(paper.method_label, found.methods[i])
+        both = first if first == second else f"{first} / {second.partition(paper.SETTING)[2] or second}"
+        lines.append([both, *(f"{hs:.1f}" for hs in found.hs[:, i])])
+    table = markdown(["method", *(f"HS on {name}, %" for name in names)], lines, width=10_000)
     over = "; ".join(
         f"{name}: {s} seed{'s' * (s > 1)}, {p} prompts"
         for name, s, p in zip(names, found.seeds, found.prompts, strict=True)

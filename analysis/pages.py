@@ -184,15 +184,13 @@ def ratio_limit() -> str:
 def second() -> str:
     """What became of the second real model under SFT, CWAC and the null-space adapter."""
     here = view("qwen_main")
-    shown = [
-        f"{headline.short(m).split(' at ')[0]} {here.mean(m, 'HS'):.0f} %"
-        for m in here.methods
-        if m.partition(paper.SETTING)[0] in ("sft", "cwac", "nullspace")
-    ]
-    where = link("on real models", "docs/results/real_model.md")
+    adapter_ = next(m for m in here.methods if m.partition(paper.SETTING)[0] == "nullspace")
+    sft, cwac, ours, start = (here.mean(m, "HS") for m in ("sft", "cwac", adapter_, paper.ALIGNED))
+    began = ", where it began" if abs(ours - start) < headline.MARGIN else f"; it began at {start:.0f} %"
     return (
-        f"On a second model, {headline.named(here.model)}, HS begins at {here.mean(paper.ALIGNED, 'HS'):.0f} % and "
-        f"ends at: {', '.join(shown)} ({where})."
+        f"A second model, {headline.named(here.model)}, ends at an HS of {sft:.0f} % under SFT, {cwac:.0f} % under "
+        f"CWAC and {ours:.0f} % under a null-space adapter{began} "
+        f"({link('real models', 'docs/results/real_model.md')})."
     )
 
 
@@ -232,7 +230,7 @@ def holds_for() -> str:
     closed = cell(last, "HS", method="weight_only_closed", held=0.999, harmful_ratio=worst)["mean"]
     sft = cell(last, "HS", method="sft", harmful_ratio=worst)["mean"]
     return (
-        "With all matrices constrained (energy 0.999) the embedded model held for ten times the paper's epochs, "
+        "Closed at energy 0.999, the embedded model held for ten times the paper's epochs, "
         f"though every row was harmful: HS {closed:.0f} %, SFT's {sft:.0f} % "
         f"({link('how long', 'docs/results/how_long.md')})."
     )
