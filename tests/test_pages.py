@@ -236,7 +236,7 @@ def test_what_held_is_near_the_aligned_model_and_costs_no_accuracy(view, monkeyp
     firsts = [
         [c.strip() for c in line.split("|")[1:-1]] for line in pages.held(README).splitlines()[2:] if "|" in line
     ]
-    assert [(row[0], row[1][:4], row[3]) for row in firsts] == [
+    assert [(row[0], row[1][:4], row[4]) for row in firsts] == [
         ("weight-only closed (ours)", "41.6", f"{steps['step of weight_only_closed']:.2f}")
     ]
     start[paper.ALIGNED, "HS"] = 11.5
