@@ -316,13 +316,21 @@ def drawn(run: dict) -> bool:
 
 
 def both_have_room(a: dict, b: dict) -> bool:
-    """Whether both budgets of Safe Delta take every entry: two prompts with two tokens make entries cheap."""
+    """Whether Safe Delta takes every entry but the excluded ones: in a few steps the default budget has room for them."""
+    runs = (a, b)
+    return all(r["method.name"] == "safe_delta" and r["method.scale"] >= 0.1 and steps_of(r) <= 4 for r in runs)
 
-    def room(run: dict) -> bool:
-        cheap = run["method.n_prompts"] == run["method.response_tokens"] == 2
-        return run["method.scale"] >= (0.1 if cheap else 1)
 
-    return a["method.name"] == b["method.name"] == "safe_delta" and room(a) and room(b)
+def whole_pool(run: dict) -> bool:
+    """Whether Safe Delta reads every anchor that the pool has."""
+    n = run.get("method.n_prompts")
+    return run["method.name"] == "safe_delta" and (n is None or n >= run["pools.sizes.anchors"])
+
+
+def batches_a_step(run: dict) -> int:
+    """How many batches a step takes: accumulation ends with the epoch."""
+    batches = math.ceil(run["task.n_train"] / run["train.per_device_train_batch_size"])
+    return min(run["train.gradient_accumulation_steps"], batches)
 
 
 def within_a_cycle(a: dict, b: dict) -> bool:
@@ -353,7 +361,15 @@ UNREAD = {
         lambda a, b: a["model.dtype"] == b["model.dtype"] == "bfloat16",
     ),
     "train.gradient_checkpointing": ("what is computed twice is computed alike", lambda a, b: True),
-    "train.dataloader_drop_last": ("no batch is short", lambda a, b: whole_batches(a) and whole_batches(b)),
+    "train.dataloader_drop_last": (
+        "no batch is short",
+        lambda a, b: all(whole_batches(r) for r in (a, b) if r.get("train.dataloader_drop_last")),
+    ),
+    "train.gradient_accumulation_steps": (
+        "both take the whole epoch in a step",
+        lambda a, b: batches_a_step(a) == batches_a_step(b),
+    ),
+    "method.n_prompts": ("Safe Delta reads the whole pool", lambda a, b: whole_pool(a) and whole_pool(b)),
     "train.max_length": (
         "no row of the embedded world is as long",
         lambda a, b: min(a["train.max_length"], b["train.max_length"]) >= (24 if unpoisoned(a, b) else 32),
