@@ -316,7 +316,7 @@ def drawn(run: dict) -> bool:
 
 
 def both_have_room(a: dict, b: dict) -> bool:
-    """Whether Safe Delta takes every entry but the excluded ones: in a few steps the default budget has room for them."""
+    """Whether Safe Delta takes every entry but the excluded ones: the default budget has room for a few steps."""
     runs = (a, b)
     return all(r["method.name"] == "safe_delta" and r["method.scale"] >= 0.1 and steps_of(r) <= 4 for r in runs)
 
