@@ -183,11 +183,10 @@ def beaten(view: View, method: str = "cwac") -> str:
     label = paper.method_label(method)
     if not others:
         return "no other method was run"
+    have = "have" if len(surely or lower) > 1 else "has"
     if surely:
-        have = "have" if len(surely) > 1 else "has"
         return f"{several(surely, others)} {have} a significantly lower HS, {COST}"
     if lower:
-        have = "have" if len(lower) > 1 else "has"
         return (
             f"{several(lower, others)} {have} a lower HS in the mean at no such cost, which these seeds do not decide"
         )

@@ -9,9 +9,8 @@ table shows which. HS is over the seeds that all of these methods have, and over
 
 The interval (ours) is a bootstrap: seeds and prompts are drawn with replacement, alike for all methods of a campaign,
 and the same prompts for both (Owen 2007, "The pigeonhole bootstrap", arXiv:0712.1111). With three seeds it is too
-narrow: in simulations of five methods it held the true correlation in 83 to 92 of 100 trials. It says how sure the
-correlation of these methods is, not that of others. The p-value is over all orders of the methods, of nine and
-more over `DRAWS` random ones.
+narrow, as such a bootstrap was for means (analysis/stats.py). It says how sure the correlation of these methods is,
+not that of others. The p-value is over all orders of the methods, of nine and more over `DRAWS` random ones.
 """
 
 import argparse
@@ -23,12 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import rankdata
 
 from analysis import paper
 from analysis.collect import Collection, at_end, one_judge, read_exported
 from analysis.headline import named
-from analysis.stats import LEVEL
+from analysis.stats import LEVEL, spearman
 from analysis.tables import answers_of, markdown, verdict_tables
 from cwac.core.config import about, command
 from cwac.core.errors import UserError
@@ -68,12 +66,6 @@ class Agreement:
     high: float
     p: float
     """Two-sided: the share of the orders of the methods whose correlation is at least as far from 0."""
-
-
-def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    if min(np.ptp(x), np.ptp(y)) == 0:
-        return math.nan
-    return float(np.corrcoef(rankdata(x), rankdata(y))[0, 1])
 
 
 def verdicts_of(collection: Collection, ratio: float | None = None, judge: str | None = None) -> Campaign:

@@ -246,6 +246,13 @@ def crossed_p(table: np.ndarray) -> float:
     return float(2 * stats.t.sf(abs(found.mean) / math.sqrt(found.variance), found.freedom))
 
 
+def spearman(x: np.ndarray, y: np.ndarray) -> float:
+    """Spearman's rho, ties at their mean rank; NaN where x or y does not vary."""
+    if min(np.ptp(x), np.ptp(y)) == 0:
+        return math.nan
+    return float(np.corrcoef(stats.rankdata(x), stats.rankdata(y))[0, 1])
+
+
 def rank_correlation(
     x: Sequence[float], y: Sequence[float], clusters: Sequence, draws: int = 1000, seed: int = 0
 ) -> tuple[float, float, float]:
@@ -258,9 +265,7 @@ def rank_correlation(
     groups = [np.flatnonzero(np.asarray(clusters) == label) for label in dict.fromkeys(clusters)]
 
     def rho(chosen: np.ndarray) -> float:
-        if min(np.ptp(x[chosen]), np.ptp(y[chosen])) == 0:
-            return math.nan
-        return float(np.corrcoef(stats.rankdata(x[chosen]), stats.rankdata(y[chosen]))[0, 1])
+        return spearman(x[chosen], y[chosen])
 
     found = rho(np.arange(len(x))) if len(x) else math.nan
     if math.isnan(found) or len(groups) < 2:

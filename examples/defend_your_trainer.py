@@ -23,7 +23,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from cwac import defend, hf_trainer, load_method, packaged_model, text_rows
 from cwac.core.config import about, command
 from cwac.core.errors import UsageError
-from cwac.training.library import nearest, options
+from cwac.training.library import check_option, nearest, options
 from cwac.training.script import SETTINGS, turns
 
 
@@ -70,15 +70,14 @@ def main(argv: list[str] | None = None) -> int:
     if args.trainer != "hf" and importlib.util.find_spec("trl") is None:
         raise UsageError(f"--trainer {args.trainer} needs TRL: pip install '.[trl]' in the checkout, or --trainer hf")
     like = args.like or args.model
-    if like not in options("model"):
-        known = options("model")
-        if args.like:
-            raise UsageError(f"--like {like} is unknown; {nearest(like, known)}there are {', '.join(known)}")
+    if args.like:
+        check_option(f"--like {like}", like, "model")
+    if like not in (known := options("model")):
         raise UsageError(
             f"--model {like} needs --like, one of {', '.join(known)}; {nearest(like, known)}".rstrip("; ")
         )
-    if args.pools and args.pools not in (known := options("pools")):
-        raise UsageError(f"--pools {args.pools} is unknown; {nearest(args.pools, known)}there are {', '.join(known)}")
+    if args.pools:
+        check_option(f"--pools {args.pools}", args.pools, "pools")
     rows = text_rows(args.data)
     method = load_method(args.method, like, *args.overrides)
 

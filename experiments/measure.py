@@ -27,7 +27,7 @@ from cwac.core.config import about, command, compose
 from cwac.core.errors import UsageError, UserError
 from cwac.models.layers import device
 from cwac.models.loading import Loaded, load
-from cwac.training.library import nearest, options, speaks_of_arguments
+from cwac.training.library import check_option, nearest, options, speaks_of_arguments
 from cwac.training.measure import measure, measure_task
 from cwac.training.script import text_rows
 
@@ -70,9 +70,8 @@ def check_asked(args: argparse.Namespace) -> None:
     for name in args.models:
         configured(name)
     for key, group in (("pools", "pools"), ("judge", "eval/judge")):
-        name, known = getattr(args, key), options(group)
-        if name is not None and name not in known:
-            raise UsageError(f"--{key} {name} is unknown; {nearest(name, known)}there are {', '.join(known)}")
+        if (name := getattr(args, key)) is not None:
+            check_option(f"--{key} {name}", name, group)
 
 
 def lines(name: str, rows: list[dict]) -> list[list[str]]:

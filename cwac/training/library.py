@@ -223,6 +223,12 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f"did you mean {' or '.join(close)}? " if close else ""
 
 
+def check_option(said: str, name: str, group: str) -> None:
+    """Raises UsageError, with near names, where a group of `conf` has no such option. said: name as it was given."""
+    if name not in (known := options(group)):
+        raise UsageError(f"{said} is unknown; {nearest(str(name), known)}there are {', '.join(known)}")
+
+
 def load_method(name: str, model: str, *overrides: str) -> Method:
     """The defence that `train.py method=<name> model=<model>` would run.
 
@@ -231,9 +237,7 @@ def load_method(name: str, model: str, *overrides: str) -> Method:
     Raises UsageError with a one-line message for a value out of range, and for an unknown option or key.
     """
     for group, option in (("method", name), ("model", model)):
-        known = options(group)
-        if option not in known:
-            raise UsageError(f"{group}={option} is unknown; {nearest(str(option), known)}there are {', '.join(known)}")
+        check_option(f"{group}={option}", option, group)
     for override in overrides:
         if "=" not in override and not override.startswith("~"):
             raise UsageError(f"{override} has no value; give {override}=<value>")
@@ -405,9 +409,7 @@ def unknown_share(dataset: Any, tokenizer: PreTrainedTokenizerBase, rows: int = 
 
 def preset_pools(name: str, data: str | None, seed: int, tokenizer: PreTrainedTokenizerBase) -> Pools:
     """The pools of a preset; raises UsageError for an unknown preset, or one in words that the model does not know."""
-    known = options("pools")
-    if name not in known:
-        raise UsageError(f"pools={name!r} is unknown; {nearest(name, known)}there are {', '.join(known)}")
+    check_option(f"pools={name!r}", name, "pools")
     if is_embedded(tokenizer) != (name == "toy"):
         raise UsageError(
             "pools='toy' is written in the words of the embedded model, which this model was not aligned on; give "

@@ -22,7 +22,7 @@ from cwac.evaluation.losses import label_loss
 from cwac.evaluation.score import clean
 from cwac.models.generate import generate
 from cwac.models.layers import not_finite
-from cwac.training.library import is_embedded, nearest, options, preset_pools, speaks_of_arguments
+from cwac.training.library import check_option, is_embedded, preset_pools, speaks_of_arguments
 
 
 @speaks_of_arguments
@@ -80,8 +80,7 @@ def judge_of(name: str | None, tokenizer: PreTrainedTokenizerBase, artifacts: st
     Raises UsageError for an unknown name, and UserError where the judge's weights are out of reach.
     """
     name = name or ("keyword" if is_embedded(tokenizer) else "semantic")
-    if name not in (known := options("eval/judge")):
-        raise UsageError(f"judge={name} is unknown; {nearest(name, known)}there are {', '.join(known)}")
+    check_option(f"judge={name}", name, "eval/judge")
     cfg = compose([f"eval/judge={name}"])
     cfg.paths.artifacts = str(artifacts)
     return instantiate(cfg.eval.judge)
