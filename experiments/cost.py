@@ -381,6 +381,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--measure", type=int, metavar="STEPS", help="train so many steps, and compare")
     args = parser.parse_intermixed_args(arguments)
     hf_logging.set_verbosity_error()
+    of_sft: dict[str, Estimate] = {}
     try:
         for cfg in config.expand(None, args.overrides):
             tokens = args.tokens or cfg.train.max_length
@@ -388,7 +389,10 @@ def main(arguments: list[str] | None = None) -> int:
             row, architecture = Row(tokens, args.label_tokens or tokens, sizes), shape(cfg)
             cost_estimate = estimate(cfg, architecture, row)
             counted = complete(config.instantiate(cfg.method))
-            sft = estimate(as_sft(cfg), architecture, row).flops if counted else None
+            plain = as_sft(cfg)
+            if counted and (same := str((plain, row))) not in of_sft:  # the cells of a sweep mostly share it
+                of_sft[same] = cost_estimate if cfg.method == plain.method else estimate(plain, architecture, row)
+            sft = of_sft[same].flops if counted else None
             took = measure(cfg, architecture, row, args.measure) if args.measure else None
             print(table(cfg, row, cost_estimate, sft, took), flush=True)
             if not counted:
