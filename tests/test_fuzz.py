@@ -327,6 +327,11 @@ def whole_pool(run: dict) -> bool:
     return run["method.name"] == "safe_delta" and (n is None or n >= run["pools.sizes.anchors"])
 
 
+def one_pair(run: dict) -> bool:
+    """Whether every batch of RepNoise's stage is the one pair and its refusal."""
+    return run["method.name"] == "repnoise" and run["method.n_pairs"] == 1
+
+
 def batches_a_step(run: dict) -> int:
     """How many batches a step takes: accumulation ends with the epoch."""
     batches = math.ceil(run["task.n_train"] / run["train.per_device_train_batch_size"])
@@ -369,6 +374,7 @@ UNREAD = {
         "both take the whole epoch in a step",
         lambda a, b: batches_a_step(a) == batches_a_step(b),
     ),
+    "method.batch_size": ("RepNoise has one pair for its batches", lambda a, b: one_pair(a) and one_pair(b)),
     "method.n_prompts": ("Safe Delta reads the whole pool", lambda a, b: whole_pool(a) and whole_pool(b)),
     "train.max_length": (
         "no row of the embedded world is as long",
