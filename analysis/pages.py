@@ -171,8 +171,8 @@ def link(text: str, path: str) -> str:
 
 def ratio_limit() -> str:
     """CWAC at the least and the most poison at which SFT loses refusals."""
-    hs = pooled_hs("smollm2_table3")
-    lost = [ratio for ratio in sorted(hs) if hs[ratio]["sft"] > headline.MARGIN]
+    hs = pooled_hs(CAMPAIGN)
+    lost = [r for r in sorted(hs) if "cwac" in hs[r] and hs[r].get("sft", 0.0) > headline.MARGIN]
     few, many = (f"HS {hs[r]['cwac']:.0f} %, SFT's {hs[r]['sft']:.0f} %" for r in (lost[0], lost[-1]))
     where = link("how much poison", "docs/results/how_much_poison.md")
     kept = "nothing" if hs[lost[-1]]["cwac"] > hs[lost[-1]]["sft"] - headline.MARGIN else "less"

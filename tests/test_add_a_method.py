@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from tests.conftest import ROOT, SMALL
 
 BLOCK = re.compile(r"^`([\w/.]+)`:\n\n```\w+\n(.*?)^```$", re.M | re.S)
 BLOCKS = dict(BLOCK.findall((ROOT / "docs" / "add_a_method.md").read_text()))
 METHOD = ("cwac/methods/safeinstr.py", "conf/method/safeinstr.yaml")
+BALL = ("cwac/methods/ball.py", "conf/method/ball.yaml")
 
 
 def write(project: Path, *names: str) -> None:
@@ -95,6 +97,21 @@ def test_two_files_make_a_method_that_trains_and_stands_in_the_table(project):
     assert re.search(r"^\| safeinstr +\| +0\.1 \| 1 \| +[\d.]+ \(n=1\)", table, re.M), table
     after = sources(project)
     assert {name for name in after if after[name] != before.get(name)} == set(METHOD) and set(before) <= set(after)
+
+
+def test_the_method_that_edits_weights_keeps_them_where_it_says(project):
+    write(project, *BALL)
+    grid = ["model=tiny", "method=ball", "method.radius=0.001", "train.max_steps=3", "keep_weights=true"]
+    code, output = run(project, "train.py", *grid, *SMALL, "train.learning_rate=1e-2")
+    assert code == 0, output
+    assert "method=ball: holds every weight within 0.001 of its norm" in output
+    folder = next((project / "runs").glob("tiny-*-ball-s0-*"))
+    trained = load_file(folder / "model" / "model.safetensors")
+    aligned = load_file(next((project / "artifacts").rglob("model.safetensors")))
+    moved = {n: float((trained[n] - W).norm() / W.norm()) for n, W in aligned.items() if W.norm() > 0}
+    assert max(moved.values()) == pytest.approx(0.001, rel=1e-3)  # at this rate the ball's edge is reached
+    for name in BALL:
+        (project / name).unlink()
 
 
 @pytest.mark.slow

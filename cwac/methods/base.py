@@ -187,8 +187,9 @@ def summary(method: Method, model: nn.Module) -> str:
     share = 100 * sum(n for n, trains in counts if trains) / max(1, sum(n for n, _ in counts))
     extra = ", ".join(f"{n} {kind.replace('_', ' ')}" for kind, n in method.extra_data().items())
     steps = [HOOKS[hook] for hook in overridden(method)]
+    unsaid = "does not say what it holds of the aligned model" if steps else "holds nothing of the aligned model"
     parts = [
-        method.held() or "holds nothing of the aligned model by a constraint",
+        method.held() or unsaid,
         f"extra data: {extra or 'none'}",
         f"{share:.3g} % of the parameters train",
         f"at each step it {', '.join(steps)}; what that costs follows from the first steps"
