@@ -238,7 +238,9 @@ def holds_for() -> str:
 
 def adapter() -> str:
     ratios = [r["ratio"] for r in benchmarked() if "nullspace, k 64" in r["name"] and "Trainer" in r["rival"]]
-    cost = f"on SmolLM2 its step takes {ratios[0]:.2f} of plain SFT's by transformers" if ratios else "it needs no projection"
+    cost = "it needs no projection"
+    if ratios:
+        cost = f"on SmolLM2 its step takes {ratios[0]:.2f} of that of SFT by transformers"
     return (
         "An adapter in the null space of the anchors, harmful prompts that the model refuses, leaves what layers make "
         f"of them nearly as it was, and {cost} ({link('null-space adapters', 'docs/nullspace.md')})."
