@@ -82,6 +82,7 @@ def run_cell(cfg: DictConfig) -> float | None:
                 if run.leads:
                     steps.check_again(cell)
             not_done_with(cfg, run)
+            run.warn_of_other_code()
             log.info("%s is done; nothing to do", run.id)
             return headline(run)
         try:
