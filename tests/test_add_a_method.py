@@ -97,6 +97,19 @@ def test_two_files_make_a_method_that_trains_and_stands_in_the_table(project):
     assert {name for name in after if after[name] != before.get(name)} == set(METHOD) and set(before) <= set(after)
 
 
+@pytest.mark.parametrize("named", ["name: ball\n", ""])
+def test_a_method_whose_yaml_has_another_name_is_refused(project, named):
+    own = project / "conf/method/mine.yaml"
+    own.write_text(f"defaults:\n  - cwac\n  - _self_\n{named}")
+    runs = {p.name for p in project.glob("runs/*/status.json")}
+    code, output = run(project, "train.py", "method=mine", "model=tiny", "train.max_steps=1")
+    own.unlink()
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert code == 2 and "Traceback" not in output
+    assert line.startswith("error: method=mine: conf/method/mine.yaml has n") and "write name: mine there" in line
+    assert {p.name for p in project.glob("runs/*/status.json")} == runs
+
+
 @pytest.mark.slow
 def test_one_file_makes_a_model_and_one_beside_its_data_a_task(project, random_model):
     shutil.copytree(random_model, project / "models/mine")

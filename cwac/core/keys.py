@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import functools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import yaml
@@ -24,6 +24,9 @@ from cwac.core.paths import CONF
 
 GROUPS = ("train", "pools", "task", "model", "method", "eval", "logger")
 """Groups whose files hold keys of the same group. The files of all other groups may set any key."""
+
+NAMED = ("method", "model", "task", "pools", "eval/judge")
+"""Groups whose files hold a `name`, which stands in run ids, rows and tables; it is that of the file."""
 
 ROOT = (*GROUPS, "values", "variant", "attack", "chosen", "local", "parallel", "scale", "experiment")
 """Top-level keys that come from the defaults list of `conf/config.yaml`."""
@@ -148,6 +151,27 @@ def check_keys(cfg: DictConfig) -> None:
             raise UsageError(
                 f"{key}={OmegaConf.select(cfg, key)} is read with model.kind={' or '.join(kinds)} alone, and "
                 f"model={cfg.model.name} is of kind {cfg.model.kind}; add model.kind={kinds[0]}, or leave it out"
+            )
+
+
+def check_names(choices: Mapping[str, Any]) -> None:
+    """Raises UsageError where the file of a chosen option has another name than its own, or none of its own.
+
+    Its runs would stand under the name of another option: of the one that was copied or that it derives from. A name
+    given on the command line (`method.name=...`) is meant.
+
+    choices: group -> chosen option; an option without a file in `conf/` is not looked at.
+    """
+    for group in NAMED:
+        path = CONF / group / f"{choices.get(group)}.yaml"
+        if not path.is_file():
+            continue
+        name = (yaml.load(path.read_text(encoding="utf-8"), Loader=LOADER) or {}).get("name")
+        if name is None or str(name) != path.stem:
+            said = "has no name of its own" if name is None else f"has name: {name}"
+            raise UsageError(
+                f"{group}={path.stem}: conf/{group}/{path.name} {said}, and runs and tables would call it by a name "
+                f"that is not the file's; write name: {path.stem} there"
             )
 
 

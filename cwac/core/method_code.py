@@ -48,9 +48,8 @@ def of(target: str | None) -> str | None:
                 continue
             sources[module] = plain(tree)
             left += [name for name in imported(tree, module) if name.startswith(METHODS)]
-    return (
-        hashlib.sha256("\0".join(sources[m] for m in sorted(sources)).encode()).hexdigest()[:16] if sources else None
-    )
+    read = "\0".join(sources[module] for module in sorted(sources))
+    return hashlib.sha256(read.encode()).hexdigest()[:16] if sources else None
 
 
 def joined(before: str | None, now: str | None) -> str | None:
