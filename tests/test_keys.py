@@ -73,6 +73,8 @@ MISTYPED = {
     "model.path=x": "append it with +model.path=<value>",
     "method=cwacc": "did you mean method=cwac?",
     "model=lama2": "did you mean model=llama2?",
+    "method=weight_onli": "error: Could not find 'method/weight_onli'; did you mean method=weight_only",
+    "model=tinny": "error: Could not find 'model/tinny'; did you mean model=tiny? model has gemma2, ",
     "experiment=tune_circuit_braker": "did you mean experiment=tune_circuit_breaker?",
     "eval/judge=gpt4": "eval/judge has beaver_dam, harmbench_cls, keyword, llama_guard, semantic, strongreject",
     "+train.learning_rat=1": "did you mean train.learning_rate?",
@@ -93,6 +95,30 @@ def test_what_a_command_prints_of_a_mistyped_override(override, tmp_path, capfd,
     (line,) = [x for x in printed.splitlines() if x.startswith("error: ")]
     assert MISTYPED[override] in line and "+harmfull" not in printed and "Traceback" not in printed
     assert not list((tmp_path / "runs").glob("[!.]*"))
+
+
+NO_SEARCH = {
+    "experiment=tune_mine": ("did you mean", False),
+    "experiment=tune_nullspace_cwac": ("tune_nullspace_cwac'; conf/experiment/tune.yaml has no search space of", True),
+    "experiment=tune method=nullspace_cwac": ("error: conf/experiment/tune.yaml has no search space of", True),
+    "experiment=tune method=salora": ("error: the search of method=salora has a preset of its own", False),
+    "experiment=tune method=sppft model=qwen": ("no blocks of model=qwen for method=sppft", False),
+}
+
+
+@pytest.mark.parametrize("override", NO_SEARCH)
+def test_a_search_without_a_line_is_one_error_that_shows_the_line(override, tmp_path, capfd, recwarn):
+    says, line = NO_SEARCH[override]
+    assert call("-m", *override.split(), f"paths.runs={tmp_path / 'runs'}") == 2
+    printed = capfd.readouterr().err
+    assert printed.count("\n") == 1 and printed.startswith("error: ") and not recwarn.list
+    method = override.rpartition("=")[2].removeprefix("tune_")
+    if override == "experiment=tune_mine":  # no name is near, and all the others are none
+        assert says not in printed and "experiment=tune method=mine" in printed and "vaccine" not in printed
+        return
+    assert says in printed and "docs/searches.md" in printed
+    shown = f'`{method}: {{<<: *seeds, method.KEY: "choice(0.01,0.03,0.1,0.3,1.0,3.0)"}}`'
+    assert (shown in printed) == line and (f"experiment=tune method={method}" in printed) == line
 
 
 def test_other_commands_print_one_line_with_the_nearest_names_too(capsys):
