@@ -40,7 +40,7 @@ from cwac.core.config import CLOSED, INTERRUPTED, expand, grid, leave_the_pipe, 
 from cwac.core.environment import redact  # noqa: E402
 from cwac.core.errors import UsageError, UserError, as_typed  # noqa: E402
 from cwac.core.identity import local_folder, run_id  # noqa: E402
-from cwac.core.keys import explain  # noqa: E402
+from cwac.core.keys import check_names, explain  # noqa: E402
 from cwac.core.metrics import objective  # noqa: E402
 from cwac.core.paths import CONF  # noqa: E402
 from cwac.core.run_dir import Run  # noqa: E402
@@ -82,6 +82,7 @@ def run_cell(cfg: DictConfig) -> float | None:
                 if run.leads:
                     steps.check_again(cell)
             not_done_with(cfg, run)
+            run.warn_of_other_code()
             log.info("%s is done; nothing to do", run.id)
             return headline(run)
         try:
@@ -172,6 +173,7 @@ def attempt(cfg: DictConfig, sweep: bool) -> float:
                 "official values are used, and its rows say so",
                 *(cfg.model.name, cfg.method.name) * 2,
             )
+        check_names(HydraConfig.get().runtime.choices)  # those of a preset too
         value = run_cell(settle(renamed.update(cfg), HydraConfig.get().overrides.task))
         return math.inf if value is None else value
     except BrokenPipeError:

@@ -246,6 +246,8 @@ def collect(runs: Path | str, expected: Iterable[Cell] | None = None) -> Collect
     collection.rows, collection.duplicates = tidy(records)
     collection.verdicts = read_verdicts(runs, collection.rows)
     collection.notes += mixed_data({name: data_sets(runs / name) for name in collection.runs})
+    methods = dict(zip(collection.rows["run_id"], collection.rows["method"], strict=True))
+    collection.notes += mixed_code({name: method_code(runs / name) for name in collection.runs}, methods)
     return collection
 
 
@@ -368,6 +370,31 @@ def mixed_data(read: dict[str, dict[str, str]]) -> list[str]:
             f"{name}: {len(versions)} versions of its rows, first in {' and '.join(v[0] for v in versions.values())}"
         )
     return lines
+
+
+def method_code(folder: Path) -> str | None:
+    """The hash of its method's code that a run recorded (`cwac.core.method_code`); None where it recorded none."""
+    try:
+        return json.loads((folder / "env.json").read_text(encoding="utf-8"))["method_code"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def mixed_code(codes: dict[str, str | None], methods: dict[str, str]) -> list[str]:
+    """Warnings, one line each, for the methods whose code changed between their runs.
+
+    codes: run id -> as `method_code` gives it; methods: run id -> name. Runs without a recorded code count as any.
+    """
+    first: dict[str, dict[str, str]] = {}
+    for run, code in codes.items():
+        if code is not None:
+            first.setdefault(methods[run], {}).setdefault(code, run)
+    return [
+        f"{method}: its runs were made with {len(runs)} versions of its code, first {' and '.join(runs.values())} "
+        "(force=true trains a run again)"
+        for method, runs in first.items()
+        if len(runs) > 1
+    ]
 
 
 def learning_rate(folder: Path) -> float:

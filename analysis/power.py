@@ -18,6 +18,7 @@ preparation.
 import argparse
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -61,10 +62,13 @@ def main(argv: list[str] | None = None) -> int:
     found = read_exported(args.pilot) if (args.pilot / "results.csv").is_file() else collect(args.pilot)
     table = needs(found, args.reference, {"HS": args.hs, "FA": args.fa}, args.prompts, args.judge)
     if table.empty:
-        raise UserError(
-            f"{args.pilot} has no method that shares two seeds with {args.reference}. Remedy: a campaign with two "
-            f"seeds or more, or another --reference: {', '.join(sorted(set(found.rows['method'])))}."
+        others = references(found, args.reference, ["HS", "FA"], args.judge)
+        remedy = (
+            f"another --reference: {', '.join(others)}"
+            if others
+            else f"train {args.reference} and another method at the same two seeds or more, as by seed=0,1"
         )
+        raise UserError(f"{args.pilot} has no method that shares two seeds with {args.reference}. Remedy: {remedy}.")
     text = report(table, str(args.pilot))
     print(text)
     if args.out:
@@ -107,6 +111,18 @@ def needs(
                 + [a_run, a_run * s / 3600]
             )
     return pd.DataFrame(records, columns=COLUMNS)
+
+
+def references(collection: Collection, without: str, metrics: Sequence[str], judge: str | None = None) -> list[str]:
+    """The methods but one that share two seeds with another in some cell, so that `needs` has a row against them."""
+    tables = [cells(collection, metric, judge=judge) for metric in metrics]
+    methods = sorted(set(collection.rows["method"]))
+    return [
+        reference
+        for reference in methods
+        if reference != without
+        and any(parts(table, method, reference) for table in tables for method in methods if method != reference)
+    ]
 
 
 def parts(

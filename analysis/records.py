@@ -45,6 +45,8 @@ class Record:
     seed: int | None = None
     commit: str | None = None
     dirty: bool = False
+    method_code: str | None = None
+    """Hash of the method's code (`cwac.core.method_code`)."""
     python: str | None = None
     platform: str | None = None
     packages: dict[str, str] = field(default_factory=dict)
@@ -90,6 +92,7 @@ def read(folder: Path, answers: int = 0) -> Record:
         seed=config.get("seed"),
         commit=env.get("git_commit"),
         dirty=bool(env.get("git_dirty")),
+        method_code=env.get("method_code"),
         python=env.get("python"),
         platform=env.get("platform"),
         packages=env.get("packages", {}),

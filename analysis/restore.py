@@ -92,7 +92,7 @@ def restore(folder: Path, runs: Path) -> tuple[list[str], list[str], list[str]]:
 
 def write_record(record: records.Record, target: Path) -> None:
     """The files from which `analysis.records.read` makes this record again."""
-    env = {key: getattr(record, key) for key in ("python", "platform", "packages")}
+    env = {key: getattr(record, key) for key in ("method_code", "python", "platform", "packages")}
     env |= {"git_commit": record.commit, "git_dirty": record.dirty}
     files = {
         "env.json": env,

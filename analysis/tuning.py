@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from analysis.collect import Collection, cell_from, collect
 from cwac.core import config, identity, metrics, paths
 from cwac.core.errors import UserError
+from cwac.core.keys import explain
 
 SHOWN = ("HS", "other", "FA", "OR")
 
@@ -32,7 +33,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return log_and_choose(args)
     except (HydraException, OmegaConfBaseException) as error:
-        print(f"error: experiment={args.experiment} does not compose: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(
+            f"error: experiment={args.experiment} does not compose: {explain(str(error)).splitlines()[0]}",
+            file=sys.stderr,
+        )
         return 2
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -107,11 +107,25 @@ def test_the_method_that_edits_weights_keeps_them_where_it_says(project):
     assert "method=ball: holds every weight within 0.001 of its norm" in output
     folder = next((project / "runs").glob("tiny-*-ball-s0-*"))
     trained = load_file(folder / "model" / "model.safetensors")
-    aligned = load_file(next((project / "artifacts").rglob("model.safetensors")))
+    (base,) = (project / "artifacts").rglob("model.safetensors")
+    aligned = load_file(base)
     moved = {n: float((trained[n] - W).norm() / W.norm()) for n, W in aligned.items() if W.norm() > 0}
     assert max(moved.values()) == pytest.approx(0.001, rel=1e-3)  # at this rate the ball's edge is reached
     for name in BALL:
         (project / name).unlink()
+
+
+@pytest.mark.parametrize("named", ["name: ball\n", ""])
+def test_a_method_whose_yaml_has_another_name_is_refused(project, named):
+    own = project / "conf/method/mine.yaml"
+    own.write_text(f"defaults:\n  - cwac\n  - _self_\n{named}")
+    runs = {p.name for p in project.glob("runs/*/status.json")}
+    code, output = run(project, "train.py", "method=mine", "model=tiny", "train.max_steps=1")
+    own.unlink()
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert code == 2 and "Traceback" not in output
+    assert line.startswith("error: method=mine: conf/method/mine.yaml has n") and "write name: mine there" in line
+    assert {p.name for p in project.glob("runs/*/status.json")} == runs
 
 
 @pytest.mark.slow

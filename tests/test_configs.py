@@ -232,6 +232,6 @@ def test_validate_names_the_key_and_the_remedy(override, message):
 def test_conf_readme_names_every_option():
     text = Path(paths.CONF / "README.md").read_text()
     for name in [*METHODS, *MODELS, *TASKS, *PRESETS]:
-        # a search exists for every method and is named by it
+        # a search is named by its method
         name = "tune_<method>" if name.startswith("tune_") and name.removeprefix("tune_") in METHODS else name
         assert f"`{name}`" in text, name

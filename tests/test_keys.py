@@ -1,16 +1,23 @@
 """A mistyped key, option or value is refused with the nearest names; nothing silently does nothing."""
 
 import dataclasses
+import shutil
+from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from analysis.collect import expected_cells
 from cwac.constraints.sae.fit import SAEConfig
+from cwac.core import config, keys
 from cwac.core.config import command, compose, grid, instantiate
 from cwac.core.errors import UsageError, UserError
 from cwac.core.keys import OPTIONAL, check_keys, known, options, unread
+from cwac.core.paths import CONF
 from cwac.core.validation import validate
 from cwac.models.loading import load
+from cwac.training import library
+from cwac.training.library import load_method
 from tests.conftest import call
 from tests.helpers.options import PRESETS
 
@@ -66,6 +73,8 @@ MISTYPED = {
     "model.path=x": "append it with +model.path=<value>",
     "method=cwacc": "did you mean method=cwac?",
     "model=lama2": "did you mean model=llama2?",
+    "method=weight_onli": "error: Could not find 'method/weight_onli'; did you mean method=weight_only",
+    "model=tinny": "error: Could not find 'model/tinny'; did you mean model=tiny? model has gemma2, ",
     "experiment=tune_circuit_braker": "did you mean experiment=tune_circuit_breaker?",
     "eval/judge=gpt4": "eval/judge has beaver_dam, harmbench_cls, keyword, llama_guard, semantic, strongreject",
     "+train.learning_rat=1": "did you mean train.learning_rate?",
@@ -88,6 +97,30 @@ def test_what_a_command_prints_of_a_mistyped_override(override, tmp_path, capfd,
     assert not list((tmp_path / "runs").glob("[!.]*"))
 
 
+NO_SEARCH = {
+    "experiment=tune_mine": ("did you mean", False),
+    "experiment=tune_nullspace_cwac": ("tune_nullspace_cwac'; conf/experiment/tune.yaml has no search space of", True),
+    "experiment=tune method=nullspace_cwac": ("error: conf/experiment/tune.yaml has no search space of", True),
+    "experiment=tune method=salora": ("error: the search of method=salora has a preset of its own", False),
+    "experiment=tune method=sppft model=qwen": ("no blocks of model=qwen for method=sppft", False),
+}
+
+
+@pytest.mark.parametrize("override", NO_SEARCH)
+def test_a_search_without_a_line_is_one_error_that_shows_the_line(override, tmp_path, capfd, recwarn):
+    says, line = NO_SEARCH[override]
+    assert call("-m", *override.split(), f"paths.runs={tmp_path / 'runs'}") == 2
+    printed = capfd.readouterr().err
+    assert printed.count("\n") == 1 and printed.startswith("error: ") and not recwarn.list
+    method = override.rpartition("=")[2].removeprefix("tune_")
+    if override == "experiment=tune_mine":  # no name is near, and all the others are none
+        assert says not in printed and "experiment=tune method=mine" in printed and "vaccine" not in printed
+        return
+    assert says in printed and "docs/searches.md" in printed
+    shown = f'`{method}: {{<<: *seeds, method.KEY: "choice(0.01,0.03,0.1,0.3,1.0,3.0)"}}`'
+    assert (shown in printed) == line and (f"experiment=tune method={method}" in printed) == line
+
+
 def test_other_commands_print_one_line_with_the_nearest_names_too(capsys):
     @command
     def main(argv):
@@ -100,6 +133,36 @@ def test_other_commands_print_one_line_with_the_nearest_names_too(capsys):
         assert line.startswith("error: Could not") and says in line
     with pytest.raises(UserError, match="did you mean experiment=demo"):
         expected_cells("demoo")
+
+
+@pytest.fixture
+def own_conf(tmp_path, monkeypatch):
+    """A copy of conf/ to which a test adds files."""
+    folder = Path(shutil.copytree(CONF, tmp_path / "conf"))
+    for module in (config, keys, library):
+        monkeypatch.setattr(module, "CONF", folder)
+    return folder
+
+
+@pytest.mark.parametrize("group", ["method", "model", "task", "pools", "eval/judge"])
+def test_an_options_name_is_its_files(group, own_conf):
+    """By hydra's groups; what ships passes, and so does a name that the command line gives."""
+    for option in keys.options(group):
+        keys.check_names({group: option})
+    first = keys.options(group)[0]
+    (own_conf / group / "mine.yaml").write_text((own_conf / group / f"{first}.yaml").read_text())
+    said = rf"{group}=mine: conf/{group}/mine.yaml has name: {first}, .*; write name: mine there"
+    with pytest.raises(UsageError, match=said):
+        compose([f"{group}=mine"])
+    (own_conf / group / "mine.yaml").write_text(f"defaults:\n  - {first}\n  - _self_\nname: mine\n")
+    assert OmegaConf.select(compose([f"{group}=mine"]), f"{group.replace('/', '.')}.name") == "mine"
+
+
+def test_a_name_on_the_command_line_is_meant(own_conf):
+    (own_conf / "method" / "mine.yaml").write_text("defaults:\n  - sft\n  - _self_\n")
+    with pytest.raises(UsageError, match="conf/method/mine.yaml has no name of its own.*write name: mine there"):
+        load_method("mine", "tiny")
+    assert compose(["method=cwac", "method.name=cwac-0.9"]).method.name == "cwac-0.9"
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from analysis import records, restore
-from analysis.collect import collect, data_sets
-from cwac.core import identity
+from analysis import demo, records, restore
+from analysis.collect import collect, data_sets, read_exported
+from cwac.core import identity, method_code
 from cwac.core.config import compose
 from cwac.core.errors import UserError
 from cwac.core.identity import eval_id, run_id
 from cwac.core.inputs import NAME
+from cwac.core.run_dir import Run
 from cwac.data.examples import Example
 from cwac.data.mix import mix
 from cwac.data.refusals import Judgement
@@ -23,6 +24,7 @@ from tests.conftest import call
 from tests.test_analysis import cell_of, row, write_run
 from tests.test_bad_input import GOOD, sst2
 from tests.test_hub import write
+from tests.test_runs import overrides
 
 SPLITS = {"train": 60, "validation": 20}
 
@@ -164,6 +166,123 @@ def test_a_table_names_methods_of_different_data(tmp_path):
         (folder / "data.json").write_text(json.dumps({"datasets": read}))
     (line,) = collect(tmp_path).account()
     assert "org/set (default, train)" in line and "2 versions" in line
+
+
+# --- the code of a method ------------------------------------------------------------------------------
+MINE = "cwac.methods.mine.Mine"
+SOURCE = """from cwac.methods.cwac import CWAC
+
+
+class Mine(CWAC):
+    def penalty(self, model, step):
+        return 2.0
+"""
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """The methods' folder of a copy of the package, with a method of one's own; and the hash of that method's code."""
+    folder = Path(shutil.copytree(method_code.PACKAGE / "methods", tmp_path / "cwac" / "methods"))
+    monkeypatch.setattr(method_code, "PACKAGE", tmp_path / "cwac")
+    (folder / "mine.py").write_text(SOURCE)
+
+    def code(target: str = MINE) -> str | None:
+        method_code.of.cache_clear()
+        return method_code.of(target)
+
+    yield folder, code
+    method_code.of.cache_clear()
+
+
+def test_code_is_what_a_method_does_and_derives_from(package):
+    folder, code = package
+    first, sft = code(), code("cwac.methods.base.Method")
+    (folder / "mine.py").write_text(f'"""A defence."""\n{SOURCE}        # no more\n')
+    (folder / "lisa.py").write_text("")
+    assert code() == first
+    (folder / "mine.py").write_text(SOURCE.replace("2.0", "3.0"))
+    second = code()
+    assert second != first
+    relative = SOURCE.replace("cwac.methods.cwac", ".cwac")
+    (folder / "mine.py").write_text(relative)
+    third = code()
+    (folder / "cwac.py").write_text((folder / "cwac.py").read_text() + "\nMORE = 1\n")
+    assert code() not in (first, second, third) and code("cwac.methods.base.Method") == sft
+    (folder / "mine.py").write_text("class Mine(:")
+    assert code() not in (None, first, second, third)
+    assert code("cwac.methods.none.None") is code("nowhere.at.all") is code(None) is None
+    assert code(f"{__name__}.Elsewhere") is not None  # a class of a package of one's own
+
+
+def test_the_code_is_no_part_of_a_runs_id(package):
+    folder, code = package
+    cfg = compose(["method=cwac"])
+    before, hashed = run_id(cfg), code(cfg.method._target_)
+    (folder / "cwac.py").write_text((folder / "cwac.py").read_text() + "\nMORE = 1\n")
+    assert run_id(cfg) == before and code(cfg.method._target_) != hashed
+
+
+def test_a_finished_run_of_other_code_is_done_and_says_so(random_model, tmp_path, capfd):
+    command = overrides(random_model, tmp_path, "method=sft", "train.max_steps=1")
+    assert call(*command) == 0, said(capfd)
+    (folder,) = [p.parent for p in (tmp_path / "runs").glob("*/status.json")]
+    env = json.loads((folder / "env.json").read_text())
+    assert env["method_code"] == method_code.of("cwac.methods.base.Method")
+    said(capfd)
+    assert call(*command) == 0 and "other code" not in said(capfd)
+    (folder / "env.json").write_text(json.dumps({**env, "method_code": "0" * 16}))
+    rows = (folder / "metrics.jsonl").read_bytes()
+    assert call(*command) == 0
+    printed = said(capfd)
+    line = (
+        f"{folder.name} was trained with other code of method=sft, which has changed since; force=true trains it again"
+    )
+    assert printed.count(line) == 1 and "is done; nothing to do" in printed
+    assert (folder / "metrics.jsonl").read_bytes() == rows
+    del env["method_code"]  # of a run from before it was recorded
+    (folder / "env.json").write_text(json.dumps(env))
+    assert call(*command) == 0 and "other code" not in said(capfd)
+
+
+def test_a_run_that_goes_on_with_other_code_says_so_and_records_both(tmp_path, caplog):
+    cfg = compose(["method=sft", f"paths.runs={tmp_path}"])
+    now = method_code.of(cfg.method._target_)
+
+    def start(before: str | None) -> str | None:
+        caplog.clear()
+        with Run(cfg) as run:
+            (run.dir / "env.json").write_text(json.dumps({"method_code": before} if before else {}))
+            run.start()
+            return run.environment["method_code"]
+
+    (tmp_path / Run(cfg).id).mkdir()
+    assert start("0" * 16) == now and "other code" not in caplog.text  # nothing to go on from
+    checkpoint = tmp_path / Run(cfg).id / "checkpoint-5" / "complete.json"
+    checkpoint.parent.mkdir()
+    checkpoint.write_text("{}")
+    assert start(now) == now and start(None) is None and "other code" not in caplog.text
+    assert start("0" * 16) == f"{'0' * 16}+{now}"
+    assert "was begun with other code of method=sft" in caplog.text and "force=true" in caplog.text
+    assert start(f"{'0' * 16}+{now}") == f"{'0' * 16}+{now}" and "other code" in caplog.text
+
+
+def test_a_table_names_a_method_of_different_code_and_so_does_what_came_back(tmp_path):
+    codes = {("sft", 0): "a", ("sft", 1): "a", ("mine", 0): None, ("mine", 1): "a", ("mine", 2): "b", ("mine", 3): "b"}
+    runs, cells = tmp_path / "runs", {key: cell_of(key[0], 0.1, key[1]) for key in codes}
+    for key, code in codes.items():
+        folder = write_run(runs, cells[key], [row(cells[key], "FA", 50.0)])
+        if code:
+            (folder / "env.json").write_text(json.dumps({"method_code": code}))
+    line = (
+        f"mine: its runs were made with 2 versions of its code, first {cells['mine', 1].run_id} and "
+        f"{cells['mine', 2].run_id} (force=true trains a run again)"
+    )
+    assert collect(runs).account() == [line]
+    assert demo.main(["--runs", str(runs), "--out", str(tmp_path / "out")]) == 0
+    assert line in (tmp_path / "out" / "table.md").read_text()
+    assert read_exported(tmp_path / "out").account() == [line]
+    restore.restore(tmp_path / "out", tmp_path / "again")
+    assert collect(tmp_path / "again").account() == [line]
 
 
 # --- models --------------------------------------------------------------------------------------------

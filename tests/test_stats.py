@@ -1,6 +1,7 @@
 """Intervals over seeds and prompts together: their parts by hand, their limits, and how often they hold the truth."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -508,7 +509,25 @@ def test_needs_are_read_from_a_pilot(capsys, tmp_path, monkeypatch):
     assert power.main([str(tmp_path), "--out", str(tmp_path / "power.md")]) == 0
     assert "10 points of HS against SFT" in (tmp_path / "power.md").read_text()
     assert power.main([str(tmp_path), "--reference", "nobody"]) == 2
-    assert "nobody" in capsys.readouterr().err
+    assert "shares two seeds with nobody. Remedy: another --reference: cwac, sft.\n" in capsys.readouterr().err
+
+
+def test_a_pilot_without_two_shared_seeds_is_told_what_helps(capsys, tmp_path, monkeypatch):
+    """A method is no remedy where it shares no two seeds with another either, and never the reference itself."""
+    found = campaign({"sft": 0.5, "cwac": 0.2, "bea": 0.3}, noise=1)
+    first = found.rows["seed"].min()
+
+    def of(*methods: str) -> None:
+        kept = found.rows[~found.rows["method"].isin(methods) | (found.rows["seed"] == first)]
+        monkeypatch.setattr(power, "collect", lambda folder: replace(found, rows=kept))
+
+    of("sft", "cwac", "bea")
+    assert power.main([str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "Remedy: train sft and another method at the same two seeds or more, as by seed=0,1.\n" in said
+    of("sft")
+    assert power.main([str(tmp_path)]) == 2
+    assert "shares two seeds with sft. Remedy: another --reference: bea, cwac.\n" in capsys.readouterr().err
 
 
 def test_tables_name_the_aligned_model_and_the_anchors_that_were_used():

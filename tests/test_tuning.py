@@ -52,6 +52,12 @@ def test_a_search_is_not_cut_short():
     assert hydra.sweeper._target_.endswith("OptunaSweeper")
 
 
+def test_a_search_without_a_line_has_no_log_and_shows_the_line(capsys):
+    assert tuning.main(["--experiment", "tune", "method=nullspace_cwac"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "conf/experiment/tune.yaml has no search space of method=nullspace_cwac; add a line under search" in line
+
+
 @pytest.mark.parametrize("seed", [0, 3])
 @pytest.mark.parametrize("task", ["toy_sentiment", "toy_topic", "toy_math"])
 def test_validation_shares_no_prompt_with_test(task, seed):

@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from cwac.core import renamed
 from cwac.core.errors import UsageError, UserError, as_typed
 from cwac.core.identity import flatten
-from cwac.core.keys import did_you_mean, explain, near
+from cwac.core.keys import check_names, did_you_mean, explain, near
 from cwac.core.paths import CONF
 
 INTERRUPTED = 130
@@ -161,8 +161,10 @@ def settle(cfg: DictConfig, overrides: Iterable[str] = ()) -> DictConfig:
 
     Numbers that differ by the rounding of a sum are one number, so that no two runs stand for one cell. Where the
     overrides put other weights in an option's place (a folder, another hub id), what the option says of its own
-    weights goes, unless it is given anew.
+    weights goes, unless it is given anew. Raises UsageError where a chosen option's file has another name.
     """
+    overrides = [*overrides]
+    check_names(dict(o.split("=", 1) for o in overrides if "=" in o))
     given = {o.lstrip("+~").split("=")[0] for o in overrides}
     if given & {"model.kind", "model.path", "model.hub_id"}:
         for key in OF_THE_MODEL:

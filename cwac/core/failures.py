@@ -22,6 +22,7 @@ from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from cwac.core.cache import duration
 from cwac.core.errors import as_typed
@@ -66,8 +67,12 @@ class OnSharedDisk(Callback):
 
 
 def searches_over_seeds(config: DictConfig) -> bool:
+    """Whether Optuna draws the seed among other keys; False where the axes are of no use, which Hydra then says."""
     sweeper = config.hydra.sweeper
-    return "optuna" in str(sweeper.get("_target_")) and "seed" in (sweeper.get("params") or {})
+    try:
+        return "optuna" in str(sweeper.get("_target_")) and "seed" in (sweeper.get("params") or {})
+    except OmegaConfBaseException:
+        return False
 
 
 def not_one_seed(record: logging.LogRecord) -> bool:

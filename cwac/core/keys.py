@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import functools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import yaml
@@ -24,6 +24,9 @@ from cwac.core.paths import CONF
 
 GROUPS = ("train", "pools", "task", "model", "method", "eval", "logger")
 """Groups whose files hold keys of the same group. The files of all other groups may set any key."""
+
+NAMED = ("method", "model", "task", "pools", "eval/judge")
+"""Groups whose files hold a `name`, which stands in run ids, rows and tables; it is that of the file."""
 
 ROOT = (*GROUPS, "values", "variant", "attack", "chosen", "local", "parallel", "scale", "experiment")
 """Top-level keys that come from the defaults list of `conf/config.yaml`."""
@@ -151,6 +154,27 @@ def check_keys(cfg: DictConfig) -> None:
             )
 
 
+def check_names(choices: Mapping[str, Any]) -> None:
+    """Raises UsageError where the file of a chosen option has another name than its own, or none of its own.
+
+    Its runs would stand under the name of another option: of the one that was copied or that it derives from. A name
+    given on the command line (`method.name=...`) is meant.
+
+    choices: group -> chosen option; an option without a file in `conf/` is not looked at.
+    """
+    for group in NAMED:
+        path = CONF / group / f"{choices.get(group)}.yaml"
+        if not path.is_file():
+            continue
+        name = (yaml.load(path.read_text(encoding="utf-8"), Loader=LOADER) or {}).get("name")
+        if name is None or str(name) != path.stem:
+            said = "has no name of its own" if name is None else f"has name: {name}"
+            raise UsageError(
+                f"{group}={path.stem}: conf/{group}/{path.name} {said}, and runs and tables would call it by a name "
+                f"that is not the file's; write name: {path.stem} there"
+            )
+
+
 def options(group: str) -> list[str]:
     """The options of a group that have a file, such as those of `method` or `eval/judge`."""
     return sorted(path.stem for path in (CONF / group).glob("[!_]*.yaml"))
@@ -192,7 +216,7 @@ def meant(key: str) -> str:
 
 
 def explain(message: str) -> str:
-    """Rewrite Hydra's error about an unknown option or key as one line with the most similar names.
+    """Rewrite Hydra's error about an unknown option or key as one line, the most similar names first.
 
     Any other message is returned unchanged. Hydra itself advises to append an unknown key with `+`, which would start
     a run with the mistyped key.
@@ -202,8 +226,19 @@ def explain(message: str) -> str:
         if (CONF / group).is_dir():
             # Hydra's list also has options without a file, such as experiment=tune_<method>
             listed = re.findall(r"^\t([^_\s]\S*)$", message, re.M) or options(group)
-            close = [f"{group}={o}" for o in near(name, listed)]
-            return f"Could not find '{group}/{name}'; {group} has {', '.join(listed)}{did_you_mean(close)}"
+            missing = f"Could not find '{group}/{name}'"
+            if group == "experiment" and name.startswith("tune_"):
+                return f"{missing}; {no_search(name.removeprefix('tune_'), listed)}"
+            close = did_you_mean(f"{group}={o}" for o in near(name, listed))
+            return f"{missing}{close}{'' if close else ';'} {group} has {', '.join(listed)}"
+    if found := re.search(r"Interpolation key 'search\.(layers\.)?([^']+)' not found", message):
+        of, name = found.groups()
+        if not of:
+            return no_search(name)
+        return (
+            f"conf/experiment/tune.yaml has no blocks of model={name} for method=sppft to search; add a line under "
+            f"search.layers, such as `{name}: choice(auto,[0,1],[1,2])`, with six choices (docs/searches.md)"
+        )
     if found := re.search(r"Could not override '([^']+)'", message):
         key = found[1]
         if below(key, ("train",)) and key.removeprefix("train.") in training_fields():
@@ -214,6 +249,27 @@ def explain(message: str) -> str:
     if found := re.search(r"An item is already at '([^']+)'", message):
         return f"Could not append '{found[1]}': it is there already; leave out the +: {found[1]}=<value>"
     return message
+
+
+def no_search(name: str, listed: Iterable[str] = ()) -> str:
+    """What to do where a method has no line in `conf/experiment/tune.yaml`.
+
+    name: the method, perhaps mistyped. listed: the options of `experiment`, from which a near search is named.
+    """
+    if (CONF / "experiment" / f"tune_{name}.yaml").is_file():  # with axes of its own beside a setting that they need
+        return f"the search of method={name} has a preset of its own: experiment=tune_{name} (docs/searches.md)"
+    if name not in options("method"):
+        searched = [option.removeprefix("tune_") for option in listed if option.startswith("tune_")]
+        close = [f"experiment=tune_{method}" for method in near(name, searched)]
+        close = close or [f"experiment=tune method={method}" for method in near(name, options("method"))]
+        needs = f"conf/method/{name}.yaml and a line in conf/experiment/tune.yaml (docs/searches.md)"
+        found = f"{did_you_mean(close)} ".removeprefix("; ").lstrip()
+        return f"{found}experiment=tune method={name} is a search that needs {needs}"
+    return (
+        f"conf/experiment/tune.yaml has no search space of method={name}; add a line under search, such as "
+        f'`{name}: {{<<: *seeds, method.KEY: "choice(0.01,0.03,0.1,0.3,1.0,3.0)"}}`, where KEY is a key of the '
+        f"method; then experiment=tune method={name} searches it (docs/searches.md)"
+    )
 
 
 def training_fields() -> set[str]:

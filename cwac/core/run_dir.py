@@ -28,6 +28,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
+from cwac.core import method_code
 from cwac.core.distributed import process_rank
 from cwac.core.environment import Redacting, environment, redact
 from cwac.core.errors import UserError
@@ -99,6 +100,20 @@ class Run:
         except (OSError, ValueError):
             return {}
 
+    def warn_of_other_code(self) -> None:
+        """Say in one line that the method's code is not what this run was made with, and how to train it again.
+
+        Nothing is said where that is unknown, as of a run from before it was recorded.
+        """
+        before, now = self.environment.get("method_code"), method_code.of(self.cfg.method.get("_target_"))
+        if self.leads and before is not None and now is not None and before != now:
+            log.warning(
+                "%s was %s with other code of method=%s, which has changed since; force=true trains it again",
+                self.id,
+                "trained" if self.trained() else "begun",
+                self.cfg.method.name,
+            )
+
     def done(self) -> bool:
         """Whether the run is trained, and evaluated with the present settings at every epoch of `eval.at`."""
         status = self.status
@@ -164,15 +179,20 @@ class Run:
                 f"{self.id} was begun from commit {before['revision']} of {now['hub_id']}, and the hub now serves "
                 f"{now['revision']}; pin model.revision={before['revision']}, or start over with force=true"
             )
+        goes_on = self.trained() or any(self.dir.glob("checkpoint-*/complete.json"))
         self.dir.mkdir(parents=True, exist_ok=True)
         self._handler = logging.FileHandler(self.dir / "train.log")
         self._handler.setFormatter(Redacting("[%(asctime)s][%(name)s][%(levelname)s] %(message)s"))
         logging.getLogger().addHandler(self._handler)
+        code = method_code.of(self.cfg.method.get("_target_"))
+        if goes_on:
+            self.warn_of_other_code()
+            code = method_code.joined(self.environment.get("method_code"), code)
         if not self.trained():
             write_atomic(self.dir / "config.yaml", redact(OmegaConf.to_yaml(self.cfg, resolve=True)))
             settings = flatten(OmegaConf.to_container(self.cfg, resolve=True))
             targets = [value for key, value in settings.items() if key.endswith("._target_")]
-            made = {**environment(targets), "model": model}
+            made = {**environment(targets), "method_code": code, "model": model}
             write_atomic(self.dir / "env.json", redact(json.dumps(made, indent=1)))
             self.write_status("running", started=time.time(), pid=os.getpid())
         repair(self.dir / "metrics.jsonl")
