@@ -23,8 +23,8 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from analysis import paper, stats
-from analysis.collect import Collection, collect, expected_cells, read_exported
+from analysis import apart, paper, stats
+from analysis.collect import Collection, collect, expected_cells
 from analysis.pairwise import Cells, Comparison, cells, compare, holm_over
 from analysis.tables import markdown
 from cwac.core.config import about, command
@@ -378,10 +378,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="the sweep's own overrides of the preset, e.g. seed=0,1")
     args = parser.parse_intermixed_args(argv)
     if args.results:
-        collection = read_exported(args.results)
+        collection = apart.exported(args.results, "--results FOLDER")
     else:
         wanted = expected_cells(args.experiment, args.overrides) if args.experiment else None
         collection = collect(args.runs, wanted)
+        remedies = [apart.exporting(args.runs, "--results FOLDER here"), apart.PRESET, apart.FOLDERS]
+        apart.refuse_runs(collection, args.runs, remedies)
     found = verdicts(collection, args.judge, args.reading)
     print(report(found), end="")
     for line in [*map(str, collection.missing), *collection.account()]:

@@ -16,8 +16,8 @@ from pathlib import Path
 import pandas as pd
 from scipy import stats as scipy_stats
 
-from analysis import paper, stats, tables
-from analysis.collect import Collection, at_end, collect, one_judge, read_exported
+from analysis import apart, paper, stats, tables
+from analysis.collect import Collection, at_end, one_judge
 from analysis.tables import KEYS, MAIN
 from cwac.core.config import about, command
 from cwac.core.errors import UserError
@@ -28,7 +28,7 @@ COLUMNS = [*KEYS, "first", "second", "n_first", "n_second", "difference", "low",
 
 def read(folder: Path) -> Collection:
     """A folder of runs or an exported campaign; raises UserError if it is neither or holds no finished run."""
-    collection = read_exported(folder) if (folder / "results.csv").is_file() else collect(folder)
+    collection = apart.read(folder, by_rate=False)
     if not collection.runs:
         raise UserError(f"{folder} holds no finished run. Remedy: a folder of runs, or an exported campaign.")
     return collection

@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from analysis import paper, stats
-from analysis.collect import Collection, at_end, collect, one_judge, pooled, read_exported, swept
+from analysis import apart, paper, stats
+from analysis.collect import Collection, at_end, one_judge, pooled, swept
 from analysis.tables import markdown
 from cwac.core.config import about, command
 from cwac.core.errors import UserError
@@ -360,7 +360,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="the Markdown; the pairs go to .csv beside it (pairwise.md in there)")
     args = parser.parse_args(argv)
     frozen = (args.campaign / "results.csv").is_file()
-    collection = read_exported(args.campaign) if frozen else collect(args.campaign)
+    collection = apart.read(args.campaign)
     parts = []
     measured = set(collection.rows["metric"])
     for metric in [m for m in args.metrics if m in measured]:

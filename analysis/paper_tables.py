@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import audit, paper, stats, tables
+from analysis import apart, audit, paper, stats, tables
 from analysis.collect import Cell, Collection, at_end, collect, expected_cells, one_judge, pooled
 from cwac.core.config import about, command
 from cwac.core.errors import UserError
@@ -380,6 +380,8 @@ def safe_csv(frame: pd.DataFrame) -> pd.DataFrame:
 def publish(args: argparse.Namespace) -> int:
     """Collect, lay out, write; see `main`."""
     collection = collect(args.runs, expected_cells(args.experiment or default_preset(args.table), args.overrides))
+    one_value = "give the sweep's overrides of one value alone, e.g. {one}"
+    apart.refuse_runs(collection, args.runs, [one_value, apart.FOLDERS], by_rate=False)
     if args.table == "table6":
         made, frame = examples(collection, args.runs, args.examples, args.show_harmful)
         notes = "Requests in the order of a hash of their id. Answers that are no refusal are withheld."

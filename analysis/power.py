@@ -24,8 +24,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats as scipy_stats
 
-from analysis import paper, stats
-from analysis.collect import Collection, at_end, collect, one_judge, read_exported
+from analysis import apart, paper, stats
+from analysis.collect import Collection, at_end, one_judge
 from analysis.pairwise import Cells, cells
 from analysis.tables import markdown
 from cwac.core.config import about, command
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.pilot is None or min(args.hs, args.fa) <= 0 or (args.prompts or 1) < 1:
         raise UserError("give a pilot such as results/demo, differences above 0 and at least one prompt; see --help.")
-    found = read_exported(args.pilot) if (args.pilot / "results.csv").is_file() else collect(args.pilot)
+    found = apart.read(args.pilot, by_rate=False)
     table = needs(found, args.reference, {"HS": args.hs, "FA": args.fa}, args.prompts, args.judge)
     if table.empty:
         raise UserError(

@@ -16,7 +16,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import jinja2
@@ -26,9 +26,9 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
-from analysis import claims, demo, figures, gallery, headline, labels, paper, paper_tables, records, tables
+from analysis import apart, claims, demo, figures, gallery, headline, labels, paper, paper_tables, records, tables
 from analysis.claims import Verdict
-from analysis.collect import Collection, collect, expected_cells, one_judge, read_exported
+from analysis.collect import Collection, collect, expected_cells, expected_configs, one_judge
 from analysis.figures import Plate
 from analysis.records import Answer, Record
 from cwac.core.config import about, command
@@ -107,7 +107,11 @@ def read_campaign(args: argparse.Namespace) -> Campaign:
             raise UserError(
                 "--experiment is for --runs. Remedy: leave it out; an exported campaign knows its own grid."
             )
-        collection = read_exported(args.exported)
+        if args.by:
+            raise UserError(
+                "--by is for --runs. Remedy: leave it out, or export the campaign with it (python -m analysis.demo)."
+            )
+        collection = apart.exported(args.exported, "--exported FOLDER")
         provenance = records.read_json(args.exported / "provenance.json")
         records_by_run = records.read_exported(args.exported / records.NAME)
         return Campaign(
@@ -118,9 +122,17 @@ def read_campaign(args: argparse.Namespace) -> Campaign:
         raise UserError(
             f"no finished run in {args.runs}. Remedy: run the campaign first (make demo), or give --exported."
         )
+    collection, _ = apart.by_setting(
+        collection,
+        args.runs,
+        args.by,
+        lambda: expected_configs(args.experiment, args.overrides) if args.experiment else [],
+    )
     shown = shown_runs(collection)
+    methods = dict(zip(collection.rows["run_id"], collection.rows["method"], strict=True))
     records_by_run = {
-        name: records.read(args.runs / name, ANSWERS if name in shown else 0) for name in collection.runs
+        name: replace(records.read(args.runs / name, ANSWERS if name in shown else 0), method=methods[name])
+        for name in collection.runs
     }
     name = args.experiment or args.runs.name
     return Campaign(name, collection, records_by_run, judge=args.judge, experiment=args.experiment)
@@ -462,6 +474,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--experiment", help="preset whose runs are expected; without it, every finished run counts")
     parser.add_argument("--out", type=Path, required=True, help="the page, e.g. results/demo/report.html")
+    apart.add_by(parser)
     parser.add_argument("--judge", help="whose verdicts to use where the runs were judged by several")
     parser.add_argument("--figures", type=Path, help="also write every figure there, as PNG and PDF")
     parser.add_argument("--show-completions", action="store_true", help="do not redact answers to harmful requests")
