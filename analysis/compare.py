@@ -20,7 +20,7 @@ from analysis import apart, paper, stats, tables
 from analysis.collect import Collection, at_end, one_judge
 from analysis.tables import KEYS, MAIN
 from cwac.core.config import about, command
-from cwac.core.errors import UserError
+from cwac.core.errors import UserError, naming_earlier
 from cwac.core.files import write_atomic
 
 COLUMNS = [*KEYS, "first", "second", "n_first", "n_second", "difference", "low", "high", "over", "flag"]
@@ -142,7 +142,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--judge", help="whose verdicts to use where the runs were judged by several")
     parser.add_argument("--out", type=Path, help="write the Markdown there, and the cells of all metrics as .csv")
     args = parser.parse_args(argv)
-    found = compare(read(args.first), read(args.second), args.judge)
+    with naming_earlier(args.out):
+        found = compare(read(args.first), read(args.second), args.judge)
     text = report(found, (str(args.first), str(args.second)))
     print(text)
     if args.out:

@@ -28,7 +28,7 @@ from analysis.collect import (
 )
 from cwac.core.config import about, command
 from cwac.core.environment import PACKAGES, git, installed
-from cwac.core.errors import UserError
+from cwac.core.errors import UserError, naming_earlier
 
 ROOT = Path(__file__).resolve().parent.parent
 VERSIONS = (*PACKAGES, "pandas", "scipy", "matplotlib")
@@ -49,7 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("overrides", nargs="*", help="the sweep's own overrides of the preset, e.g. seed=0,1")
     args = parser.parse_intermixed_args(argv)
-    return publish(args, argv if argv is not None else sys.argv[1:])
+    with naming_earlier(args.out / "table.md"):
+        return publish(args, argv if argv is not None else sys.argv[1:])
 
 
 def publish(args: argparse.Namespace, argv: list[str]) -> int:

@@ -20,7 +20,7 @@ import pandas as pd
 from analysis import apart, audit, paper, stats, tables
 from analysis.collect import Cell, Collection, at_end, collect, expected_cells, one_judge, pooled
 from cwac.core.config import about, command
-from cwac.core.errors import UserError
+from cwac.core.errors import UserError, naming_earlier
 from cwac.core.jsonl import read_jsonl
 
 TITLES = {
@@ -451,7 +451,8 @@ def main(argv: list[str] | None = None) -> int:
         "overrides", nargs="*", help="the sweep's own overrides of the preset, e.g. model=tiny seed=0,1"
     )
     args = parser.parse_intermixed_args(argv)
-    return publish(args)
+    with naming_earlier(args.out / f"{args.table}.md"):
+        return publish(args)
 
 
 if __name__ == "__main__":

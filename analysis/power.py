@@ -29,7 +29,7 @@ from analysis.collect import Collection, at_end, one_judge
 from analysis.pairwise import Cells, cells
 from analysis.tables import markdown
 from cwac.core.config import about, command
-from cwac.core.errors import UserError
+from cwac.core.errors import UserError, naming_earlier
 from cwac.core.files import write_atomic
 
 POWER = 0.8
@@ -58,7 +58,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.pilot is None or min(args.hs, args.fa) <= 0 or (args.prompts or 1) < 1:
         raise UserError("give a pilot such as results/demo, differences above 0 and at least one prompt; see --help.")
-    found = apart.read(args.pilot, by_rate=False)
+    with naming_earlier(args.out):
+        found = apart.read(args.pilot, by_rate=False)
     table = needs(found, args.reference, {"HS": args.hs, "FA": args.fa}, args.prompts, args.judge)
     if table.empty:
         raise UserError(

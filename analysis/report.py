@@ -32,7 +32,7 @@ from analysis.collect import Collection, collect, expected_cells, expected_confi
 from analysis.figures import Plate
 from analysis.records import Answer, Record
 from cwac.core.config import about, command
-from cwac.core.errors import UserError
+from cwac.core.errors import UserError, naming_earlier
 from cwac.core.files import write_atomic
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -482,7 +482,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     if args.out.suffix != ".html":
         raise UserError(f"--out {args.out} is no page. Remedy: a name that ends in .html.")
-    return publish(args, argv if argv is not None else sys.argv[1:])
+    with naming_earlier(args.out):
+        return publish(args, argv if argv is not None else sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -3,11 +3,23 @@
 import json
 import re
 import shlex
+import shutil
 from dataclasses import replace
 
 import pytest
 
-from analysis import claims, compare, demo, gallery, orders, pairwise, paper_tables, power, report
+from analysis import (
+    claims,
+    compare,
+    demo,
+    frontier,
+    gallery,
+    orders,
+    pairwise,
+    paper_tables,
+    power,
+    report,
+)
 from analysis.collect import read_exported
 from tests.helpers.results import cell_of, line_of, rows_of, write_run
 
@@ -54,6 +66,34 @@ def test_the_report_names_the_key_with_its_values_and_a_remedy_that_works(mixed,
     text = (mixed / "out" / "report.md").read_text()
     assert "20.5 ± " in line_of(text, "SFT, max_steps 200", "0.1", "2")
     assert "0.9 ± " in line_of(text, "CWAC, max_steps 8", "0.1", "2")
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "path"),
+    [
+        (report.main, ["--out", "out/report.html"], "out/report.html"),
+        (demo.main, ["--out", "out"], "out/table.md"),
+        (paper_tables.main, ["table3", "--out", "out"], "out/table3.md"),
+        (compare.main, ["exported", "runs", "--out", "out/compare.md"], "out/compare.md"),
+        (pairwise.main, ["runs", "--out", "out/pairwise.md"], "out/pairwise.md"),
+        (claims.main, ["--runs", "runs", "--csv", "out/claims.csv"], "out/claims.csv"),
+        (power.main, ["runs", "--out", "out/power.md"], "out/power.md"),
+        (frontier.main, ["--runs", "empty", "--out", "out"], "out/table.md"),
+    ],
+)
+def test_after_an_error_what_an_earlier_call_left_is_named(mixed, monkeypatch, capsys, main, arguments, path):
+    shutil.copytree(mixed / "runs", mixed / "exported")
+    (mixed / "empty").mkdir()
+    found = [replace(cell_of("sft", 0.1, 0), run_id=f"tiny-toy-p0.1-sft-s0-0000000{k}") for k in (0, 1)]
+    monkeypatch.setattr(paper_tables, "expected_cells", lambda preset, overrides: found)
+    assert main(arguments) == 2
+    assert "earlier call" not in capsys.readouterr().err
+    (mixed / "out").mkdir()
+    (mixed / path).write_text("stale")
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert said.endswith(f". What stands at {path} is of an earlier call.\n") and said.count("\n") == 1
+    assert (mixed / path).read_text() == "stale"
 
 
 def test_a_value_of_the_report_may_keep_the_methods_plain_name(mixed):
