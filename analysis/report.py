@@ -159,7 +159,8 @@ def summary_section(campaign: Campaign) -> Section:
     pair = p_note(first)
     ratio = "p: share of harmful rows in the training data. "
     table = headline.table(first)
-    body = "\n\n".join([said, table, ratio + headline.words(table) + pair])
+    absent = [note] if (note := tables.aligned_note(first.collection)) else []
+    body = "\n\n".join([said, table, *absent, ratio + headline.words(table) + pair])
     return Section("summary", "What came out", body, plates=[headline.plate(first, headline.ROWS - 1)], folded=False)
 
 

@@ -108,6 +108,19 @@ def test_the_first_screen_is_a_sentence_a_figure_and_a_table(campaign, undrawn):
     assert page.count('<details class="part">') == 7 and text.index("What came out") < text.index("## Claims")
 
 
+def test_a_page_without_the_aligned_model_says_how_to_get_its_row(campaign, undrawn):
+    """A run has that row where `eval.at` holds 0; one run is enough."""
+    said = "The aligned model has no row of its own: no run was evaluated before its training. `eval.at=[0]` asks for"
+    _, _, text = write(campaign)
+    assert said not in text and line_of(text, "aligned, not fine-tuned")
+    for path in campaign.glob("*/metrics.jsonl"):
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if json.loads(line)["epoch"]))
+    _, page, text = write(campaign)
+    assert said in text.partition("## Claims")[0] and "| aligned, not fine-tuned" not in text
+    assert said.replace("`eval.at=[0]`", "<code>eval.at=[0]</code>") in page
+
+
 def test_figures_of_safety_against_utility_leave_out_what_has_no_poison():
     frame = pd.DataFrame({"harmful_ratio": [0.0, 0.1, float("nan")], "method": ["sft", "sft", "aligned"]})
     assert gallery.poisoned(frame)["method"].tolist() == ["sft", "aligned"]
