@@ -11,6 +11,7 @@ redacted unless `--show-completions` asks for them.
 import argparse
 import base64
 import io
+import math
 import os
 import re
 import sys
@@ -21,12 +22,26 @@ from pathlib import Path
 
 import jinja2
 import matplotlib
+import pandas as pd
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
-from analysis import apart, claims, demo, figures, gallery, headline, labels, paper, paper_tables, records, tables
+from analysis import (
+    apart,
+    claims,
+    demo,
+    figures,
+    gallery,
+    headline,
+    labels,
+    pairwise,
+    paper,
+    paper_tables,
+    records,
+    tables,
+)
 from analysis.claims import Verdict
 from analysis.collect import Collection, collect, expected_cells, expected_configs, one_judge
 from analysis.figures import Plate
@@ -34,6 +49,7 @@ from analysis.records import Answer, Record
 from cwac.core.config import about, command
 from cwac.core.errors import UserError, naming_earlier
 from cwac.core.files import write_atomic
+from cwac.core.metrics import VARIATION
 
 TEMPLATES = Path(__file__).with_name("templates")
 ANSWERS = 2
@@ -44,6 +60,10 @@ COLOURS = 128
 """Of an inlined PNG."""
 LARGEST = 150_000
 """Characters of an SVG above which a figure is shown as a PNG."""
+CWAC_NOTE = (
+    "Each method minus CWAC at the same seeds, percentage points. p-values are those of `analysis.pairwise`, with Holm's "
+    "correction over every pair of methods at this p; one seed gives none."
+)
 SPARE = re.compile(r"(?<![\w#.-])-?\d+\.\d{3,}(?![\w.])")
 """Coordinates of an SVG in more digits than a screen shows."""
 
@@ -198,6 +218,8 @@ def tables_section(campaign: Campaign) -> Section:
                 folds.append(Fold(f"{where}: what each method saw beside the task's rows", seen))
             if changed := tables.difference_table(difference, model, task):
                 folds.append(Fold(f"{where}: differences to SFT at the same seeds, percentage points", changed))
+            if beside := cwac_table(found, model, task, campaign.judge):
+                folds.append(Fold(f"{where}: differences to CWAC", f"{CWAC_NOTE}\n\n{beside}"))
             if tables.column_pairs(summary, tables.DETAIL):
                 detail = tables.result_table(found, summary, model, task, tables.DETAIL)
                 folds.append(Fold(f"{where}: losses, format and certificates", f"{tables.DETAIL_NOTE}\n\n{detail}"))
@@ -206,6 +228,43 @@ def tables_section(campaign: Campaign) -> Section:
             if inner := tables.means_table(summary, model, task, tables.INNER):
                 folds.append(Fold(f"{where}: inside the constraints", f"{tables.INNER_NOTE}\n\n{inner}"))
     return Section("tables", "Tables", "\n\n".join([*beside_paper(campaign), *parts, tables.NOTES]), folds=folds)
+
+
+def cwac_table(found: Collection, model: str, task: str, judge: str | None = None) -> str:
+    """method x harmful ratio: HS, FA and OR minus CWAC's, as `analysis.pairwise` pairs and tests them.
+
+    Requests asked in another way (`VARIATION`) do not count. Empty where no method shares a seed with CWAC.
+    """
+    rows = found.rows[(found.rows["model"] == model) & (found.rows["task"] == task)]
+    rows = rows[~rows["set"].str.contains(VARIATION, regex=False)]
+    if not (rows["method"] == "cwac").any():
+        return ""
+    told = found.verdicts[~found.verdicts["set"].str.contains(VARIATION, regex=False)]
+    here = replace(found, rows=rows, verdicts=told)
+    ends = rows[rows["final"]]
+    columns = [("HS", "")] + tables.column_pairs(ends, ("FA", "OR"))  # HS is pooled over its sets
+    values: dict[tuple[float, str], dict[tuple[str, str], pd.Series]] = {}
+    for metric, of in columns:
+        cells = pairwise.cells(here, metric, of or None, judge)
+        ratios = dict(zip(cells.rows["cell"], cells.rows["harmful_ratio"], strict=True))
+        for _, pair in pairwise.every_pair(cells, metric).iterrows():
+            if "cwac" not in (pair["first"], pair["second"]):
+                continue
+            method, sign = (pair["second"], -1) if pair["first"] == "cwac" else (pair["first"], 1)
+            shown = {"mean": sign * pair["difference"], "half": (pair["high"] - pair["low"]) / 2}
+            row = pd.Series({**shown, **pair[["over", "seeds", "p_holm"]]})
+            values.setdefault((ratios[pair["cell"]], method), {})[metric, of] = row
+    lines = []
+    for ratio, method in sorted(values, key=lambda cell: (cell[0], paper.method_order(cell[1]))):
+        row = values[ratio, method]
+        seeds = max(v["seeds"] for v in row.values())
+        line = [paper.method_label(method), f"{ratio:g}", str(seeds)]
+        for column in columns:
+            p = row[column]["p_holm"] if column in row else math.nan
+            line += [tables.show_signed(row.get(column)), "-" if math.isnan(p) else headline.below(p)]
+        lines.append(line)
+    titles = [title for c in columns for title in (tables.heading(c, columns), "p-value")]
+    return tables.markdown(["method - CWAC", "p", "n", *titles], lines, key=3) if lines else ""
 
 
 def extra_table(found: Collection, model: str, task: str) -> str:
