@@ -61,8 +61,8 @@ COLOURS = 128
 LARGEST = 150_000
 """Characters of an SVG above which a figure is shown as a PNG."""
 CWAC_NOTE = (
-    "Each method minus CWAC at the same seeds, percentage points. p-values are those of `analysis.pairwise`, with Holm's "
-    "correction over every pair of methods at this p; one seed gives none."
+    "Each method minus CWAC at the same seeds, percentage points. p-values are those of `analysis.pairwise`, with "
+    "Holm's correction over every pair of methods at this p; one seed gives none."
 )
 SPARE = re.compile(r"(?<![\w#.-])-?\d+\.\d{3,}(?![\w.])")
 """Coordinates of an SVG in more digits than a screen shows."""
