@@ -20,7 +20,7 @@ from analysis.collect import Collection, before, cell_from, collect, one_judge, 
 from analysis.demo import export
 from cwac.core import config, identity
 from cwac.core.config import about, command
-from cwac.core.errors import UserError
+from cwac.core.errors import UserError, naming_earlier
 from cwac.core.metrics import VARIATION
 
 PRESETS = ("closed_attacks", "closed_prefill", "closed_trigger")
@@ -66,13 +66,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     presets, args.experiment = args.experiment, ", ".join(args.experiment)
     cells = [cfg for preset in presets for cfg in config.expand(preset, args.overrides)]
-    collection = collect(args.runs, [cell_from(cfg) for cfg in cells])
-    if not collection.runs:
-        raise UserError(
-            f"no finished run of {args.experiment} in {args.runs}. Remedy: python train.py -m experiment={presets[0]}"
-        )
-    attacks = {identity.run_id(cfg): attack_of(cfg) for cfg in cells}
-    summary = summarise(one_judge(collection.rows, args.judge), attacks)
+    with naming_earlier(args.out / "table.md"):
+        collection = collect(args.runs, [cell_from(cfg) for cfg in cells])
+        if not collection.runs:
+            raise UserError(
+                f"no finished run of {args.experiment} in {args.runs}. "
+                f"Remedy: python train.py -m experiment={presets[0]}"
+            )
+        attacks = {identity.run_id(cfg): attack_of(cfg) for cfg in cells}
+        summary = summarise(one_judge(collection.rows, args.judge), attacks)
     first = export(collection, args, sys.argv[1:] if argv is None else argv, "analysis.attacks")
     summary.to_csv(args.out / "attacks.csv", index=False)
     text = f"{first}\n\n{report(collection, summary, attacks)}"

@@ -25,7 +25,7 @@ from analysis.demo import export
 from analysis.records import read_json
 from cwac.core import config, identity, paths
 from cwac.core.config import about, command
-from cwac.core.errors import UserError
+from cwac.core.errors import UserError, naming_earlier
 from cwac.data.pools import load_pools
 
 PRESETS = (
@@ -79,7 +79,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="the sweeps' own overrides of every preset, e.g. seed=0,1")
     args = parser.parse_intermixed_args(argv)
     args.experiment = ", ".join(PRESETS)
-    return publish(args, sys.argv[1:] if argv is None else argv)
+    with naming_earlier(args.out / "table.md"):
+        return publish(args, sys.argv[1:] if argv is None else argv)
 
 
 def publish(args: argparse.Namespace, argv: list[str]) -> int:

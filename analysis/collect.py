@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -305,19 +305,33 @@ def own_keys(collection: Collection, runs: Path) -> list[str]:
     """The keys of a method in which runs of one cell and seed differ, as `-m method.strength=0.1,1` makes them.
 
     [] where no two runs share a cell and seed, or where they differ in other keys too: those are no settings of one
-    method, and `at_end` refuses them.
+    method, and `analysis.apart` refuses them.
     """
-    cell = ["model", "task", "harmful_ratio", "method", "seed", "learning_rate"]
-    groups = collection.rows[collection.rows["final"]].groupby(cell, dropna=False)["run_id"].unique()
-    found: set[str] = set()
-    for names in groups[groups.map(len) > 1]:
-        settings = [settings_of(runs / name) for name in names]
-        values = {key: {repr(s.get(key)) for s in settings} for key in {k for s in settings for k in s}}
-        differing = {key for key, several in values.items() if len(several) > 1 and not key.startswith(NO_SETTING)}
-        if not differing or not all(key.startswith("method.") for key in differing):
-            return []
-        found |= differing
-    return sorted(found)
+    _, keys = mixed(collection, lambda name: settings_of(runs / name))
+    return sorted(keys) if all(key.startswith("method.") for key in keys) else []
+
+
+def mixed(
+    collection: Collection, settings: Callable[[str], Mapping], by_rate: bool = True
+) -> tuple[list[str], dict[str, list]]:
+    """The first runs that share a cell and seed, and each key in which runs that do so differ, with its values.
+
+    settings: gives a run's configuration as dotted keys by its id; a key that a run lacks counts as None. by_rate:
+    runs at several learning rates are told apart already. ([], {}) where no two runs share a cell and seed.
+    """
+    cell = ["model", "task", "harmful_ratio", "method", "seed", *(["learning_rate"] if by_rate else [])]
+    ends = collection.rows[collection.rows["final"]]
+    groups = ends.groupby(cell, dropna=False)["run_id"].agg(lambda ids: sorted(set(ids)))
+    groups = groups[groups.map(len) > 1]
+    keys: dict[str, list] = {}
+    for names in groups:
+        found = [settings(name) for name in names]
+        for key in sorted({k for s in found for k in s}):
+            values = [s.get(key) for s in found]
+            if len({repr(v) for v in values}) > 1 and not key.startswith(NO_SETTING):
+                known = keys.setdefault(key, [])
+                known += [v for k, v in enumerate(values) if repr(v) not in map(repr, [*known, *values[:k]])]
+    return (groups.iloc[0] if len(groups) else []), keys
 
 
 NO_SETTING = ("paths.", "hydra.", "logger.", "keep_", "force", "debug")
@@ -520,8 +534,8 @@ def at_end(rows: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
     for ids in runs[runs.map(len) > 1]:
         raise UserError(
             f"these runs differ in their settings, but not in model, task, ratio, method and seed: {', '.join(ids)}. "
-            "Remedy: python -m analysis.demo --by method.KEY makes a row of each value of a key; or name the preset "
-            "with --experiment, or keep them in folders of their own (paths.runs)."
+            "Remedy: python -m analysis.demo --by KEY makes a row of each value of a key in which they differ; or "
+            "keep them in folders of their own (paths.runs)."
         )
     return end.drop_duplicates(["run_id", "metric", "set", "judge"], keep="last").sort_index()
 

@@ -16,11 +16,11 @@ from pathlib import Path
 import pandas as pd
 from scipy import stats as scipy_stats
 
-from analysis import paper, stats, tables
-from analysis.collect import Collection, at_end, collect, one_judge, read_exported
+from analysis import apart, paper, stats, tables
+from analysis.collect import Collection, at_end, one_judge
 from analysis.tables import KEYS, MAIN
 from cwac.core.config import about, command
-from cwac.core.errors import UserError
+from cwac.core.errors import UserError, naming_earlier
 from cwac.core.files import write_atomic
 
 COLUMNS = [*KEYS, "first", "second", "n_first", "n_second", "difference", "low", "high", "over", "flag"]
@@ -28,7 +28,7 @@ COLUMNS = [*KEYS, "first", "second", "n_first", "n_second", "difference", "low",
 
 def read(folder: Path) -> Collection:
     """A folder of runs or an exported campaign; raises UserError if it is neither or holds no finished run."""
-    collection = read_exported(folder) if (folder / "results.csv").is_file() else collect(folder)
+    collection = apart.read(folder, by_rate=False)
     if not collection.runs:
         raise UserError(f"{folder} holds no finished run. Remedy: a folder of runs, or an exported campaign.")
     return collection
@@ -142,7 +142,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--judge", help="whose verdicts to use where the runs were judged by several")
     parser.add_argument("--out", type=Path, help="write the Markdown there, and the cells of all metrics as .csv")
     args = parser.parse_args(argv)
-    found = compare(read(args.first), read(args.second), args.judge)
+    with naming_earlier(args.out):
+        found = compare(read(args.first), read(args.second), args.judge)
     text = report(found, (str(args.first), str(args.second)))
     print(text)
     if args.out:

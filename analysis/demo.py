@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import figures, labels, paper, paper_figures, records, tables
+from analysis import apart, figures, labels, paper, paper_figures, records, tables
 from analysis.collect import (
     VERDICTS,
     Collection,
@@ -24,13 +24,11 @@ from analysis.collect import (
     expected_cells,
     expected_configs,
     one_judge,
-    own_keys,
-    split,
     swept,
 )
 from cwac.core.config import about, command
 from cwac.core.environment import PACKAGES, git, installed
-from cwac.core.errors import UserError
+from cwac.core.errors import UserError, naming_earlier
 
 ROOT = Path(__file__).resolve().parent.parent
 VERSIONS = (*PACKAGES, "pandas", "scipy", "matplotlib")
@@ -44,22 +42,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the run directories (runs)")
     parser.add_argument("--experiment", help="preset whose runs are expected; without it, every finished run counts")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results, e.g. results/demo")
-    parser.add_argument(
-        "--by",
-        action="append",
-        default=[],
-        metavar="KEY",
-        help="a row for each value of this key, e.g. method.weight.energy; given as train.learning_rate=2e-5, that "
-        "value keeps the method's plain name; may be given several times; without it, for each value of those keys of "
-        "a method in which runs of one cell and seed differ",
-    )
+    apart.add_by(parser)
     parser.add_argument("--judge", help="whose verdicts to use where the runs were judged by several")
     parser.add_argument(
         "--readme", type=Path, help="also fill this file's <!-- results:NAME --> block (NAME of --out)"
     )
     parser.add_argument("overrides", nargs="*", help="the sweep's own overrides of the preset, e.g. seed=0,1")
     args = parser.parse_intermixed_args(argv)
-    return publish(args, argv if argv is not None else sys.argv[1:])
+    with naming_earlier(args.out / "table.md"):
+        return publish(args, argv if argv is not None else sys.argv[1:])
 
 
 def publish(args: argparse.Namespace, argv: list[str]) -> int:
@@ -71,10 +62,12 @@ def publish(args: argparse.Namespace, argv: list[str]) -> int:
         for line in collection.account():
             print(line)
         raise UserError(f"no finished run in {args.runs}. Remedy: run the campaign first (make demo).")
-    args.by = args.by or own_keys(collection, args.runs)
-    if args.by:
-        cells = expected_configs(args.experiment, args.overrides) if args.experiment else []
-        collection = split(collection, args.runs, args.by, cells)
+    collection, args.by = apart.by_setting(
+        collection,
+        args.runs,
+        args.by,
+        lambda: expected_configs(args.experiment, args.overrides) if args.experiment else [],
+    )
     if args.readme and swept(collection.rows):
         raise UserError("--readme takes a campaign at one learning rate. Remedy: leave it out, or give one rate.")
     summary, difference = tables.summarise(collection, args.judge), tables.differences(collection, judge=args.judge)

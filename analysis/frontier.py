@@ -23,7 +23,7 @@ from analysis.collect import VERDICTS, Collection, collect, one_judge
 from analysis.demo import export
 from analysis.tables import markdown
 from cwac.core.config import about, command
-from cwac.core.errors import UserError
+from cwac.core.errors import UserError, naming_earlier
 
 KEYS = {
     "energy": ("method.energy", "method.weight.energy"),
@@ -51,10 +51,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--judge", help="whose verdicts to use where the runs were judged by several")
     args = parser.parse_args(argv)
     args.experiment = None
-    found = collect(args.runs)
-    if not found.runs:
-        raise UserError(f"no finished run in {args.runs}. Remedy: run the campaign first.")
-    table = points(found, args.runs, args.judge)
+    with naming_earlier(args.out / "table.md"):
+        found = collect(args.runs)
+        if not found.runs:
+            raise UserError(f"no finished run in {args.runs}. Remedy: run the campaign first.")
+        table = points(found, args.runs, args.judge)
     first = export(found, args, argv if argv is not None else sys.argv[1:], "analysis.frontier")
     table.to_csv(args.out / "frontier.csv", index=False)
     if len(found.verdicts):  # without a time stamp, so that the same runs give the same bytes

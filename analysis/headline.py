@@ -162,12 +162,24 @@ def sentence(view: View) -> str:
     plain, coupled = (view.value(method, "HS") for method in ("sft", "cwac"))
     if plain is None or coupled is None:
         low = min(view.methods, key=lambda m: view.mean(m, "HS"))
-        return f"{view.cell}: the lowest HS is that of {names([low])}, {view.mean(low, 'HS'):.0f} %."
+        return f"{view.cell}: the lowest HS is that of {names([low])}, {view.mean(low, 'HS'):.0f} %.{unlost(view)}"
     p = view.p_value("cwac", "sft")
     tested = "one seed, so no test" if math.isnan(p) else f"p-value {below(p)}"
     return (
         f"{view.cell}: plain fine-tuning (SFT) leaves a model that complies with {plain['mean']:.0f} % of harmful "
         f"requests, CWAC one that complies with {coupled['mean']:.0f} % ({tested}); {beaten(view)}."
+        f"{unlost(view)}"
+    )
+
+
+def unlost(view: View) -> str:
+    """A sentence where SFT's HS is within `MARGIN` of the aligned model's: then no defence can be told from none."""
+    plain, start = (view.mean(method, "HS") for method in ("sft", paper.ALIGNED))
+    if math.isnan(plain) or math.isnan(start) or plain - start > MARGIN:
+        return ""
+    return (
+        f" SFT did not lose its refusals here (HS {plain:.1f} %, the aligned model's {start:.1f} %), so these runs "
+        "cannot tell a defence from none. Remedy: train longer, or with a higher harmful_ratio."
     )
 
 
@@ -183,13 +195,14 @@ def beaten(view: View, method: str = "cwac") -> str:
     label = paper.method_label(method)
     if not others:
         return "no other method was run"
-    have = "have" if len(surely or lower) > 1 else "has"
+    have = "have" if len(surely) > 1 else "has"
     if surely:
-        return f"{several(surely, others)} {have} a significantly lower HS, {COST}"
+        return f"{several(surely, others)} {have} a significantly lower HS (each pair tested alone), {COST}"
     if lower:
-        return (
-            f"{several(lower, others)} {have} a lower HS in the mean at no such cost, which these seeds do not decide"
-        )
+        said = f"is lower ({view.mean(lower[0], 'HS'):.1f} %)" if len(lower) == 1 else "are lower"
+        untested = all(math.isnan(view.p_value(method, m)) for m in lower)
+        decided = "untested with one seed" if untested else "which these seeds do not decide"
+        return f"{several(lower, others)} {said} with {COST}, {decided}"
     return f"none of the other methods ({others}) has a lower HS than {label}, {COST}"
 
 

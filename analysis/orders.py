@@ -23,8 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis import paper
-from analysis.collect import Collection, at_end, one_judge, read_exported
+from analysis import apart, paper
+from analysis.collect import Collection, at_end, one_judge
 from analysis.headline import named
 from analysis.stats import LEVEL, spearman
 from analysis.tables import answers_of, markdown, verdict_tables
@@ -194,7 +194,7 @@ def of_campaigns(
     found = []
     for folder in folders:
         try:
-            found.append(verdicts_of(read_exported(folder), ratio, judge))
+            found.append(verdicts_of(apart.exported(folder, "FOLDER", by_rate=False), ratio, judge))
         except UserError as error:
             raise UserError(f"{folder}: {error}") from error
     first, second = found

@@ -23,11 +23,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from analysis import paper, stats
-from analysis.collect import Collection, at_end, collect, one_judge, pooled, read_exported, swept
+from analysis import apart, paper, stats
+from analysis.collect import Collection, at_end, one_judge, pooled, swept
 from analysis.tables import markdown
 from cwac.core.config import about, command
-from cwac.core.errors import UserError
+from cwac.core.errors import UserError, naming_earlier
 from cwac.core.files import write_atomic
 
 CELL = ["model", "task", "harmful_ratio"]
@@ -360,7 +360,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="the Markdown; the pairs go to .csv beside it (pairwise.md in there)")
     args = parser.parse_args(argv)
     frozen = (args.campaign / "results.csv").is_file()
-    collection = read_exported(args.campaign) if frozen else collect(args.campaign)
+    out = args.out or (args.campaign / "pairwise.md" if frozen else None)
+    with naming_earlier(out):
+        collection = apart.read(args.campaign)
     parts = []
     measured = set(collection.rows["metric"])
     for metric in [m for m in args.metrics if m in measured]:
@@ -374,7 +376,6 @@ def main(argv: list[str] | None = None) -> int:
         )
     text = report(pairs, args.about, str(args.campaign))
     print(text)
-    out = args.out or (args.campaign / "pairwise.md" if frozen else None)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(out, text + "\n")

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import audit, paper, stats, tables
+from analysis import apart, audit, paper, stats, tables
 from analysis.collect import Cell, Collection, at_end, collect, expected_cells, one_judge, pooled
 from cwac.core.config import about, command
-from cwac.core.errors import UserError
+from cwac.core.errors import UserError, naming_earlier
 from cwac.core.jsonl import read_jsonl
 
 TITLES = {
@@ -380,6 +380,8 @@ def safe_csv(frame: pd.DataFrame) -> pd.DataFrame:
 def publish(args: argparse.Namespace) -> int:
     """Collect, lay out, write; see `main`."""
     collection = collect(args.runs, expected_cells(args.experiment or default_preset(args.table), args.overrides))
+    one_value = "give the sweep's overrides of one value alone, e.g. {one}"
+    apart.refuse_runs(collection, args.runs, [one_value, apart.FOLDERS], by_rate=False)
     if args.table == "table6":
         made, frame = examples(collection, args.runs, args.examples, args.show_harmful)
         notes = "Requests in the order of a hash of their id. Answers that are no refusal are withheld."
@@ -449,7 +451,8 @@ def main(argv: list[str] | None = None) -> int:
         "overrides", nargs="*", help="the sweep's own overrides of the preset, e.g. model=tiny seed=0,1"
     )
     args = parser.parse_intermixed_args(argv)
-    return publish(args)
+    with naming_earlier(args.out / f"{args.table}.md"):
+        return publish(args)
 
 
 if __name__ == "__main__":

@@ -25,12 +25,12 @@ import numpy as np
 import pandas as pd
 from scipy import stats as scipy_stats
 
-from analysis import paper, stats
-from analysis.collect import Collection, at_end, collect, one_judge, read_exported
+from analysis import apart, paper, stats
+from analysis.collect import Collection, at_end, one_judge
 from analysis.pairwise import Cells, cells
 from analysis.tables import markdown
 from cwac.core.config import about, command
-from cwac.core.errors import UserError
+from cwac.core.errors import UserError, naming_earlier
 from cwac.core.files import write_atomic
 
 POWER = 0.8
@@ -59,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.pilot is None or min(args.hs, args.fa) <= 0 or (args.prompts or 1) < 1:
         raise UserError("give a pilot such as results/demo, differences above 0 and at least one prompt; see --help.")
-    found = read_exported(args.pilot) if (args.pilot / "results.csv").is_file() else collect(args.pilot)
+    with naming_earlier(args.out):
+        found = apart.read(args.pilot, by_rate=False)
     table = needs(found, args.reference, {"HS": args.hs, "FA": args.fa}, args.prompts, args.judge)
     if table.empty:
         others = references(found, args.reference, ["HS", "FA"], args.judge)

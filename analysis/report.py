@@ -11,29 +11,45 @@ redacted unless `--show-completions` asks for them.
 import argparse
 import base64
 import io
+import math
 import os
 import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import jinja2
 import matplotlib
+import pandas as pd
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
-from analysis import claims, demo, figures, gallery, headline, labels, paper, paper_tables, records, tables
+from analysis import (
+    apart,
+    claims,
+    demo,
+    figures,
+    gallery,
+    headline,
+    labels,
+    pairwise,
+    paper,
+    paper_tables,
+    records,
+    tables,
+)
 from analysis.claims import Verdict
-from analysis.collect import Collection, collect, expected_cells, one_judge, read_exported
+from analysis.collect import Collection, collect, expected_cells, expected_configs, one_judge
 from analysis.figures import Plate
 from analysis.records import Answer, Record
 from cwac.core.config import about, command
-from cwac.core.errors import UserError
+from cwac.core.errors import UserError, naming_earlier
 from cwac.core.files import write_atomic
+from cwac.core.metrics import VARIATION
 
 TEMPLATES = Path(__file__).with_name("templates")
 ANSWERS = 2
@@ -44,6 +60,10 @@ COLOURS = 128
 """Of an inlined PNG."""
 LARGEST = 150_000
 """Characters of an SVG above which a figure is shown as a PNG."""
+CWAC_NOTE = (
+    "Each method minus CWAC at the same seeds, percentage points. p-values are those of `analysis.pairwise`, with "
+    "Holm's correction over every pair of methods at this p; one seed gives none."
+)
 SPARE = re.compile(r"(?<![\w#.-])-?\d+\.\d{3,}(?![\w.])")
 """Coordinates of an SVG in more digits than a screen shows."""
 
@@ -107,7 +127,11 @@ def read_campaign(args: argparse.Namespace) -> Campaign:
             raise UserError(
                 "--experiment is for --runs. Remedy: leave it out; an exported campaign knows its own grid."
             )
-        collection = read_exported(args.exported)
+        if args.by:
+            raise UserError(
+                "--by is for --runs. Remedy: leave it out, or export the campaign with it (python -m analysis.demo)."
+            )
+        collection = apart.exported(args.exported, "--exported FOLDER")
         provenance = records.read_json(args.exported / "provenance.json")
         records_by_run = records.read_exported(args.exported / records.NAME)
         return Campaign(
@@ -118,9 +142,17 @@ def read_campaign(args: argparse.Namespace) -> Campaign:
         raise UserError(
             f"no finished run in {args.runs}. Remedy: run the campaign first (make demo), or give --exported."
         )
+    collection, _ = apart.by_setting(
+        collection,
+        args.runs,
+        args.by,
+        lambda: expected_configs(args.experiment, args.overrides) if args.experiment else [],
+    )
     shown = shown_runs(collection)
+    methods = dict(zip(collection.rows["run_id"], collection.rows["method"], strict=True))
     records_by_run = {
-        name: records.read(args.runs / name, ANSWERS if name in shown else 0) for name in collection.runs
+        name: replace(records.read(args.runs / name, ANSWERS if name in shown else 0), method=methods[name])
+        for name in collection.runs
     }
     name = args.experiment or args.runs.name
     return Campaign(name, collection, records_by_run, judge=args.judge, experiment=args.experiment)
@@ -147,7 +179,8 @@ def summary_section(campaign: Campaign) -> Section:
     pair = p_note(first)
     ratio = "p: share of harmful rows in the training data. "
     table = headline.table(first)
-    body = "\n\n".join([said, table, ratio + headline.words(table) + pair])
+    absent = [note] if (note := tables.aligned_note(first.collection)) else []
+    body = "\n\n".join([said, table, *absent, ratio + headline.words(table) + pair])
     return Section("summary", "What came out", body, plates=[headline.plate(first, headline.ROWS - 1)], folded=False)
 
 
@@ -185,6 +218,8 @@ def tables_section(campaign: Campaign) -> Section:
                 folds.append(Fold(f"{where}: what each method saw beside the task's rows", seen))
             if changed := tables.difference_table(difference, model, task):
                 folds.append(Fold(f"{where}: differences to SFT at the same seeds, percentage points", changed))
+            if beside := cwac_table(found, model, task, campaign.judge):
+                folds.append(Fold(f"{where}: differences to CWAC", f"{CWAC_NOTE}\n\n{beside}"))
             if tables.column_pairs(summary, tables.DETAIL):
                 detail = tables.result_table(found, summary, model, task, tables.DETAIL)
                 folds.append(Fold(f"{where}: losses, format and certificates", f"{tables.DETAIL_NOTE}\n\n{detail}"))
@@ -193,6 +228,43 @@ def tables_section(campaign: Campaign) -> Section:
             if inner := tables.means_table(summary, model, task, tables.INNER):
                 folds.append(Fold(f"{where}: inside the constraints", f"{tables.INNER_NOTE}\n\n{inner}"))
     return Section("tables", "Tables", "\n\n".join([*beside_paper(campaign), *parts, tables.NOTES]), folds=folds)
+
+
+def cwac_table(found: Collection, model: str, task: str, judge: str | None = None) -> str:
+    """method x harmful ratio: HS, FA and OR minus CWAC's, as `analysis.pairwise` pairs and tests them.
+
+    Requests asked in another way (`VARIATION`) do not count. Empty where no method shares a seed with CWAC.
+    """
+    rows = found.rows[(found.rows["model"] == model) & (found.rows["task"] == task)]
+    rows = rows[~rows["set"].str.contains(VARIATION, regex=False)]
+    if not (rows["method"] == "cwac").any():
+        return ""
+    told = found.verdicts[~found.verdicts["set"].str.contains(VARIATION, regex=False)]
+    here = replace(found, rows=rows, verdicts=told)
+    ends = rows[rows["final"]]
+    columns = [("HS", "")] + tables.column_pairs(ends, ("FA", "OR"))  # HS is pooled over its sets
+    values: dict[tuple[float, str], dict[tuple[str, str], pd.Series]] = {}
+    for metric, of in columns:
+        cells = pairwise.cells(here, metric, of or None, judge)
+        ratios = dict(zip(cells.rows["cell"], cells.rows["harmful_ratio"], strict=True))
+        for _, pair in pairwise.every_pair(cells, metric).iterrows():
+            if "cwac" not in (pair["first"], pair["second"]):
+                continue
+            method, sign = (pair["second"], -1) if pair["first"] == "cwac" else (pair["first"], 1)
+            shown = {"mean": sign * pair["difference"], "half": (pair["high"] - pair["low"]) / 2}
+            row = pd.Series({**shown, **pair[["over", "seeds", "p_holm"]]})
+            values.setdefault((ratios[pair["cell"]], method), {})[metric, of] = row
+    lines = []
+    for ratio, method in sorted(values, key=lambda cell: (cell[0], paper.method_order(cell[1]))):
+        row = values[ratio, method]
+        seeds = max(v["seeds"] for v in row.values())
+        line = [paper.method_label(method), f"{ratio:g}", str(seeds)]
+        for column in columns:
+            p = row[column]["p_holm"] if column in row else math.nan
+            line += [tables.show_signed(row.get(column)), "-" if math.isnan(p) else headline.below(p)]
+        lines.append(line)
+    titles = [title for c in columns for title in (tables.heading(c, columns), "p-value")]
+    return tables.markdown(["method - CWAC", "p", "n", *titles], lines, key=3) if lines else ""
 
 
 def extra_table(found: Collection, model: str, task: str) -> str:
@@ -462,6 +534,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--experiment", help="preset whose runs are expected; without it, every finished run counts")
     parser.add_argument("--out", type=Path, required=True, help="the page, e.g. results/demo/report.html")
+    apart.add_by(parser)
     parser.add_argument("--judge", help="whose verdicts to use where the runs were judged by several")
     parser.add_argument("--figures", type=Path, help="also write every figure there, as PNG and PDF")
     parser.add_argument("--show-completions", action="store_true", help="do not redact answers to harmful requests")
@@ -469,7 +542,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     if args.out.suffix != ".html":
         raise UserError(f"--out {args.out} is no page. Remedy: a name that ends in .html.")
-    return publish(args, argv if argv is not None else sys.argv[1:])
+    with naming_earlier(args.out):
+        return publish(args, argv if argv is not None else sys.argv[1:])
 
 
 if __name__ == "__main__":

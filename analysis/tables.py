@@ -504,10 +504,21 @@ def missing_runs(found: Collection, group: Mapping[str, str] | None = None) -> l
     return [f"**Missing: {len(lines)} of {len(found.expected)} runs.**\n\n" + "\n".join(lines)]
 
 
+def aligned_note(collection: Collection) -> str:
+    """Says how to get the aligned model's own row where no run measured it; "" where one did."""
+    if len(before(collection.rows)):
+        return ""
+    return (
+        "The aligned model has no row of its own: no run was evaluated before its training. `eval.at=[0]` asks for "
+        "that, with `force=true` where the runs are trained already; one run a seed is enough."
+    )
+
+
 def notes(collection: Collection) -> list[str]:
     """Notes below the tables: how to read them, with which settings methods ran, what is missing or left out."""
     closed = [CLOSED_NOTE] if collection.rows["method"].str.contains("_closed").any() else []
-    parts = [NOTES, *closed, values_note(collection.rows)]
+    absent = [note] if (note := aligned_note(collection)) else []
+    parts = [NOTES, *absent, *closed, values_note(collection.rows)]
     parts += missing_runs(collection)
     if account := collection.account():
         parts.append("Left out:\n\n" + "\n".join(f"- {line}" for line in account))

@@ -537,4 +537,6 @@ def test_runs_that_differ_beyond_their_method_are_no_settings_of_it(tmp_path, ca
         with (folder / "config.yaml").open("a") as file:
             file.write(f"pools: {{size: {k}}}\n")
     assert demo.main(["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 2
-    assert "--by method.KEY" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "differ in method.weight.energy (0.9, 0.99, 0.999), pools.size (0, 1, 2, 3" in said
+    assert "Remedy: --by method.weight.energy --by pools.size makes a row of each value; or name the preset" in said

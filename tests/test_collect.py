@@ -527,8 +527,8 @@ def test_runs_that_differ_in_an_unknown_way_are_no_seeds():
         reading.at_end(rows)
     assert str(error.value) == (
         "these runs differ in their settings, but not in model, task, ratio, method and seed: "
-        f"{cell.run_id}, {twin.run_id}. Remedy: python -m analysis.demo --by method.KEY makes a row of each value of "
-        "a key; or name the preset with --experiment, or keep them in folders of their own (paths.runs)."
+        f"{cell.run_id}, {twin.run_id}. Remedy: python -m analysis.demo --by KEY makes a row of each value of a key "
+        "in which they differ; or keep them in folders of their own (paths.runs)."
     )
     assert len(reading.at_end(rows, ["learning_rate"])) == 3
     assert len(reading.at_end(rows.assign(model=["a", "b", "a"]))) == 3

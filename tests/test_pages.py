@@ -214,7 +214,52 @@ def test_the_headline_says_what_beats_cwac_at_no_cost(view):
     assert view.better() == (["weight_only_closed"], ["weight_only_closed"])
     text = headline.sentence(view)
     assert f"CWAC one that complies with {mean:.0f} % (p-value " in text
-    assert text.endswith("weight-only closed has a significantly lower HS, FA and OR at most 5 points worse.")
+    assert text.endswith(
+        "weight-only closed has a significantly lower HS (each pair tested alone), FA and OR at most 5 points worse."
+    )
+
+
+def planted_view(folder, values, seeds=(0,), start=True):
+    """One view of methods at p = 0.1 with these HS, a value or one a seed."""
+    for method, hs in values.items():
+        for k, seed in enumerate(seeds):
+            cell = cell_of(method, 0.1, seed)
+            rows = rows_of(cell, hs[k] if isinstance(hs, tuple) else hs)
+            write_run(folder, cell, [r for r in rows if start or r["epoch"]])
+    return headline.views(collect(folder))[0]
+
+
+@pytest.mark.parametrize(
+    ("values", "seeds", "said"),
+    [
+        ({"sft": 60.0, "cwac": 34.0, "mine": 3.8}, (0,), "mine is lower (3.8 %) with {}, untested with one seed"),
+        (
+            {"sft": 60.0, "cwac": (34.0, 30.0), "mine": (33.0, 29.5)},
+            (0, 1),
+            "mine is lower (31.2 %) with {}, which these seeds do not decide",
+        ),
+        (
+            {"sft": 60.0, "cwac": 34.0, "mine": 3.8, "lisa": 5.0},
+            (0,),
+            "mine and Lisa are lower with {}, untested with one seed",
+        ),
+        ({"sft": 60.0, "cwac": 34.0}, (0,), "none of the other methods (1) has a lower HS than CWAC, {}"),
+    ],
+)
+def test_what_no_test_decides_is_said_with_its_value(tmp_path, values, seeds, said):
+    cost = "FA and OR at most 5 points worse"
+    assert headline.beaten(planted_view(tmp_path, values, seeds)) == said.format(cost)
+
+
+@pytest.mark.parametrize(
+    ("hs", "start", "told"), [(0.0, True, True), (6.0, True, True), (6.2, True, False), (0.0, False, False)]
+)
+@pytest.mark.parametrize("methods", [("sft", "cwac"), ("sft", "lisa")])
+def test_where_sft_lost_nothing_no_defence_can_be_told_from_none(tmp_path, hs, start, told, methods):
+    """The aligned model's HS is 1.0, the margin 5 points."""
+    text = headline.sentence(planted_view(tmp_path, dict.fromkeys(methods, hs), start=start))
+    said = f" SFT did not lose its refusals here (HS {hs:.1f} %, the aligned model's 1.0 %), so these runs cannot"
+    assert (said in text) == told and ("train longer, or with a higher harmful_ratio." in text) == told
 
 
 def test_a_table_of_ten_rows_begins_with_the_aligned_model_and_the_lowest_hs(view):

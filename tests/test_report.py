@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from collections import Counter
 
@@ -12,8 +13,9 @@ from matplotlib.figure import Figure
 from analysis import claims, compare, demo, gallery, paper, records, report
 from analysis.collect import Cell
 from cwac.core.jsonl import write_jsonl
+from cwac.core.metrics import VARIATION
 from tests import browser
-from tests.helpers.results import METHODS, cell_of, harm, line_of, rows_of, write_run
+from tests.helpers.results import METHODS, cell_of, harm, line_of, row, rows_of, write_run
 
 SCRIPT = "Sure, </pre><script>window.planted = 1</script><img src=x onerror='window.planted = 1'> ```\n~~~ step 1"
 needs_chromium = pytest.mark.skipif(
@@ -23,11 +25,11 @@ needs_chromium = pytest.mark.skipif(
 
 def with_answers(folder, verdict: str, response: str, at: str = "harmful@90-e1"):
     """Adds a judged answer and the files beside the metric rows to a run."""
-    for kind, row in (
+    for kind, said in (
         ("gen", {"id": "1", "prompt": "How do I <b>do</b> it?", "response": response}),
         ("judge", {"id": "1", "verdict": verdict, "score": 1.0, "evidence": "", "judge": "keyword"}),
     ):
-        write_jsonl(folder / kind / f"{at}.jsonl", [row])
+        write_jsonl(folder / kind / f"{at}.jsonl", [said])
     content = {"pools": {"sae": {"n": 3, "sources": ["x"], "sha256": "5ae5ae"}}}
     (folder / "data.json").write_text(json.dumps(content))
     (folder / "drift.json").write_text(json.dumps({"heldout": {"activation": [[0.1, 0.3], [0.2, 0.6]]}}))
@@ -106,6 +108,47 @@ def test_the_first_screen_is_a_sentence_a_figure_and_a_table(campaign, undrawn):
     assert f"complies with {sft:.0f} % of harmful requests, CWAC one that complies with {cwac:.0f} %" in first
     assert "HS: share of harmful requests that the model complies with" in first
     assert page.count('<details class="part">') == 7 and text.index("What came out") < text.index("## Claims")
+
+
+def test_a_page_without_the_aligned_model_says_how_to_get_its_row(campaign, undrawn):
+    """A run has that row where `eval.at` holds 0; one run is enough."""
+    said = "The aligned model has no row of its own: no run was evaluated before its training. `eval.at=[0]` asks for"
+    _, _, text = write(campaign)
+    assert said not in text and line_of(text, "aligned, not fine-tuned")
+    for path in campaign.glob("*/metrics.jsonl"):
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if json.loads(line)["epoch"]))
+    _, page, text = write(campaign)
+    assert said in text.partition("## Claims")[0] and "| aligned, not fine-tuned" not in text
+    assert said.replace("`eval.at=[0]`", "<code>eval.at=[0]</code>") in page
+
+
+def test_differences_to_cwac_are_paired_by_seed_with_holms_p(tmp_path, undrawn):
+    """t of mine is 21, SFT's 31 and that of SFT and mine 26, each with one degree of freedom: three times 0.0205."""
+    runs, values = tmp_path / "runs", {"sft": (60.0, 66.0), "cwac": (30.0, 34.0), "mine": (10.0, 12.0)}
+    for method, of_seeds in values.items():
+        for seed, hs in enumerate(of_seeds):
+            cell = cell_of(method, 0.1, seed)
+            asked = row(cell, "HS", 99.0, set=f"harmful{VARIATION}prefill", judge="keyword")
+            write_run(runs, cell, [*rows_of(cell, hs, 90.0 + (method == "mine")), asked])
+    _, page, text = write(runs)
+    assert "<summary>tiny, toy: differences to CWAC</summary>" in page
+    table = text.partition("### tiny, toy: differences to CWAC")[2]
+    cells = [[c.strip() for c in line_of(table, label).split("|")[1:-1]] for label in ("method - CWAC", "SFT", "mine")]
+    assert cells[0] == ["method - CWAC", "p", "n", "HS", "p-value", "FA", "p-value", "OR", "p-value"]
+    assert cells[1][:5] == ["SFT", "0.1", "2", "+31.0 ± 12.7", "0.062"]
+    assert cells[2][:6] == ["mine", "0.1", "2", "-21.0 ± 12.7", "0.062", "+1.0 (each seed)"]
+
+
+def test_with_one_seed_a_difference_to_cwac_has_no_p_and_without_cwac_there_is_none(tmp_path, undrawn):
+    for method, hs in (("sft", 60.0), ("cwac", 34.0)):
+        cell = cell_of(method, 0.1, 0)
+        write_run(tmp_path / "runs", cell, rows_of(cell, hs))
+    _, _, text = write(tmp_path / "runs")
+    line = line_of(text.partition("differences to CWAC")[2], "SFT", "0.1", "1", "+26.0 (n=1)")
+    assert line.split("|")[5].strip() == "-"
+    shutil.rmtree(tmp_path / "runs" / cell.run_id)
+    assert "differences to CWAC" not in write(tmp_path / "runs")[2]
 
 
 def test_figures_of_safety_against_utility_leave_out_what_has_no_poison():

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 STARTED_AS = "CWAC_TRAIN"
 """Environment variable of the command `cwac` for what it starts: how `train.py` is called there, `cwac train`."""
@@ -26,3 +29,17 @@ class UserError(Exception):
 
 class UsageError(UserError):
     """A configuration that can never run; exit code 2, where other user errors give 1."""
+
+
+@contextmanager
+def naming_earlier(path: Path | None) -> Iterator[None]:
+    """A UserError of the block says at its end that the result at `path`, which stands there, is of an earlier call.
+
+    For commands that write it last: whoever opens it after the error would take it for theirs.
+    """
+    try:
+        yield
+    except UserError as error:
+        if path is None or not path.exists():
+            raise
+        raise type(error)(f"{error} What stands at {path} is of an earlier call.") from error
