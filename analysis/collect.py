@@ -109,6 +109,21 @@ class Collection:
         done = set(self.runs)
         return [cell for cell in self.expected if cell.run_id not in done]
 
+    def of_judge(self, judge: str | None) -> "Collection":
+        """Without the runs that only other judges read, which a note counts; as it is without such a choice."""
+        by = self.rows[self.rows["judge"] != ""].groupby("run_id")["judge"].agg(set)
+        others = {run: judges for run, judges in by.items() if judge not in judges}
+        if judge is None or not others or len(others) == len(by):
+            return self
+        whose = ", ".join(sorted(set().union(*others.values())))
+        return replace(
+            self,
+            rows=self.rows[~self.rows["run_id"].isin(others)],
+            runs=[run for run in self.runs if run not in others],
+            verdicts=self.verdicts[~self.verdicts["run_id"].isin(others)],
+            notes=[*self.notes, f"{len(others)} run(s) judged by {whose} alone are left out"],
+        )
+
     def account(self) -> list[str]:
         """Warnings that a reader must know before trusting the rows, one line each; empty if there are none."""
         lines = list(self.notes)

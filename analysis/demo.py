@@ -63,7 +63,7 @@ def publish(args: argparse.Namespace, argv: list[str]) -> int:
             print(line)
         raise UserError(f"no finished run in {args.runs}. Remedy: run the campaign first (make demo).")
     collection, args.by = apart.by_setting(
-        collection,
+        collection.of_judge(args.judge),
         args.runs,
         args.by,
         lambda: expected_configs(args.experiment, args.overrides) if args.experiment else [],

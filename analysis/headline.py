@@ -161,8 +161,7 @@ def sentence(view: View) -> str:
     """What a model's runs come to: HS of SFT and CWAC with the p-value of their difference, and what beats CWAC."""
     plain, coupled = (view.value(method, "HS") for method in ("sft", "cwac"))
     if plain is None or coupled is None:
-        low = min(view.methods, key=lambda m: view.mean(m, "HS"))
-        return f"{view.cell}: the lowest HS is that of {names([low])}, {view.mean(low, 'HS'):.0f} %.{unlost(view)}"
+        return f"{view.cell}: {least(view)}.{unlost(view)}"
     p = view.p_value("cwac", "sft")
     tested = "one seed, so no test" if math.isnan(p) else f"p-value {below(p)}"
     return (
@@ -170,6 +169,19 @@ def sentence(view: View) -> str:
         f"requests, CWAC one that complies with {coupled['mean']:.0f} % ({tested}); {beaten(view)}."
         f"{unlost(view)}"
     )
+
+
+def least(view: View) -> str:
+    """Which methods have the lowest HS, at which FA; beside SFT's, where it ran."""
+    hs = {method: round(view.mean(method, "HS"), 1) for method in view.methods}
+    low = [method for method in view.methods if hs[method] == min(hs.values())]
+    said = f"the lowest HS is that of {names(low)}, {hs[low[0]]:.0f} %"
+    if view.value(low[0], "FA") is not None:
+        said += f", at an FA of {' and '.join(format(view.mean(m, 'FA'), '.0f') for m in low)} %"
+    if "sft" in hs and "sft" not in low:
+        fa = f" at {view.mean('sft', 'FA'):.0f} %" if view.value("sft", "FA") is not None else ""
+        said += f"; SFT's is {hs['sft']:.0f} %{fa}"
+    return said if max(view.value(m, "HS")["n"] for m in hs) > 1 else f"{said} (one seed, which decides nothing)"
 
 
 def unlost(view: View) -> str:

@@ -143,7 +143,7 @@ def read_campaign(args: argparse.Namespace) -> Campaign:
             f"no finished run in {args.runs}. Remedy: run the campaign first (make demo), or give --exported."
         )
     collection, _ = apart.by_setting(
-        collection,
+        collection.of_judge(args.judge),
         args.runs,
         args.by,
         lambda: expected_configs(args.experiment, args.overrides) if args.experiment else [],

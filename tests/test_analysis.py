@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
 
-from analysis import demo, figures, paper, stats, tables
+from analysis import demo, figures, gallery, paper, report, stats, tables
 from analysis.collect import Cell, at_end, before, collect, expected_cells, one_judge, pooled, read_exported, tidy
 from cwac.core import paths
 from cwac.core.errors import UserError
@@ -157,6 +157,27 @@ def test_two_judges_are_never_averaged(tmp_path):
     assert pick(at_end(one_judge(rows, "keyword")), metric="HS")["value"] == 30.0
     with pytest.raises(UserError, match="keyword, strict"):
         one_judge(rows, "nobody")
+
+
+def test_runs_of_another_judge_are_left_out_and_counted(tmp_path, monkeypatch, capsys):
+    """Three runs, one read by a judge of its own: the head, the table and the record speak of that one alone."""
+    monkeypatch.setattr(gallery, "draw", lambda *_: [])
+    for method, seed in (("sft", 0), ("sft", 1), ("cwac", 2)):
+        cell = cell_of(method, 0.1, seed)
+        rows = rows_of(cell, 30.0)
+        write_run(
+            tmp_path / "runs", cell, [{**r, "judge": r["judge"] and "strict"} for r in rows] if seed == 2 else rows
+        )
+    given = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--judge"]
+    assert demo.main([*given, "strict"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("1 runs, seeds 2, judge strict") and "SFT" not in printed
+    assert "2 run(s) judged by keyword alone are left out" in printed
+    assert demo.main([*given, "keyword"]) == 0
+    assert capsys.readouterr().out.startswith("2 runs, seeds 0, 1, judge keyword")
+    page = tmp_path / "page.html"
+    assert report.main(["--runs", str(tmp_path / "runs"), "--out", str(page), "--judge", "strict"]) == 0
+    assert capsys.readouterr().out.startswith("1 runs, seeds 2, judge strict")
 
 
 def test_a_frozen_campaign_reads_back_as_the_runs_it_came_from(campaign, tmp_path, monkeypatch):

@@ -252,6 +252,26 @@ def test_what_no_test_decides_is_said_with_its_value(tmp_path, values, seeds, sa
 
 
 @pytest.mark.parametrize(
+    ("values", "seeds", "said"),
+    [
+        (
+            {"sft": 60.0, "lisa": 5.0, "bea": 5.0},
+            (0, 1),
+            "the lowest HS is that of Lisa and BEA, 5 %, at an FA of {0} and {0} %",
+        ),
+        ({"sft": 60.0, "lisa": 5.0}, (0,), "the lowest HS is that of Lisa, 5 %, at an FA of {0} %"),
+        ({"lisa": 5.0}, (0, 1), "the lowest HS is that of Lisa, 5 %, at an FA of {0} %"),
+        ({"sft": 5.0}, (0,), "the lowest HS is that of SFT, 5 %, at an FA of {0} %"),
+    ],
+)
+def test_without_cwac_the_lowest_stand_beside_sft_with_what_they_cost(tmp_path, values, seeds, said):
+    view = planted_view(tmp_path, values, seeds)
+    fa = f"{view.mean(view.methods[0], 'FA'):.0f}"
+    expected = said.format(fa) + (f"; SFT's is 60 % at {fa} %" if values.get("sft") == 60.0 else "")
+    assert headline.least(view) == expected + ("" if len(seeds) > 1 else " (one seed, which decides nothing)")
+
+
+@pytest.mark.parametrize(
     ("hs", "start", "told"), [(0.0, True, True), (6.0, True, True), (6.2, True, False), (0.0, False, False)]
 )
 @pytest.mark.parametrize("methods", [("sft", "cwac"), ("sft", "lisa")])

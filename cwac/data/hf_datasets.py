@@ -224,7 +224,7 @@ def _folder(hub_id: str, data: str) -> Path:
     if not root.is_dir():
         raise UserError(
             f"paths.data={data} is not a folder; give one laid out like the hub "
-            "(<folder>/stanfordnlp/sst2/...), or leave it unset to use the hub"
+            f"(<folder>/{hub_id}/...), or leave it unset to use the hub"
         )
     folder = root / hub_id
     if not folder.is_dir():
