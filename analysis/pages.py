@@ -130,15 +130,17 @@ def reading(page: Path) -> str:
 
 
 def fair(ratio: float) -> str:
-    """The same with every method at the value that its search chose; empty where L2-SP, the simplest, was not.
+    """How many beat it with every method at the value that its search chose; empty where L2-SP, the simplest, was not.
 
     ratio: the harmful ratio that the sentence before named.
     """
     tuned = view(TUNED)
-    if "l2sp" not in tuned.methods:
+    surely, _ = tuned.better("cwac")
+    if "l2sp" not in surely:
         return ""
-    other = "" if tuned.ratio == ratio else f", and with p = {tuned.ratio:g},"
-    return f"With every method at its tuned value{other} {headline.beaten(tuned)}. "
+    other = "" if tuned.ratio == ratio else f", with p = {tuned.ratio:g},"
+    few = headline.names(sorted(surely, key=lambda m: m != "l2sp")[:2])
+    return f"At tuned values{other} {len(surely)} of {len(tuned.methods) - 1} do, such as {few}. "
 
 
 def wrapped(text: str, indent: str = "") -> str:
@@ -175,9 +177,13 @@ def ratio_limit() -> str:
     lost = [r for r in sorted(hs) if "cwac" in hs[r] and hs[r].get("sft", 0.0) > headline.MARGIN]
     few, many = (f"HS {hs[r]['cwac']:.0f} %, SFT's {hs[r]['sft']:.0f} %" for r in (lost[0], lost[-1]))
     where = link("how much poison", "docs/results/how_much_poison.md")
-    kept = "nothing" if hs[lost[-1]]["cwac"] > hs[lost[-1]]["sft"] - headline.MARGIN else "less"
+    worst = hs[lost[-1]]
+    kept = "nothing" if worst["cwac"] > worst["sft"] - headline.MARGIN else "less"
+    free = next((worst[m] for m in worst if m.partition(paper.SETTING)[0] == "nullspace"), None)
+    also = "" if free is None else f"; a null-space adapter's {free:.0f} %"
     return (
-        f"CWAC protects SmolLM2 at p = {lost[0]:g} in part ({few}), at {lost[-1]:g} {kept} is left ({many}; {where})."
+        f"CWAC protects SmolLM2 at p = {lost[0]:g} in part ({few}), at {lost[-1]:g} {kept} is left "
+        f"({many}{also}; {where})."
     )
 
 
@@ -386,7 +392,8 @@ def course(page: Path, name: str) -> str:
 
 def order(page: Path, names: str) -> str:
     """Two campaigns' order of the methods that both have (`analysis.orders`)."""
-    found, titles = orders.of_campaigns([there(name) for name in names.split(",")])
+    first, *_ = names.split(",")
+    found, titles = orders.of_campaigns([there(name) for name in names.split(",")], view(first).ratio)
     table_, _, said = orders.report(found, titles).partition("\n\n")
     sources = " and ".join(f"`results/{name}`" for name in names.split(","))
     return f"{compact(table_)}\n\n{wrapped(f'{said} From {sources}.')}"
