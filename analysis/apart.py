@@ -114,7 +114,7 @@ def refuse(
     options = " ".join(f"--by {key}" for key in [*by, *shown])
     one = " ".join(f"{key}={next(value(v) for v in differing[key] if v is not None)}" for key in shown)
     fitting = [r for r in remedies if shown or not ("{by}" in r or "{one}" in r)]
-    remedy = "; or ".join(r.format(by=options, one=one) for r in fitting) or FOLDERS
+    remedy = "; or ".join(r.replace("{by}", options).replace("{one}", one) for r in fitting) or FOLDERS
     raise UserError(
         f"these runs differ in {told or 'their settings'}, but not in model, task, ratio, method and seed: "
         f"{', '.join(ids)}. Remedy: {remedy}."

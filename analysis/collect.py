@@ -28,6 +28,7 @@ from cwac.core.files import LOADER
 from cwac.core.identity import eval_id, flatten, run_id
 from cwac.core.jsonl import from_line
 from cwac.core.keys import explain
+from cwac.core.method_code import THEN
 from cwac.core.metrics import VARIATION
 from cwac.core.run_dir import is_held
 
@@ -121,6 +122,9 @@ class Collection:
             rows=self.rows[~self.rows["run_id"].isin(others)],
             runs=[run for run in self.runs if run not in others],
             verdicts=self.verdicts[~self.verdicts["run_id"].isin(others)],
+            expected=[cell for cell in self.expected if cell.run_id not in others],
+            leaking=[run for run in self.leaking if run not in others],
+            unreadable={run: n for run, n in self.unreadable.items() if run not in others},
             notes=[*self.notes, f"{len(others)} run(s) judged by {whose} alone are left out"],
         )
 
@@ -262,7 +266,7 @@ def collect(runs: Path | str, expected: Iterable[Cell] | None = None) -> Collect
     collection.verdicts = read_verdicts(runs, collection.rows)
     collection.notes += mixed_data({name: data_sets(runs / name) for name in collection.runs})
     methods = dict(zip(collection.rows["run_id"], collection.rows["method"], strict=True))
-    collection.notes += mixed_code({name: method_code(runs / name) for name in collection.runs}, methods)
+    collection.notes += mixed_code({name: method_code(runs / name) for name in methods}, methods)
     return collection
 
 
@@ -416,10 +420,12 @@ def mixed_code(codes: dict[str, str | None], methods: dict[str, str]) -> list[st
     """
     first: dict[str, dict[str, str]] = {}
     for run, code in codes.items():
-        if code is not None:
-            first.setdefault(methods[run], {}).setdefault(code, run)
+        for part in (code or "").split(THEN):  # a run that went on under other code has several
+            if part:
+                first.setdefault(methods[run], {}).setdefault(part, run)
     return [
-        f"{method}: its runs were made with {len(runs)} versions of its code, first {' and '.join(runs.values())} "
+        f"{method}: its runs were made with {len(runs)} versions of its code, first "
+        f"{' and '.join(dict.fromkeys(runs.values()))} "
         "(force=true trains a run again)"
         for method, runs in first.items()
         if len(runs) > 1

@@ -181,7 +181,7 @@ def least(view: View) -> str:
     if "sft" in hs and "sft" not in low:
         fa = f" at {view.mean('sft', 'FA'):.0f} %" if view.value("sft", "FA") is not None else ""
         said += f"; SFT's is {hs['sft']:.0f} %{fa}"
-    return said if max(view.value(m, "HS")["n"] for m in hs) > 1 else f"{said} (one seed, which decides nothing)"
+    return said if min(view.value(m, "HS")["n"] for m in low) > 1 else f"{said} (one seed, which decides nothing)"
 
 
 def unlost(view: View) -> str:
@@ -213,7 +213,9 @@ def beaten(view: View, method: str = "cwac") -> str:
     if lower:
         said = f"is lower ({view.mean(lower[0], 'HS'):.1f} %)" if len(lower) == 1 else "are lower"
         untested = all(math.isnan(view.p_value(method, m)) for m in lower)
-        decided = "untested with one seed" if untested else "which these seeds do not decide"
+        decided = "untested, since no two seeds are shared" if untested else "which these seeds do not decide"
+        if all(view.value(m, "HS")["n"] == 1 for m in (method, *lower)):
+            decided = "untested with one seed"
         return f"{several(lower, others)} {said} with {COST}, {decided}"
     return f"none of the other methods ({others}) has a lower HS than {label}, {COST}"
 

@@ -131,7 +131,7 @@ def read_campaign(args: argparse.Namespace) -> Campaign:
             raise UserError(
                 "--by is for --runs. Remedy: leave it out, or export the campaign with it (python -m analysis.demo)."
             )
-        collection = apart.exported(args.exported, "--exported FOLDER")
+        collection = apart.exported(args.exported, "--exported FOLDER").of_judge(args.judge)
         provenance = records.read_json(args.exported / "provenance.json")
         records_by_run = records.read_exported(args.exported / records.NAME)
         return Campaign(
@@ -152,7 +152,7 @@ def read_campaign(args: argparse.Namespace) -> Campaign:
     methods = dict(zip(collection.rows["run_id"], collection.rows["method"], strict=True))
     records_by_run = {
         name: replace(records.read(args.runs / name, ANSWERS if name in shown else 0), method=methods[name])
-        for name in collection.runs
+        for name in methods
     }
     name = args.experiment or args.runs.name
     return Campaign(name, collection, records_by_run, judge=args.judge, experiment=args.experiment)

@@ -105,7 +105,7 @@ def test_the_method_that_edits_weights_keeps_them_where_it_says(project):
     grid = ["model=tiny", "method=ball", "method.radius=0.001", "train.max_steps=3", "keep_weights=true"]
     code, output = run(project, "train.py", *grid, *SMALL, "train.learning_rate=1e-2")
     assert code == 0, output
-    assert "method=ball: holds every weight within 0.001 of its norm" in output
+    assert "method=ball: holds every matrix within 0.001 of its norm from its start" in output
     folder = next((project / "runs").glob("tiny-*-ball-s0-*"))
     trained = load_file(folder / "model" / "model.safetensors")
     aligned = load_file(Path(packaged_model("tiny", project / "artifacts")) / "model.safetensors")

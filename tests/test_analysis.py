@@ -175,6 +175,8 @@ def test_runs_of_another_judge_are_left_out_and_counted(tmp_path, monkeypatch, c
     assert "2 run(s) judged by keyword alone are left out" in printed
     assert demo.main([*given, "keyword"]) == 0
     assert capsys.readouterr().out.startswith("2 runs, seeds 0, 1, judge keyword")
+    asked = collect(tmp_path / "runs", [cell_of("sft", 0.1, 0), cell_of("cwac", 0.1, 2)]).of_judge("strict")
+    assert not asked.missing and len(asked.expected) == 1  # a run that is there is not missing
     page = tmp_path / "page.html"
     assert report.main(["--runs", str(tmp_path / "runs"), "--out", str(page), "--judge", "strict"]) == 0
     assert capsys.readouterr().out.startswith("1 runs, seeds 2, judge strict")

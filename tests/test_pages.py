@@ -251,6 +251,20 @@ def test_what_no_test_decides_is_said_with_its_value(tmp_path, values, seeds, sa
     assert headline.beaten(planted_view(tmp_path, values, seeds)) == said.format(cost)
 
 
+def test_who_shares_no_seeds_and_who_has_one_are_told_apart(tmp_path):
+    def planted(name, **runs):
+        for method, (hs, *seeds) in runs.items():
+            for seed in seeds:
+                cell = cell_of(method, 0.1, seed)
+                write_run(tmp_path / name, cell, rows_of(cell, hs))
+
+    planted("two", sft=(60.0, 0, 1), cwac=(34.0, 0, 1), mine=(4.0, 2, 3))
+    planted("one", sft=(60.0, 0, 1), lisa=(2.0, 0))
+    two, one = (headline.views(collect(tmp_path / name))[0] for name in ("two", "one"))
+    assert headline.beaten(two).endswith("untested, since no two seeds are shared")
+    assert headline.least(one).endswith("; SFT's is 60 % at 95 % (one seed, which decides nothing)")
+
+
 @pytest.mark.parametrize(
     ("values", "seeds", "said"),
     [

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from analysis import demo, records, restore
-from analysis.collect import collect, data_sets, read_exported
+from analysis.collect import collect, data_sets, mixed_code, read_exported
 from cwac.core import identity, method_code
 from cwac.core.config import compose
 from cwac.core.errors import UserError
 from cwac.core.identity import eval_id, run_id
 from cwac.core.inputs import NAME
+from cwac.core.paths import PACKAGE
 from cwac.core.run_dir import Run
 from cwac.data.examples import Example
 from cwac.data.mix import mix
@@ -212,6 +213,28 @@ def test_code_is_what_a_method_does_and_derives_from(package):
     assert code() not in (None, first, second, third)
     assert code("cwac.methods.none.None") is code("nowhere.at.all") is code(None) is None
     assert code(f"{__name__}.Elsewhere") is not None  # a class of a package of one's own
+
+
+def test_a_constraint_is_code_of_its_methods_and_the_contract_of_none(package):
+    folder, code = package
+    constraints = Path(shutil.copytree(PACKAGE / "constraints", folder.parent / "constraints"))
+    targets = ("cwac.methods.cwac.CWAC", "cwac.methods.nullspace.NullSpace", "cwac.methods.lisa.Lisa")
+    before = [code(target) for target in targets]
+    with (constraints / "subspace.py").open("a") as file:
+        file.write("\nMORE = 1\n")
+    assert [code(target) == was for target, was in zip(targets, before, strict=True)] == [False, False, True]
+    (constraints / "subspace.py").write_text((PACKAGE / "constraints" / "subspace.py").read_text())
+    with (folder / "base.py").open("a") as file:
+        file.write("\nMORE = 1\n")
+    assert [code(target) for target in targets] == before and None not in before
+
+
+def test_what_went_on_under_other_code_counts_each_and_nothing_unknown():
+    assert method_code.joined("a", None) == "a" and method_code.joined(None, "a") is None
+    assert method_code.joined("a", "b") == "a+b" == method_code.joined("a+b", "b")
+    methods = dict.fromkeys(("r0", "r1"), "mine")
+    (line,) = mixed_code({"r0": "a", "r1": "a+b"}, methods)
+    assert line.startswith("mine: its runs were made with 2 versions of its code, first r0 and r1 (")
 
 
 def test_the_code_is_no_part_of_a_runs_id(package):

@@ -17,17 +17,20 @@ from pathlib import Path
 
 from cwac.core.paths import PACKAGE
 
-METHODS = "cwac.methods."
+COUNT = ("cwac.methods.", "cwac.constraints.")
+BASE = "cwac.methods.base"
+"""What every method imports: the contract, which an edit of a log line would otherwise make other code of all."""
 THEN = "+"
 """Between the hashes of a run that was begun by one code and went on from a checkpoint by another."""
 
 
 @functools.cache
 def of(target: str | None) -> str | None:
-    """A hash of the source of a method's class: its module, and the modules of `cwac.methods` that this imports.
+    """A hash of the source of a method's class: its module, and what this imports of `cwac.methods` and `constraints`.
 
-    Those are the modules it derives from and the helpers it shares with other methods. Comments, docstrings and layout
-    do not count. Read once a process, since a run is made by the code that was loaded. None where there is no source.
+    Those are the helpers and constraints it shares with other methods. `BASE`, the trainer, the data and the judge do
+    not count, nor do comments, docstrings and layout. Read once a process, since a run is made by the code that was
+    loaded. None where there is no source.
 
     target: the dotted name of the class, as `_target_` of a method's yaml.
     """
@@ -47,7 +50,7 @@ def of(target: str | None) -> str | None:
                 sources[module] = text
                 continue
             sources[module] = plain(tree)
-            left += [name for name in imported(tree, module) if name.startswith(METHODS)]
+            left += [name for name in imported(tree, module) if name.startswith(COUNT) and name != BASE]
     read = "\0".join(sources[module] for module in sorted(sources))
     return hashlib.sha256(read.encode()).hexdigest()[:16] if sources else None
 
@@ -55,9 +58,9 @@ def of(target: str | None) -> str | None:
 def joined(before: str | None, now: str | None) -> str | None:
     """What is recorded of a run that goes on from its checkpoint: the codes that trained it, in their order.
 
-    None where the first is unknown.
+    None where the first is unknown; as it was where today's is.
     """
-    return before if before is None or before.split(THEN)[-1] == now else f"{before}{THEN}{now}"
+    return before if None in (before, now) or before.split(THEN)[-1] == now else f"{before}{THEN}{now}"
 
 
 def file_of(module: str) -> Path | None:
