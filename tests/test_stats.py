@@ -477,7 +477,7 @@ def test_poisoned_ratios_are_averaged_by_seed_and_prompt():
 
 
 def test_the_ranking_is_written_beside_the_campaign(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(pairwise, "collect", lambda folder: campaign({"sft": 0.9, "cwac": 0.1}))
+    monkeypatch.setattr(pairwise.apart, "read", lambda folder: campaign({"sft": 0.9, "cwac": 0.1}))
     assert pairwise.main([str(tmp_path), "--out", str(tmp_path / "pairwise.md")]) == 0
     text = (tmp_path / "pairwise.md").read_text()
     assert "## HS: tiny, toy, mean over p > 0" in text and "CWAC is better than SFT." in text
@@ -505,7 +505,7 @@ def test_needs_are_read_from_a_pilot(capsys, tmp_path, monkeypatch):
     # the same seeds add the same prompts' worth to both, so no seed differs from another
     assert harm["sd_seeds"] == 0 and harm["sd_prompts"] > 0 and harm["pilot_prompts"] == 40 and harm["cells"] == 2
     assert table[table["metric"] == "FA"].iloc[0]["sd_prompts"] == 0
-    monkeypatch.setattr(power, "collect", lambda folder: found)
+    monkeypatch.setattr(power.apart, "read", lambda folder, by_rate: found)
     assert power.main([str(tmp_path), "--out", str(tmp_path / "power.md")]) == 0
     assert "10 points of HS against SFT" in (tmp_path / "power.md").read_text()
     assert power.main([str(tmp_path), "--reference", "nobody"]) == 2
@@ -519,7 +519,7 @@ def test_a_pilot_without_two_shared_seeds_is_told_what_helps(capsys, tmp_path, m
 
     def of(*methods: str) -> None:
         kept = found.rows[~found.rows["method"].isin(methods) | (found.rows["seed"] == first)]
-        monkeypatch.setattr(power, "collect", lambda folder: replace(found, rows=kept))
+        monkeypatch.setattr(power.apart, "read", lambda folder, by_rate: replace(found, rows=kept))
 
     of("sft", "cwac", "bea")
     assert power.main([str(tmp_path)]) == 2
