@@ -160,11 +160,11 @@ def check_names(choices: Mapping[str, Any]) -> None:
     Its runs would stand under the name of another option: of the one that was copied or that it derives from. A name
     given on the command line (`method.name=...`) is meant.
 
-    choices: group -> chosen option; an option without a file in `conf/` is not looked at.
+    choices: group -> chosen option; one without a file in `conf/`, or with a base file (`_hub`), is not looked at.
     """
     for group in NAMED:
         path = CONF / group / f"{choices.get(group)}.yaml"
-        if not path.is_file():
+        if not path.is_file() or path.stem.startswith("_"):  # what others derive from is no option
             continue
         name = (yaml.load(path.read_text(encoding="utf-8"), Loader=LOADER) or {}).get("name")
         if name is None or str(name) != path.stem:
