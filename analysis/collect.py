@@ -265,7 +265,7 @@ def collect(runs: Path | str, expected: Iterable[Cell] | None = None) -> Collect
     collection.rows, collection.duplicates = tidy(records)
     collection.verdicts = read_verdicts(runs, collection.rows)
     collection.notes += mixed_data({name: data_sets(runs / name) for name in collection.runs})
-    methods = dict(zip(collection.rows["run_id"], collection.rows["method"], strict=True))
+    methods = methods_of(collection.rows)
     collection.notes += mixed_code({name: method_code(runs / name) for name in methods}, methods)
     return collection
 
@@ -432,6 +432,11 @@ def mixed_code(codes: dict[str, str | None], methods: dict[str, str]) -> list[st
     ]
 
 
+def methods_of(rows: pd.DataFrame) -> dict[str, str]:
+    """run id -> the method that its rows name, which `split` may have given a setting."""
+    return dict(zip(rows["run_id"], rows["method"], strict=True))
+
+
 def learning_rate(folder: Path) -> float:
     """The learning rate a run was trained with, from its `config.yaml`; NaN where there is none to read."""
     try:
@@ -507,7 +512,7 @@ def read_exported(folder: Path | str) -> Collection:
         collection.verdicts = pd.read_csv(folder / VERDICTS, dtype=str, keep_default_na=False)
     if record.get("experiment"):
         cells = [cell_of(name) for name in [*collection.runs, *record.get("missing", [])]]
-        methods = dict(zip(rows["run_id"], rows["method"], strict=True)) | (record.get("by") or {}).get("missing", {})
+        methods = methods_of(rows) | (record.get("by") or {}).get("missing", {})
         collection.expected = [replace(c, method=methods.get(c.run_id, c.method)) for c in cells if c]
     return collection
 

@@ -23,6 +23,7 @@ from analysis.collect import (
     collect,
     expected_cells,
     expected_configs,
+    methods_of,
     one_judge,
     swept,
 )
@@ -76,7 +77,7 @@ def publish(args: argparse.Namespace, argv: list[str]) -> int:
     summary.to_csv(args.out / "summary.csv", index=False)
     if len(collection.verdicts):  # without a time stamp, so that the same runs give the same bytes
         collection.verdicts.to_csv(args.out / VERDICTS, index=False, compression={"method": "gzip", "mtime": 0})
-    methods = dict(zip(collection.rows["run_id"], collection.rows["method"], strict=True))
+    methods = methods_of(collection.rows)
     found = records.read_all(args.runs, collection.runs)
     found = {name: replace(record, method=methods[name]) for name, record in found.items()}
     records.export(found, args.out / records.NAME)

@@ -43,7 +43,7 @@ from analysis import (
     tables,
 )
 from analysis.claims import Verdict
-from analysis.collect import Collection, collect, expected_cells, expected_configs, one_judge
+from analysis.collect import Collection, collect, expected_cells, expected_configs, methods_of, one_judge
 from analysis.figures import Plate
 from analysis.records import Answer, Record
 from cwac.core.config import about, command
@@ -149,7 +149,7 @@ def read_campaign(args: argparse.Namespace) -> Campaign:
         lambda: expected_configs(args.experiment, args.overrides) if args.experiment else [],
     )
     shown = shown_runs(collection)
-    methods = dict(zip(collection.rows["run_id"], collection.rows["method"], strict=True))
+    methods = methods_of(collection.rows)
     records_by_run = {
         name: replace(records.read(args.runs / name, ANSWERS if name in shown else 0), method=methods[name])
         for name in methods
