@@ -107,10 +107,11 @@ def block(layers: int, hidden: int, width: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def random_rows(tokens: int, length: int, shared: int = 0) -> list[dict]:
-    """Rows of `length` random tokens, the first `shared` of which are the same in all."""
-    opening = torch.randint(1000, (shared,)).tolist()
-    return [{"input_ids": opening + torch.randint(1000, (length - shared,)).tolist()} for _ in range(tokens // length)]
+def random_rows(tokens: int, length: int, shared: int = 0, words: int = 1000) -> list[dict]:
+    """Rows of `length` random tokens below `words`, the first `shared` of which are the same in all."""
+    opening = torch.randint(words, (shared,)).tolist()
+    later = [torch.randint(words, (length - shared,)).tolist() for _ in range(tokens // length)]
+    return [{"input_ids": opening + row} for row in later]
 
 
 if __name__ == "__main__":

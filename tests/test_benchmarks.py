@@ -21,6 +21,7 @@ from benchmarks import (
     memory,
     methods,
     phases,
+    preparation,
     prepared,
     profile,
     run,
@@ -240,6 +241,21 @@ def test_peak_memory_is_measured_beside_sft_on_the_same_row(monkeypatch):
     assert seen[:2] == [("sft", None, False, 32, 8, 2), ("nullspace", 64, False, 32, 8, 2)] and len(rows) == 6
     assert {r["ratio"] for r in rows} == {0.25} and [r["bar"] for r in rows] == [0.5, 0.85, 0.85, None, None, None]
     assert ("sft", None, True, 32, 8, 2) in seen and "tiny, 1 x 32 tokens" in rows[0]["name"]
+
+
+def test_a_preparation_is_measured_beside_the_passes_of_its_anchors(monkeypatch):
+    took = iter([(2.0, None), (10.0, None), (8.0, None), (20.0, None)])
+    done = []
+
+    def timed(act):
+        act()
+        done.append(act)
+        return next(took)
+
+    monkeypatch.setattr(preparation, "timed", timed)
+    rows = list(preparation.measure(6, 3, ["model=tiny", "task=toy_sentiment"]))
+    assert len(done) == 4 and [row["ratio"] for row in rows] == [5.0, 0.25, 0.05, 2.5, 0.5, 0.2]
+    assert [row["bar"] for row in rows] == [None, 1.0, None] * 2 and "6 anchors" in rows[3]["name"]
 
 
 def test_what_a_second_method_builds_is_counted(monkeypatch):
