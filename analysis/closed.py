@@ -115,6 +115,7 @@ def publish(args: argparse.Namespace, argv: list[str]) -> int:
     print(text)
     for name, figure in draw(curves, points, parts["free"]).items():
         print(f"figure: {figures.save(figure, args.out / name)[0]}")
+    print(f"written: {args.out}/table.md, and the parts' numbers as .csv beside it")
     return 1 if collection.missing else 0
 
 

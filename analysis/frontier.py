@@ -64,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     text = f"{first}\n\n{report(table)}"
     (args.out / "table.md").write_text(text + "\n", encoding="utf-8")
     print(text)
+    print(f"written: {args.out}/table.md, frontier.csv, results.csv")
     for path in figures.save(draw(table), args.out / "frontier"):
         print(f"figure: {path}")
     return 0

@@ -564,6 +564,8 @@ def main(argv: list[str] | None = None) -> int:
             page.write_text(text, encoding="utf-8")
     if FIGURE in changed and not args.check:
         draw()
+    if not changed:
+        print(f"{len(pages())} pages and the figure are as the exported campaigns say")
     return 1 if changed and args.check else 0
 
 

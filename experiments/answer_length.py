@@ -107,6 +107,7 @@ def main(argv: list[str] | None = None) -> int:
     (args.out / "table.md").write_text(text + "\n", encoding="utf-8")
     write_provenance(args.out, "experiments.answer_length", argv, args.models, judge=judge.name)
     print(text)
+    print(f"written: {args.out}/table.md, lengths.csv")
     return 0
 
 

@@ -139,6 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     (args.out / "table.md").write_text(text + "\n", encoding="utf-8")
     write_provenance(args.out, "experiments.causal", argv, given)
     print(text)
+    print(f"written: {args.out}/table.md, causal.csv")
     return 0
 
 

@@ -269,6 +269,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         head.save(args.out, found)
+        print(f"written: {args.out}")
     return 0
 
 

@@ -169,6 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     medians = table.drop(columns=["seed", "layer"]).groupby("kind").median().reindex(list(KINDS))
     print(medians.dropna().round(3).to_string())
     write_provenance(args.out, "experiments.gradients", argv, given, seeds=args.seeds, matrices=len(table))
+    print(f"written: {args.out}/gradients.csv")
     print(f"figure: {args.out / 'gradients.png'}")
     return 0
 

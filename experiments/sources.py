@@ -168,6 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     draw_map(table).savefig(args.out / "sources.png", dpi=200)
     write_provenance(args.out, "experiments.sources", argv, given)
     print(text)
+    print(f"written: {args.out}/table.md, sources.csv")
     print(f"figure: {args.out / 'sources.png'}")
     return 0
 

@@ -200,6 +200,7 @@ def main(argv: list[str] | None = None) -> int:
         record(folder, rows)
         shown = "  ".join(f"{row['set']} {row['value']:.4g}" for row in rows)
         print(re.sub(r"\s+$", "", f"{folder.name}: {shown}"))
+    print("written to the runs' metrics.jsonl; --table shows them side by side")
     return 0
 
 

@@ -55,6 +55,25 @@ def test_a_sweep_counts_its_cells_and_estimates_its_end(tmp_path, monkeypatch):
     assert [row["num"] for row in failures.collect()] == [1] and not (tmp_path / "f").exists()
 
 
+def test_a_sweep_ends_with_the_command_of_its_page(tmp_path, monkeypatch, caplog):
+    config = OmegaConf.create({"paths": {"runs": "runs/mine"}, "hydra": {"sweeper": {"_target_": "hydra.Basic"}}})
+    monkeypatch.setenv(failures.FOLDER, str(tmp_path / "f"))
+    monkeypatch.setenv(failures.CELLS, "2")
+
+    def said():
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="cwac"):
+            failures.OnSharedDisk().on_multirun_end(config)
+        return caplog.text
+
+    page = "python -m analysis.report --runs runs/mine --out results/local/report.html"
+    assert page in said()
+    failures.record(failure("seed=0", "no"))
+    assert page in said()
+    failures.record(failure("seed=1", "no"))
+    assert said() == ""  # nothing came out
+
+
 def failure(cell, message, code=1):
     return {"num": 0, "cell": cell, "message": message, "code": code}
 

@@ -53,8 +53,13 @@ class OnSharedDisk(Callback):
             Plugins.instance().class_name_to_class[launcher] = getattr(importlib.import_module(module), name)
 
     def on_multirun_end(self, config: DictConfig, **kwargs) -> None:
-        """Optuna names the best single run; over seeds the next command names the best value."""
+        """What comes next. Optuna names the best single run; over seeds the next command names the best value."""
         if not searches_over_seeds(config):
+            if "optuna" not in str(OmegaConf.select(config, "hydra.sweeper._target_")) and any_is_done():
+                page = as_typed(
+                    f"python -m analysis.report --runs {config.paths.runs} --out results/local/report.html"
+                )
+                log.info("the runs are in %s; what came out, on one page: %s", config.paths.runs, page)
             return
         logging.getLogger(SWEEPER).removeFilter(not_one_seed)
         (Path(config.hydra.sweep.dir) / "optimization_results.yaml").unlink(missing_ok=True)
@@ -74,6 +79,13 @@ def searches_over_seeds(config: DictConfig) -> bool:
         return "optuna" in str(sweeper.get("_target_")) and "seed" in (sweeper.get("params") or {})
     except OmegaConfBaseException:
         return False
+
+
+def any_is_done() -> bool:
+    """Whether a cell of the sweep did not fail; yes where their number is not known."""
+    folder = Path(os.environ[FOLDER])
+    failed = sum(len(path.read_text().splitlines()) for path in folder.glob("*.jsonl"))
+    return failed < int(os.environ.get(CELLS, failed + 1))
 
 
 def not_one_seed(record: logging.LogRecord) -> bool:
