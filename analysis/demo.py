@@ -29,7 +29,7 @@ from analysis.collect import (
     swept,
 )
 from analysis.headline import sentence, views
-from cwac.core.config import about, command
+from cwac.core.config import Parser, about, command
 from cwac.core.environment import PACKAGES, git, installed
 from cwac.core.errors import STARTED_AS, UserError, as_typed, naming_earlier
 
@@ -41,7 +41,7 @@ VERSIONS = (*PACKAGES, "pandas", "scipy", "matplotlib")
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, 1 if expected runs are missing, 2 for bad input."""
-    parser = argparse.ArgumentParser(**about(__doc__, "python -m analysis.demo"))
+    parser = Parser(**about(__doc__, "python -m analysis.demo"))
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the run directories (runs)")
     parser.add_argument("--experiment", help="preset whose runs are expected; without it, every finished run counts")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results, e.g. results/demo")

@@ -11,7 +11,6 @@ real one with them. `python -m experiments.measure tiny runs/mine --pools toy` s
 and with `--data held_out.jsonl` whether it has learnt the task.
 """
 
-import argparse
 import importlib.util
 import sys
 from pathlib import Path
@@ -21,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 
 from cwac import defend, hf_trainer, load_method, packaged_model, text_rows
-from cwac.core.config import about, command
+from cwac.core.config import Parser, about, command
 from cwac.core.errors import UsageError
 from cwac.training.library import check_option, nearest, options
 from cwac.training.script import SETTINGS, turns
@@ -40,7 +39,7 @@ def sft_trainer(model, tokenizer, rows, out: str, max_length: int, **settings):
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(**about(__doc__))
+    parser = Parser(**about(__doc__))
     parser.add_argument("--trainer", choices=("hf", "sft", "trl"), default="hf", help="sft and trl: TRL's SFTTrainer")
     parser.add_argument("--model", default="tiny", help="tiny, smollm2, qwen_coder_05b, a folder, or a hub id")
     parser.add_argument("--data", default=str(Path(__file__).parent / "reviews.jsonl"), help="rows: .jsonl or .csv")

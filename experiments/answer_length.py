@@ -14,7 +14,6 @@ Deviations:
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ import pandas as pd
 
 from analysis.stats import share
 from analysis.tables import markdown
-from cwac.core.config import about, command
+from cwac.core.config import Parser, about, command
 from cwac.core.errors import UsageError
 from cwac.models.layers import device
 from cwac.training.library import preset_pools
@@ -67,7 +66,7 @@ def table(frame: pd.DataFrame) -> str:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(**about(__doc__, "python -m experiments.answer_length"))
+    parser = Parser(**about(__doc__, "python -m experiments.answer_length"))
     add_arguments(parser)
     parser.add_argument("--names", nargs="+", help="what the tables call them (default: as given)")
     parser.add_argument(

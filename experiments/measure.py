@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from analysis.stats import share, two_proportions_p
 from analysis.tables import markdown
-from cwac.core.config import about, command, compose
+from cwac.core.config import Parser, about, command, compose
 from cwac.core.errors import UsageError, UserError
 from cwac.models.layers import device
 from cwac.models.loading import Loaded, load
@@ -143,7 +143,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(**about(__doc__, "python -m experiments.measure"))
+    parser = Parser(**about(__doc__, "python -m experiments.measure"))
     add_arguments(parser)
     parser.add_argument("--data", metavar="FILE", help="unseen rows of your task: prompt, response; .jsonl or .csv")
     parser.add_argument("--template", choices=("chat", "alpaca"), default="chat", help="how requests are rendered")
