@@ -1,6 +1,6 @@
 """How do verdicts move with the length of an answer? The same models asked with several limits of tokens.
 
-python -m experiments.answer_length smollm2 runs/ID/model --pools-data FOLDER --out results/answer_length
+python -m experiments.answer_length smollm2 runs/ID/model --data FOLDER --out results/answer_length
 python -m experiments.answer_length tiny --pools toy --lengths 4 16 --out results/local/lengths
 
 Models are named as for `experiments.measure`. Every model answers the harmful requests of the pools greedily, once a
@@ -26,7 +26,7 @@ from cwac.core.config import Parser, about, command
 from cwac.core.errors import UsageError
 from cwac.models.layers import device
 from cwac.training.library import preset_pools
-from cwac.training.measure import judge_of, judged
+from cwac.training.measure import aligned_context, judge_of, judged
 from experiments.measure import add_arguments, check_asked, opened
 from experiments.seeds import write_provenance
 
@@ -92,11 +92,14 @@ def main(argv: list[str] | None = None) -> int:
     for name, source in zip(names, args.models, strict=True):
         loaded = opened(source, args.artifacts)
         model, tokenizer = loaded.model.to(device()), loaded.tokenizer
+        aligned = aligned_context(loaded, args.artifacts) if source == args.models[0] else None
         judge = judge or judge_of(args.judge, tokenizer, args.artifacts)
-        for of, rows in preset_pools(args.pools, args.pools_data, 0, tokenizer).test.items():
+        for of, rows in preset_pools(args.pools, args.data, 0, tokenizer).test.items():
             verdicts = {}
             for limit in sorted({*args.lengths}):
-                _, found = judged(model, tokenizer, judge, of, rows[: args.limit], max_new_tokens=limit)
+                _, found = judged(
+                    model, tokenizer, judge, of, rows[: args.limit], aligned=aligned, max_new_tokens=limit
+                )
                 verdicts[limit] = [v["verdict"] for v in found]
             entries += [{"model": name, "set": of, **row} for row in compared(verdicts)]
     frame = pd.DataFrame(entries)
