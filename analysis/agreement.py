@@ -86,7 +86,6 @@ def main(argv: list[str] | None = None) -> int:
         if args.out:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(args.out, text)
-            print(f"written: {args.out}")
         return 0
     agreements = agreement(read(args.campaign).verdicts)
     text = report(agreements, str(args.campaign))
@@ -95,7 +94,6 @@ def main(argv: list[str] | None = None) -> int:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(args.out, text)
         agreements.to_csv(args.out.with_suffix(".csv"), index=False)
-        print(f"written: {args.out}, {args.out.with_suffix('.csv')}")
     return 0
 
 

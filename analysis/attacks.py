@@ -79,8 +79,8 @@ def main(argv: list[str] | None = None) -> int:
     text = f"{first}\n\n{report(collection, summary, attacks)}"
     (args.out / "table.md").write_text(text, encoding="utf-8")
     print(text)
-    print(f"written: {args.out}/table.md, attacks.csv, results.csv")
     print(f"figure: {figures.save(attack_panels(summary), args.out / 'attacks')[0]}")
+    print(f"written: {args.out}/table.md, attacks.csv, results.csv")
     return 1 if collection.missing else 0
 
 

@@ -397,7 +397,6 @@ def main(argv: list[str] | None = None) -> int:
         args.csv.parent.mkdir(parents=True, exist_ok=True)
         rows = [{"claim": v.claim, "verdict": v.verdict, **row} for v in found for row in v.numbers]
         pd.DataFrame(rows).to_csv(args.csv, index=False)
-        print(f"written: {args.csv}")
     return 0
 
 

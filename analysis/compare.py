@@ -149,7 +149,6 @@ def main(argv: list[str] | None = None) -> int:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(args.out, text)
         found.to_csv(args.out.with_suffix(".csv"), index=False)
-        print(f"written: {args.out}, {args.out.with_suffix('.csv')}")
     return 0
 
 

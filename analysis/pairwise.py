@@ -379,7 +379,6 @@ def main(argv: list[str] | None = None) -> int:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(out, text + "\n")
         pairs.to_csv(out.with_suffix(".csv"), index=False)
-        print(f"written: {out}, {out.with_suffix('.csv')}")
     return 0
 
 

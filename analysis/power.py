@@ -75,7 +75,6 @@ def main(argv: list[str] | None = None) -> int:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(args.out, text + "\n")
         table.to_csv(args.out.with_suffix(".csv"), index=False)
-        print(f"written: {args.out}, {args.out.with_suffix('.csv')}")
     return 0
 
 
