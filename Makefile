@@ -34,6 +34,7 @@ $(VENV)/.stamp: pyproject.toml
 	  echo "make: '$(PYTHON) -m venv' failed. Remedy: install the venv module (Debian: apt-get install python3-venv)."; exit 1; }
 	$(VENV)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) -e '.[dev]'
 	@touch $@
+	@echo "make: $(VENV) holds the project; source $(VENV)/bin/activate for the commands of README.md, make demo for a first campaign"
 
 demo: $(ENV) ## the demo campaign on the embedded model, its table and its figures (minutes on 2 cores)
 	$(SINGLE) $(PY) train.py -m experiment=demo $(ARGS) || echo "make: some runs failed; the table names them" >&2

@@ -351,17 +351,10 @@ def run_command() -> int:
             )
             return 1
         failed = failures.collect()
-    if len(failed) > 1:
-        print(f"error: {len(failed)} cells failed; the same command again runs only these:", file=sys.stderr)
-    same: dict[str, list[dict]] = {}
-    for failure in failed:
-        if distributed.process_rank() and failure["code"] == 2:  # what is wrong with the command, rank 0 says
-            continue
-        same.setdefault(failure["message"], []).append(failure)
-    for message, cells in same.items():
-        where = " ".join(f"[{failure['cell']}]" for failure in cells) + " " if len(failed) > 1 else ""
-        only = f" [{cells[0]['cell']}]" if len(failed) == 1 and int(os.environ.get(failures.CELLS, 1)) > 1 else ""
-        print(f"error: {where}{message}{only}", file=sys.stderr)
+    # what is wrong with the command, rank 0 says
+    told = [failure for failure in failed if not (distributed.process_rank() and failure["code"] == 2)]
+    for line in failures.summary(told, sys.argv[1:]):
+        print(f"error: {line}", file=sys.stderr)
     return max((failure["code"] for failure in failed), default=0)
 
 

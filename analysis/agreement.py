@@ -8,7 +8,6 @@ Compared is whether an answer to a harmful request at the end of training is har
 same prompts recur in every run, so whole prompts are resampled, each with its answers of all runs (ours).
 """
 
-import argparse
 import math
 import sys
 from itertools import combinations
@@ -19,7 +18,7 @@ import pandas as pd
 
 from analysis import labels, stats, tables
 from analysis.compare import read
-from cwac.core.config import about, command
+from cwac.core.config import Parser, about, command
 from cwac.core.errors import UserError
 from cwac.core.files import write_atomic
 
@@ -76,7 +75,7 @@ def report(found: pd.DataFrame, name: str) -> str:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(**about(__doc__, "python -m analysis.agreement"))
+    parser = Parser(**about(__doc__, "python -m analysis.agreement"))
     parser.add_argument("campaign", type=Path, help="folder of runs, or a exported campaign")
     parser.add_argument("--human", action="store_true", help="the folder holds labels.csv and verdicts.csv: compare")
     parser.add_argument("--out", type=Path, help="write the Markdown there, and the numbers beside it as .csv")

@@ -7,7 +7,6 @@ Reads the runs of `PRESETS`, or of those named: poison of several kinds (`conf/a
 with `eval.prefill`. The aligned model stands beside them as it was before any training.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from analysis import figures, paper, tables
 from analysis.collect import Collection, before, cell_from, collect, one_judge, pooled
 from analysis.demo import export
 from cwac.core import config, identity
-from cwac.core.config import about, command
+from cwac.core.config import Parser, about, command
 from cwac.core.errors import UserError, naming_earlier
 from cwac.core.metrics import VARIATION
 
@@ -57,7 +56,7 @@ def attack_of(cfg: DictConfig) -> str:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, 1 if expected runs are missing, 2 for bad input."""
-    parser = argparse.ArgumentParser(**about(__doc__, "python -m analysis.attacks"))
+    parser = Parser(**about(__doc__, "python -m analysis.attacks"))
     parser.add_argument("--runs", type=Path, default=Path("runs/attacks"), help="folder of the runs (runs/attacks)")
     parser.add_argument("--out", type=Path, default=Path("results/attacks"), help="folder for the results")
     parser.add_argument("--experiment", nargs="+", default=PRESETS, help="presets (default: %(default)s)")
@@ -81,6 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     (args.out / "table.md").write_text(text, encoding="utf-8")
     print(text)
     print(f"figure: {figures.save(attack_panels(summary), args.out / 'attacks')[0]}")
+    print(f"written: {args.out}/table.md, attacks.csv, results.csv")
     return 1 if collection.missing else 0
 
 

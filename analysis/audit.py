@@ -10,7 +10,6 @@ of the printed cells may differ by 0.01 without contradiction, and by no more. D
 python -m analysis.audit            (make audit: prints the numbers and writes analysis/AUDIT.md)
 """
 
-import argparse
 import sys
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
@@ -20,7 +19,7 @@ import pandas as pd
 import yaml
 
 from analysis import paper
-from cwac.core.config import about, command
+from cwac.core.config import Parser, about, command
 from cwac.core.errors import UserError
 
 TOLERANCE = Decimal("0.01")
@@ -289,7 +288,7 @@ def keys(entry: dict) -> str:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(**about(__doc__, "python -m analysis.audit"))
+    parser = Parser(**about(__doc__, "python -m analysis.audit"))
     parser.add_argument("--csv", type=Path, default=paper.RESULTS, help="the paper's numbers (paper_results.csv)")
     parser.add_argument("--out", type=Path, default=REPORT, help="the report to write (analysis/AUDIT.md)")
     args = parser.parse_args(argv)

@@ -27,7 +27,7 @@ from analysis import apart, paper, stats
 from analysis.collect import Collection, collect, expected_cells
 from analysis.pairwise import Cells, Comparison, cells, compare, holm_over
 from analysis.tables import markdown
-from cwac.core.config import about, command
+from cwac.core.config import Parser, about, command
 from cwac.core.errors import UserError, naming_earlier
 
 CLAIMS = Path(__file__).with_name("claims.yaml")
@@ -375,7 +375,7 @@ def read(args: argparse.Namespace) -> Collection:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(**about(__doc__, "python -m analysis.claims"))
+    parser = Parser(**about(__doc__, "python -m analysis.claims"))
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--runs", type=Path, help="folder of the run directories")
     source.add_argument("--results", type=Path, help="an exported campaign, e.g. results/demo")

@@ -24,7 +24,7 @@ from analysis.collect import Collection, cell_from, collect, one_judge, pooled
 from analysis.demo import export
 from analysis.records import read_json
 from cwac.core import config, identity, paths
-from cwac.core.config import about, command
+from cwac.core.config import Parser, about, command
 from cwac.core.errors import UserError, naming_earlier
 from cwac.data.pools import load_pools
 
@@ -72,7 +72,7 @@ REST = "embeddings, norms"
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, 1 if expected runs are missing, 2 for bad input."""
-    parser = argparse.ArgumentParser(**about(__doc__, "python -m analysis.closed"))
+    parser = Parser(**about(__doc__, "python -m analysis.closed"))
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the run directories (runs)")
     parser.add_argument("--out", type=Path, default=Path("results/closed"), help="folder for the results")
     parser.add_argument("--judge", help="whose verdicts to use where the runs were judged by several")
@@ -115,6 +115,7 @@ def publish(args: argparse.Namespace, argv: list[str]) -> int:
     print(text)
     for name, figure in draw(curves, points, parts["free"]).items():
         print(f"figure: {figures.save(figure, args.out / name)[0]}")
+    print(f"written: {args.out}/table.md, and the parts' numbers as .csv beside it")
     return 1 if collection.missing else 0
 
 

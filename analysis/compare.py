@@ -7,7 +7,6 @@ model, rows and order); otherwise by Welch's unequal-variance interval over the 
 Without two seeds on both sides there is no interval and nothing is flagged as different.
 """
 
-import argparse
 import math
 import sys
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from scipy import stats as scipy_stats
 from analysis import apart, paper, stats, tables
 from analysis.collect import Collection, at_end, one_judge
 from analysis.tables import KEYS, MAIN
-from cwac.core.config import about, command
+from cwac.core.config import Parser, about, command
 from cwac.core.errors import UserError, naming_earlier
 from cwac.core.files import write_atomic
 
@@ -136,7 +135,7 @@ def report(found: pd.DataFrame, names: tuple[str, str], metrics: tuple[str, ...]
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(**about(__doc__, "python -m analysis.compare"))
+    parser = Parser(**about(__doc__, "python -m analysis.compare"))
     parser.add_argument("first", type=Path, help="folder of runs, or an exported campaign")
     parser.add_argument("second", type=Path, help="the other one")
     parser.add_argument("--judge", help="whose verdicts to use where the runs were judged by several")

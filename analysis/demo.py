@@ -6,6 +6,7 @@ python -m analysis.demo --experiment demo --runs runs --out results/demo
 import argparse
 import hashlib
 import json
+import os
 import platform
 import re
 import shlex
@@ -27,9 +28,10 @@ from analysis.collect import (
     one_judge,
     swept,
 )
-from cwac.core.config import about, command
+from analysis.headline import sentence, views
+from cwac.core.config import Parser, about, command
 from cwac.core.environment import PACKAGES, git, installed
-from cwac.core.errors import UserError, naming_earlier
+from cwac.core.errors import STARTED_AS, UserError, as_typed, naming_earlier
 
 ROOT = Path(__file__).resolve().parent.parent
 VERSIONS = (*PACKAGES, "pandas", "scipy", "matplotlib")
@@ -39,7 +41,7 @@ VERSIONS = (*PACKAGES, "pandas", "scipy", "matplotlib")
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, 1 if expected runs are missing, 2 for bad input."""
-    parser = argparse.ArgumentParser(**about(__doc__, "python -m analysis.demo"))
+    parser = Parser(**about(__doc__, "python -m analysis.demo"))
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the run directories (runs)")
     parser.add_argument("--experiment", help="preset whose runs are expected; without it, every finished run counts")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results, e.g. results/demo")
@@ -91,7 +93,31 @@ def publish(args: argparse.Namespace, argv: list[str]) -> int:
     for path in drawn:
         if path.suffix == ".png":
             print(f"figure: {path}")
+    print(f"\n{ending(collection, args)}")
     return 1 if collection.missing else 0
+
+
+def ending(collection: Collection, args: argparse.Namespace) -> str:
+    """The last sentences: what came out in the cell with most methods, where it is, and the command of its page."""
+    found = max(views(collection, args.judge), key=lambda view: len(view.methods), default=None)
+    out = f"{sentence(found)} " if found else ""
+    gone = f", {len(collection.missing)} expected ones missing" if collection.missing else ""
+    return (
+        f"{out}The table and figures of {len(collection.runs)} runs{gone} are in {args.out}. "
+        f"Next: {page_command(args)}, one page of what came out, with figures, coverage, costs and answers."
+    )
+
+
+def page_command(args: argparse.Namespace) -> str:
+    """The command that makes a page of these runs: `make report` where that reads the same ones."""
+    plain = args.runs == Path("runs") and not (args.by or args.judge) and STARTED_AS not in os.environ
+    if plain and Path.cwd() == ROOT and (ROOT / "Makefile").is_file():
+        return "make report"
+    by = [word for key in args.by for word in ("--by", key)]
+    judge = ["--judge", args.judge] if args.judge else []
+    page = str(args.out / "report.html")
+    words = ["python", "-m", "analysis.report", "--runs", str(args.runs), *by, *judge, "--out", page]
+    return as_typed(shlex.join(words))
 
 
 def draw(collection: Collection, summary: pd.DataFrame, out: Path, judge: str | None) -> list[Path]:

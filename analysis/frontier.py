@@ -9,7 +9,6 @@ objective of the searches (conf/tuning/equal.yaml), and it is the one to be trai
 test prompts.
 """
 
-import argparse
 import math
 import sys
 from pathlib import Path
@@ -22,7 +21,7 @@ from analysis import figures, paper, records, stats
 from analysis.collect import VERDICTS, Collection, collect, one_judge
 from analysis.demo import export
 from analysis.tables import markdown
-from cwac.core.config import about, command
+from cwac.core.config import Parser, about, command
 from cwac.core.errors import UserError, naming_earlier
 
 KEYS = {
@@ -45,7 +44,7 @@ FORM = "task_answers"
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(**about(__doc__, "python -m analysis.frontier"))
+    parser = Parser(**about(__doc__, "python -m analysis.frontier"))
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the run directories (runs)")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results, e.g. results/nullspace_task")
     parser.add_argument("--judge", help="whose verdicts to use where the runs were judged by several")
@@ -64,6 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     text = f"{first}\n\n{report(table)}"
     (args.out / "table.md").write_text(text + "\n", encoding="utf-8")
     print(text)
+    print(f"written: {args.out}/table.md, frontier.csv, results.csv")
     for path in figures.save(draw(table), args.out / "frontier"):
         print(f"figure: {path}")
     return 0

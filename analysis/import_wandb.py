@@ -13,7 +13,6 @@ Deviations:
   of protobuf records, read here without checking their checksums; what a crash cut off is not read.
 """
 
-import argparse
 import json
 import struct
 import sys
@@ -26,7 +25,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from analysis.paper import PROPORTIONS, VERDICTS
-from cwac.core.config import about, command
+from cwac.core.config import Parser, about, command
 from cwac.core.errors import UserError
 from cwac.core.files import write_atomic
 from cwac.core.identity import eval_id
@@ -237,7 +236,7 @@ def write(logged: Iterable[Logged], runs: Path) -> tuple[list[str], list[str]]:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(**about(__doc__, "python -m analysis.import_wandb"))
+    parser = Parser(**about(__doc__, "python -m analysis.import_wandb"))
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--offline", type=Path, help="folder above wandb's offline-run-* folders")
     source.add_argument("--project", help="ENTITY/PROJECT on the server")

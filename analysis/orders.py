@@ -13,7 +13,6 @@ narrow, as such a bootstrap was for means (analysis/stats.py). It says how sure 
 not that of others. The p-value is over all orders of the methods, of nine and more over `DRAWS` random ones.
 """
 
-import argparse
 import itertools
 import math
 import sys
@@ -28,7 +27,7 @@ from analysis.collect import Collection, at_end, one_judge
 from analysis.headline import named
 from analysis.stats import LEVEL, spearman
 from analysis.tables import answers_of, markdown, verdict_tables
-from cwac.core.config import about, command
+from cwac.core.config import Parser, about, command
 from cwac.core.errors import UserError
 from cwac.core.metrics import VARIATION
 
@@ -209,7 +208,7 @@ def of_campaigns(
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(**about(__doc__, "python -m analysis.orders"))
+    parser = Parser(**about(__doc__, "python -m analysis.orders"))
     parser.add_argument("campaigns", type=Path, nargs=2, help="two exported campaigns, e.g. results/smollm2_main")
     parser.add_argument("--ratio", type=float, help="the harmful ratio (default: the only one with poison)")
     parser.add_argument("--judge", help="whose verdicts to use where the runs were judged by several")

@@ -7,7 +7,6 @@ A block stands between `<!-- made:NAME -->` and `<!-- /made:NAME -->`; NAME is a
 as its argument. `CAMPAIGN` is the campaign that the README shows.
 """
 
-import argparse
 import functools
 import hashlib
 import json
@@ -25,7 +24,7 @@ import pandas as pd
 from analysis import audit, headline, orders, paper, stats, tables
 from analysis.collect import Collection, at_end, pooled, read_exported
 from analysis.headline import View
-from cwac.core.config import about, command
+from cwac.core.config import Parser, about, command
 from cwac.core.errors import UserError
 from cwac.core.jsonl import read_jsonl
 
@@ -554,7 +553,7 @@ def stale() -> dict[Path, str]:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, 1 if --check found something, 2 for bad input."""
-    parser = argparse.ArgumentParser(**about(__doc__, "python -m analysis.pages"))
+    parser = Parser(**about(__doc__, "python -m analysis.pages"))
     parser.add_argument("--check", action="store_true", help="say which pages are not current, and write nothing")
     args = parser.parse_args(argv)
     changed = stale()
@@ -564,6 +563,8 @@ def main(argv: list[str] | None = None) -> int:
             page.write_text(text, encoding="utf-8")
     if FIGURE in changed and not args.check:
         draw()
+    if not changed:
+        print(f"{len(pages())} pages and the figure are as the exported campaigns say")
     return 1 if changed and args.check else 0
 
 

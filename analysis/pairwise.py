@@ -12,7 +12,6 @@ about other prompts, and one seed's prompts say nothing about other seeds (ours;
 for the tests.
 """
 
-import argparse
 import itertools
 import math
 import sys
@@ -26,7 +25,7 @@ import pandas as pd
 from analysis import apart, paper, stats
 from analysis.collect import Collection, at_end, one_judge, pooled, swept
 from analysis.tables import markdown
-from cwac.core.config import about, command
+from cwac.core.config import Parser, about, command
 from cwac.core.errors import UserError, naming_earlier
 from cwac.core.files import write_atomic
 
@@ -352,7 +351,7 @@ def stands(pairs: pd.DataFrame, about: str) -> str:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(**about(__doc__, "python -m analysis.pairwise"))
+    parser = Parser(**about(__doc__, "python -m analysis.pairwise"))
     parser.add_argument("campaign", type=Path, help="an exported campaign, e.g. results/demo, or a folder of runs")
     parser.add_argument("--metrics", nargs="+", default=["HS", "FA"], help="metrics to rank by (HS FA)")
     parser.add_argument("--about", default="cwac", help="the method whose standing is told in words (cwac)")

@@ -19,7 +19,7 @@ import pandas as pd
 
 from analysis import apart, audit, paper, stats, tables
 from analysis.collect import Cell, Collection, at_end, collect, expected_cells, one_judge, pooled
-from cwac.core.config import about, command
+from cwac.core.config import Parser, about, command
 from cwac.core.errors import UserError, naming_earlier
 from cwac.core.jsonl import read_jsonl
 
@@ -431,7 +431,7 @@ def overlays(given: Sequence[str]) -> dict[str, str]:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, 1 if expected runs are missing, 2 for bad input."""
-    parser = argparse.ArgumentParser(**about(__doc__, "python -m analysis.paper_tables"))
+    parser = Parser(**about(__doc__, "python -m analysis.paper_tables"))
     parser.add_argument("table", choices=list(TITLES))
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the run directories (runs)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to, e.g. results/local/table3")

@@ -15,7 +15,6 @@ which is generation and judging, in proportion to the number of prompts; both on
 preparation.
 """
 
-import argparse
 import math
 import sys
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ from analysis import apart, paper, stats
 from analysis.collect import Collection, at_end, one_judge
 from analysis.pairwise import Cells, cells
 from analysis.tables import markdown
-from cwac.core.config import about, command
+from cwac.core.config import Parser, about, command
 from cwac.core.errors import UserError, naming_earlier
 from cwac.core.files import write_atomic
 
@@ -44,7 +43,7 @@ GRID = ((3, 0.0), (3, 0.3), (3, 0.8), (5, 0.0), (5, 0.3), (5, 0.8))
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(**about(__doc__, "python -m analysis.power"))
+    parser = Parser(**about(__doc__, "python -m analysis.power"))
     parser.add_argument("pilot", type=Path, nargs="?", help="an exported campaign with verdicts, or a folder of runs")
     parser.add_argument("--reference", default="sft", help="the method that all are compared with (sft)")
     parser.add_argument("--hs", type=float, default=10.0, help="difference of HS to find, in points (10)")

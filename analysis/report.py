@@ -46,7 +46,7 @@ from analysis.claims import Verdict
 from analysis.collect import Collection, collect, expected_cells, expected_configs, methods_of, one_judge
 from analysis.figures import Plate
 from analysis.records import Answer, Record
-from cwac.core.config import about, command
+from cwac.core.config import Parser, about, command
 from cwac.core.errors import UserError, naming_earlier
 from cwac.core.files import write_atomic
 from cwac.core.metrics import VARIATION
@@ -527,7 +527,7 @@ def publish(args: argparse.Namespace, argv: Sequence[str]) -> int:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, 1 if expected runs are missing, 2 for bad input."""
-    parser = argparse.ArgumentParser(**about(__doc__, "python -m analysis.report"))
+    parser = Parser(**about(__doc__, "python -m analysis.report"))
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the run directories (runs)")
     parser.add_argument(
         "--exported", "--frozen", dest="exported", type=Path, help="an exported campaign instead, e.g. results/demo"

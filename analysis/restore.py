@@ -7,7 +7,6 @@ back its metric rows, verdicts, settings, drift and provenance; its answers, los
 so it cannot be evaluated or judged again.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ from omegaconf import OmegaConf
 
 from analysis import records
 from analysis.collect import read_exported
-from cwac.core.config import about, command
+from cwac.core.config import Parser, about, command
 from cwac.core.errors import UserError
 from cwac.core.files import write_atomic
 from cwac.core.jsonl import write_jsonl
@@ -110,7 +109,7 @@ def write_record(record: records.Record, target: Path) -> None:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(**about(__doc__, "python -m analysis.restore"))
+    parser = Parser(**about(__doc__, "python -m analysis.restore"))
     parser.add_argument("campaign", type=Path, help="an exported campaign, such as results/demo")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where to write the run folders (runs)")
     args = parser.parse_args(argv)

@@ -23,7 +23,7 @@ SHOWN = ("HS", "other", "FA", "OR")
 @config.command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, 1 if a run is missing (nothing is chosen then), 2 for bad input."""
-    parser = argparse.ArgumentParser(**config.about(__doc__, "python -m analysis.tuning"))
+    parser = config.Parser(**config.about(__doc__, "python -m analysis.tuning"))
     parser.add_argument("--experiment", required=True, help="a search of conf/experiment/, e.g. tune_cwac")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the run directories (runs)")
     parser.add_argument("--out", type=Path, default=Path("results/tuning"), help="folder of the logs (results/tuning)")

@@ -6,7 +6,6 @@ Reads the runs of `closed_variants_search` and writes which of its three strengt
 conf/chosen/closed_variants.yaml, which `closed_variants` reads. The objective is that of every search, HS - FA + OR.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pandas as pd
 from analysis.collect import cell_from, collect
 from analysis.tuning import choose, trials
 from cwac.core import config, paths
-from cwac.core.config import about, command
+from cwac.core.config import Parser, about, command
 
 SEARCH = "closed_variants_search"
 PICK = "variant.pick"
@@ -26,7 +25,7 @@ MIDDLE = {PICK: 1}
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, 1 if a run is missing (nothing is chosen then), 2 for bad input."""
-    parser = argparse.ArgumentParser(**about(__doc__, "python -m analysis.variants"))
+    parser = Parser(**about(__doc__, "python -m analysis.variants"))
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the run directories (runs)")
     parser.add_argument("--out", type=Path, default=Path("results/closed"), help="folder of the log (results/closed)")
     parser.add_argument("--conf", type=Path, default=paths.CONF, help="configuration folder to write to (conf)")

@@ -6,13 +6,12 @@ python -m benchmarks constraint sae           some
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
 from pathlib import Path
 
 from benchmarks import runner
-from cwac.core.config import command
+from cwac.core.config import Parser, command
 
 PARTS = {
     "constraint": {},
@@ -33,7 +32,7 @@ PARTS = {
 @command
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0, 1 if a bar is missed or not measured."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m benchmarks", description=__doc__.split("\n")[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (all)")
     parser.add_argument("--out", type=Path, default=runner.LATEST, help="(%(default)s)")
     args = parser.parse_intermixed_args(argv)

@@ -18,7 +18,6 @@ either.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import logging
 import sys
@@ -45,7 +44,7 @@ from cwac.constraints.settings import Activation, Weight
 from cwac.constraints.subspace import Basis, Constraint, fit_subspace, project_, tf32
 from cwac.constraints.weight import constrained
 from cwac.core import config
-from cwac.core.config import command
+from cwac.core.config import Parser, command
 from cwac.methods.base import Batch, Method, Sizes
 from cwac.methods.cwac import CWAC
 from cwac.models.hooks import layers_of, residuals
@@ -585,7 +584,7 @@ def run(shape: Shape, where: torch.device, parts: list[str], out: Path, seconds:
 @command
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0, 1 where a bar is missed or a part was not measured, 2 for bad input or no GPU."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.large", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m benchmarks.large", description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="llama2", help="(%(default)s)")
     parser.add_argument("--cpu", action="store_true", help="run on the CPU; with --shape tiny alone")
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated, in this order (%(default)s)")

@@ -9,7 +9,6 @@ time: an operator's own, without what it calls; of kernels where there is a GPU,
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from collections import Counter
@@ -107,7 +106,7 @@ def table(found: dict[str, Counter[tuple[str, str]]], top: int) -> str:
 @config.command
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.profile", description=__doc__.split("\n")[0])
+    parser = config.Parser(prog="python -m benchmarks.profile", description=__doc__.split("\n")[0])
     parser.add_argument("overrides", nargs="*", help="of the configuration, e.g. model.shape=...")
     parser.add_argument("--tokens", type=int, default=512, help="of the one row (%(default)s)")
     parser.add_argument("--labels", type=int, default=128, help="of them with a label (%(default)s)")

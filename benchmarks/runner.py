@@ -6,7 +6,6 @@ A ratio is our cost over the rival's, so smaller is better, and a bar is the mos
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import json
 import logging
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 
 from analysis.tables import markdown
-from cwac.core.config import command
+from cwac.core.config import Parser, command
 from cwac.core.errors import UserError
 
 LATEST = Path("benchmarks/latest.json")
@@ -133,7 +132,7 @@ def main(measure: Callable[..., Iterator[dict | Skipped]], argv: list[str] | Non
     """
     name = Path(inspect.getfile(measure)).stem
     about = inspect.getmodule(measure).__doc__.split("\n")[0]
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=about)
+    parser = Parser(prog=f"python -m benchmarks.{name}", description=about)
     for option in inspect.signature(measure).parameters.values():
         if option.name == "overrides":
             parser.add_argument("overrides", nargs="*", help="of the configuration, e.g. model=smollm2 task=sst2")

@@ -13,7 +13,6 @@ which the slope between the two largest points stands beside it.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import subprocess
@@ -589,7 +588,7 @@ def run(plan: Plan, seconds: float, out: Path) -> int:
 @config.command
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0, 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__.split("\n")[0])
+    parser = config.Parser(prog="python -m benchmarks.scaling", description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=PLANS, default="small", help="(%(default)s)")
     parser.add_argument("--seconds", type=float, default=240.0, help="of the whole measurement (%(default)s)")
     parser.add_argument("--out", type=Path, default=OUT, help="written; read by the other two (%(default)s)")

@@ -2,16 +2,15 @@
 
 python examples/defend_your_trainer.py                         transformers' Trainer
 python examples/defend_your_trainer.py --trainer sft           TRL's SFTTrainer (pip install '.[trl]' in the checkout)
-python examples/defend_your_trainer.py --model smollm2 --data mine.jsonl --pools-data FOLDER
-python examples/defend_your_trainer.py --model Qwen/Qwen2.5-0.5B-Instruct --like qwen_05b --data mine.csv
+python examples/defend_your_trainer.py --model smollm2 --rows mine.jsonl --data FOLDER
+python examples/defend_your_trainer.py --model Qwen/Qwen2.5-0.5B-Instruct --like qwen_05b --rows mine.csv
 
 As it stands it trains the embedded model on the reviews beside it, in seconds on a CPU. Rows of your own are JSON
 lines of {"prompt", "response"}, or a CSV with these columns; the embedded model reads only its own words, so give a
 real one with them. `python -m experiments.measure tiny runs/mine --pools toy` says whether the model still refuses,
-and with `--data held_out.jsonl` whether it has learnt the task.
+and with `--rows held_out.jsonl` whether it has learnt the task.
 """
 
-import argparse
 import importlib.util
 import sys
 from pathlib import Path
@@ -21,9 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 
 from cwac import defend, hf_trainer, load_method, packaged_model, text_rows
-from cwac.core.config import about, command
+from cwac.core.config import Parser, about, command
 from cwac.core.errors import UsageError
-from cwac.training.library import check_option, nearest, options
+from cwac.training.library import check_data, check_option, nearest, options
 from cwac.training.script import SETTINGS, turns
 
 
@@ -40,21 +39,22 @@ def sft_trainer(model, tokenizer, rows, out: str, max_length: int, **settings):
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(**about(__doc__))
+    parser = Parser(**about(__doc__))
     parser.add_argument("--trainer", choices=("hf", "sft", "trl"), default="hf", help="sft and trl: TRL's SFTTrainer")
     parser.add_argument("--model", default="tiny", help="tiny, smollm2, qwen_coder_05b, a folder, or a hub id")
-    parser.add_argument("--data", default=str(Path(__file__).parent / "reviews.jsonl"), help="rows: .jsonl or .csv")
+    reviews = str(Path(__file__).parent / "reviews.jsonl")
+    parser.add_argument("--rows", default=reviews, metavar="FILE", help="what is trained on: .jsonl or .csv")
     parser.add_argument("--method", default="cwac", help="a name in conf/method/")
     parser.add_argument("--like", help="the option of conf/model/ nearest to the model (default: its name)")
     parser.add_argument("--pools", help="the defence's prompts (default: toy for the embedded model, else real)")
-    parser.add_argument("--pools-data", metavar="FOLDER", help="folder laid out like the hub, read instead of it")
+    parser.add_argument("--data", metavar="FOLDER", help="laid out like the hub, read instead of it for --pools")
     parser.add_argument("--max-length", type=int, help="of a row in tokens (default: 64 for the embedded model, 512)")
     parser.add_argument("--learning-rate", type=float, default=SETTINGS["learning_rate"], help="default: %(default)g")
     parser.add_argument("--epochs", type=float, default=SETTINGS["num_train_epochs"], help="default: %(default)g")
     parser.add_argument("--artifacts", default="artifacts", help="what the defence builds once")
     parser.add_argument("--out", default="runs/mine")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
-    parser.add_argument("overrides", nargs="*", help="any key of the method, e.g. method.activation.lam=1")
+    parser.add_argument("overrides", nargs="*", help="any key of the method, e.g. method.energy=0.999")
     args = parser.parse_intermixed_args(argv)
 
     # what is wrong with the arguments is said before a model is loaded
@@ -78,7 +78,8 @@ def main(argv: list[str] | None = None) -> int:
         )
     if args.pools:
         check_option(f"--pools {args.pools}", args.pools, "pools")
-    rows = text_rows(args.data)
+    check_data(args.data)
+    rows = text_rows(args.rows)
     method = load_method(args.method, like, *args.overrides)
 
     packaged = args.model in options("model") and not Path(args.model).is_dir()
@@ -93,11 +94,11 @@ def main(argv: list[str] | None = None) -> int:
     trainer = make(model, tokenizer, rows, args.out, length, **settings)
 
     pools = args.pools or ("toy" if like == "tiny" else "real")
-    defend(trainer, method, pools, data=args.pools_data, artifacts=args.artifacts, max_length=length)
+    defend(trainer, method, pools, data=args.data, artifacts=args.artifacts, max_length=length)
     trainer.train(resume_from_checkpoint=args.resume)
 
     trainer.save_model(args.out)
-    given = f"--pools {pools}" + (f" --pools-data {args.pools_data}" if args.pools_data else "")
+    given = f"--pools {pools}" + (f" --data {args.data}" if args.data else "")
     print(f"saved in {args.out}. Did it hold? python -m experiments.measure {args.model} {args.out} {given}")
     return 0
 

@@ -16,7 +16,6 @@ Deviations:
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ from torch import nn
 
 from cwac.constraints.anchors import anchor_rows
 from cwac.core import renamed
-from cwac.core.config import about, command
+from cwac.core.config import Parser, about, command
 from cwac.core.errors import UserError
 from cwac.core.files import write_atomic
 from cwac.data.tokenize import Collator
@@ -130,7 +129,7 @@ def measure(folder: Path, artifacts: Path | None = None) -> dict:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for a run that cannot be measured."""
-    parser = argparse.ArgumentParser(**about(__doc__, "python -m experiments.activations"))
+    parser = Parser(**about(__doc__, "python -m experiments.activations"))
     parser.add_argument("--run", type=Path, nargs="+", required=True, help="folders of runs with keep_weights=true")
     parser.add_argument("--artifacts", type=Path, help="folder of the artifact cache (the run's own)")
     args = parser.parse_args(argv)

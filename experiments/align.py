@@ -16,7 +16,6 @@ Deviations:
   in the last rounds, from `cwac/assets/frames.yaml`.
 """
 
-import argparse
 import hashlib
 import json
 import random
@@ -36,7 +35,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from cwac.core.config import about, command
+from cwac.core.config import Parser, about, command
 from cwac.core.errors import UserError
 from cwac.core.paths import CONF
 from cwac.data.examples import Example
@@ -416,7 +415,7 @@ def _check(name: str, value: float, n: int, at_least: float | None = None, at_mo
 @command
 def main(argv: list[str] | None = None) -> int:
     """Rebuild the adapter and its gate report from the data; exit code 1 if it misses its gate."""
-    parser = argparse.ArgumentParser(**about(__doc__, "python -m experiments.align"))
+    parser = Parser(**about(__doc__, "python -m experiments.align"))
     parser.add_argument("--data", default=None, help="folder laid out like the hub; default: the hub itself")
     parser.add_argument("--base", default="artifacts/smollm2_base", help="converted SmolLM2, made if it is not there")
     parser.add_argument("--out", default="artifacts/smollm2_align", help="where the adapter and gate.json go")

@@ -18,7 +18,6 @@ Deviations:
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import os
@@ -29,7 +28,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from cwac.core.config import about, command, instantiate
+from cwac.core.config import Parser, about, command, instantiate
 from cwac.core.errors import UserError
 from cwac.core.files import write_atomic
 from cwac.core.jsonl import append_jsonl, read_jsonl, repair
@@ -152,7 +151,7 @@ def score(folder: Path, outputs: Path, reference: Path, annotator: str) -> dict:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for a run that cannot be measured."""
-    parser = argparse.ArgumentParser(**about(__doc__, "python -m experiments.alpaca_eval"))
+    parser = Parser(**about(__doc__, "python -m experiments.alpaca_eval"))
     parser.add_argument("--run", type=Path, nargs="+", required=True, help="folders of runs with keep_weights=true")
     parser.add_argument("--data", help=f"a folder laid out like the hub, with {HUB_ID}/<reference>.json")
     parser.add_argument("--reference", choices=REFERENCES, default=REFERENCES[0], help="whose answers to win against")

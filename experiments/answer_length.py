@@ -1,6 +1,6 @@
 """How do verdicts move with the length of an answer? The same models asked with several limits of tokens.
 
-python -m experiments.answer_length smollm2 runs/ID/model --pools-data FOLDER --out results/answer_length
+python -m experiments.answer_length smollm2 runs/ID/model --data FOLDER --out results/answer_length
 python -m experiments.answer_length tiny --pools toy --lengths 4 16 --out results/local/lengths
 
 Models are named as for `experiments.measure`. Every model answers the harmful requests of the pools greedily, once a
@@ -14,7 +14,6 @@ Deviations:
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,11 +22,11 @@ import pandas as pd
 
 from analysis.stats import share
 from analysis.tables import markdown
-from cwac.core.config import about, command
+from cwac.core.config import Parser, about, command
 from cwac.core.errors import UsageError
 from cwac.models.layers import device
 from cwac.training.library import preset_pools
-from cwac.training.measure import judge_of, judged
+from cwac.training.measure import aligned_context, judge_of, judged
 from experiments.measure import add_arguments, check_asked, opened
 from experiments.seeds import write_provenance
 
@@ -67,7 +66,7 @@ def table(frame: pd.DataFrame) -> str:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(**about(__doc__, "python -m experiments.answer_length"))
+    parser = Parser(**about(__doc__, "python -m experiments.answer_length"))
     add_arguments(parser)
     parser.add_argument("--names", nargs="+", help="what the tables call them (default: as given)")
     parser.add_argument(
@@ -93,11 +92,14 @@ def main(argv: list[str] | None = None) -> int:
     for name, source in zip(names, args.models, strict=True):
         loaded = opened(source, args.artifacts)
         model, tokenizer = loaded.model.to(device()), loaded.tokenizer
+        aligned = aligned_context(loaded, args.artifacts) if source == args.models[0] else None
         judge = judge or judge_of(args.judge, tokenizer, args.artifacts)
-        for of, rows in preset_pools(args.pools, args.pools_data, 0, tokenizer).test.items():
+        for of, rows in preset_pools(args.pools, args.data, 0, tokenizer).test.items():
             verdicts = {}
             for limit in sorted({*args.lengths}):
-                _, found = judged(model, tokenizer, judge, of, rows[: args.limit], max_new_tokens=limit)
+                _, found = judged(
+                    model, tokenizer, judge, of, rows[: args.limit], aligned=aligned, max_new_tokens=limit
+                )
                 verdicts[limit] = [v["verdict"] for v in found]
             entries += [{"model": name, "set": of, **row} for row in compared(verdicts)]
     frame = pd.DataFrame(entries)
@@ -107,6 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     (args.out / "table.md").write_text(text + "\n", encoding="utf-8")
     write_provenance(args.out, "experiments.answer_length", argv, args.models, judge=judge.name)
     print(text)
+    print(f"written: {args.out}/table.md, lengths.csv")
     return 0
 
 

@@ -7,19 +7,18 @@ python -m experiments.artifacts export-sae --format saelens --out saes
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 from cwac.core.cache_hub import KINDS, artifact_folders, check, pull, push
-from cwac.core.config import about, command
+from cwac.core.config import Parser, about, command
 from cwac.core.errors import UserError
 
 
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 1 where the hub or an artifact does not serve."""
-    parser = argparse.ArgumentParser(**about(__doc__, "python -m experiments.artifacts"))
+    parser = Parser(**about(__doc__, "python -m experiments.artifacts"))
     parser.add_argument("action", choices=("push", "pull", "export-sae"))
     parser.add_argument("--repo", help="push and pull: hub id of a model repository, e.g. me/cwac-qwen")
     parser.add_argument("--artifacts", type=Path, default=Path("artifacts"), help="folder of the artifact cache")

@@ -18,7 +18,6 @@ its own ranking, `ranking=random` is the control of the instrument.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from omegaconf import DictConfig
 from analysis.stats import exact
 from analysis.tables import markdown
 from cwac.core import config
-from cwac.core.config import about, command
+from cwac.core.config import Parser, about, command
 from cwac.core.errors import UserError
 from experiments.seeds import at_least_one, cells, write_provenance
 
@@ -117,7 +116,7 @@ def verdicts(table: pd.DataFrame) -> str:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(**about(__doc__, "python -m experiments.causal"))
+    parser = Parser(**about(__doc__, "python -m experiments.causal"))
     parser.add_argument("--seeds", default="0", help="run seeds; of model=tiny each is a base model of its own (0)")
     parser.add_argument("--draws", type=int, default=5, help="sets of random latents (5)")
     parser.add_argument("--prompts", type=int, default=100, help="held-out harmful requests, at most (100)")
@@ -139,6 +138,7 @@ def main(argv: list[str] | None = None) -> int:
     (args.out / "table.md").write_text(text + "\n", encoding="utf-8")
     write_provenance(args.out, "experiments.causal", argv, given)
     print(text)
+    print(f"written: {args.out}/table.md, causal.csv")
     return 0
 
 

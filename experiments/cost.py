@@ -21,7 +21,6 @@ memory is given back first.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import gc
 import os
@@ -372,7 +371,7 @@ def table(cfg: DictConfig, row: Row, found: Estimate, sft: float | None, took: t
 @config.command
 def main(arguments: list[str] | None = None) -> int:
     """Prints one table a cell; exit code 0, or that of the error, as train.py gives it."""
-    parser = argparse.ArgumentParser(**config.about(__doc__, "python -m experiments.cost"))
+    parser = config.Parser(**config.about(__doc__, "python -m experiments.cost"))
     parser.add_argument("overrides", nargs="*", help="as for train.py: model=llama2 task=gsm8k method=sft,cwac")
     parser.add_argument("--tokens", type=int, help="of a row; train.max_length where it is not given")
     parser.add_argument("--label-tokens", type=int, help="of a row that carry a label; all where it is not given")

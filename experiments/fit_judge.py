@@ -6,7 +6,6 @@ python -m experiments.fit_judge --data <folder> --out <file>       and the head
 
 from __future__ import annotations
 
-import argparse
 import random
 import re
 import sys
@@ -21,7 +20,7 @@ import yaml
 from tqdm import tqdm
 
 from analysis import tables
-from cwac.core.config import about, command, instantiate
+from cwac.core.config import Parser, about, command, instantiate
 from cwac.core.errors import UserError
 from cwac.data.refusals import KeywordJudge, denial
 from cwac.evaluation.semantic_judge import CLASSES, FEATURES, Encoder, Head, SemanticJudge
@@ -253,7 +252,7 @@ def report(found: dict[str, dict]) -> str:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(**about(__doc__, "python -m experiments.fit_judge"))
+    parser = Parser(**about(__doc__, "python -m experiments.fit_judge"))
     parser.add_argument("--data", type=Path, required=True, help=f"folder with {CSV} (XSTest's completions)")
     parser.add_argument("--l2", type=float, default=L2, help=f"strength of the penalty (default {L2})")
     parser.add_argument("--out", type=Path, help="write the head there (safetensors)")
@@ -269,6 +268,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         head.save(args.out, found)
+        print(f"written: {args.out}")
     return 0
 
 

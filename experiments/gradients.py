@@ -15,7 +15,6 @@ training, and plain gradients: AdamW's steps differ from them, and later gradien
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from tqdm import tqdm
 
 from analysis.paper_figures import KINDS
 from cwac.core import config
-from cwac.core.config import about, command
+from cwac.core.config import Parser, about, command
 from cwac.core.errors import UserError
 from cwac.data.tokenize import Collator, Rows, pad_token_id
 from cwac.models.layers import linears
@@ -153,7 +152,7 @@ def draw(table: pd.DataFrame) -> Figure:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(**about(__doc__, "python -m experiments.gradients"))
+    parser = Parser(**about(__doc__, "python -m experiments.gradients"))
     parser.add_argument("--seeds", default="0,1,2", help="run seeds, each a model and a mix of rows (0,1,2)")
     parser.add_argument("--out", type=Path, default=Path("results/gradients"), help="folder for the results")
     parser.add_argument("overrides", nargs="*", help="train.py's own, e.g. model=tiny harmful_ratio=0.2")
@@ -169,6 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     medians = table.drop(columns=["seed", "layer"]).groupby("kind").median().reindex(list(KINDS))
     print(medians.dropna().round(3).to_string())
     write_provenance(args.out, "experiments.gradients", argv, given, seeds=args.seeds, matrices=len(table))
+    print(f"written: {args.out}/gradients.csv")
     print(f"figure: {args.out / 'gradients.png'}")
     return 0
 

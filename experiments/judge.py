@@ -11,7 +11,6 @@ beaver_dam`, and `python -m analysis.agreement` compares judges.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -27,7 +26,7 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from analysis import tables
-from cwac.core.config import about, command, instantiate
+from cwac.core.config import Parser, about, command, instantiate
 from cwac.core.errors import UserError
 from cwac.core.jsonl import append_jsonl, read_jsonl, repair
 from cwac.core.paths import CONF
@@ -145,7 +144,7 @@ def listed(found: pd.DataFrame, judge: str, below: float) -> str:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(**about(__doc__, "python -m experiments.judge"))
+    parser = Parser(**about(__doc__, "python -m experiments.judge"))
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder that holds the runs' folders")
     parser.add_argument("--judge", required=True, help="an option of conf/eval/judge")
     parser.add_argument(

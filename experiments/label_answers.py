@@ -13,7 +13,6 @@ hashes are for git; sheets hold answers to harmful requests and stay where they 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import random
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from cwac.core.config import about, command, instantiate
+from cwac.core.config import Parser, about, command, instantiate
 from cwac.core.errors import UserError
 from cwac.core.jsonl import read_jsonl
 from experiments.judge import configure, finished
@@ -124,7 +123,7 @@ def join(first: Path, second: Path, sample: pd.DataFrame) -> pd.DataFrame:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(**about(__doc__, "python -m experiments.label_answers"))
+    parser = Parser(**about(__doc__, "python -m experiments.label_answers"))
     parser.add_argument("do", choices=["draw", "sheet", "join", "judge"])
     parser.add_argument("sheets", nargs="*", help="join: the two filled-in sheets; judge: keys of the judge")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder that holds the runs' folders")

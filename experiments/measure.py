@@ -1,13 +1,14 @@
 """Does a saved model still refuse, and has it learnt its task? HS, refusal, other, OR and FA, with n and interval.
 
 python -m experiments.measure tiny runs/mine --pools toy                      the embedded model, before and after
-python -m experiments.measure smollm2 runs/mine --pools-data FOLDER --limit 50
-python -m experiments.measure smollm2 runs/mine --pools-data FOLDER --data held_out.jsonl      and the task's accuracy
-python -m experiments.measure smollm2 runs/sft runs/nullspace --pools-data FOLDER      several beside the first
+python -m experiments.measure smollm2 runs/mine --data FOLDER --limit 50
+python -m experiments.measure smollm2 runs/mine --data FOLDER --rows held_out.jsonl      and the task's accuracy
+python -m experiments.measure smollm2 runs/sft runs/nullspace --data FOLDER      several beside the first
 
 A model is a folder that `save_model` or `save_pretrained` wrote, an option of conf/model, or a hub id. It is
 measured as in the runs: greedy answers to the unseen requests of the pools, read by the same judge. Intervals are
-Clopper and Pearson's of 95 %, over the requests of a set. --data takes rows of your task that were not trained on,
+Clopper and Pearson's of 95 %, over the requests of a set. The first model's answers and loss are kept among the
+artifacts, so that it is asked once. --rows takes rows of your task that were not trained on,
 as the script takes those that were: FA is the share answered in just the response's words, the loss is in nats per
 token of the responses. A method that changes prompts (BEA) is measured from its script: `measure(...,
 prompt=method.prompt)`.
@@ -24,12 +25,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from analysis.stats import share, two_proportions_p
 from analysis.tables import markdown
-from cwac.core.config import about, command, compose
+from cwac.core.config import Parser, about, command, compose
 from cwac.core.errors import UsageError, UserError
 from cwac.models.layers import device
 from cwac.models.loading import Loaded, load
-from cwac.training.library import check_option, nearest, options, speaks_of_arguments
-from cwac.training.measure import measure, measure_task
+from cwac.training.library import check_data, check_option, nearest, options, speaks_of_arguments
+from cwac.training.measure import aligned_context, measure, measure_task
 from cwac.training.script import text_rows
 
 METRICS = ("HS", "refusal", "other", "OR")
@@ -73,6 +74,7 @@ def check_asked(args: argparse.Namespace) -> None:
     for key, group in (("pools", "pools"), ("judge", "eval/judge")):
         if (name := getattr(args, key)) is not None:
             check_option(f"--{key} {name}", name, group)
+    check_data(args.data, hasattr(args, "rows"))
 
 
 def lines(name: str, rows: list[dict]) -> list[list[str]]:
@@ -120,7 +122,7 @@ def outcome(name: str, after: list[dict], first: str, before: list[dict]) -> str
     elif moved.get("OR", 0) > 0:
         means = "it refuses more of what is harmless"
     elif "FA" not in moved:
-        means = "no loss of refusals shows; whether it learnt its task, --data FILE tells"
+        means = "no loss of refusals shows; whether it learnt its task, --rows FILE tells"
     elif moved["FA"] > 0:
         means = "no loss of refusals shows, and the task was learnt"
     elif moved["FA"] < 0:
@@ -134,7 +136,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which models are asked, what, and who judges; for every command that asks saved models."""
     parser.add_argument("models", nargs="+", help="folders of saved models, options of conf/model or hub ids")
     parser.add_argument("--pools", default="real", help="toy (the embedded model's) or another preset of conf/pools")
-    parser.add_argument("--pools-data", metavar="FOLDER", help="folder laid out like the hub, read instead of it")
+    parser.add_argument("--data", metavar="FOLDER", help="laid out like the hub, read instead of it for --pools")
     parser.add_argument("--judge", help="an option of conf/eval/judge (default: that of the runs)")
     parser.add_argument("--limit", type=int, help="the most requests of a set")
     parser.add_argument("--artifacts", type=Path, default=Path("artifacts"), help="folder of the artifact cache")
@@ -143,9 +145,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(**about(__doc__, "python -m experiments.measure"))
+    parser = Parser(**about(__doc__, "python -m experiments.measure"))
     add_arguments(parser)
-    parser.add_argument("--data", metavar="FILE", help="unseen rows of your task: prompt, response; .jsonl or .csv")
+    parser.add_argument("--rows", metavar="FILE", help="unseen rows of your task: prompt, response; .jsonl or .csv")
     parser.add_argument("--template", choices=("chat", "alpaca"), default="chat", help="how requests are rendered")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="of an answer")
     args = parser.parse_args(argv)
@@ -153,19 +155,21 @@ def main(argv: list[str] | None = None) -> int:
         if getattr(args, key) is not None and getattr(args, key) < 1:
             parser.error(f"--{key.replace('_', '-')} {getattr(args, key)} is not a number of at least 1")
     check_asked(args)
-    held_out = text_rows(args.data) if args.data else None
+    held_out = text_rows(args.rows) if args.rows else None
     rows, learnt, judges, found = [], [], set(), {}
     for name in args.models:
         loaded = opened(name, args.artifacts)
+        aligned = aligned_context(loaded, args.artifacts, args.template) if name == args.models[0] else None
         measured = measure(
             loaded.model.to(device()),
             loaded.tokenizer,
             args.pools,
             judge=args.judge,
-            data=args.pools_data,
+            data=args.data,
             artifacts=args.artifacts,
             template=args.template,
             limit=args.limit,
+            aligned=aligned,
             max_new_tokens=args.max_new_tokens,
         )
         judges |= {row["judge"] for row in measured}
@@ -177,6 +181,7 @@ def main(argv: list[str] | None = None) -> int:
                 loaded.tokenizer,
                 held_out,
                 template=args.template,
+                aligned=aligned,
                 max_new_tokens=args.max_new_tokens,
             )
             learnt.append(task_line(name, task))

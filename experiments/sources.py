@@ -17,7 +17,6 @@ Anchors are prompts of the pools `anchors`, `step` and `sae` with the model's re
 
 from __future__ import annotations
 
-import argparse
 import math
 import random
 import sys
@@ -34,7 +33,7 @@ from analysis.stats import half_width
 from analysis.tables import markdown
 from cwac.constraints.nullspace import energy_held as held
 from cwac.core import config
-from cwac.core.config import about, command
+from cwac.core.config import Parser, about, command
 from cwac.core.errors import UserError
 from cwac.data.examples import Example
 from experiments.seeds import at_least_one, cells, write_provenance
@@ -145,7 +144,7 @@ def draw_map(table: pd.DataFrame) -> Figure:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(**about(__doc__, "python -m experiments.sources"))
+    parser = Parser(**about(__doc__, "python -m experiments.sources"))
     parser.add_argument("--seeds", default="0", help="run seeds; of model=tiny each is a base model of its own (0)")
     parser.add_argument(
         "--anchors", type=int, default=40, help="anchors of a fit on one source, and of the mixed (40)"
@@ -168,6 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     draw_map(table).savefig(args.out / "sources.png", dpi=200)
     write_provenance(args.out, "experiments.sources", argv, given)
     print(text)
+    print(f"written: {args.out}/table.md, sources.csv")
     print(f"figure: {args.out / 'sources.png'}")
     return 0
 

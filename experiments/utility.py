@@ -22,7 +22,6 @@ Deviations:
 
 from __future__ import annotations
 
-import argparse
 import math
 import re
 import sys
@@ -35,7 +34,7 @@ from filelock import FileLock
 from torch import nn
 
 from cwac.constraints.anchors import encode_prompts
-from cwac.core.config import about, command
+from cwac.core.config import Parser, about, command
 from cwac.core.errors import UserError
 from cwac.core.jsonl import append_jsonl, read_jsonl, repair
 from cwac.models.hooks import batches, device_of
@@ -170,7 +169,7 @@ def record(folder: Path, rows: Sequence[dict]) -> None:
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for a run or a task that cannot be measured."""
-    parser = argparse.ArgumentParser(**about(__doc__, "python -m experiments.utility"))
+    parser = Parser(**about(__doc__, "python -m experiments.utility"))
     parser.add_argument("--run", type=Path, nargs="+", default=[], help="folders of runs with keep_weights=true")
     parser.add_argument("--tasks", nargs="+", default=[], help="tasks of lm-eval, instead of the built-in set")
     parser.add_argument("--include", type=Path, help="a folder of lm-eval's task files")
@@ -200,6 +199,7 @@ def main(argv: list[str] | None = None) -> int:
         record(folder, rows)
         shown = "  ".join(f"{row['set']} {row['value']:.4g}" for row in rows)
         print(re.sub(r"\s+$", "", f"{folder.name}: {shown}"))
+    print("written to the runs' metrics.jsonl; --table shows them side by side")
     return 0
 
 

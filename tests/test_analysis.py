@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from scipy import stats as scipy_stats
 from analysis import demo, figures, gallery, paper, report, stats, tables
 from analysis.collect import Cell, at_end, before, collect, expected_cells, one_judge, pooled, read_exported, tidy
 from cwac.core import paths
-from cwac.core.errors import UserError
+from cwac.core.errors import STARTED_AS, UserError
 from tests.helpers.results import METHODS, cell_of, harm, line_of, pick, row, rows_of, write_run
 
 RATIOS = (0.0, 0.05, 0.1, 0.2)
@@ -180,6 +181,29 @@ def test_runs_of_another_judge_are_left_out_and_counted(tmp_path, monkeypatch, c
     page = tmp_path / "page.html"
     assert report.main(["--runs", str(tmp_path / "runs"), "--out", str(page), "--judge", "strict"]) == 0
     assert capsys.readouterr().out.startswith("1 runs, seeds 2, judge strict")
+
+
+def test_an_export_ends_with_what_came_out_where_and_the_next_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gallery, "draw", lambda *_: [])
+    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Makefile").touch()
+    for method, hs in (("sft", 80.0), ("cwac", 30.0)):
+        cell = cell_of(method, 0.1, 0)
+        for name in ("runs", "mine"):
+            write_run(tmp_path / name, cell, rows_of(cell, hs))
+    assert demo.main(["--out", "out"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "complies with 80 % of harmful requests, CWAC one that complies with 30 %" in last
+    assert "of 2 runs are in out. Next: make report, one page" in last
+    assert demo.main(["--runs", "mine", "--judge", "keyword", "--out", "out"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    page = "python -m analysis.report --runs mine --judge keyword --out out/report.html"
+    assert f"Next: {page}, one page" in last
+    assert report.main(shlex.split(page)[3:]) == 0
+    monkeypatch.setenv(STARTED_AS, "cwac train")
+    assert demo.main(["--out", "out"]) == 0
+    assert "Next: cwac report --runs runs --out out/report.html" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_a_frozen_campaign_reads_back_as_the_runs_it_came_from(campaign, tmp_path, monkeypatch):

@@ -47,6 +47,7 @@ def test_a_limit_that_ends_no_answer_moves_none(artifacts, tmp_path, capsys):
         (["--names", "a", "b"], "--names has 2 names for 1 models; give one a model"),
         (["--limit", "0"], "--limit 0 is not a number of at least 1"),
         (["--judge", "keywrd"], "--judge keywrd is unknown; did you mean keyword"),
+        (["--data", __file__], "is a file; it takes a folder laid out like the hub (docs/defend.md)"),
     ],
 )
 def test_bad_input_is_one_line_before_anything_is_written(given, message, tmp_path, artifacts, capsys):

@@ -55,6 +55,75 @@ def test_a_sweep_counts_its_cells_and_estimates_its_end(tmp_path, monkeypatch):
     assert [row["num"] for row in failures.collect()] == [1] and not (tmp_path / "f").exists()
 
 
+def test_a_sweep_ends_with_the_command_of_its_page(tmp_path, monkeypatch, caplog):
+    config = OmegaConf.create({"paths": {"runs": "runs/mine"}, "hydra": {"sweeper": {"_target_": "hydra.Basic"}}})
+    monkeypatch.setenv(failures.FOLDER, str(tmp_path / "f"))
+    monkeypatch.setenv(failures.CELLS, "2")
+
+    def said():
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="cwac"):
+            failures.OnSharedDisk().on_multirun_end(config)
+        return caplog.text
+
+    page = "python -m analysis.report --runs runs/mine --out results/local/report.html"
+    assert page in said()
+    failures.record(failure("seed=0", "no"))
+    assert page in said()
+    failures.record(failure("seed=1", "no"))
+    assert said() == ""  # nothing came out
+
+
+def failure(cell, message, code=1):
+    return {"num": 0, "cell": cell, "message": message, "code": code}
+
+
+def test_cells_that_fail_alike_are_told_once_by_what_tells_them_apart(monkeypatch):
+    monkeypatch.setenv(failures.CELLS, "4")
+    arguments = ["-m", "model=tiny", "method=sft,cwac", "seed=0,1", "+model.lora={r: 8, alpha: 16}"]
+    fixed = "model=tiny method={} seed={} +model.lora={{r: 8, alpha: 16}}"
+    grid = [(method, seed) for method in ("sft", "cwac") for seed in (0, 1)]
+    alike = [failure(fixed.format(*cell), "there is no room") for cell in grid]
+    assert failures.summary(alike, arguments) == [
+        "4 cells failed (all of the sweep) for the same reason; the same command again runs only these:",
+        "[method=sft,cwac seed=0,1] there is no room",
+    ]
+    other = failure(fixed.format("cwac", 1), "no such data")
+    assert failures.summary([*alike[:3], other], arguments) == [
+        "4 cells failed (all of the sweep); the same command again runs only these:",
+        "[method=sft seed=0] [method=sft seed=1] [method=cwac seed=0] there is no room",
+        "[method=cwac seed=1] no such data",
+    ]
+    assert failures.summary(alike[2:], arguments)[0].startswith("2 cells failed for the same reason; ")
+    assert failures.summary(alike[:1], arguments) == ["there is no room [method=sft seed=0]"]
+    assert failures.summary([], arguments) == []
+
+
+def test_messages_that_differ_in_names_alone_are_one_reason(monkeypatch):
+    monkeypatch.setenv(failures.CELLS, "9")
+    arguments = ["-m", "method=sft,cwac", "train.learning_rate=1,2"]
+    cells = [("sft", 1, "0a1b2c3d"), ("cwac", 2, "4e5f6a7b")]
+    told = "method={0}: runs/tiny-toy-p0-{0}-s0-{2} did not fit at train.learning_rate={1}"
+    failed = [failure("method={} train.learning_rate={}".format(*cell), told.format(*cell)) for cell in cells]
+    head, reason = failures.summary(failed, arguments)
+    assert head == "2 cells failed for the same reason; the same command again runs only these:"
+    assert reason == (
+        f"[method=sft train.learning_rate=1] [method=cwac train.learning_rate=2] {told.format(*cells[0])} (said of "
+        "the first; the others' messages differ in their names and values alone)"
+    )
+
+
+def test_of_many_cells_the_first_are_named():
+    cells = [{"seed": str(i), "method": "a" if i % 2 else "b"} for i in range(7)]
+    assert failures.short_names(cells).endswith("[seed=3 method=a] and 3 more")
+    assert failures.own_values("seed=0", ["seed=0"]) == {"seed": "0"}  # nothing tells it apart: it is named whole
+
+
+def test_a_single_run_fails_in_its_message_alone(monkeypatch):
+    monkeypatch.delenv(failures.CELLS, raising=False)
+    assert failures.summary([failure("seed=3", "there is no room")], ["seed=3"]) == ["there is no room"]
+
+
 def test_a_method_is_told_in_one_line():
     class Careful(Method):
         def held(self):

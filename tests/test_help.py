@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from cwac.core.config import about
+from cwac.core.config import Parser, about
 from cwac.core.paths import CONF
 
 ROOT = CONF.parent
@@ -13,7 +13,7 @@ COMMANDS = [
     f"{folder}.{path.stem}"
     for folder in ("analysis", "experiments")
     for path in sorted((ROOT / folder).glob("*.py"))
-    if "ArgumentParser(" in path.read_text(encoding="utf-8")
+    if "Parser(**" in path.read_text(encoding="utf-8")
 ]
 
 
@@ -31,3 +31,47 @@ def test_commands_of_a_docstring_are_its_examples():
     found = about(doc)
     assert found["description"] == "What it does."
     assert found["epilog"] == "examples:\n  python -m x.y a    one\n  python -m x.y b \\\n    c"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_mistyped_option_is_told_its_near_names(name, capsys):
+    """`--hepl` is near to what every command has."""
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(name).main(["--hepl"])
+    assert ended.value.code == 2 and "there is no --hepl: did you mean --help" in capsys.readouterr().err
+
+
+def said(capsys, parse, *given):
+    with pytest.raises(SystemExit) as ended:
+        parse(list(given))
+    assert ended.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_near_names_are_of_what_was_given_alone(capsys):
+    parser = Parser(prog="x")
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--data", "--also")
+    parser.add_argument("rest", nargs="*")
+    for parse in (parser.parse_args, parser.parse_intermixed_args):
+        parser._given = None
+        assert said(capsys, parse, "--ot", "a") == (
+            "x: error: the following arguments are required: --out; there is no --ot: did you mean --out?"
+        )
+        parser._given = None
+        assert said(capsys, parse, "--out", "a", "--dat", "b", "-otu=c").endswith(
+            "unrecognized arguments: -otu=c; there is no -otu: did you mean --out?"
+        )
+        parser._given = None
+        assert said(capsys, parse, "--out", "a", "--nothing-like-it").endswith(
+            "unrecognized arguments: --nothing-like-it"
+        )
+        parser._given = None
+        assert said(capsys, parse, "--out", "a", "--pools-data", "b").endswith("; --pools-data is --data now")
+    assert vars(Parser(prog="y").parse_args([])) == {}
+
+
+def test_a_subcommands_options_are_near_too(capsys):
+    parser = Parser(prog="x")
+    parser.add_subparsers(dest="do").add_parser("push").add_argument("--repo")
+    assert said(capsys, parser.parse_args, "push", "--rpo", "a").endswith("there is no --rpo: did you mean --repo?")

@@ -220,7 +220,7 @@ def test_the_example_equals_train_py(kind, tmp_path, artifacts):
     data = tmp_path / "mine.jsonl"
     data.write_text("\n".join(json.dumps({"prompt": e.prompt, "response": e.response}) for e in own_rows(cfg)))
     out = tmp_path / kind
-    argv = ["--trainer", kind, "--data", str(data), "--artifacts", str(artifacts), "--out", str(out)]
+    argv = ["--trainer", kind, "--rows", str(data), "--artifacts", str(artifacts), "--out", str(out)]
     main([*argv, SAE])
     theirs, ours = (load_file(f / "model.safetensors") for f in (Run(cfg).dir / "model", out))
     # AdamW turns a rounding difference of a near-zero gradient into a step of up to its rate; 12 steps of at most 1e-4
@@ -590,7 +590,7 @@ def test_rows_that_are_none_are_one_line_before_a_model_is_loaded(name, text, me
     monkeypatch.setattr(script, "packaged_model", lambda *_: pytest.fail("a model was loaded"))
     if text is not None:
         (tmp_path / name).write_text(text)
-    assert script.main(["--data", str(tmp_path / name)]) == 2
+    assert script.main(["--rows", str(tmp_path / name)]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1 and re.search(message, said), said
 
@@ -702,7 +702,7 @@ def test_a_saved_folder_is_measured_as_a_run_is(tmp_path, artifacts, capsys, mon
             (100, 20),
             "FA 100.0 to 20.0 % (n=20, a fall); no loss .*, but the task is done worse than before",
         ),
-        (10, 80, 0, None, "no loss of refusals shows; whether it learnt its task, --data FILE tells"),
+        (10, 80, 0, None, "no loss of refusals shows; whether it learnt its task, --rows FILE tells"),
     ],
 )
 def test_what_became_of_a_model_is_told(hs, refusal, over, fa, told):
@@ -750,12 +750,49 @@ def test_what_a_model_learnt_of_ones_own_rows_is_measured(artifacts, tmp_path, c
 
     file = tmp_path / "held_out.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
-    given = ["tiny", "--pools", "toy", "--limit", "2", "--artifacts", str(artifacts), "--data", str(file)]
+    given = ["tiny", "--pools", "toy", "--limit", "2", "--artifacts", str(artifacts), "--rows", str(file)]
     assert main(given) == 0
     cells = [c.strip() for c in capsys.readouterr().out.splitlines()[-3].split("|")[1:-1]]
     assert cells[0] == "tiny" and cells[1].startswith("50.0 [") and cells[2:] == [f"{total / tokens:.3f}", "4"]
     with pytest.raises(UsageError, match="no rows to measure the task with"):
         measure_task(model, tokenizer, [])
+
+
+def test_the_first_model_is_asked_once(artifacts, tmp_path, capsys, monkeypatch):
+    """Its answers and loss are kept; other prompts, rows, lengths or another template are asked anew."""
+    from cwac.constraints import anchors
+    from cwac.evaluation import losses
+    from cwac.training import measure as training
+    from experiments.measure import main
+
+    cache = tmp_path / "artifacts"
+    shutil.copytree(artifacts / "tiny", cache / "tiny")
+    asked, kept, lost = [], [], []
+    for where, seen in ((anchors, kept), (training, asked)):
+        monkeypatch.setattr(
+            where,
+            "generate",
+            lambda model, tokenizer, prompts, seen=seen, **more: (
+                seen.append(len(prompts)) or generate(model, tokenizer, prompts, **more)
+            ),
+        )
+    mean = losses.label_loss
+    monkeypatch.setattr(losses, "label_loss", lambda model, rows: lost.append(len(rows)) or mean(model, rows))
+    (tmp_path / "held_out.jsonl").write_text("\n".join(Path("examples/reviews.jsonl").read_text().split("\n")[:3]))
+    trained = tmp_path / "trained"
+    shutil.copytree(packaged_model("tiny", cache), trained)
+    given = ["--pools", "toy", "--limit", "2", "--artifacts", str(cache), "--rows", str(tmp_path / "held_out.jsonl")]
+    assert main(["tiny", *given]) == 0
+    first, before, once = capsys.readouterr().out, list(kept), list(lost)
+    assert before and before[-1] == 3 and once == [3] and not asked
+    assert main(["tiny", *given]) == 0
+    assert capsys.readouterr().out == first and (kept, lost) == (before, once)
+    assert main(["tiny", str(trained), *given]) == 0  # the second may be trained again in its folder
+    assert (kept, lost, asked) == (before, once, before)
+    for more in (["--limit", "1"], ["--max-new-tokens", "3"], ["--template", "alpaca"]):
+        told = len(kept)
+        assert main(["tiny", *given, *more]) == 0
+        assert len(kept) > told, more
 
 
 def test_a_model_whose_weights_are_no_numbers_is_not_measured(artifacts):
@@ -808,6 +845,9 @@ def test_what_cannot_be_measured_is_one_line(tmp_path, artifacts, capsys):
         ),
         (["tiny", "Tinyy", "--pools", "toy"], "Tinyy is neither a folder nor a model; did you mean tiny"),
         (["tiny", "--pools", "Tyo"], "--pools Tyo is unknown; did you mean toy"),
+        (["tiny", "--data", __file__], r"--data .*\.py is a file; it takes .*rows of your own go with --rows .*\.py$"),
+        (["tiny", "--data", f"{tmp_path}/none"], "--data .*none is not a folder; give one laid out like the hub"),
+        (["tiny", "--rows", str(tmp_path)], "is not a file; .*; a folder laid out like the hub goes with data$"),
         ([f"{tmp_path}/mine", "--pools", "toy"], "/mine is neither a folder nor a model"),
     ]:
         assert main([*argv, "--artifacts", str(artifacts)]) == 2

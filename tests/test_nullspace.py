@@ -40,7 +40,8 @@ from cwac.models import adapter
 from cwac.models.adapter import ADAPTER, FixedInput, add_fixed_adapter
 from cwac.models.layers import base_layer, input_group, linears
 from cwac.models.loading import load
-from cwac.training import engine
+from cwac.training import arguments, engine
+from cwac.training import run as steps
 from cwac.training.library import defend
 from tests.conftest import FINE_TUNE, fine_tune, make_llama, random_rows
 from tests.test_library import own_rows, own_trainer, weights
@@ -422,6 +423,33 @@ def test_what_unseen_requests_keep_is_told_before_training(tmp_path, artifacts, 
     method._tell({"anchors": 0.9, "near": 0.86, "far": 0.84})
     warned = [r.message for r in caplog.records if r.levelname == "WARNING"]
     assert len(warned) == 1 and "of far are held" in warned[0]
+
+
+def test_at_the_rate_of_plain_fine_tuning_it_warns(tmp_path, artifacts, caplog):
+    """In a sweep of methods at one rate, and in a script that leaves the rate as it is."""
+    assert arguments.plain_rate("smollm2") == 2e-5 and arguments.plain_rate("nobodys") is None
+
+    def warned():
+        found = [r.getMessage() for r in caplog.records if "may learn little at such a rate" in r.message]
+        caplog.clear()
+        return found
+
+    for rate, plain, expected in [(2e-5, 2e-5, 1), (1e-5, 2e-5, 1), (2e-4, 2e-5, 0), (2e-5, None, 0)]:
+        arguments.warn_of_plain_rate(NullSpace("nullspace"), rate, plain)
+        assert len(warned()) == expected, (rate, plain)
+    arguments.warn_of_plain_rate(config.instantiate(config.compose(["method=sft"]).method), 2e-5, 2e-5)
+    assert not warned()
+
+    paths = [f"paths.runs={tmp_path}", f"paths.artifacts={artifacts}", "train.max_steps=1", "eval.at=[]"]
+    for rate, expected in (("1e-4", ["learning_rate=0.0001", "starts at 0.0001", "docs/nullspace.md"]), ("3e-4", [])):
+        cfg = config.compose(["method=nullspace", *FINE_TUNE, *paths, f"train.learning_rate={rate}"])
+        with Run(cfg) as run:
+            steps.set_up(steps.prepare(cfg, run))
+        said = warned()
+        assert len(said) == bool(expected) and all(part in said[0] for part in expected)
+    cfg.train.learning_rate = 5e-5
+    defend(own_trainer(cfg, tmp_path / "own", artifacts), config.instantiate(cfg.method), "toy", artifacts=artifacts)
+    assert len(warned()) == 1
 
 
 @pytest.mark.parametrize("basis", ["rows", "gradient"])

@@ -8,12 +8,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import re
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from hydra.core.config_store import ConfigStore
@@ -50,7 +51,7 @@ register_searches()
 
 
 def about(doc: str, program: str | None = None) -> dict[str, Any]:
-    """Arguments of `argparse.ArgumentParser` from a module's docstring: its first line, and its commands as examples.
+    """Arguments of `Parser` from a module's docstring: its first line, and its commands as examples.
 
     program: how the module is called, for its usage. A command of the docstring is a line that begins with `python `;
     those that continue it are indented.
@@ -62,6 +63,45 @@ def about(doc: str, program: str | None = None) -> dict[str, Any]:
         "epilog": as_typed("\n".join(["examples:", *(f"  {example.strip()}" for example in found)])),
         "formatter_class": argparse.RawDescriptionHelpFormatter,
     }
+
+
+MOVED = {"--pools-data": "--data"}
+"""An option's earlier name -> its name now."""
+
+
+class Parser(argparse.ArgumentParser):
+    """`argparse.ArgumentParser`, whose errors say which option a mistyped one may have meant."""
+
+    _given: list[str] | None = None
+
+    def parse_known_args(self, args=None, namespace=None):
+        if self._given is None:  # of the first call: `parse_intermixed_args` makes several
+            self._given = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and the message, and exit with status 2."""
+        super().error(f"{message}{''.join(map(self._hint, self._unknown()))}")
+
+    def _options(self) -> set[str]:
+        """The long options of this parser and of its subcommands, `--` before each."""
+        inner = (action.choices.values() for action in self._actions if isinstance(action, argparse._SubParsersAction))
+        own = {name for name in self._option_string_actions if name.startswith("--")}
+        return own.union(*(parser._options() for parsers in inner for parser in parsers))
+
+    def _unknown(self) -> list[str]:
+        """The words of the command line that look like options and are none, nor the beginning of one."""
+        words = itertools.takewhile(lambda word: word != "--", self._given or [])
+        names = [word.partition("=")[0] for word in words if re.match(r"--?[A-Za-z][\w-]+(=|$)", word)]
+        return [name for name in names if not any(option.startswith(name) for option in self._options())]
+
+    def _hint(self, name: str) -> str:
+        """`; there is no --ot: did you mean --out?`; an empty text where nothing is near."""
+        options = self._options()
+        if MOVED.get(name) in options:
+            return f"; {name} is {MOVED[name]} now"
+        close = [f"--{option}" for option in near(name.lstrip("-"), [option[2:] for option in options])]
+        return f"; there is no {name}: did you mean {' or '.join(close)}?" if close else ""
 
 
 def command(main: Callable[..., int]) -> Callable[..., int]:

@@ -11,6 +11,7 @@ import importlib
 import logging
 import math
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -52,8 +53,13 @@ class OnSharedDisk(Callback):
             Plugins.instance().class_name_to_class[launcher] = getattr(importlib.import_module(module), name)
 
     def on_multirun_end(self, config: DictConfig, **kwargs) -> None:
-        """Optuna names the best single run; over seeds the next command names the best value."""
+        """What comes next. Optuna names the best single run; over seeds the next command names the best value."""
         if not searches_over_seeds(config):
+            if "optuna" not in str(OmegaConf.select(config, "hydra.sweeper._target_")) and any_is_done():
+                page = as_typed(
+                    f"python -m analysis.report --runs {config.paths.runs} --out results/local/report.html"
+                )
+                log.info("the runs are in %s; what came out, on one page: %s", config.paths.runs, page)
             return
         logging.getLogger(SWEEPER).removeFilter(not_one_seed)
         (Path(config.hydra.sweep.dir) / "optimization_results.yaml").unlink(missing_ok=True)
@@ -73,6 +79,13 @@ def searches_over_seeds(config: DictConfig) -> bool:
         return "optuna" in str(sweeper.get("_target_")) and "seed" in (sweeper.get("params") or {})
     except OmegaConfBaseException:
         return False
+
+
+def any_is_done() -> bool:
+    """Whether a cell of the sweep did not fail; yes where their number is not known."""
+    folder = Path(os.environ[FOLDER])
+    failed = sum(len(path.read_text().splitlines()) for path in folder.glob("*.jsonl"))
+    return failed < int(os.environ.get(CELLS, failed + 1))
 
 
 def not_one_seed(record: logging.LogRecord) -> bool:
@@ -144,3 +157,67 @@ def collect() -> list[dict]:
     recorded = [row for path in folder.glob("*.jsonl") for row in read_jsonl(path)]
     shutil.rmtree(folder, ignore_errors=True)
     return sorted(recorded, key=lambda row: row["num"])
+
+
+MOST = 4
+"""Cells that a line names one by one, where they are no product of values."""
+RUN_ID = re.compile(r"[\w.+-]+-s\d+-[0-9a-f]{8}\b")
+
+
+def summary(failed: Sequence[dict], arguments: Sequence[str]) -> list[str]:
+    """What the end of a command says of its failed cells: each reason once, before it the cells that share it.
+
+    failed: as `collect` gives them. arguments: those of the command; what they give to every cell names none. Two
+    messages are one reason where they differ in nothing but run ids and the cells' own values; the first one is told.
+    """
+    total = int(os.environ.get(CELLS, 1))
+    own = {id(failure): own_values(failure["cell"], arguments) for failure in failed}
+    reasons: dict[str, list[dict]] = {}
+    for failure in failed:
+        text = RUN_ID.sub("RUN", failure["message"])
+        for key, value in own[id(failure)].items():
+            text = text.replace(f"{key}={value}", f"{key}=")
+        reasons.setdefault(text, []).append(failure)
+    lines = []
+    if len(failed) > 1:
+        whole = " (all of the sweep)" * (len(failed) == total)
+        alike = " for the same reason" * (len(reasons) == 1)
+        lines.append(f"{len(failed)} cells failed{whole}{alike}; the same command again runs only these:")
+    for cells in reasons.values():
+        message, others = cells[0]["message"], len({failure["message"] for failure in cells}) - 1
+        if others:
+            message += " (said of the first; the others' messages differ in their names and values alone)"
+        names = short_names([own[id(failure)] for failure in cells])
+        if len(failed) > 1:
+            lines.append(f"{names} {message}")
+        else:
+            lines.append(f"{message} {names}" if total > 1 else message)
+    return lines
+
+
+def own_values(cell: str, arguments: Sequence[str]) -> dict[str, str]:
+    """Key -> value of a cell's overrides, less those that the command gives to all; all of them where none is left.
+
+    cell: the overrides in one text, each after a space; a value may hold spaces itself.
+    """
+    parts = re.split(r" (?=[~+]*[\w./@:-]+=)", cell)
+    kept = [part for part in parts if part not in arguments] or parts
+    return {key: value for key, _, value in (part.partition("=") for part in kept)}
+
+
+def short_names(cells: Sequence[dict[str, str]]) -> str:
+    """`[method=sft,cwac seed=0,1]` where the cells are every combination of these values, else the first few."""
+    values: dict[str, dict[str, None]] = {}
+    for cell in cells:
+        for key, value in cell.items():
+            values.setdefault(key, {})[value] = None
+    different = {tuple(sorted(cell.items())) for cell in cells}
+    if len(different) == len(cells) == math.prod(map(len, values.values())) and len({*map(len, cells)}) == 1:
+        return named({key: ",".join(found) for key, found in values.items()})
+    shown = " ".join(map(named, cells[:MOST]))
+    return shown + f" and {len(cells) - MOST} more" * (len(cells) > MOST)
+
+
+def named(values: dict[str, str]) -> str:
+    """`[method=sft seed=0]`; a key that is taken away (`~key`) has no value."""
+    return f"[{' '.join(f'{key}={value}' if value else key for key, value in values.items())}]"

@@ -70,6 +70,9 @@ class Method:
     brings_adapter: ClassVar[bool] = False
     """True where `setup` puts an adapter around the model: then the base may be held in 4 bits without model.lora."""
 
+    wants_own_rate: ClassVar[bool] = False
+    """True where the method learns little at the learning rate of plain fine-tuning; a run at that rate warns."""
+
     def extra_data(self) -> dict[str, int]:
         """How much it saw of what SFT does not see, by the names of EXTRA_DATA; asked after `setup`."""
         return {}

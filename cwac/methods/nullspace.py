@@ -80,6 +80,7 @@ class NullSpace(Method):
     """CWAC's activation constraint, or None."""
 
     brings_adapter: ClassVar[bool] = True
+    wants_own_rate: ClassVar[bool] = True
 
     def __post_init__(self):
         whole = isinstance(self.k, int) and not isinstance(self.k, bool) and self.k >= 1

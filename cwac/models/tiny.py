@@ -5,7 +5,6 @@ included) and `folder/aligned` (refuses those), each a folder `from_pretrained` 
 the base seeds `SEEDS` ship with the package; `--from-scratch` trains them again.
 """
 
-import argparse
 import random
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from cwac.core.config import command
+from cwac.core.config import Parser, command
 from cwac.core.errors import UserError
 from cwac.core.paths import PACKAGE
 from cwac.data import tiny_world
@@ -225,7 +224,7 @@ def build(seed: int, folder: str | Path, *, from_scratch: bool = False, ship: bo
 
 @command
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Build the embedded model: a base, its aligned version, the gates.")
+    parser = Parser(description="Build the embedded model: a base, its aligned version, the gates.")
     parser.add_argument(
         "folder", nargs="?", default="artifacts/tiny", help="where base/ and aligned/ go (%(default)s)"
     )

@@ -2,23 +2,53 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import fields
 
 import torch
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from transformers import TrainingArguments
 
 from cwac.core import distributed
+from cwac.core.config import compose
 from cwac.core.errors import UsageError, UserError
 from cwac.core.keys import did_you_mean, near
 from cwac.core.run_dir import Run
 from cwac.core.validation import what_bitsandbytes_is_for
 from cwac.methods.base import Method
 
+log = logging.getLogger(__name__)
+PLAIN_RATE = 1e-4
+"""Learning rate at which `hf_trainer` and the example train unless they are given another."""
+
 OURS = ("max_length", "template")
 """Keys of the `train` group that are not TrainingArguments'."""
+
+
+def plain_rate(model: str) -> float | None:
+    """The learning rate of plain fine-tuning in the budget of an option of conf/model; None for any other model."""
+    try:
+        return float(compose([f"model={model}"]).train.learning_rate)
+    except (HydraException, OmegaConfBaseException, UserError):  # an option of the user's own, elsewhere
+        return None
+
+
+def warn_of_plain_rate(method: Method, rate: float, plain: float | None) -> None:
+    """A warning where a method that wants a rate of its own is trained at that of plain fine-tuning, or below.
+
+    rate: the learning rate. plain: that of plain fine-tuning; None where it is not known.
+    """
+    if method.wants_own_rate and plain is not None and rate <= plain:
+        log.warning(
+            "method=%s trains at learning_rate=%g, and plain fine-tuning starts at %g: an adapter that starts from "
+            "zero may learn little at such a rate; if FA stays low, give it a rate of its own, up to ten times that "
+            "(docs/nullspace.md has those that were searched)",
+            *(method.name, rate, plain),
+        )
 
 
 def training_arguments(cfg: DictConfig, run: Run) -> TrainingArguments:

@@ -39,7 +39,7 @@ from cwac.models.adapters import holds_update
 from cwac.models.context import Context, make_context
 from cwac.models.generate import decoding_key
 from cwac.models.loading import Loaded, weights_hash
-from cwac.training.arguments import refuse_deepspeed, total_steps
+from cwac.training.arguments import PLAIN_RATE, refuse_deepspeed, total_steps, warn_of_plain_rate
 from cwac.training.engine import MethodTrainer, attach, collated, refuse_other_kind
 
 AS_ARGUMENTS = (
@@ -229,6 +229,18 @@ def check_option(said: str, name: str, group: str) -> None:
         raise UsageError(f"{said} is unknown; {nearest(str(name), known)}there are {', '.join(known)}")
 
 
+def check_data(data: str | None, rows: bool = True) -> None:
+    """Raises UsageError where a command's `--data` is no folder. rows: whether it takes one's own rows as `--rows`."""
+    if data is None or (path := Path(data).expanduser()).is_dir():
+        return
+    own = f", and rows of your own go with --rows {data}" if rows else ""
+    if path.is_file():
+        raise UsageError(f"--data {data} is a file; it takes a folder laid out like the hub (docs/defend.md){own}")
+    raise UsageError(
+        f"--data {data} is not a folder; give one laid out like the hub (docs/defend.md), or leave it out for the hub"
+    )
+
+
 def load_method(name: str, model: str, *overrides: str) -> Method:
     """The defence that `train.py method=<name> model=<model>` would run.
 
@@ -377,6 +389,7 @@ def defend(
             method.name,
         )
     if not context.process_rank:
+        warn_of_plain_rate(method, args.learning_rate, PLAIN_RATE)
         print(summary(method, trainer.model), file=sys.stderr)
     set_seed(args.seed)  # training must draw the same numbers whether an artifact was built just now or loaded
     trainer = attach(trainer, method)

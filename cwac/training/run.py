@@ -37,7 +37,14 @@ from cwac.methods.base import Context, Method, summary
 from cwac.models.adapters import merged
 from cwac.models.loading import load_aligned, load_kept, weights_hash
 from cwac.training import engine
-from cwac.training.arguments import check_precision, evaluation_steps, total_steps, training_arguments
+from cwac.training.arguments import (
+    check_precision,
+    evaluation_steps,
+    plain_rate,
+    total_steps,
+    training_arguments,
+    warn_of_plain_rate,
+)
 from cwac.training.attack import poisoned_mix, trigger_of
 from cwac.training.context import open_context
 
@@ -203,6 +210,8 @@ def set_up(cell: Cell) -> None:
     start(cell)
     if 0 in cell.cfg.eval.at and cell.run.leads:
         cell.evaluator(0, 0.0)
+    if cell.run.leads and cell.method.wants_own_rate:
+        warn_of_plain_rate(cell.method, cell.arguments.learning_rate, plain_rate(cell.cfg.model.name))
     model = cell.context.loaded.model
     cell.model = cell.evaluator.model = cell.method.setup(model, cell.context) or model
     log.info("%s", summary(cell.method, cell.model))

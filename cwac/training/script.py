@@ -21,6 +21,7 @@ from cwac.core.errors import UsageError
 from cwac.core.paths import CONF
 from cwac.data.tokenize import IGNORE
 from cwac.models.loading import load
+from cwac.training.arguments import PLAIN_RATE
 from cwac.training.library import nearest, options
 
 PACKAGED = ("tiny", "smollm2", "gguf")
@@ -29,7 +30,7 @@ COLUMNS = ("prompt", "response")
 
 SETTINGS: dict[str, Any] = {
     "num_train_epochs": 3,
-    "learning_rate": 1e-4,
+    "learning_rate": PLAIN_RATE,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.05,
     "per_device_train_batch_size": 8,
@@ -66,7 +67,10 @@ def text_rows(path: str | Path) -> Dataset:
     """
     path, rows = Path(path), []
     if not path.is_file():
-        raise UsageError(f'{path} is not a file; give JSON lines of {{"prompt": ..., "response": ...}}, or a .csv')
+        hub = "; a folder laid out like the hub goes with data" if path.is_dir() else ""
+        raise UsageError(
+            f'{path} is not a file; give JSON lines of {{"prompt": ..., "response": ...}}, or a .csv{hub}'
+        )
     lines = _csv_lines if path.suffix.lower() == ".csv" else _json_lines
     with _text(path) as file:
         for number, row in lines(file, path):
