@@ -51,6 +51,22 @@ def by_setting(
     return collection, keys
 
 
+def of_export(folder: Path, option: str, args: argparse.Namespace) -> Collection:
+    """The exported campaign that a command line names, of the judge that it chooses.
+
+    option: how the command is given it. args: its other options; raises UserError for one that only runs have, and as
+    `exported` does.
+    """
+    if args.experiment or args.overrides:
+        named = "--experiment" if args.experiment else args.overrides[0]
+        raise UserError(f"{named} is for --runs. Remedy: leave it out; an exported campaign knows its own grid.")
+    if getattr(args, "by", None):
+        raise UserError(
+            "--by is for --runs. Remedy: leave it out, or export the campaign with it (python -m analysis.demo)."
+        )
+    return exported(folder, f"{option} FOLDER").of_judge(args.judge)
+
+
 def read(folder: Path, by_rate: bool = True) -> Collection:
     """A folder of runs or an exported campaign, for a command that takes either and has no `--by`.
 

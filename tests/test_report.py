@@ -227,7 +227,8 @@ def test_runs_at_several_learning_rates_do_not_share_a_table(tmp_path):
         folder = write_run(tmp_path / "runs", cell, rows_of(cell, 10.0 + 60 * k))
         (folder / "config.yaml").write_text(json.dumps({"train": {"learning_rate": rate}}))
     _, page, text = write(tmp_path / "runs")
-    assert "10.0 (n=1)" in text and "70.0 (n=1)" in text
+    assert "10.0 [6.2, 15.0]§ (n=1)" in text and "70.0 [63.1, 76.3]§ (n=1)" in text
+    assert "It is about one training alone and says nothing\nof other seeds" in text
     assert "tiny, toy, learning rate 0.001" in page and "figure3-p0.1-tiny-toy" in page
 
 
