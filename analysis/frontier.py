@@ -136,6 +136,13 @@ def points(found: Collection, configs: Mapping[str, DictConfig], judge: str | No
     entries = []
     for place, part in each.groupby([*PLATE, "method", *varied], dropna=False, sort=True):
         place = dict(zip([*PLATE, "method", *varied], place, strict=True))
+        if part["seed"].duplicated().any():
+            alike = ", ".join(part.loc[part["seed"].duplicated(keep=False), "run_id"])
+            raise UserError(
+                f"these runs have one seed and differ in none of {', '.join(KEYS)}, so they are no seeds of one "
+                f"setting: {alike}. Remedy: keep them in folders of their own (paths.runs); in place of an export "
+                "whose records lack some of these keys, its runs."
+            )
         entry = {**{key: place[key] for key in [*PLATE, "method"]}, "setting": label(place, varied)}
         entry["n"] = len(part)
         for metric in (*METRICS, *([FORM] if FORM in part else [])):

@@ -100,6 +100,24 @@ def test_a_folder_without_runs_is_one_line(tmp_path, capsys):
     assert error.count("\n") == 1 and "no finished run" in error
 
 
+def test_batch_warmup_and_rows_come_back_from_an_export_and_one_seed_is_no_two(planted, tmp_path, capsys):
+    beside = ["train.per_device_train_batch_size=1"], ["train.warmup_steps=3"], ["task.n_train=50"]
+    for k, more in enumerate(([], *beside)):
+        plant(planted, "lisa", [(60 + k, 5)], "train.learning_rate=1e-4", *more)
+    out = tmp_path / "out"
+    assert frontier.main(["--runs", str(planted), "--out", str(out)]) == 0
+    table = (out / "table.md").read_text()
+    assert all(f"{60 + k}.0 [" in table for k in range(4)) and "batch 1, " in table
+    assert frontier.main(["--exported", str(out)]) == 0
+    assert (out / "table.md").read_text() == table
+    path = out / "records.jsonl"
+    path.write_text(path.read_text().replace('"train.warmup_steps": 3', '"train.warmup_steps": 0.05'))
+    capsys.readouterr()
+    assert frontier.main(["--exported", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert "no seeds of one setting" in said and said.count("-lisa-s3-") == 2 and str(out / "table.md") in said
+
+
 def test_a_campaign_that_came_back_gives_the_same_points(planted, tmp_path, capsys):
     """An export keeps each run's settings; one without them is refused instead of drawn without its runs."""
     plant(planted, "nullspace", [(70, 0), (71, 0)], "method.k=16", "method.energy=0.99999", "train.learning_rate=1e-4")
