@@ -13,7 +13,18 @@ import pandas as pd
 from omegaconf import DictConfig
 
 from analysis import records
-from analysis.collect import Collection, collect, mixed, own_keys, read_exported, settings_of, split, text_of
+from analysis.collect import (
+    Collection,
+    collect,
+    expected_cells,
+    expected_configs,
+    mixed,
+    own_keys,
+    read_exported,
+    settings_of,
+    split,
+    text_of,
+)
 from cwac.core.errors import UserError
 from cwac.core.identity import IDENTITY, NOT_IDENTITY
 
@@ -49,6 +60,49 @@ def by_setting(
     collection = split(collection, runs, keys, cells()) if keys else collection
     refuse(collection, lambda name: settings_of(runs / name), [ROWS, PRESET, FOLDERS], keys)
     return collection, keys
+
+
+def chosen(args: argparse.Namespace, export: Path | None, option: str, remedies: Sequence[str] = ()) -> Collection:
+    """The campaign that a command line names, of the judge that it chooses: an export, or a folder's finished runs.
+
+    args: its --runs, --experiment, --judge, overrides and, where it has that option, --by. export: the folder of
+    `option`, None without it. remedies: what a command without --by can do about runs that it would take for one.
+    Raises UserError where there is no finished run, and as `of_export`, `refuse_runs` and `by_setting` do.
+    """
+    if export:
+        return of_export(export, option, args)
+    collection = collect(args.runs, expected_cells(args.experiment, args.overrides) if args.experiment else None)
+    if not collection.runs:
+        raise UserError(
+            f"no finished run in {args.runs}. Remedy: run the campaign first (make demo), or give {option}."
+        )
+    collection = collection.of_judge(args.judge)
+    if remedies:
+        refuse_runs(collection, args.runs, remedies)
+        return collection
+    split_up, _ = by_setting(
+        collection,
+        args.runs,
+        args.by,
+        lambda: expected_configs(args.experiment, args.overrides) if args.experiment else [],
+    )
+    return split_up
+
+
+def of_export(folder: Path, option: str, args: argparse.Namespace) -> Collection:
+    """The exported campaign that a command line names, of the judge that it chooses.
+
+    option: how the command is given it. args: its other options; raises UserError for one that only runs have, and as
+    `exported` does.
+    """
+    if args.experiment or args.overrides:
+        named = "--experiment" if args.experiment else args.overrides[0]
+        raise UserError(f"{named} is for --runs. Remedy: leave it out; an exported campaign knows its own grid.")
+    if getattr(args, "by", None):
+        raise UserError(
+            "--by is for --runs. Remedy: leave it out, or export the campaign with it (python -m analysis.demo)."
+        )
+    return exported(folder, f"{option} FOLDER").of_judge(args.judge)
 
 
 def read(folder: Path, by_rate: bool = True) -> Collection:

@@ -7,6 +7,7 @@ Reads the runs of `PRESETS`, or of those named: poison of several kinds (`conf/a
 with `eval.prefill`. The aligned model stands beside them as it was before any training.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -63,18 +64,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--judge", help="whose verdicts to use where the runs were judged by several")
     parser.add_argument("overrides", nargs="*", help="the sweep's own overrides, e.g. seed=0,1")
     args = parser.parse_intermixed_args(argv)
+    with naming_earlier(args.out / "table.md"):
+        return publish(args, sys.argv[1:] if argv is None else argv)
+
+
+def publish(args: argparse.Namespace, argv: list[str]) -> int:
+    """Collect, compute, write; see `main`."""
     presets, args.experiment = args.experiment, ", ".join(args.experiment)
     cells = [cfg for preset in presets for cfg in config.expand(preset, args.overrides)]
-    with naming_earlier(args.out / "table.md"):
-        collection = collect(args.runs, [cell_from(cfg) for cfg in cells])
-        if not collection.runs:
-            raise UserError(
-                f"no finished run of {args.experiment} in {args.runs}. "
-                f"Remedy: python train.py -m experiment={presets[0]}"
-            )
-        attacks = {identity.run_id(cfg): attack_of(cfg) for cfg in cells}
-        summary = summarise(one_judge(collection.rows, args.judge), attacks)
-    first = export(collection, args, sys.argv[1:] if argv is None else argv, "analysis.attacks")
+    collection = collect(args.runs, [cell_from(cfg) for cfg in cells])
+    if not collection.runs:
+        raise UserError(
+            f"no finished run of {args.experiment} in {args.runs}. Remedy: python train.py -m experiment={presets[0]}"
+        )
+    attacks = {identity.run_id(cfg): attack_of(cfg) for cfg in cells}
+    summary = summarise(one_judge(collection.rows, args.judge), attacks)
+    first = export(collection, args, argv, "analysis.attacks")
     summary.to_csv(args.out / "attacks.csv", index=False)
     text = f"{first}\n\n{report(collection, summary, attacks)}"
     (args.out / "table.md").write_text(text, encoding="utf-8")

@@ -24,7 +24,7 @@ import pandas as pd
 import yaml
 
 from analysis import apart, paper, stats
-from analysis.collect import Collection, collect, expected_cells
+from analysis.collect import Collection
 from analysis.pairwise import Cells, Comparison, cells, compare, holm_over
 from analysis.tables import markdown
 from cwac.core.config import Parser, about, command
@@ -362,16 +362,6 @@ def report(found: list[Verdict]) -> str:
     return "\n\n".join([f"{len(found)} claims: {tally}.", table, "\n".join(details)]) + "\n"
 
 
-def read(args: argparse.Namespace) -> Collection:
-    """The campaign that the command line names."""
-    if args.results:
-        return apart.exported(args.results, "--results FOLDER")
-    collection = collect(args.runs, expected_cells(args.experiment, args.overrides) if args.experiment else None)
-    remedies = [apart.exporting(args.runs, "--results FOLDER here"), apart.PRESET, apart.FOLDERS]
-    apart.refuse_runs(collection, args.runs, remedies)
-    return collection
-
-
 @command
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, or 2 for bad input."""
@@ -388,8 +378,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="the sweep's own overrides of the preset, e.g. seed=0,1")
     args = parser.parse_intermixed_args(argv)
     with naming_earlier(args.csv):
-        collection = read(args)
-        found = verdicts(collection, args.judge, args.reading)
+        return publish(args)
+
+
+def publish(args: argparse.Namespace) -> int:
+    """Read, judge, print, write; see `main`."""
+    remedies = [apart.exporting(args.runs, "--results FOLDER here"), apart.PRESET, apart.FOLDERS]
+    collection = apart.chosen(args, args.results, "--results", remedies)
+    found = verdicts(collection, args.judge, args.reading)
     print(report(found), end="")
     for line in [*map(str, collection.missing), *collection.account()]:
         print(f"not counted: {line}")

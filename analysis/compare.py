@@ -7,6 +7,7 @@ model, rows and order); otherwise by Welch's unequal-variance interval over the 
 Without two seeds on both sides there is no interval and nothing is flagged as different.
 """
 
+import argparse
 import math
 import sys
 from collections.abc import Mapping
@@ -142,7 +143,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="write the Markdown there, and the cells of all metrics as .csv")
     args = parser.parse_args(argv)
     with naming_earlier(args.out):
-        found = compare(read(args.first), read(args.second), args.judge)
+        return publish(args)
+
+
+def publish(args: argparse.Namespace) -> int:
+    """Read, compare, print, write; see `main`."""
+    found = compare(read(args.first), read(args.second), args.judge)
     text = report(found, (str(args.first), str(args.second)))
     print(text)
     if args.out:

@@ -1,6 +1,10 @@
 """The closing step of `make demo`: a campaign's runs to a table, figures and a record of where they come from.
 
 python -m analysis.demo --experiment demo --runs runs --out results/demo
+python -m analysis.demo --exported results/demo
+
+The second makes the tables and figures of a campaign again from the rows that were exported, without its runs. Its
+rows, records and provenance stay as they are.
 """
 
 import argparse
@@ -42,9 +46,11 @@ VERSIONS = (*PACKAGES, "pandas", "scipy", "matplotlib")
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, 1 if expected runs are missing, 2 for bad input."""
     parser = Parser(**about(__doc__, "python -m analysis.demo"))
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the run directories (runs)")
+    parser.add_argument("--runs", type=Path, help="folder of the run directories (runs)")
     parser.add_argument("--experiment", help="preset whose runs are expected; without it, every finished run counts")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results, e.g. results/demo")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--out", type=Path, help="folder for the results, e.g. results/demo")
+    where.add_argument("--exported", type=Path, help="an exported campaign whose tables and figures are made again")
     apart.add_by(parser)
     parser.add_argument("--judge", help="whose verdicts to use where the runs were judged by several")
     parser.add_argument(
@@ -52,7 +58,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("overrides", nargs="*", help="the sweep's own overrides of the preset, e.g. seed=0,1")
     args = parser.parse_intermixed_args(argv)
-    with naming_earlier(args.out / "table.md"):
+    with naming_earlier((args.exported or args.out) / "table.md"):
+        if args.exported:
+            return remake(args)
+        args.runs = args.runs or Path("runs")
         return publish(args, argv if argv is not None else sys.argv[1:])
 
 
@@ -73,18 +82,15 @@ def publish(args: argparse.Namespace, argv: list[str]) -> int:
     )
     if args.readme and swept(collection.rows):
         raise UserError("--readme takes a campaign at one learning rate. Remedy: leave it out, or give one rate.")
-    summary, difference = tables.summarise(collection, args.judge), tables.differences(collection, judge=args.judge)
-    text = tables.report(collection, summary, difference, args.judge)
+    summary, text = tabulate(collection, args.judge)
     first = export(collection, args, argv)
-    summary.to_csv(args.out / "summary.csv", index=False)
     if len(collection.verdicts):  # without a time stamp, so that the same runs give the same bytes
         collection.verdicts.to_csv(args.out / VERDICTS, index=False, compression={"method": "gzip", "mtime": 0})
     methods = methods_of(collection.rows)
     found = records.read_all(args.runs, collection.runs)
     found = {name: replace(record, method=methods[name]) for name, record in found.items()}
     records.export(found, args.out / records.NAME)
-    drawn = draw(collection, summary, args.out, args.judge)
-    (args.out / "table.md").write_text(f"{first}\n\n{text}", encoding="utf-8")
+    drawn = write(collection, summary, f"{first}\n\n{text}", args.out, args.judge)
     print(f"{first}\n\n{tables.report(collection, summary)}")
     if args.readme:
         overview = f"{first}\n\n{tables.overview(collection, summary)}"
@@ -118,6 +124,33 @@ def page_command(args: argparse.Namespace) -> str:
     page = str(args.out / "report.html")
     words = ["python", "-m", "analysis.report", "--runs", str(args.runs), *by, *judge, "--out", page]
     return as_typed(shlex.join(words))
+
+
+def remake(args: argparse.Namespace) -> int:
+    """Tables and figures of an exported campaign from its own rows; see `main`."""
+    if given := [f"--{name}" for name in ("runs", "readme") if getattr(args, name)]:
+        raise UserError(f"{given[0]} is for --out. Remedy: leave it out; --exported has rows of its own.")
+    collection = apart.of_export(args.exported, "--exported", args)
+    record = records.read_json(args.exported / "provenance.json")
+    if not record:
+        raise UserError(f"{args.exported} holds no readable provenance.json. Remedy: export it from its runs (--out).")
+    summary, text = tabulate(collection, args.judge)
+    write(collection, summary, f"{headline(record)}\n\n{text}", args.exported, args.judge)
+    print(f"made again: {args.exported}/summary.csv, table.md and figures")
+    return 0
+
+
+def tabulate(collection: Collection, judge: str | None) -> tuple[pd.DataFrame, str]:
+    """A campaign's summary, and the text of its `table.md` below the first line."""
+    summary, difference = tables.summarise(collection, judge), tables.differences(collection, judge=judge)
+    return summary, tables.report(collection, summary, difference, judge)
+
+
+def write(collection: Collection, summary: pd.DataFrame, text: str, out: Path, judge: str | None) -> list[Path]:
+    """Write `summary.csv`, `table.md` and the figures of a campaign; returns the figures' files."""
+    summary.to_csv(out / "summary.csv", index=False)
+    (out / "table.md").write_text(text, encoding="utf-8")
+    return draw(collection, summary, out, judge)
 
 
 def draw(collection: Collection, summary: pd.DataFrame, out: Path, judge: str | None) -> list[Path]:

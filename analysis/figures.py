@@ -138,6 +138,12 @@ def legend_below(figure: Figure, axes: Sequence[Axes], columns: int = 3) -> None
     figure.legend([entries[k] for k in labels], labels, loc="outside lower center", ncol=columns, frameon=False)
 
 
+def intervals(seeds: Iterable[int]) -> str:
+    """What bars are, for a caption; seeds: how many each value is over."""
+    alone = ", of one seed over its prompts alone, which says nothing of other seeds"
+    return "95 % intervals" + alone * bool(min(seeds, default=2) == 1)
+
+
 def rule(ax: Axes, mean: float, across: bool = True) -> None:
     """The line of the aligned model at `mean`: over the panel, or, for methods as rows, down it."""
     look = {"color": "0.45", "linestyle": (0, (1, 2)), "linewidth": 1.2, "zorder": 1.5}
@@ -297,7 +303,8 @@ def against_ratio(summary: pd.DataFrame, model: str, task: str, of: str) -> list
     ratios = sorted(part.loc[part["method"] != paper.ALIGNED, "harmful_ratio"].unique())
     title = f"{model}, {task}; harmful prompts: {of}"
     paper_values = printed(model, task, methods)
-    caption = "Bars: 95 % intervals." + " Crosses: the paper's Tables 1 to 4." * bool(len(paper_values))
+    bars = intervals(part.loc[part["metric"].isin(PANELS), "n"])
+    caption = f"Bars: {bars}." + " Crosses: the paper's Tables 1 to 4." * bool(len(paper_values))
     if len(ratios) == 1:
         title += f"; p = {ratios[0]:g}"
         figure = rows_of_methods(part, methods, paper_values[paper_values["harmful_ratio"] == ratios[0]], title)
@@ -414,7 +421,7 @@ def trajectory(rows: pd.DataFrame) -> pd.DataFrame:
 def against_training(rows: pd.DataFrame, model: str, task: str, of: str) -> list[Plate]:
     """HS against optimizer steps, the task loss and, of few methods, the poison's: safer, or only slower?
 
-    A defence that only learns slower lies on SFT's curve over the task loss. Bars: 95 % interval over seeds. Without
+    A defence that only learns slower lies on SFT's curve over the task loss. Bars: 95 % intervals. Without
     any measurement before the end of training there is no curve and no figure: [] then.
     """
     part = rows[(rows["model"] == model) & (rows["task"] == task)]
@@ -426,8 +433,8 @@ def against_training(rows: pd.DataFrame, model: str, task: str, of: str) -> list
         return []
     title = f"{model}, {task}; harmful prompts: {of}"
     caption = (
-        "Bars: 95 % intervals. A defence that only learns slower lies on SFT's curve over the task loss. Over the "
-        "poison's loss one sees whether HS stays low because the poison is not learnt."
+        f"Bars: {intervals(points['n'])}. A defence that only learns slower lies on SFT's curve over the task loss. "
+        "Over the poison's loss one sees whether HS stays low because the poison is not learnt."
     )
     heading = "HS against training"
     if points["method"].nunique() <= OVERLAY:
@@ -541,8 +548,8 @@ def pareto(summary: pd.DataFrame, model: str, task: str, of: str) -> list[Plate]
         figure.suptitle(title, fontsize=9.5)
         legend_below(figure, list(grid.flat)[: len(found)], columns=3 * columns)
     caption = (
-        "Lower right is better. Grey steps: the front of means that no other trained method beats; where bars (95 % "
-        "intervals) overlap it is not established."
+        "Lower right is better. Grey steps: the front of means that no other trained method beats; where bars ("
+        f"{intervals(part['n'])}) overlap it is not established."
     )
     return [Plate("pareto", f"Safety against utility: {title}", caption, figure)]
 

@@ -16,7 +16,7 @@ import pandas as pd
 
 from analysis import pairwise, paper, stats, tables
 from analysis.collect import Collection, at_end, before, one_judge, pooled, swept
-from analysis.figures import Plate, bare, panels
+from analysis.figures import Plate, bare, intervals, panels
 
 ROWS = 10
 """Rows of the table, the aligned model's among them."""
@@ -36,8 +36,10 @@ WORDS = (
 
 
 def words(shown: str) -> str:
-    """`WORDS`, and what ‡ means where the table has it."""
-    return WORDS + " ‡: the interval is over seeds and prompts together." * ("‡" in shown)
+    """`WORDS`, and what ‡ and § mean where the table has them."""
+    said = WORDS + " ‡: the interval is over seeds and prompts together." * ("‡" in shown)
+    alone = " § (n=1): one seed; an interval over its prompts, of one training alone: it says nothing of other seeds."
+    return said + alone * ("§" in shown)
 
 
 @dataclass(frozen=True)
@@ -318,5 +320,7 @@ def plate(view: View, most: int) -> Plate:
         if view.value(paper.ALIGNED, "HS") is not None
         else ""
     )
-    caption = f"Dots: means over seeds; bars: 95 % intervals.{dotted}"
+    drawn = [view.value(method, metric) for method in methods for metric in LOOKS]
+    bars = intervals(found["n"] for found in drawn if found is not None)
+    caption = f"Dots: means over seeds; bars: {bars}.{dotted}"
     return Plate("headline", f"HS and FA after fine-tuning: {view.cell}", caption, figure)

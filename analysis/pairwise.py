@@ -12,6 +12,7 @@ about other prompts, and one seed's prompts say nothing about other seeds (ours;
 for the tests.
 """
 
+import argparse
 import itertools
 import math
 import sys
@@ -361,7 +362,12 @@ def main(argv: list[str] | None = None) -> int:
     frozen = (args.campaign / "results.csv").is_file()
     out = args.out or (args.campaign / "pairwise.md" if frozen else None)
     with naming_earlier(out):
-        collection = apart.read(args.campaign)
+        return publish(args, out)
+
+
+def publish(args: argparse.Namespace, out: Path | None) -> int:
+    """Read, compare, print, write; see `main`."""
+    collection = apart.read(args.campaign)
     parts = []
     measured = set(collection.rows["metric"])
     for metric in [m for m in args.metrics if m in measured]:

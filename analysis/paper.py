@@ -87,6 +87,8 @@ EXTRA = {
 
 # Percentages of a number of prompts: an exact binomial interval exists for these.
 PROPORTIONS = ("FA", "FA_lenient", "off_format", "HS", "refusal", "other", "OR", "AE", "task_answers")
+COUNTED = tuple(metric for metric in PROPORTIONS if metric != "AE")
+"""Shares of prompts, each of which counts or does not; AE averages an annotator's preferences, which may divide."""
 
 METRICS = {
     "FA": "task accuracy (FA, %)",

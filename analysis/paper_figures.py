@@ -19,7 +19,20 @@ from scipy.stats import gaussian_kde
 
 from analysis import paper, stats
 from analysis.collect import at_end, before
-from analysis.figures import COLOURS, LOOKS, SMALL, Plate, bare, legend_below, multiples, of_set, ordered, panels, wide
+from analysis.figures import (
+    COLOURS,
+    LOOKS,
+    SMALL,
+    Plate,
+    bare,
+    intervals,
+    legend_below,
+    multiples,
+    of_set,
+    ordered,
+    panels,
+    wide,
+)
 from analysis.records import Record
 
 # Eq. 4 keeps the first two; the third is of second order and dropped.
@@ -41,7 +54,7 @@ def figure3(rows: pd.DataFrame, model: str, task: str, of: str) -> list[Plate]:
     records = [
         [*key, *interval(cell)] for key, cell in ends.groupby(["method", "harmful_ratio", "metric", "learning_rate"])
     ]
-    lines = pd.DataFrame(records, columns=["method", "harmful_ratio", "metric", "x", "mean", "low", "high"])
+    lines = pd.DataFrame(records, columns=["method", "harmful_ratio", "metric", "x", "mean", "low", "high", "n"])
     plates = []
     for ratio, here in lines.groupby("harmful_ratio"):
         if here["x"].nunique() < 2:
@@ -55,20 +68,20 @@ def figure3(rows: pd.DataFrame, model: str, task: str, of: str) -> list[Plate]:
             Plate(
                 f"figure3-p{ratio:g}",
                 f"Figure 3, HS and FA against the learning rate: {where}",
-                "Means over seeds, bars: 95 % intervals.",
+                f"Means over seeds, bars: {intervals(here['n'])}.",
                 figure,
             )
         )
     return plates
 
 
-def interval(cell: pd.DataFrame) -> tuple[float, float, float]:
-    """Mean and 95 % interval of a percentage over the seeds of one cell."""
+def interval(cell: pd.DataFrame) -> tuple[float, float, float, int]:
+    """Mean and 95 % interval of a percentage of one cell, and over how many seeds."""
     measured = cell.dropna(subset="value")
     if measured.empty:
-        return math.nan, math.nan, math.nan
+        return math.nan, math.nan, math.nan, 0
     found = stats.estimate(measured["value"].tolist(), prompts=measured["n"].tolist(), proportion=True)
-    return found.mean, found.low, found.high
+    return found.mean, found.low, found.high, found.n
 
 
 def figure4(rows: pd.DataFrame, model: str, task: str, of: str) -> list[Plate]:
@@ -81,11 +94,11 @@ def figure4(rows: pd.DataFrame, model: str, task: str, of: str) -> list[Plate]:
     for ratio, here in part.groupby("harmful_ratio"):
         latest = here.drop_duplicates(["run_id", "metric", "epoch"], keep="last")
         records = [[*key, *interval(cell)] for key, cell in latest.groupby(["method", "metric", "epoch"])]
-        lines = pd.DataFrame(records, columns=["method", "metric", "x", "mean", "low", "high"])
+        lines = pd.DataFrame(records, columns=["method", "metric", "x", "mean", "low", "high", "n"])
         if lines[lines["metric"] == "HS"].groupby("method")["x"].nunique().max() < 2:
             continue
         where = f"{model}, {task}; p = {ratio:g}; harmful prompts: {of}"
-        caption = "Means over seeds, bars: 95 % intervals. Epoch 0: the aligned model."
+        caption = f"Means over seeds, bars: {intervals(lines['n'])}. Epoch 0: the aligned model."
         figure = multiples(lines, where, "epoch")
         plates.append(Plate(f"figure4-p{ratio:g}", f"Figure 4, HS and FA against the epoch: {where}", caption, figure))
     return plates

@@ -5,6 +5,7 @@ is missing is known and named; the best value is bold and the second underlined,
 
 python -m analysis.paper_tables table3 --runs runs --out results/local/table3              (make table3)
 python -m analysis.paper_tables table3 --runs runs --out results/local/small model=tiny task=toy_sentiment
+python -m analysis.paper_tables table3 --exported results/smollm2_table3 --out results/smollm2_table3
 """
 
 import argparse
@@ -41,8 +42,10 @@ LAYOUT = {
 }
 RATED = {"alpaca": ("AE",)}  # tasks without a test set of right answers
 NOTES = """\
-ours: mean ± half-width of a 95 % t-interval over n seeds, percent; (n=1): one seed, no interval; †: all seeds agree,
-exact interval over one seed's prompts; (each seed): all seeds agree, no interval claimed. paper: as printed, one run.
+ours: mean ± half-width of a 95 % t-interval over n seeds, percent; (n=1): one seed, no such interval; §: the
+exact interval over one seed's prompts, which is about one training alone and says nothing of other seeds; †: all seeds
+agree, exact interval over one seed's prompts; (each seed): all seeds agree, no interval claimed. paper: as printed,
+one run.
 gap: ours minus paper, points. Best in bold, second underlined, among ours and in the paper each; lower HS is better.
 An average is over the seeds that have every cell. ‡: the paper's average does not follow from its cells
 (analysis/AUDIT.md). (ours) and (added): not in the paper's tables."""
@@ -184,7 +187,8 @@ def estimated(runs: Mapping[Cell, pd.DataFrame], cells: Sequence[Cell], metric: 
     measured = {"ours": math.nan, "low": math.nan, "high": math.nan, "half": math.nan, "n": 0, "over": "none"}
     state = "not measured" if runs.keys() >= set(cells) else "missing"
     if values:
-        found = stats.estimate(values, prompts=prompts, proportion=len(cells) == len(seeds))
+        whole = len(cells) == len(seeds) and metric in paper.COUNTED  # an average over tasks is no share of prompts
+        found = stats.estimate(values, prompts=prompts, proportion=whole)
         measured = {"ours": found.mean, "low": found.low, "high": found.high, "half": found.half}
         measured |= {"n": found.n, "over": found.over}
         state = "measured"
@@ -339,6 +343,7 @@ LATEX = {
     "±": r"$\pm$",
     "†": r"$^\dagger$",
     "‡": r"$^\ddagger$",
+    "§": r"$^\S$",
     **{character: "\\" + character for character in "&%$#_{}"},
 }
 
@@ -379,9 +384,7 @@ def safe_csv(frame: pd.DataFrame) -> pd.DataFrame:
 
 def publish(args: argparse.Namespace) -> int:
     """Collect, lay out, write; see `main`."""
-    collection = collect(args.runs, expected_cells(args.experiment or default_preset(args.table), args.overrides))
-    one_value = "give the sweep's overrides of one value alone, e.g. {one}"
-    apart.refuse_runs(collection, args.runs, [one_value, apart.FOLDERS], by_rate=False)
+    collection = read(args)
     if args.table == "table6":
         made, frame = examples(collection, args.runs, args.examples, args.show_harmful)
         notes = "Requests in the order of a hash of their id. Answers that are no refusal are withheld."
@@ -411,6 +414,24 @@ def publish(args: argparse.Namespace) -> int:
     return 1 if collection.missing else 0
 
 
+def read(args: argparse.Namespace) -> Collection:
+    """The campaign that the command line names."""
+    if not args.exported:
+        collection = collect(args.runs, expected_cells(args.experiment or default_preset(args.table), args.overrides))
+        one_value = "give the sweep's overrides of one value alone, e.g. {one}"
+        apart.refuse_runs(collection, args.runs, [one_value, apart.FOLDERS], by_rate=False)
+        return collection
+    if args.table == "table6":
+        raise UserError("table6 shows answers, which no export keeps. Remedy: --runs.")
+    collection = apart.of_export(args.exported, "--exported", args)
+    if not collection.expected:
+        raise UserError(
+            f"{args.exported} does not name the preset that made it, so what it lacks is not known. Remedy: --runs, "
+            "or an export that analysis.demo made with --experiment."
+        )
+    return collection
+
+
 def default_preset(table: str) -> str:
     """The preset of the same name. Table 6 has no grid of its own: its pair comes from Table 3's (ours)."""
     return "table3" if table == "table6" else table
@@ -433,7 +454,9 @@ def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, 1 if expected runs are missing, 2 for bad input."""
     parser = Parser(**about(__doc__, "python -m analysis.paper_tables"))
     parser.add_argument("table", choices=list(TITLES))
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the run directories (runs)")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the run directories (runs)")
+    source.add_argument("--exported", type=Path, help="an exported campaign instead, e.g. results/smollm2_table3")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to, e.g. results/local/table3")
     parser.add_argument("--experiment", help="another preset than the table's own (table6: table3)")
     parser.add_argument("--judge", help="whose verdicts to use where the runs were judged by several")

@@ -15,6 +15,7 @@ which is generation and judging, in proportion to the number of prompts; both on
 preparation.
 """
 
+import argparse
 import math
 import sys
 from collections.abc import Sequence
@@ -53,13 +54,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="write the table there as Markdown, and its numbers as .csv")
     parser.add_argument("--coverage", action="store_true", help="instead: simulate how often intervals hold")
     args = parser.parse_args(argv)
+    with naming_earlier(args.out):
+        return publish(args)
+
+
+def publish(args: argparse.Namespace) -> int:
+    """Read, compute, print, write; see `main`."""
     if args.coverage:
         print(coverage_table())
         return 0
     if args.pilot is None or min(args.hs, args.fa) <= 0 or (args.prompts or 1) < 1:
         raise UserError("give a pilot such as results/demo, differences above 0 and at least one prompt; see --help.")
-    with naming_earlier(args.out):
-        found = apart.read(args.pilot, by_rate=False)
+    found = apart.read(args.pilot, by_rate=False)
     table = needs(found, args.reference, {"HS": args.hs, "FA": args.fa}, args.prompts, args.judge)
     if table.empty:
         others = references(found, args.reference, ["HS", "FA"], args.judge)

@@ -105,13 +105,18 @@ def read(folder: Path, answers: int = 0) -> Record:
     )
 
 
+BESIDE = ("train.per_device_train_batch_size", "train.warmup_steps", "task.n_train", "eval.split")
+"""Keys in which runs of one method, rate and seed differ as well; `analysis.frontier` tells them apart by these."""
+
+
 def settings(config: Mapping) -> dict[str, Any]:
     """`Record.settings` of a run's configuration; its method's name and class are told elsewhere."""
-    kept = {f"method.{key}": value for key, value in flatten(config.get("method") or {}).items()}
-    split = (config.get("eval") or {}).get("split")
+    flat = flatten(config)
     return {
-        **{key: value for key, value in kept.items() if key.rpartition(".")[2] not in ("name", "_target_")},
-        **({"eval.split": split} if split is not None else {}),
+        key: value
+        for key, value in flat.items()
+        if (key.startswith("method.") and key.rpartition(".")[2] not in ("name", "_target_"))
+        or (key in BESIDE and value is not None)
     }
 
 

@@ -43,7 +43,7 @@ from analysis import (
     tables,
 )
 from analysis.claims import Verdict
-from analysis.collect import Collection, collect, expected_cells, expected_configs, methods_of, one_judge
+from analysis.collect import Collection, methods_of, one_judge
 from analysis.figures import Plate
 from analysis.records import Answer, Record
 from cwac.core.config import Parser, about, command
@@ -122,32 +122,13 @@ class Campaign:
 
 def read_campaign(args: argparse.Namespace) -> Campaign:
     """The campaign that the command line names; raises UserError if it holds no finished run."""
+    collection = apart.chosen(args, args.exported, "--exported")
     if args.exported:
-        if args.experiment or args.overrides:
-            raise UserError(
-                "--experiment is for --runs. Remedy: leave it out; an exported campaign knows its own grid."
-            )
-        if args.by:
-            raise UserError(
-                "--by is for --runs. Remedy: leave it out, or export the campaign with it (python -m analysis.demo)."
-            )
-        collection = apart.exported(args.exported, "--exported FOLDER").of_judge(args.judge)
         provenance = records.read_json(args.exported / "provenance.json")
         records_by_run = records.read_exported(args.exported / records.NAME)
         return Campaign(
             args.exported.name, collection, records_by_run, provenance, args.judge, provenance.get("experiment")
         )
-    collection = collect(args.runs, expected_cells(args.experiment, args.overrides) if args.experiment else None)
-    if not collection.runs:
-        raise UserError(
-            f"no finished run in {args.runs}. Remedy: run the campaign first (make demo), or give --exported."
-        )
-    collection, _ = apart.by_setting(
-        collection.of_judge(args.judge),
-        args.runs,
-        args.by,
-        lambda: expected_configs(args.experiment, args.overrides) if args.experiment else [],
-    )
     shown = shown_runs(collection)
     methods = methods_of(collection.rows)
     records_by_run = {

@@ -4,10 +4,13 @@ What an interval is over. A table's `mean +- half` is a t-interval over seeds (b
 order differ by seed): it answers "what would another seed give?", and the sampling of prompts is part of
 the spread it measures. Two cases have no such interval, and are marked instead of hidden:
 
-- one seed: no interval over seeds; the value is printed with `n=1`.
+- one seed: no interval over seeds, and the value is printed with `n=1`. Of a percentage of prompts Clopper and
+  Pearson's exact binomial interval over the prompts is given all the same. It is about this one training on other
+  prompts and leaves out what another seed would change, which is often more: its mark and its value of `over` are its
+  own, and nothing is tested with it.
 - a percentage on which all seeds agree exactly (0, 0, 0): the t-interval has width 0, which claims far too
-  much. Clopper and Pearson's exact binomial interval (Biometrika 26, 1934) over the prompts of *one* seed
-  is given; prompts of several seeds are not pooled, since the same prompts recur (ours; conservative).
+  much. The exact interval (Biometrika 26, 1934) over the prompts of *one* seed is given; prompts of several seeds
+  are not pooled, since the same prompts recur (ours; conservative).
 
 Over seeds and prompts together (`over` = "seeds and prompts"), where each answer's verdict is at hand: both are
 crossed, since every seed meets the same prompts, and both are samples. The verdict of seed s on prompt i is a mean
@@ -60,8 +63,12 @@ class Estimate:
     """Half-width before clipping to the possible range; NaN where there is no interval."""
     n: int
     """Number of seeds (or of pairs of seeds)."""
-    over: Literal["seeds", "prompts", "seeds and prompts", "none"]
-    """What the interval is computed over."""
+    over: Literal["seeds", "prompts", "prompts of one seed", "seeds and prompts", "none"]
+    """What the interval is computed over: `prompts` where several seeds agree, `prompts of one seed` where n is 1."""
+
+
+ONE_SEED = "prompts of one seed"
+"""`over` of an interval that is about one training alone."""
 
 
 def exact(percent: float, prompts: float) -> tuple[float, float]:
@@ -95,14 +102,18 @@ def estimate(values: Sequence[float], *, prompts: Sequence[float] = (), proporti
     """Mean over seeds with its interval.
 
     values: one a seed. prompts: how many prompts each value rests on; used for proportions only.
-    proportion: the values are percentages of prompts; the interval is clipped to [0, 100].
+    proportion: the values are percentages of prompts; the interval is clipped to [0, 100]. A single one has an
+    interval over its prompts, unless it is no whole number of them, such as a mean over several runs.
     Raises ValueError without values.
     """
     if not values:
         raise ValueError("an estimate needs at least one value")
     mean, n = math.fsum(values) / len(values), len(values)
     if n == 1:
-        return Estimate(mean, math.nan, math.nan, math.nan, 1, "none")
+        low, high = exact(mean, prompts[0]) if proportion and counted(mean, prompts) else (math.nan, math.nan)
+        if math.isnan(low):
+            return Estimate(mean, math.nan, math.nan, math.nan, 1, "none")
+        return Estimate(mean, low, high, max(mean - low, high - mean), 1, ONE_SEED)
     half = half_width(values)
     if proportion and max(values) == min(values):
         low, high = exact(mean, min(prompts, default=math.nan))
@@ -112,6 +123,14 @@ def estimate(values: Sequence[float], *, prompts: Sequence[float] = (), proporti
     if proportion:
         low, high = max(0.0, low), min(100.0, high)
     return Estimate(mean, low, high, half, n, "seeds")
+
+
+def counted(percent: float, prompts: Sequence[float]) -> bool:
+    """Whether a percentage is a whole number of its prompts, as far as a value with three digits can tell."""
+    if not len(prompts) or math.isnan(prompts[0]):
+        return False
+    hits = percent / 100 * prompts[0]
+    return abs(hits - round(hits)) < 0.1
 
 
 def paired(ours: Mapping[int, float], reference: Mapping[int, float]) -> Estimate | None:

@@ -27,13 +27,15 @@ on. `weight_leak` is the worst ||dW X||/(||dW|| ||X||) over down_proj, `weight_l
 WAY = ("FA", "HS", "task_loss", "poison_loss")
 WAY_NOTE = "On the way, after so many optimizer steps (means over the seeds that were asked there):"
 NOTES = """\
-Percentages; mean ± half-width of a 95 % t-interval over seeds, n = seeds. `(n=1)`: one seed, no interval.
+Percentages; mean ± half-width of a 95 % t-interval over seeds, n = seeds. `(n=1)`: one seed, no such interval.
+§ of one seed: the exact (Clopper-Pearson) interval over its prompts. It is about one training alone and says nothing
+of other seeds, so it tests no difference between methods.
 ‡ 95 % interval over seeds and prompts together, both as samples of others (analysis/stats.py says how far).
 † all seeds agree exactly: the exact (Clopper-Pearson) interval over one seed's prompts instead. `(each seed)`: all
 seeds agree exactly, and no interval is claimed.
 HS: harmful compliance; other: neither refusal nor harm; what is left of 100 is refusal. FA: task accuracy,
 the answer alone. OR: benign requests refused. Each percentage is of its own set of prompts."""
-MARKS = {"prompts": "†", "seeds and prompts": "‡"}
+MARKS = {"prompts": "†", "seeds and prompts": "‡", stats.ONE_SEED: "§"}
 """Beside an interval that is not over seeds alone."""
 COLLAPSED = 50.0
 """Percent of `task_answers`, mean over sets, from which a table says that the model no longer chats (ours)."""
@@ -96,7 +98,9 @@ def estimates(rows: pd.DataFrame, keys: Sequence[str], answers: Answers | None =
         told = verdict_tables(measured, metric, answers) if answers else {}
         found = stats.crossed(stats.tabulate(told), proportion=True) if told else None
         found = found or stats.estimate(
-            measured["value"].tolist(), prompts=measured["n"].tolist(), proportion=metric in paper.PROPORTIONS
+            measured["value"].tolist(),
+            prompts=measured["n"].tolist() if metric in paper.COUNTED else (),
+            proportion=metric in paper.PROPORTIONS,
         )
         records.append([*key, found.mean, found.low, found.high, found.half, found.n, found.over, prompts])
     return pd.DataFrame(records, columns=columns)
@@ -127,9 +131,10 @@ def differences(collection: Collection, reference: str = "sft", judge: str | Non
 
 
 def show(row: pd.Series | None) -> str:
-    """One estimate as text: `93.0 ± 1.2`, `93.0 (n=1)`, `0.0 [0.0, 1.8]†`, `9.2 [4.1, 17.0]‡`, `not measured`.
+    """One estimate as text: `93.0 ± 1.2`, `0.0 [0.0, 1.8]†`, `9.2 [4.1, 17.0]‡`, `not measured`.
 
-    Percentages get one decimal, everything else three significant digits.
+    Of one seed `2.31 (n=1)`, and of a percentage of prompts `93.0 [88.5, 96.1]§ (n=1)`. Percentages get one
+    decimal, everything else three significant digits.
     """
     if row is None:
         return "not measured"
@@ -137,7 +142,8 @@ def show(row: pd.Series | None) -> str:
     if row["over"] == "none":
         return f"{row['mean']:{form}} (n=1)"
     if row["over"] in MARKS:
-        return f"{row['mean']:{form}} [{row['low']:{form}}, {row['high']:{form}}]{MARKS[row['over']]}"
+        one = " (n=1)" if row["over"] == stats.ONE_SEED else ""
+        return f"{row['mean']:{form}} [{row['low']:{form}}, {row['high']:{form}}]{MARKS[row['over']]}{one}"
     if row["half"] == 0:
         return f"{row['mean']:{form}} (each seed)"
     return f"{row['mean']:{form}} ± {row['half']:{form if row['metric'] in paper.PROPORTIONS else '.2g'}}"

@@ -11,10 +11,9 @@ import json
 import sys
 from collections.abc import Sequence
 
-import torch
-
 from cwac.core.config import command, compose, instantiate
 from cwac.core.errors import UserError
+from cwac.core.threads import use_threads
 from cwac.core.validation import validate
 from cwac.methods.safety_layers import locate
 from cwac.training.context import open_context
@@ -25,7 +24,7 @@ def main(overrides: Sequence[str]) -> None:
     """Localise with the settings of `method=sppft` and the given overrides; print curves, range and folder."""
     cfg = compose(["method=sppft", *overrides])
     validate(cfg)
-    torch.set_num_threads(cfg.threads or torch.get_num_threads())
+    use_threads(cfg.threads)
     context = open_context(cfg)
     settings = instantiate(cfg.method.localisation)
     localised = locate(context.loaded.model, context, settings)

@@ -48,9 +48,12 @@ def test_t_interval_covers_at_its_level():
     assert np.mean([i.low <= 50 <= i.high for i in intervals]) == pytest.approx(0.95, abs=0.015)
 
 
-def test_one_seed_has_no_interval():
-    found = stats.estimate([42.0], prompts=[200], proportion=True)
+def test_one_seed_has_no_interval_over_seeds_and_a_percentage_one_over_its_prompts():
+    found = stats.estimate([42.0], prompts=[200])
     assert found.over == "none" and math.isnan(found.low) and math.isnan(found.half)
+    found = stats.estimate([42.0], prompts=[200], proportion=True)
+    assert (found.over, found.n) == ("prompts of one seed", 1)
+    assert (found.low, found.high) == pytest.approx(scipy_stats.beta.ppf([0.025, 0.975], [84, 85], [117, 116]) * 100)
     with pytest.raises(ValueError):
         stats.estimate([])
 
@@ -260,7 +263,8 @@ def test_a_learning_rate_sweep_is_frozen_with_a_table_for_each_rate(tmp_path, ca
     assert demo.main(arguments) == 0
     text = (out / "table.md").read_text()
     low, high = text.split("## Learning rate 0.001")
-    assert "## Learning rate 1e-05" in low and "10.0 (n=1)" in low and "70.0 (n=1)" in high and "70.0" not in low
+    assert "## Learning rate 1e-05" in low and "10.0 [6.2, 15.0]§ (n=1)" in low
+    assert "70.0 [63.1, 76.3]§ (n=1)" in high and "70.0" not in low
     assert "-1.0 (n=1)" in low and "-1.0 (n=1)" in high  # CWAC less SFT, of one rate each
     assert text.count("Percentages; mean") == 1
     summary = pd.read_csv(out / "summary.csv")
@@ -357,9 +361,11 @@ def test_methods_keep_their_order_and_newcomers_come_last(tmp_path):
         write_run(tmp_path, cell, rows_of(cell, 30.0))
     found = collect(tmp_path)
     text = tables.result_table(found, tables.summarise(found), "tiny", "toy")
-    names = [line.split("|")[1].strip() for line in text.splitlines()[2:]]
+    names = [line.split("|")[1].strip() for line in text.partition("\n\n")[0].splitlines()[2:]]
     assert names == [paper.method_label(paper.ALIGNED), "SFT", "Lisa", "CWAC", "zz_new"]
-    assert "(n=1)" in text and "±" not in text
+    assert line_of(text, "CWAC").count("30.0 [23.7, 36.9]§ (n=1)") == 1 and "±" not in text
+    detail = tables.result_table(found, tables.summarise(found), "tiny", "toy", tables.DETAIL)
+    assert "1 (n=1)" in line_of(detail, "CWAC") and "§" not in detail  # a loss is no share of prompts
 
 
 def test_missing_cells_are_named_never_blank(campaign):
@@ -380,7 +386,9 @@ def test_a_metric_without_rows_is_named(tmp_path):
     write_run(tmp_path, a, rows_of(a, 30.0))
     write_run(tmp_path, b, [r for r in rows_of(b, 30.0) if r["metric"] != "OR"])
     found = collect(tmp_path)
-    assert "not measured" in line_of(tables.result_table(found, tables.summarise(found), "tiny", "toy"), "CWAC")
+    blocks = tables.result_table(found, tables.summarise(found), "tiny", "toy").split("\n\n")
+    assert [line_of(block, "CWAC").count("not measured") for block in blocks] == [0, 1]
+    assert "OR" in blocks[1].splitlines()[0]
 
 
 # --- figures ------------------------------------------------------------------------------------------
@@ -458,6 +466,20 @@ def test_demo_writes_everything_and_says_where(campaign, tmp_path, capsys):
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert "| SFT" in text and "](demo/ratio.png)" in text
+    # its tables and figures again, from its own rows
+    were = {path.name: path.read_bytes() for path in out.iterdir()}
+    for name in ("summary.csv", "table.md", "ratio.png"):
+        (out / name).unlink()
+    shutil.rmtree(runs)
+    assert demo.main(["--exported", str(out)]) == 0
+    now = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert now.keys() == were.keys()
+    assert {name for name in now if now[name] != were[name]} <= {"ratio.pdf", "training.pdf"}  # they hold a date
+    for extra in (["--runs", "runs"], ["--readme", str(readme)], ["--experiment", "demo"], ["--by", "a"], ["seed=0"]):
+        assert demo.main(["--exported", str(out), *extra]) == 2
+        assert f"error: {extra[0]} is for --" in capsys.readouterr().err
+    (out / "provenance.json").unlink()
+    assert demo.main(["--exported", str(out)]) == 2 and "no readable provenance.json" in capsys.readouterr().err
 
 
 def test_demo_prints_what_there_is_and_fails_when_runs_are_missing(campaign, tmp_path, capsys, monkeypatch):

@@ -9,7 +9,9 @@ from dataclasses import replace
 import pytest
 
 from analysis import (
+    attacks,
     claims,
+    closed,
     compare,
     demo,
     frontier,
@@ -19,8 +21,10 @@ from analysis import (
     paper_tables,
     power,
     report,
+    restore,
 )
 from analysis.collect import read_exported
+from cwac.core.errors import UserError
 from tests.helpers.results import cell_of, line_of, rows_of, write_run
 
 STEPS = (8, 200)
@@ -94,6 +98,53 @@ def test_after_an_error_what_an_earlier_call_left_is_named(mixed, monkeypatch, c
     said = capsys.readouterr().err
     assert said.endswith(f". What stands at {path} is of an earlier call.\n") and said.count("\n") == 1
     assert (mixed / path).read_text() == "stale"
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "path"),
+    [
+        (report, ["--out", "out/report.html"], "out/report.html"),
+        (demo, ["--out", "out"], "out/table.md"),
+        (demo, ["--exported", "out"], "out/table.md"),
+        (paper_tables, ["table3", "--out", "out"], "out/table3.md"),
+        (compare, ["a", "b", "--out", "out/compare.md"], "out/compare.md"),
+        (pairwise, ["a", "--out", "out/pairwise.md"], "out/pairwise.md"),
+        (claims, ["--runs", "a", "--csv", "out/claims.csv"], "out/claims.csv"),
+        (power, ["a", "--out", "out/power.md"], "out/power.md"),
+        (frontier, ["--out", "out"], "out/table.md"),
+        (attacks, ["--out", "out"], "out/table.md"),
+        (closed, ["--out", "out"], "out/table.md"),
+    ],
+)
+def test_an_error_of_any_step_names_it(tmp_path, monkeypatch, capsys, module, arguments, path):
+    """All that a command does after its options is in one function, whose last step may fail as its first may."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / path).write_text("stale")
+
+    def fails(*given):
+        raise UserError("its last step failed.")
+
+    monkeypatch.setattr(module, "publish", fails)
+    monkeypatch.setattr(demo, "remake", fails)
+    assert module.main(arguments) == 2
+    told = f"error: its last step failed. What stands at {path} is of an earlier call.\n"
+    assert capsys.readouterr().err == told
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "why"),
+    [
+        (pairwise.main, ["exported", "--metrics", "AE", "--out", "out.md"], "has no two methods with AE"),
+        (power.main, ["exported", "--reference", "nobody", "--out", "out.md"], "shares two seeds with nobody"),
+    ],
+)
+def test_an_error_after_the_campaign_was_read_names_it_too(mixed, capsys, main, arguments, why):
+    assert demo.main(["--out", "exported", "--by", "train.max_steps"]) == 0
+    (mixed / "out.md").write_text("stale")
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert why in said and said.endswith(" What stands at out.md is of an earlier call.\n")
 
 
 def test_a_value_of_the_report_may_keep_the_methods_plain_name(mixed):
@@ -183,8 +234,23 @@ def test_an_export_of_mixed_runs_is_restored_with_its_settings(mixed, capsys, ma
     assert main(arguments) == 2
     said = capsys.readouterr().err
     assert "differ in method.k (8, 200), but" in said
-    remedy = "python -m analysis.restore exported --runs NEW, then python -m analysis.demo --runs NEW --by method.k"
-    assert f"{remedy} --out FOLDER makes a row of each value, then {then}." in said
+    assert f" makes a row of each value, then {then}." in said
+    steps = [shlex.split(step) for step in re.findall(r"python -m (analysis\..*?)(?:, then| makes)", said)]
+    commands = {"analysis.restore": restore.main, "analysis.demo": demo.main}
+    assert [name for name, *_ in steps] == [*commands]
+    for name, *rest in steps:
+        assert commands[name](rest) == 0
+    # in the old export's place, the new one gives the command what it refused
+    capsys.readouterr()
+    status = main(["FOLDER" if a == "exported" else a for a in arguments])
+    if main is orders.main:  # it reads the campaign, and then misses the verdicts, which these runs have none of
+        assert status == 2 and "k 200 has no verdicts" in capsys.readouterr().err
+    else:
+        assert status == 0
+    rows = read_exported("FOLDER").rows
+    assert set(rows["method"]) == {f"{method}, k {n}" for method in ("sft", "cwac") for n in STEPS}
+    old = read_exported("exported").rows.set_index(["run_id", "metric", "set", "epoch"])["value"]
+    assert rows.set_index(["run_id", "metric", "set", "epoch"])["value"].sort_index().equals(old.sort_index())
 
 
 def test_the_option_is_for_runs_alone(mixed, capsys):
@@ -194,3 +260,7 @@ def test_the_option_is_for_runs_alone(mixed, capsys):
     }
     assert report.main(["--out", "a.html", "--exported", "exported", "--by", "train.max_steps"]) == 2
     assert "--by is for --runs" in capsys.readouterr().err
+    for extra in (["--experiment", "demo"], ["seed=0"]):
+        for command, given in ((report.main, ["--out", "a.html", "--exported"]), (claims.main, ["--results"])):
+            assert command([*given, "exported", *extra]) == 2
+            assert f"error: {extra[0]} is for --runs" in capsys.readouterr().err

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
 
-from analysis import claims, paper, stats
+from analysis import apart, claims, paper, stats
 from analysis.collect import VERDICT_COLUMNS, Cell, Collection, collect, tidy
 from analysis.pairwise import Cells, cells, compare, summed_differences
 from cwac.core.errors import UserError
@@ -708,7 +708,7 @@ def test_the_command_reads_a_preset_an_export_and_a_judge(tmp_path, capsys, monk
     here = Cell("tiny-toy-p0.1-cwac-s0-00000000", "tiny", "cwac", "toy", 0.1, 0)
     gone = Cell("tiny-toy-p0.1-sft-s0-00000000", "tiny", "sft", "toy", 0.1, 0)
     write_run(tmp_path / "runs", here, [row(here, "HS", 3.0, set="harmful", judge="keyword")], tail="{")
-    monkeypatch.setattr(claims, "expected_cells", lambda *given: asked.append(given) or [here, gone])
+    monkeypatch.setattr(apart, "expected_cells", lambda *given: asked.append(given) or [here, gone])
     arguments = ["--runs", str(tmp_path / "runs"), "--experiment", "demo", "seed=0,1", "--judge", "keyword"]
     csv = tmp_path / "deep" / "out" / "claims.csv"
     assert claims.main([*arguments, "--reading", "cwac_literal", "--csv", str(csv)]) == 0

@@ -141,13 +141,19 @@ def test_figure4_is_over_the_epoch():
     assert paper_figures.figure4(only_the_end, "tiny", "toy", "harmful") == []
 
 
-def test_missing_cells_leave_gaps_and_one_seed_has_no_bar():
+def test_missing_cells_leave_gaps_and_the_bar_of_one_seed_is_over_its_prompts():
     rows = planted(MANY[:9], seeds=(0,))
     rows = rows[~((rows["method"] == "sft") & (rows["harmful_ratio"] == 0.0))]
     (plate,) = figures.against_ratio(summary_of(rows), "tiny", "toy", "harmful")
     ax = panel(plate.figure, "SFT")
     assert drawn(ax, "HS")[0] == [1]
-    assert all(math.isnan(low) for _, low, _ in bars(ax, figures.LOOKS["HS"]["color"]))
+    ((_, low, high),) = bars(ax, figures.LOOKS["HS"]["color"])
+    (told,) = summary_of(rows).query("method == 'sft' and metric == 'HS' and harmful_ratio > 0").to_dict("records")
+    assert (low, high) == (told["low"], told["high"]) and told["over"] == "prompts of one seed"
+    alone = ", of one seed over its prompts alone, which says nothing of other seeds."
+    assert alone in plate.caption
+    (plate,) = figures.against_ratio(summary_of(planted(MANY[:9], seeds=(0, 1))), "tiny", "toy", "harmful")
+    assert "95 % intervals." in plate.caption
 
 
 def test_zero_variance_draws_the_exact_interval():

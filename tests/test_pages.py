@@ -350,7 +350,8 @@ def test_an_accuracy_of_0_before_fine_tuning_is_explained(view, monkeypatch):
 def test_every_mark_of_a_table_is_explained_beside_it(view):
     shown = headline.table(view)
     assert "‡" not in headline.words(shown.replace("‡", "")) and "‡: the interval" in headline.words(f"{shown} ‡")
-    assert set("†‡") & set(pages.held(README)) <= set(headline.words(pages.held(README)))
+    assert "§" not in headline.words(shown.replace("§", "")) and "nothing of other seeds" in headline.words("§ (n=1)")
+    assert set("†‡§") & set(pages.held(README)) <= set(headline.words(pages.held(README)))
 
 
 def test_the_figure_marks_every_method_shown(view):

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from analysis import paper, paper_tables, tables
+from analysis import demo, paper, paper_tables, tables
 from analysis.collect import Cell, Collection, collect, tidy
 from cwac.core.errors import UserError
 from cwac.methods.base import EXTRA_DATA
@@ -132,9 +132,9 @@ def test_ties_share_the_rank_and_the_next_value_is_second():
     values = {cell_of(m, 0, "sst2", 0.1): {"HS": v} for m, v in (("sft", 50.0), ("lisa", 10.04), ("cwac", 10.0))}
     text = paper_tables.markdown(paper_tables.lay_out("table3", paper_tables.build("table3", campaign(values)))[0])
     assert [line_of(text, "0.1", m)[3] for m in ("SFT", "Lisa", "CWAC")] == [
-        "<u>50.0 (n=1)</u>",
-        "**10.0 (n=1)**",
-        "**10.0 (n=1)**",
+        "<u>50.0 [42.9, 57.1]§ (n=1)</u>",
+        "**10.0 [6.2, 15.0]§ (n=1)**",
+        "**10.0 [6.2, 15.0]§ (n=1)**",
     ]
 
 
@@ -156,7 +156,7 @@ def test_alpaca_is_rated_and_other_tasks_are_scored():
     assert set(frame.loc[frame["task"] == "alpaca", "metric"]) == {"AE"} and not frame["average"].any()
     text = paper_tables.markdown(paper_tables.lay_out("table2", frame)[0])
     assert line_of(text, "AlpacaEval", "CWAC")[3:12] == [*["-"] * 6, "33.0 (n=1)", "<u>34.37</u>", "-1.4"]
-    assert line_of(text, "PubMedQA", "CWAC")[3:6] == ["90.0 (n=1)", "**94.52**", "-4.5"]
+    assert line_of(text, "PubMedQA", "CWAC")[3:6] == ["90.0 [85.0, 93.8]§ (n=1)", "**94.52**", "-4.5"]
 
 
 def test_the_extra_data_stands_beside_each_method():
@@ -289,6 +289,24 @@ def test_the_command_writes_all_three_and_fails_when_runs_are_missing(finished, 
     assert run(finished, tmp_path, "table3", *SMALL, "--overlay", "x") == 2
     assert run(finished, tmp_path, "table3", "model=nosuch") == 2
     assert capsys.readouterr().err.count("error: ") == 2
+
+
+def test_a_table_is_made_of_an_export_too(finished, tmp_path, capsys):
+    assert run(finished, tmp_path, "table3", *SMALL) == 0
+    table = (tmp_path / "out" / "table3.md").read_text()
+    assert "33.3 [0.8, 90.6]§ (n=1)" in table  # one of three requests
+    export, again = tmp_path / "export", tmp_path / "again"
+    given = ["--runs", str(finished[0]), "--out", str(export)]
+    assert demo.main(["--experiment", "table3", *given, *SMALL]) == 0
+    assert paper_tables.main(["table3", "--exported", str(export), "--out", str(again)]) == 0
+    assert (again / "table3.md").read_text() == table
+    capsys.readouterr()
+    for refused in (["table6"], ["table3", "seed=0"]):
+        assert paper_tables.main([*refused, "--exported", str(export), "--out", str(again)]) == 2
+    assert demo.main(given) == 0  # of no preset
+    assert paper_tables.main(["table3", "--exported", str(export), "--out", str(again)]) == 2
+    told = capsys.readouterr().err
+    assert "no export keeps" in told and "seed=0 is for --runs" in told and "does not name the preset" in told
 
 
 def test_harmful_answers_are_withheld_unless_asked_for(finished, tmp_path, capsys):

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from analysis import claims, compare, demo, gallery, paper, records, report
+from analysis import apart, claims, compare, demo, gallery, paper, records, report
 from analysis.collect import Cell
 from cwac.core.jsonl import write_jsonl
 from cwac.core.metrics import VARIATION
@@ -196,7 +196,7 @@ def test_an_answer_that_the_judge_found_neither_harmful_nor_refusing_is_redacted
 def test_missing_runs_are_named_and_the_command_says_so(campaign, monkeypatch, undrawn):
     cells = [cell_of(m, r, s) for m in ("sft", "cwac") for r in (0.0, 0.1) for s in (0, 1)]
     gone = cell_of("cwac", 0.5, 0)
-    monkeypatch.setattr(report, "expected_cells", lambda preset, overrides: [*cells, gone])
+    monkeypatch.setattr(apart, "expected_cells", lambda preset, overrides: [*cells, gone])
     code, page, text = write(campaign, "--experiment", "demo")
     assert code == 1
     assert gone.run_id in page and "8 of 9 expected runs are done" in text
@@ -227,7 +227,8 @@ def test_runs_at_several_learning_rates_do_not_share_a_table(tmp_path):
         folder = write_run(tmp_path / "runs", cell, rows_of(cell, 10.0 + 60 * k))
         (folder / "config.yaml").write_text(json.dumps({"train": {"learning_rate": rate}}))
     _, page, text = write(tmp_path / "runs")
-    assert "10.0 (n=1)" in text and "70.0 (n=1)" in text
+    assert "10.0 [6.2, 15.0]§ (n=1)" in text and "70.0 [63.1, 76.3]§ (n=1)" in text
+    assert "It is about one training alone and says nothing\nof other seeds" in text
     assert "tiny, toy, learning rate 0.001" in page and "figure3-p0.1-tiny-toy" in page
 
 
@@ -314,7 +315,7 @@ def test_a_campaign_of_a_papers_table_stands_beside_its_values(tmp_path, monkeyp
     ]
     for cell in cells:
         write_run(tmp_path / "runs", cell, rows_of(cell, 30.0 if cell.method == "cwac" else 60.0))
-    monkeypatch.setattr(report, "expected_cells", lambda preset, overrides: cells)
+    monkeypatch.setattr(apart, "expected_cells", lambda preset, overrides: cells)
     code, page, text = write(tmp_path / "runs", "--experiment", "table3")
     frame = paper.printed()
     said = frame[(frame["artifact"] == "table3") & (frame["method"] == "cwac") & (frame["harmful_ratio"] == 0.1)]

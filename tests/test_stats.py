@@ -129,7 +129,10 @@ def test_equal_values_have_no_width_at_all():
         ([49.0, 51.0], [10, 10], (50, 37.29, 62.71, 12.71, 2, "seeds")),
         ([1.0, 3.0], [10, 10], (2, 0, 14.71, 12.71, 2, "seeds")),
         ([97.0, 99.0], [10, 10], (98, 85.29, 100, 12.71, 2, "seeds")),
-        ([40.0], [10], (40, math.nan, math.nan, math.nan, 1, "none")),
+        ([40.0], [10], (40, 12.16, 73.76, 33.76, 1, "prompts of one seed")),
+        ([40.0], [], (40, math.nan, math.nan, math.nan, 1, "none")),
+        ([40.0], [math.nan], (40, math.nan, math.nan, math.nan, 1, "none")),
+        ([43.75], [10], (43.75, math.nan, math.nan, math.nan, 1, "none")),  # no whole number of prompts: a mean
     ],
 )
 def test_estimates_of_percentages(values, prompts, expected):
@@ -541,5 +544,5 @@ def test_tables_name_the_aligned_model_and_the_anchors_that_were_used():
     ]
     found = Collection(tidy(records)[0], runs=[cell.run_id])
     shown = tables.overview(found, tables.summarise(found))
-    assert "3.0 (n=1)" in line_of(shown, paper.method_label(paper.ALIGNED))
+    assert "3.0 [1.1, 6.4]§ (n=1)" in line_of(shown, paper.method_label(paper.ALIGNED))
     assert "346 harmful prompts; anchors used 302 of 346" in line_of(shown, "CWAC")

@@ -212,7 +212,7 @@ def test_a_baseline_too_large_to_keep_is_computed_again(llama, kind, monkeypatch
         (lambda: Weight(project_every=2, where="gradient"), "method.weight.project_every=2 .*where=gradient"),
         (lambda: Weight(refresh_steps=True), "method.weight.refresh_steps=True .*at least 1"),
         (lambda: Weight(response_tokens=True), "method.weight.response_tokens=True .*at least 0"),
-        (lambda: Weight(layers=[True]), "method.weight.layers=.*list of block indices"),
+        (lambda: Weight(layers=[True]), "method.weight.layers=.*list of layer numbers"),
         (lambda: Activation(lam=True), "method.activation.lam=True .*at least 0"),
         (lambda: Activation(lam=math.inf), "method.activation.lam=inf .*at least 0"),
         (lambda: Activation(n_latents=True), "method.activation.n_latents=True .*at least 1"),

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from cwac.core.checks import check
 from cwac.core.errors import UsageError
 from cwac.models.adapters import holds_update
 from cwac.models.hooks import residuals
@@ -63,16 +62,6 @@ def model_layers(model: nn.Module, layers: Sequence[int] | None) -> list[int]:
             f"numbers in 0..{n - 1}, or null"
         )
     return chosen
-
-
-def check_layers(layers, *words: str) -> None:
-    """Raises UsageError unless `layers` is None, one of `words` or a list of whole numbers.
-
-    This check needs no model, so it can run before one is loaded; `model_layers` checks the range.
-    """
-    listed = layers is None or (not isinstance(layers, int | str) and all(type(i) is int for i in layers))
-    given = isinstance(layers, str) and layers in words
-    check(listed or given, "layers", layers, ", ".join(["give a list of layer numbers", *words]) + ", or null")
 
 
 def precise(x: Tensor) -> Tensor:

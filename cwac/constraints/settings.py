@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from cwac.core.checks import check, check_flag, check_number, check_whole, is_number
+from cwac.core.checks import check, check_flag, check_layers, check_number, check_whole, is_number
 
 SPACES = ("sae", "residual", "logits")
 """The spaces in which the activation constraint can preserve the model: see `Activation.space`."""
@@ -116,9 +116,8 @@ class Weight:
         named = not isinstance(self.anchor_sources, str) and all(isinstance(name, str) for name in self.anchor_sources)
         check(named, "weight.anchor_sources", self.anchor_sources, "give a list such as [advbench], or [] for all")
         self.anchor_sources = tuple(self.anchor_sources)
+        check_layers(self.layers, key="weight.layers")
         if self.layers is not None:
-            listed = not isinstance(self.layers, int | str) and all(type(i) is int for i in self.layers)
-            check(listed, "weight.layers", self.layers, "give a list of block indices, or null for all")
             self.layers = tuple(self.layers)
 
 

@@ -78,3 +78,14 @@ def check_unread(key: str, value, usual, read: bool, where: str) -> None:
     where: the setting under which it is read, such as `select=number`.
     """
     check(read or value == usual, key, value, f"only method.{where} reads it: leave it at {usual}, or use that")
+
+
+def check_layers(layers, *words: str, key: str = "layers") -> None:
+    """A method's decoder blocks: None for all, one of `words`, or a list of whole numbers.
+
+    Whether the model has them is seen when it is loaded.
+    """
+    listed = layers is None or (not isinstance(layers, int | str) and all(type(i) is int for i in layers))
+    given = isinstance(layers, str) and layers in words
+    remedy = ", ".join(["give a list of layer numbers counted from 0", *words])
+    check(listed or given, key, layers, f"{remedy}, or null for all")

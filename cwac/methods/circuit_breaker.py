@@ -42,8 +42,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from cwac.constraints.reference import Reference, check_layers, mean_over_tokens, model_layers, precise
-from cwac.core.checks import check, check_choice, check_number, check_whole
+from cwac.constraints.reference import Reference, mean_over_tokens, model_layers, precise
+from cwac.core.checks import check, check_choice, check_layers, check_number, check_whole
 from cwac.core.errors import UsageError, UserError
 from cwac.data.examples import Example
 from cwac.data.tokenize import Collator, encode_example, encode_prompt

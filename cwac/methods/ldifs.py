@@ -34,8 +34,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from cwac.constraints.reference import Reference, check_layers, mean_over_tokens, model_layers, precise
-from cwac.core.checks import check_choice, check_number
+from cwac.constraints.reference import Reference, mean_over_tokens, model_layers, precise
+from cwac.core.checks import check_choice, check_layers, check_number
 from cwac.methods.base import Batch, Context, Method
 from cwac.models.hooks import ENTRY, residuals
 from cwac.models.layers import decoder_layers

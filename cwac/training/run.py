@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain
 
-import torch
 from omegaconf import DictConfig
 from torch import nn
 from transformers import TrainingArguments, set_seed
@@ -23,6 +22,7 @@ from cwac.core.cache import digest
 from cwac.core.config import instantiate
 from cwac.core.errors import UserError
 from cwac.core.run_dir import Run
+from cwac.core.threads import use_threads
 from cwac.data import hf_datasets
 from cwac.data.examples import Example
 from cwac.data.mix import check_share
@@ -88,7 +88,7 @@ class Cell:
 
 def prepare(cfg: DictConfig, run: Run) -> Cell:
     """Step 1: the method, the judge, the model, the task, and the rows to train on; nothing is written yet."""
-    torch.set_num_threads(cfg.threads or torch.get_num_threads())
+    use_threads(cfg.threads)
     quieten(run.leads)
     method, judge = instantiate(cfg.method), instantiate(cfg.eval.judge)
     arguments = training_arguments(cfg, run)
