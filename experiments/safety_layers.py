@@ -13,10 +13,10 @@ from collections.abc import Sequence
 
 from cwac.core.config import command, compose, instantiate
 from cwac.core.errors import UserError
-from cwac.core.threads import use_threads
 from cwac.core.validation import validate
 from cwac.methods.safety_layers import locate
 from cwac.training.context import open_context
+from cwac.training.threads import use_threads
 
 
 @command

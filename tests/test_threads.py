@@ -7,7 +7,7 @@ import pytest
 import scipy
 import torch
 
-from cwac.core import threads
+from cwac.training import threads
 
 
 def counts() -> list[int]:

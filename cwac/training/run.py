@@ -22,7 +22,6 @@ from cwac.core.cache import digest
 from cwac.core.config import instantiate
 from cwac.core.errors import UserError
 from cwac.core.run_dir import Run
-from cwac.core.threads import use_threads
 from cwac.data import hf_datasets
 from cwac.data.examples import Example
 from cwac.data.mix import check_share
@@ -47,6 +46,7 @@ from cwac.training.arguments import (
 )
 from cwac.training.attack import poisoned_mix, trigger_of
 from cwac.training.context import open_context
+from cwac.training.threads import use_threads
 
 log = logging.getLogger(__name__)
 
