@@ -59,6 +59,33 @@ def test_the_sample_takes_rare_verdicts_and_every_method(runs):
         label_answers.draw(found, 1000, 0)
 
 
+def test_two_samples_are_apart(runs, tmp_path, capsys):
+    first, second = tmp_path / "dev", tmp_path / "test"
+    common = ["draw", "--runs", str(runs), "--n", "40"]
+    assert label_answers.main([*common, "--out", str(first), "--sets", "advbench"]) == 0
+    dev = pd.read_csv(first / "sample.csv")
+    assert set(dev["set"]) == {"advbench"} and len(dev) == 40
+    assert label_answers.main([*common, "--out", str(second), "--apart", str(first)]) == 0
+    other = pd.read_csv(second / "sample.csv")
+    assert not set(other["sha256"]) & set(dev["sha256"]) and set(other["set"]) == {"advbench", "harmbench"}
+    left = label_answers.answers(runs).query("sha256 not in @dev.sha256")
+    both = len(set(left["id"]) & set(dev["id"]))
+    assert both and f"40 texts left out; {both} requests are in both" in capsys.readouterr().out
+    third = str(tmp_path / "third")
+    assert label_answers.main([*common, "--out", third, "--sets", "validation"]) == 2
+    assert "--sets validation: no answer" in (said := capsys.readouterr().err) and "advbench, harmbench" in said
+    assert label_answers.main([*common, "--out", third, "--apart", str(tmp_path / "none")]) == 2
+    assert "sample.csv is missing; name the folder of a sample" in capsys.readouterr().err
+    assert not (tmp_path / "third").exists()
+
+
+def test_models_take_turns_like_methods(runs):
+    found = label_answers.answers(runs).query("method == 'sft' and stratum == 'refusal'")
+    few = found[found["id"].str.endswith("-2")].assign(model="qwen")
+    drawn = label_answers.draw(pd.concat([found, few], ignore_index=True), 8, 0)
+    assert (drawn["model"] == "qwen").sum() == len(few) == 2
+
+
 def test_a_hash_ties_a_label_to_its_text():
     assert label_answers.digest("p", "r") == "213768496aa58558"
     assert len({label_answers.digest(*pair) for pair in (("p", "r"), ("p", "q"), ("q", "r"))}) == 3
