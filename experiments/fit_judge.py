@@ -5,8 +5,8 @@ python -m experiments.fit_judge --data <folder> --out <file>       and the head
 python -m experiments.fit_judge --data <folder> --facts all        with every fact of cwac/evaluation/facts.py
 python -m experiments.fit_judge --data <folder> --own <labels> --runs <runs>     and on answers of our own runs
 
---own is a folder with labels.csv (python -m experiments.label_answers) and --runs the folder of the runs whose answers
-they are; a quarter of their requests is left out each time. Labels that a judge is measured by are not for it.
+--own is one or more folders with labels.csv (python -m experiments.label_answers) and --runs the folder of the runs
+whose answers they are; a quarter of their requests is left out each time. Labels to measure a judge by are not for it.
 """
 
 from __future__ import annotations
@@ -284,7 +284,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--l2", type=float, default=L2, help=f"strength of the penalty (default {L2})")
     parser.add_argument("--out", type=Path, help="write the head there (safetensors)")
     parser.add_argument("--facts", default="", help=f"beside the rule's: all, or some of {','.join(MORE)}")
-    parser.add_argument("--own", type=Path, help=f"folder with {LABELLED} of our own runs to fit on as well")
+    parser.add_argument("--own", type=Path, nargs="+", default=[], help=f"folders with {LABELLED} to fit on as well")
     parser.add_argument("--runs", type=Path, help="folder of the runs that --own labels")
     parser.add_argument("--own-weight", type=float, default=1.0, help="of one of those answers (default 1)")
     parser.add_argument("overrides", nargs="*", help="keys of eval/judge=semantic, e.g. hub_id=<folder>")
@@ -295,8 +295,8 @@ def main(argv: list[str] | None = None) -> int:
     table = read(args.data)
     judge: SemanticJudge = instantiate(configure("semantic", args.overrides))
     rows = [*derived(table), *cases()]
-    if args.own:
-        rows += own(args.own, args.runs, args.own_weight)
+    for folder in args.own:
+        rows += own(folder, args.runs, args.own_weight)
     features = embedded(judge.encoder, rows, facts)
     head, probabilities = measure(features, rows, args.l2)
     found = scores(rows, probabilities, table, judge.decide)
