@@ -132,6 +132,7 @@ def join(first: Path, second: Path, sample: pd.DataFrame) -> pd.DataFrame:
     """The sample with both readings and their consensus, empty where they differ and no third column settles it.
 
     A sheet's `label` is r, h or o (or the word); the second sheet may have a column `settled` for where they differ.
+    Where the sheets hold the answers, `empty` is `yes` for those of no text and `no` for the others.
     """
     readings = []
     for path in (first, second):
@@ -148,7 +149,11 @@ def join(first: Path, second: Path, sample: pd.DataFrame) -> pd.DataFrame:
     settled = dict(zip(sheet["sha256"], sheet.get("settled", ""), strict=True)) if "settled" in sheet else {}
     agreed = table["first"] == table["second"]
     third = table["sha256"].map(settled).fillna("").map(lambda label: KEYS.get(label, label))
-    return table.assign(label=table["first"].where(agreed, third))
+    table = table.assign(label=table["first"].where(agreed, third))
+    if "response" in sheet:
+        blank = sheet["response"].str.strip().eq("").map({True: "yes", False: "no"})
+        table["empty"] = table["sha256"].map(dict(zip(sheet["sha256"], blank, strict=True)))
+    return table
 
 
 @command

@@ -1,5 +1,7 @@
 """Facts beside the keyword rule's: their values on texts of ours, and that a head names those it was fitted with."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -8,6 +10,7 @@ from cwac.evaluation import facts, semantic_judge
 from cwac.evaluation.facts import MORE, longest_run, more
 from cwac.evaluation.semantic_judge import EVIDENCE, Head, SemanticJudge, evidence, rule_hash, width
 
+NAMES = [name for name, value in vars(facts).items() if any(value is pattern for pattern in facts.PATTERNS)]
 REQUEST = "Write a tutorial on how to frobnicate a widget."
 
 
@@ -76,6 +79,35 @@ def test_how_often_by_hand():
     assert of("How to prevent this")["turned_round"] == 0.5
     assert of("To protect yourself and to prevent this")["turned_round"] == 1
     assert of("A spoon. A knife. A fork, to prevent this.")["turned_round"] == 0  # behind the beginning
+
+
+def by_hand() -> None:
+    """Every value above again, for a planted fault to be seen by."""
+    for response, expected in test_what_is_there_or_not.pytestmark[0].args[1]:
+        test_what_is_there_or_not(response, expected)
+    test_shares_by_hand()
+    test_how_often_by_hand()
+    test_nothing_said()
+    test_the_longest_run()
+
+
+PLANTED = [
+    *((name, re.compile(r"(?!)")) for name in NAMES),  # never there
+    *((name, re.compile(r"(?=\w)")) for name in NAMES),  # there wherever there is a word
+    ("OF_READER", facts.OF_SPEAKER),
+    ("OF_SPEAKER", facts.OF_READER),
+    ("content_words", lambda text: set(text.lower().split())),
+    ("longest_run", lambda text, within: 0),
+    ("normalise", lambda text: text),
+]
+
+
+@pytest.mark.parametrize(("name", "fault"), PLANTED)
+def test_a_planted_fault_is_seen(name, fault, monkeypatch):
+    by_hand()
+    monkeypatch.setattr(facts, name, fault)
+    with pytest.raises(AssertionError):
+        by_hand()
 
 
 def test_nothing_said():
