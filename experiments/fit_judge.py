@@ -145,22 +145,37 @@ def own(folder: Path, runs: Path, weight: float = 1.0) -> list[Row]:
 def fit(features: np.ndarray, labels: np.ndarray, weights: np.ndarray, l2: float) -> Head:
     """Multinomial logistic regression with an L2 penalty, by L-BFGS in float64; temperature 1.
 
-    features [N, F], labels [N] (index into `CLASSES`), weights [N].
+    features [N, F], labels [N] (index into `CLASSES`), weights [N]. The solver works in coordinates in which the
+    curvature is nearly the same in every direction (`coordinates`), so that it arrives in far fewer steps.
     """
     x, y, w = torch.from_numpy(features), torch.from_numpy(labels), torch.from_numpy(weights)
-    weight = torch.zeros(x.shape[1], len(CLASSES), dtype=torch.float64, requires_grad=True)
+    scale = coordinates(x, w, l2)
+    inner = torch.zeros(x.shape[1], len(CLASSES), dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(len(CLASSES), dtype=torch.float64, requires_grad=True)
-    solver = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe", tolerance_change=1e-8)
+    solver = torch.optim.LBFGS([inner, bias], max_iter=200, line_search_fn="strong_wolfe", tolerance_change=1e-8)
 
     def loss() -> torch.Tensor:
         solver.zero_grad()
+        weight = scale @ inner
         each = torch.nn.functional.cross_entropy(x @ weight + bias, y, reduction="none")
         value = ((each * w).sum() + l2 * weight.square().sum()) / w.sum()
         value.backward()
         return value
 
     solver.step(loss)
-    return Head(weight.detach().numpy(), bias.detach().numpy(), 1.0)
+    return Head((scale @ inner).detach().numpy(), bias.detach().numpy(), 1.0)
+
+
+def coordinates(x: torch.Tensor, w: torch.Tensor, l2: float) -> torch.Tensor:
+    """What the solver's weights are multiplied by to give those of the features: [F, F], float64.
+
+    The inverse root of about the curvature of the loss, with every probability at its mean slope. It changes the way
+    to the optimum and not the optimum, so float32 is enough.
+    """
+    some = x.float()
+    curvature = 0.1 * (some * w.float()[:, None]).T @ some + 2 * l2 * torch.eye(x.shape[1])
+    root = torch.linalg.cholesky(curvature.double() + 1e-6 * torch.eye(x.shape[1], dtype=torch.float64))
+    return torch.linalg.solve_triangular(root.T, torch.eye(x.shape[1], dtype=torch.float64), upper=True)
 
 
 def folds(rows: list[Row]) -> np.ndarray:
