@@ -114,6 +114,17 @@ def test_a_head_learns_and_is_measured_on_what_it_has_not_seen():
     assert np.abs(ignored.weight[10:13]).max() < 1e-3 < np.abs(ignored.weight[:3]).max()
 
 
+def test_the_fit_arrives_at_the_optimum():
+    """The gradient of loss and penalty there is nought, in directions of very different size too."""
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(300, 12)) * np.logspace(-2, 1, 12)
+    labels, weights = rng.integers(0, 3, 300), rng.uniform(0.1, 1, 300)
+    head = fit_judge.fit(features, labels, weights, 0.1)
+    gaps = weights[:, None] * (softmax(features @ head.weight + head.bias) - np.eye(3)[labels])
+    gradient = features.T @ gaps + 2 * 0.1 * head.weight
+    assert np.abs(gradient).max() < 0.1 and np.abs(gaps.sum(0)).max() < 0.1
+
+
 def test_the_temperature_that_calibrates():
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(4000, 3)) * 2
