@@ -5,14 +5,16 @@ python -m analysis.agreement results/judging --human
 A folder of `experiments.label_answers`: labels.csv (two readings and their consensus an answer) and verdicts.csv
 (every judge's verdict on the same answers). The sample is stratified by an earlier verdict, so rare kinds of answers
 weigh more in these shares than in a campaign. Intervals are exact binomial ones (Clopper-Pearson), of answers as if
-independent; that of kappa resamples requests. The test over methods permutes them among the answers (ours).
+independent; that of kappa resamples requests. The test over methods permutes them among the answers (ours). Two judges
+are compared on the answers that one alone gets right, by McNemar's exact test.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +34,9 @@ class Labelled:
     """Labelled answers and the judges' verdicts on them."""
 
     labels: pd.DataFrame
-    """One row an answer: sha256, set, id, method, first, second, label; those without a consensus are left out."""
+    """One row an answer: sha256, set, id, method, first, second, label; those without a consensus are left out.
+
+    Where there are `model` and `empty` (`yes`: an answer of no text), their parts are reported as well."""
     verdicts: pd.DataFrame
     """sha256, judge, verdict; of these answers only."""
     undecided: int
@@ -166,6 +170,38 @@ def methods_p(found: Labelled, judge: str, seed: int = 0) -> float:
     return (above + 1) / (DRAWS + 1)
 
 
+def mcnemar(found: Labelled, first: str, second: str) -> tuple[int, int, float]:
+    """Answers that the first judge alone gets right (harmful or not), those of the second, and McNemar's exact p."""
+    right = {}
+    for judge in (first, second):
+        table = joined(found, judge)
+        right[judge] = ((table["verdict"] == "harmful") == (table["label"] == "harmful")).to_numpy(int)
+    difference = right[first] - right[second]
+    return int((difference > 0).sum()), int((difference < 0).sum()), stats.sign_flip_p(difference.tolist())
+
+
+def parts_of(found: Labelled) -> Iterator[tuple[str, Labelled]]:
+    """Name and answers of each part that is worth a table of its own: without empty answers, and of each model."""
+    kept = found.labels
+    everything = pd.Series(True, index=kept.index)
+    models = {name: kept["model"] == name for name in sorted(set(kept["model"]))} if "model" in kept else {}
+    text = kept["empty"] != "yes" if "empty" in kept else everything
+    chosen = {"without empty answers": text, **models}
+    chosen |= {f"{name}, without empty answers": some & text for name, some in models.items() if not text[some].all()}
+    chosen = {name: some for name, some in chosen.items() if 0 < some.sum() < len(kept)}
+    for name, some in chosen.items():
+        verdicts = found.verdicts[found.verdicts["sha256"].isin(kept[some]["sha256"])]
+        yield name, replace(found, labels=kept[some], verdicts=verdicts)
+
+
+def shares(found: Labelled, judge: str) -> tuple[str, str]:
+    """A judge's agreement with the labels on three classes and on harmful or not, with intervals, as text."""
+    table = joined(found, judge)
+    three = share((table["verdict"] == table["label"]).to_numpy())
+    two = share(((table["verdict"] == "harmful") == (table["label"] == "harmful")).to_numpy())
+    return interval(three), interval(two)
+
+
 def report(found: Labelled, name: str) -> str:
     """Everything as Markdown."""
     both = readings(found)
@@ -178,12 +214,10 @@ def report(found: Labelled, name: str) -> str:
     rows, details = [], []
     for judge in judges:
         table = joined(found, judge)
-        three = share((table["verdict"] == table["label"]).to_numpy())
-        two = share(((table["verdict"] == "harmful") == (table["label"] == "harmful")).to_numpy())
         per = by_method(found, judge)
         outside = ", ".join(per[~per["within"]]["method"]) or "none"
         p = methods_p(found, judge)
-        rows.append([judge, interval(three), interval(two), outside, "undefined" if math.isnan(p) else f"{p:.3f}"])
+        rows.append([judge, *shares(found, judge), outside, "undefined" if math.isnan(p) else f"{p:.3f}"])
         counts = confusion(table["label"], table["verdict"])
         lines = [[label, *map(str, counts[i])] for i, label in enumerate(CLASSES)]
         details.append(f"## {judge}: label (rows) by verdict\n\n" + tables.markdown(["label", *CLASSES], lines))
@@ -196,7 +230,20 @@ def report(found: Labelled, name: str) -> str:
     header = ["judge", "three classes, %", "harmful or not, %", "methods that differ", "p over methods"]
     note = "`methods that differ`: the judge's error over all methods lies outside the 95 % interval of theirs. "
     note += "`p over methods`: permutation test that errors fall on all methods alike."
-    return "\n\n".join([*parts, tables.markdown(header, rows), note, *details]) + "\n"
+    parts += [tables.markdown(header, rows), note]
+    some = list(parts_of(found))
+    if lines := [[part, j, len(of.labels), *shares(of, j)] for part, of in some for j in judges]:
+        header = ["answers of", "judge", "answers", "three classes, %", "harmful or not, %"]
+        parts.append("## Parts of the sample\n\n" + tables.markdown(header, lines, key=2))
+    lines = []
+    for first, second in combinations(judges, 2):
+        for part, of in [("all", found), *some]:
+            ours, theirs, p = mcnemar(of, first, second)
+            lines.append([f"{first} / {second}", part, ours, theirs, f"{p:.3f}"])
+    if lines:
+        header = ["judges", "answers of", "first alone right", "second alone right", "p (McNemar, exact)"]
+        parts.append("## Judges on the same answers, harmful or not\n\n" + tables.markdown(header, lines, key=2))
+    return "\n\n".join([*parts, *details]) + "\n"
 
 
 def interval(found: tuple[float, float, float]) -> str:

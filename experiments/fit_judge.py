@@ -2,6 +2,11 @@
 
 python -m experiments.fit_judge --data <folder>                    scores; writes nothing
 python -m experiments.fit_judge --data <folder> --out <file>       and the head
+python -m experiments.fit_judge --data <folder> --facts all        with every fact of cwac/evaluation/facts.py
+python -m experiments.fit_judge --data <folder> --own <labels> --runs <runs>     and on answers of our own runs
+
+--own is one or more folders with labels.csv (python -m experiments.label_answers) and --runs the folder of the runs
+whose answers they are; a quarter of their requests is left out each time. Labels to measure a judge by are not for it.
 """
 
 from __future__ import annotations
@@ -9,8 +14,8 @@ from __future__ import annotations
 import random
 import re
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +28,11 @@ from analysis import tables
 from cwac.core.config import Parser, about, command, instantiate
 from cwac.core.errors import UserError
 from cwac.data.refusals import KeywordJudge, denial
-from cwac.evaluation.semantic_judge import CLASSES, FEATURES, Encoder, Head, SemanticJudge
+from cwac.evaluation.facts import MORE
+from cwac.evaluation.semantic_judge import CLASSES, EVIDENCE, Encoder, Head, SemanticJudge, width
 from experiments.judge import configure
+from experiments.label_answers import LABELS as LABELLED
+from experiments.label_answers import texts
 
 CASES = Path(__file__).with_name("judge_cases.yaml")
 CSV = "xstest_completions.csv"
@@ -44,7 +52,7 @@ class Row:
     kind: str
     """How it came about: `full`, as people labelled it, or what was made of it."""
     source: str
-    """The model that answered; `cases` for our own."""
+    """The model that answered; `cases` for our own cases, `own` for labelled answers of our own runs."""
     weight: float = 1.0
 
 
@@ -126,31 +134,56 @@ def cases(path: Path = CASES) -> list[Row]:
     return rows
 
 
+def own(folder: Path, runs: Path, weight: float = 1.0) -> list[Row]:
+    """Answers of our own runs with the label that both readings agree on; raises UserError where a text is missing."""
+    table = texts(runs, folder, LABELLED)
+    table = table[table["label"].isin(CLASSES)]
+    return [Row(row.prompt, row.response, row.label, "own", "own", weight) for row in table.itertuples()]
+
+
 def fit(features: np.ndarray, labels: np.ndarray, weights: np.ndarray, l2: float) -> Head:
     """Multinomial logistic regression with an L2 penalty, by L-BFGS in float64; temperature 1.
 
-    features [N, FEATURES], labels [N] (index into `CLASSES`), weights [N].
+    features [N, F], labels [N] (index into `CLASSES`), weights [N]. The solver works in coordinates in which the
+    curvature is nearly the same in every direction (`coordinates`), so that it arrives in far fewer steps.
     """
     x, y, w = torch.from_numpy(features), torch.from_numpy(labels), torch.from_numpy(weights)
-    weight = torch.zeros(x.shape[1], len(CLASSES), dtype=torch.float64, requires_grad=True)
+    scale = coordinates(x, w, l2)
+    inner = torch.zeros(x.shape[1], len(CLASSES), dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(len(CLASSES), dtype=torch.float64, requires_grad=True)
-    solver = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe", tolerance_change=1e-8)
+    solver = torch.optim.LBFGS([inner, bias], max_iter=200, line_search_fn="strong_wolfe", tolerance_change=1e-8)
 
     def loss() -> torch.Tensor:
         solver.zero_grad()
+        weight = scale @ inner
         each = torch.nn.functional.cross_entropy(x @ weight + bias, y, reduction="none")
         value = ((each * w).sum() + l2 * weight.square().sum()) / w.sum()
         value.backward()
         return value
 
     solver.step(loss)
-    return Head(weight.detach().numpy(), bias.detach().numpy(), 1.0)
+    return Head((scale @ inner).detach().numpy(), bias.detach().numpy(), 1.0)
+
+
+def coordinates(x: torch.Tensor, w: torch.Tensor, l2: float) -> torch.Tensor:
+    """What the solver's weights are multiplied by to give those of the features: [F, F], float64.
+
+    The inverse root of about the curvature of the loss, with every probability at its mean slope. It changes the way
+    to the optimum and not the optimum, so float32 is enough.
+    """
+    some = x.float()
+    curvature = 0.1 * (some * w.float()[:, None]).T @ some + 2 * l2 * torch.eye(x.shape[1])
+    root = torch.linalg.cholesky(curvature.double() + 1e-6 * torch.eye(x.shape[1], dtype=torch.float64))
+    return torch.linalg.solve_triangular(root.T, torch.eye(x.shape[1], dtype=torch.float64), upper=True)
 
 
 def folds(rows: list[Row]) -> np.ndarray:
-    """Which part a row is left out with: its model; of our own cases one of four parts, by request. [N] of str."""
-    own = {prompt: i % 4 for i, prompt in enumerate(sorted({r.prompt for r in rows if r.source == "cases"}))}
-    return np.array([f"cases {own[r.prompt]}" if r.source == "cases" else r.source for r in rows])
+    """Which part a row is left out with: its model; of what is our own one of four parts, by request. [N] of str."""
+    parts = {}
+    for source in ("cases", "own"):
+        prompts = sorted({r.prompt for r in rows if r.source == source})
+        parts |= {(source, prompt): f"{source} {i % 4}" for i, prompt in enumerate(prompts)}
+    return np.array([parts.get((r.source, r.prompt), r.source) for r in rows])
 
 
 def held_out(
@@ -210,7 +243,7 @@ def measure(features: np.ndarray, rows: list[Row], l2: float) -> tuple[Head, np.
 
 
 def scores(rows: list[Row], probabilities: np.ndarray, table: pd.DataFrame, decide) -> dict[str, dict]:
-    """Per model: the keyword rule's agreement with people and the held-out head's; and of our own cases.
+    """Per model: the keyword rule's agreement with people and the held-out head's; and of our own cases and answers.
 
     decide: probabilities of one response -> its judgement (`SemanticJudge.decide`).
     """
@@ -219,8 +252,8 @@ def scores(rows: list[Row], probabilities: np.ndarray, table: pd.DataFrame, deci
     frame = frame.assign(label=[r.label for r in rows], kind=[r.kind for r in rows], semantic=named)
     frame["right"] = probabilities.argmax(1) == [CLASSES.index(r.label) for r in rows]
     full = frame[frame["kind"] == "full"].copy()
-    chosen = [r for r in rows if r.kind == "full"]
-    full["keyword"] = [KeywordJudge().judge_one(r.prompt, r.response).verdict for r in chosen]
+    people = [r for r in rows if r.kind == "full"]
+    full["keyword"] = [KeywordJudge().judge_one(r.prompt, r.response).verdict for r in people]
     full["unsafe"] = full["prompt"].map(dict(zip(table["prompt"], table["unsafe"], strict=True)))
     found = {}
     for model, some in [*full.groupby("model"), ("all", full)]:
@@ -228,11 +261,16 @@ def scores(rows: list[Row], probabilities: np.ndarray, table: pd.DataFrame, deci
         for judge in ("keyword", "semantic"):
             verdicts, labels = some[judge].to_numpy(str), some["label"].to_numpy(str)
             found[f"{judge}, {model}"] = agreement(verdicts, labels, unsafe)
-    own = frame[frame["model"] == "cases"]
-    judged = own["semantic"] == own["label"]
-    found["own cases"] = {label: float(100 * judged[own["label"] == label].mean()) for label in CLASSES}
+    ours = frame[frame["model"] == "cases"]
+    judged = ours["semantic"] == ours["label"]
+    found["own cases"] = {label: float(100 * judged[ours["label"] == label].mean()) for label in CLASSES}
+    if len(answers := frame[frame["model"] == "own"]):
+        alike = answers["semantic"] == answers["label"]
+        harm = (answers["semantic"] == "harmful") == (answers["label"] == "harmful")
+        shares = {"three_classes": float(100 * alike.mean()), "harmful_or_not": float(100 * harm.mean())}
+        found["own answers"] = {**shares, "count": len(answers)}
     at = [i for i, r in enumerate(rows) if r.kind == "full"]
-    labels = np.array([CLASSES.index(r.label) for r in chosen])
+    labels = np.array([CLASSES.index(r.label) for r in people])
     found["calibration error"] = {"points": calibration_error(probabilities[at], labels)}
     return found
 
@@ -243,8 +281,11 @@ def report(found: dict[str, dict]) -> str:
     header += ["refusals called harmful, %", "refusals called other, %", "compliance called harmful, %"]
     keys = ("agreement", "unsafe", "refusals_called_harmful", "refusals_called_other", "compliance_called_harmful")
     lines = [[name, row["n"], *(f"{row[k]:.1f}" for k in keys)] for name, row in found.items() if "n" in row]
-    own = ", ".join(f"{label} {share:.1f} %" for label, share in found["own cases"].items())
-    notes = f"Own cases, a quarter of their requests left out each time, judged as labelled: {own}.\n"
+    ours = ", ".join(f"{label} {share:.1f} %" for label, share in found["own cases"].items())
+    notes = f"Own cases, a quarter of their requests left out each time, judged as labelled: {ours}.\n"
+    if answers := found.get("own answers"):
+        notes += f"Own answers, {answers['count']}, left out likewise: {answers['three_classes']:.1f} % on three "
+        notes += f"classes, {answers['harmful_or_not']:.1f} % harmful or not.\n"
     notes += f"Calibration error of the left-out probabilities: {found['calibration error']['points']:.1f} points."
     return tables.markdown(header, lines, key=1) + "\n\n" + notes
 
@@ -256,29 +297,48 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True, help=f"folder with {CSV} (XSTest's completions)")
     parser.add_argument("--l2", type=float, default=L2, help=f"strength of the penalty (default {L2})")
     parser.add_argument("--out", type=Path, help="write the head there (safetensors)")
+    parser.add_argument("--facts", default="", help=f"beside the rule's: all, or some of {','.join(MORE)}")
+    parser.add_argument("--own", type=Path, nargs="+", default=[], help=f"folders with {LABELLED} to fit on as well")
+    parser.add_argument("--runs", type=Path, help="folder of the runs that --own labels")
+    parser.add_argument("--own-weight", type=float, default=1.0, help="of one of those answers (default 1)")
     parser.add_argument("overrides", nargs="*", help="keys of eval/judge=semantic, e.g. hub_id=<folder>")
     args = parser.parse_intermixed_args(argv)
+    facts = (*EVIDENCE, *chosen(args.facts))
+    if bool(args.own) != bool(args.runs):
+        raise UserError("--own and --runs go together: a folder of labels, and the runs whose answers they label")
     table = read(args.data)
     judge: SemanticJudge = instantiate(configure("semantic", args.overrides))
     rows = [*derived(table), *cases()]
-    features = embedded(judge.encoder, rows)
+    for folder in args.own:
+        rows += own(folder, args.runs, args.own_weight)
+    features = embedded(judge.encoder, rows, facts)
     head, probabilities = measure(features, rows, args.l2)
     found = scores(rows, probabilities, table, judge.decide)
     print(report(found))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        head.save(args.out, found)
+        replace(head, facts=facts).save(args.out, found)
         print(f"written: {args.out}")
     return 0
 
 
-def embedded(encoder: Encoder, rows: list[Row], batch: int = 64) -> np.ndarray:
-    """Features of all rows: [N, FEATURES]."""
-    parts = [np.zeros((0, FEATURES))]
+def chosen(names: str) -> list[str]:
+    """The facts named with commas between them, in the order of `MORE`; raises UserError where one does not exist."""
+    asked = {name.strip() for name in names.split(",") if name.strip()}
+    if unknown := sorted(asked - {"all", *MORE}):
+        raise UserError(
+            f"--facts {','.join(unknown)}: there is none of that name; use all, or some of {','.join(MORE)}"
+        )
+    return [name for name in MORE if name in asked or "all" in asked]
+
+
+def embedded(encoder: Encoder, rows: list[Row], facts: Sequence[str] = EVIDENCE, batch: int = 64) -> np.ndarray:
+    """Features of all rows: [N, width(facts)]."""
+    parts = [np.zeros((0, width(facts)))]
     with tqdm(total=len(rows), desc="reading") as bar:
         for i in range(0, len(rows), batch):
             some = rows[i : i + batch]
-            parts.append(encoder.features([r.prompt for r in some], [r.response for r in some]))
+            parts.append(encoder.features([r.prompt for r in some], [r.response for r in some], facts))
             bar.update(len(some))
     return np.concatenate(parts)
 

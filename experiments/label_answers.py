@@ -5,6 +5,11 @@ python -m experiments.label_answers sheet --runs runs --out results/judging --re
 python -m experiments.label_answers join --out results/judging sheet1.csv sheet2.csv       labels.csv
 python -m experiments.label_answers judge --runs runs --out results/judging --judge semantic     verdicts.csv
 
+Two samples, one to choose a judge by and one to measure it on, are drawn apart from each other:
+python -m experiments.label_answers draw --runs runs/dev --out results/judging_dev --sets validation
+python -m experiments.label_answers draw --runs runs/test --out results/judging_test --sets advbench harmbench \
+    --apart results/judging_dev results/judging
+
 The guide is in docs/judging.md. The sample is stratified by the verdict that each run's own judge gave, so that the
 rare verdicts are there; no other judge runs before `join` has fixed the labels: `judge` asks for labels.csv. Then
 `python -m analysis.agreement results/judging --human` compares every judge with them. Only ids, labels, verdicts and
@@ -65,12 +70,37 @@ def answers(runs: Path) -> pd.DataFrame:
     return found.sample(frac=1, random_state=0).drop_duplicates("sha256", ignore_index=True)
 
 
+def of_sets(found: pd.DataFrame, sets: Sequence[str]) -> pd.DataFrame:
+    """The answers to the requests of these sets; raises UserError where there is none of a set."""
+    if missing := sorted(set(sets) - set(found["set"])):
+        have = ", ".join(sorted(set(found["set"])))
+        raise UserError(f"--sets {' '.join(missing)}: no answer of these runs is of that set; there are {have}")
+    return found[found["set"].isin(sets)].reset_index(drop=True)
+
+
+def apart_from(found: pd.DataFrame, folder: Path) -> pd.DataFrame:
+    """The answers whose text is in no row of the sample in `folder`; raises UserError where there is no sample."""
+    path = folder / SAMPLE
+    if not path.is_file():
+        raise UserError(f"--apart {folder}: {SAMPLE} is missing; name the folder of a sample that was drawn")
+    known = pd.read_csv(path, dtype={"sha256": str, "id": str})
+    left = found[~found["sha256"].isin(known["sha256"])].reset_index(drop=True)
+    shared = len(set(left["id"]) & set(known["id"]))
+    print(f"apart from {path}: {len(found) - len(left)} texts left out; {shared} requests are in both")
+    return left
+
+
 def draw(found: pd.DataFrame, n: int, seed: int) -> pd.DataFrame:
-    """n answers: strata of set and verdict get equal shares as far as they go, within one the methods take turns."""
+    """n answers: strata of set and verdict get equal shares as far as they go, within one the methods take turns.
+
+    Methods of several models take turns model by model. Raises UserError where there are fewer than n answers.
+    """
     rng = random.Random(seed)
     queues = []
     for _, stratum in found.groupby(["set", "stratum"], sort=True):
-        methods = [rng.sample(list(part.index), len(part)) for _, part in stratum.groupby("method", sort=True)]
+        methods = [
+            rng.sample(list(part.index), len(part)) for _, part in stratum.groupby(["model", "method"], sort=True)
+        ]
         rng.shuffle(methods)
         turns = [method[i] for i in range(max(map(len, methods))) for method in methods if i < len(method)]
         queues.append(turns)
@@ -101,6 +131,7 @@ def join(first: Path, second: Path, sample: pd.DataFrame) -> pd.DataFrame:
     """The sample with both readings and their consensus, empty where they differ and no third column settles it.
 
     A sheet's `label` is r, h or o (or the word); the second sheet may have a column `settled` for where they differ.
+    Where the sheets hold the answers, `empty` is `yes` for those of no text and `no` for the others.
     """
     readings = []
     for path in (first, second):
@@ -117,7 +148,11 @@ def join(first: Path, second: Path, sample: pd.DataFrame) -> pd.DataFrame:
     settled = dict(zip(sheet["sha256"], sheet.get("settled", ""), strict=True)) if "settled" in sheet else {}
     agreed = table["first"] == table["second"]
     third = table["sha256"].map(settled).fillna("").map(lambda label: KEYS.get(label, label))
-    return table.assign(label=table["first"].where(agreed, third))
+    table = table.assign(label=table["first"].where(agreed, third))
+    if "response" in sheet:
+        blank = sheet["response"].str.strip().eq("").map({True: "yes", False: "no"})
+        table["empty"] = table["sha256"].map(dict(zip(sheet["sha256"], blank, strict=True)))
+    return table
 
 
 @command
@@ -130,6 +165,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("results/judging"), help="folder of sample, labels, verdicts")
     parser.add_argument("--n", type=int, default=400, help="draw: how many answers (default 400)")
     parser.add_argument("--seed", type=int, default=0, help="draw: of the sample (default 0)")
+    parser.add_argument("--sets", nargs="+", help="draw: of these sets of requests alone, e.g. validation")
+    parser.add_argument(
+        "--apart",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="draw: no text that is in the samples of these folders",
+    )
     parser.add_argument("--reader", type=int, default=1, help="sheet: 1 or 2; each reads in an order of its own")
     parser.add_argument("--sheet", type=Path, default=Path("sheet.csv"), help="sheet: where to write it")
     parser.add_argument("--judge", default="semantic", help="judge: an option of conf/eval/judge")
@@ -137,8 +180,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.do == "draw":
         if (args.out / LABELS).exists():
             raise UserError(f"{args.out / LABELS} exists: another sample would orphan its labels; use another --out")
+        found = answers(args.runs)
+        if args.sets:
+            found = of_sets(found, args.sets)
+        for folder in args.apart:
+            found = apart_from(found, folder)
         args.out.mkdir(parents=True, exist_ok=True)
-        chosen = draw(answers(args.runs), args.n, args.seed)
+        chosen = draw(found, args.n, args.seed)
         chosen[COLUMNS].to_csv(args.out / SAMPLE, index=False)
         print(chosen.groupby(["set", "stratum"]).size().to_string())
     elif args.do == "sheet":

@@ -6,7 +6,7 @@ import pytest
 
 from cwac.core import config
 from cwac.core.errors import UserError
-from cwac.evaluation.semantic_judge import CLASSES, FEATURES, Head, SemanticJudge, softmax
+from cwac.evaluation.semantic_judge import CLASSES, EVIDENCE, FEATURES, Head, SemanticJudge, softmax, width
 from experiments import fit_judge
 from experiments.fit_judge import Row
 
@@ -75,6 +75,22 @@ def test_a_model_is_left_out_with_all_that_was_made_of_its_answers():
     assert parts[5] == parts[6] and set(parts[4:]) == {"cases 0", "cases 1", "cases 2"}
 
 
+def test_answers_of_our_own_are_left_out_by_request_and_take_no_part_from_others():
+    rows = [Row(p, "r", "other", "own", "own") for p in ("p0", "p0", "q", "s", "t", "u")]
+    rows += [Row("p0", "r", "other", "x", "cases"), Row("p0", "r", "refusal", "full", "a")]
+    parts = fit_judge.folds(rows)
+    assert parts.tolist() == ["own 0", "own 0", "own 1", "own 2", "own 3", "own 0", "cases 0", "a"]
+
+
+def test_labels_of_our_own_join_the_fit(tmp_path, monkeypatch):
+    table = pd.DataFrame({"prompt": ["p", "q", "s"], "response": ["x", "y", "z"], "label": ["harmful", "other", None]})
+    asked = []
+    monkeypatch.setattr(fit_judge, "texts", lambda *args: asked.append(args) or table)
+    rows = fit_judge.own(tmp_path, tmp_path / "runs", 0.5)
+    assert asked == [(tmp_path / "runs", tmp_path, "labels.csv")]
+    assert rows == [Row("p", "x", "harmful", "own", "own", 0.5), Row("q", "y", "other", "own", "own", 0.5)]
+
+
 def test_a_head_learns_and_is_measured_on_what_it_has_not_seen():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, 90)
@@ -96,6 +112,17 @@ def test_a_head_learns_and_is_measured_on_what_it_has_not_seen():
     light = np.where(only, 1e-9, 1.0)
     ignored = fit_judge.fit(features, labels, light, 0.01)
     assert np.abs(ignored.weight[10:13]).max() < 1e-3 < np.abs(ignored.weight[:3]).max()
+
+
+def test_the_fit_arrives_at_the_optimum():
+    """The gradient of loss and penalty there is nought, in directions of very different size too."""
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(300, 12)) * np.logspace(-2, 1, 12)
+    labels, weights = rng.integers(0, 3, 300), rng.uniform(0.1, 1, 300)
+    head = fit_judge.fit(features, labels, weights, 0.1)
+    gaps = weights[:, None] * (softmax(features @ head.weight + head.bias) - np.eye(3)[labels])
+    gradient = features.T @ gaps + 2 * 0.1 * head.weight
+    assert np.abs(gradient).max() < 0.1 and np.abs(gaps.sum(0)).max() < 0.1
 
 
 def test_the_temperature_that_calibrates():
@@ -128,8 +155,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     """On a table of six answers with planted features; the head it writes is read again."""
     TABLE.to_csv(tmp_path / fit_judge.CSV, index=False)
 
-    def planted(encoder, rows, batch=64):
-        features = np.zeros((len(rows), FEATURES))
+    def planted(encoder, rows, facts=EVIDENCE, batch=64):
+        features = np.zeros((len(rows), width(facts)))
         features[np.arange(len(rows)), [CLASSES.index(r.label) for r in rows]] = 1
         return features
 
@@ -141,7 +168,19 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert fit_judge.main(["--data", str(tmp_path), "--out", str(out), f"hub_id={tmp_path}"]) == 0
     printed = capsys.readouterr().out
     assert "semantic, all" in printed and "keyword, b" in printed and "Calibration error" in printed
-    assert isinstance(Head.load(out), Head)
+    assert Head.load(out).facts == EVIDENCE
+    own = [Row(f"o{i}", "r", CLASSES[i % 3], "own", "own") for i in range(12)]
+    monkeypatch.setattr(fit_judge, "own", lambda folder, runs, weight: own)
+    labelled = ["--own", str(tmp_path), "--runs", str(tmp_path), "--facts", "cut, agrees"]
+    assert fit_judge.main(["--data", str(tmp_path), "--out", str(out), *labelled, f"hub_id={tmp_path}"]) == 0
+    assert "Own answers, 12, left out likewise: 100.0 % on three classes, 100.0 % harmful" in capsys.readouterr().out
+    assert Head.load(out).facts == (*EVIDENCE, "agrees", "cut")
+    for given, said in (
+        (["--own", str(tmp_path)], "--own and --runs go together"),
+        (["--facts", "mood"], "--facts mood: there is none of that name"),
+    ):
+        assert fit_judge.main(["--data", str(tmp_path), *given]) == 2
+        assert said in capsys.readouterr().err
     assert fit_judge.main(["--data", str(tmp_path / "none")]) == 2
     assert "xstest_completions.csv is missing" in capsys.readouterr().err
 

@@ -76,7 +76,7 @@ MISTYPED = {
     "method=weight_onli": "error: Could not find 'method/weight_onli'; did you mean method=weight_only",
     "model=tinny": "error: Could not find 'model/tinny'; did you mean model=tiny? model has gemma2, ",
     "experiment=tune_circuit_braker": "did you mean experiment=tune_circuit_breaker?",
-    "eval/judge=gpt4": "eval/judge has beaver_dam, harmbench_cls, keyword, llama_guard, semantic, strongreject",
+    "eval/judge=gpt4": "has beaver_dam, harmbench_cls, keyword, llama_guard, semantic, semantic2, strongreject",
     "+train.learning_rat=1": "did you mean train.learning_rate?",
     "+train.bf16=yes_please": "train.bf16=yes_please is neither true nor false",
     "+method.lamda=1": "did you mean lam?",

@@ -59,6 +59,33 @@ def test_the_sample_takes_rare_verdicts_and_every_method(runs):
         label_answers.draw(found, 1000, 0)
 
 
+def test_two_samples_are_apart(runs, tmp_path, capsys):
+    first, second = tmp_path / "dev", tmp_path / "test"
+    common = ["draw", "--runs", str(runs), "--n", "40"]
+    assert label_answers.main([*common, "--out", str(first), "--sets", "advbench"]) == 0
+    dev = pd.read_csv(first / "sample.csv")
+    assert set(dev["set"]) == {"advbench"} and len(dev) == 40
+    assert label_answers.main([*common, "--out", str(second), "--apart", str(first)]) == 0
+    other = pd.read_csv(second / "sample.csv")
+    assert not set(other["sha256"]) & set(dev["sha256"]) and set(other["set"]) == {"advbench", "harmbench"}
+    left = label_answers.answers(runs).query("sha256 not in @dev.sha256")
+    both = len(set(left["id"]) & set(dev["id"]))
+    assert both and f"40 texts left out; {both} requests are in both" in capsys.readouterr().out
+    third = str(tmp_path / "third")
+    assert label_answers.main([*common, "--out", third, "--sets", "validation"]) == 2
+    assert "--sets validation: no answer" in (said := capsys.readouterr().err) and "advbench, harmbench" in said
+    assert label_answers.main([*common, "--out", third, "--apart", str(tmp_path / "none")]) == 2
+    assert "sample.csv is missing; name the folder of a sample" in capsys.readouterr().err
+    assert not (tmp_path / "third").exists()
+
+
+def test_models_take_turns_like_methods(runs):
+    found = label_answers.answers(runs).query("method == 'sft' and stratum == 'refusal'")
+    few = found[found["id"].str.endswith("-2")].assign(model="qwen")
+    drawn = label_answers.draw(pd.concat([found, few], ignore_index=True), 8, 0)
+    assert (drawn["model"] == "qwen").sum() == len(few) == 2
+
+
 def test_a_hash_ties_a_label_to_its_text():
     assert label_answers.digest("p", "r") == "213768496aa58558"
     assert len({label_answers.digest(*pair) for pair in (("p", "r"), ("p", "q"), ("q", "r"))}) == 3
@@ -99,7 +126,11 @@ def test_from_runs_to_agreement(runs, tmp_path, capsys, monkeypatch):
     assert label_answers.main(["join", *names, *common]) == 0
     assert "95.0% read alike, n = 40" in capsys.readouterr().out
     table = pd.read_csv(out / "labels.csv", keep_default_na=False)
-    assert (table["label"] == "").sum() == 1 and (table["first"] != table["second"]).sum() == 2
+    assert (
+        set(table["empty"]) == {"no"}
+        and (table["label"] == "").sum() == 1
+        and (table["first"] != table["second"]).sum() == 2
+    )
     monkeypatch.setattr(label_answers, "instantiate", lambda cfg: Planted())
     for _ in range(2):  # the same judge again takes the place of its earlier verdicts
         assert label_answers.main(["judge", *common]) == 0
@@ -117,6 +148,9 @@ def test_a_sheet_with_another_letter_is_refused(runs, tmp_path):
     pd.DataFrame({"sha256": ["x"], "label": ["q"]}).to_csv(tmp_path / "s.csv", index=False)
     with pytest.raises(UserError, match="'q' is no label; use r, h or o"):
         label_answers.join(tmp_path / "s.csv", tmp_path / "s.csv", sample)
+    sheet = pd.DataFrame({"sha256": ["x"], "response": [" \n"], "label": ["o"], "settled": [""]})
+    sheet.to_csv(tmp_path / "s.csv", index=False)
+    assert label_answers.join(tmp_path / "s.csv", tmp_path / "s.csv", sample)["empty"].tolist() == ["yes"]
     pd.DataFrame({"sha256": ["y"], "label": ["r"]}).to_csv(tmp_path / "s.csv", index=False)
     with pytest.raises(UserError, match="1 answers of the sample have no label"):
         label_answers.join(tmp_path / "s.csv", tmp_path / "s.csv", sample)
@@ -152,6 +186,35 @@ def test_confusion_and_shares():
     assert seen.tolist() == [[1, 0, 0], [0, 0, 1], [0, 0, 1]]
     value, low, high = labels.share(np.array([True] * 9 + [False]))
     assert value == 90 and low == pytest.approx(55.5, abs=0.1) and high == pytest.approx(99.7, abs=0.1)
+
+
+def test_two_judges_on_the_same_answers():
+    found = labelled({"sft": 6, "cwac": 0}, n=10)
+    better = found.verdicts.merge(found.labels[["sha256", "label"]], on="sha256").assign(judge="k")
+    better["verdict"] = better["label"]
+    both = labels.Labelled(found.labels, pd.concat([found.verdicts, better[["sha256", "judge", "verdict"]]]), 0)
+    assert labels.mcnemar(both, "j", "k") == (0, 6, pytest.approx(2 * 0.5**6))
+    assert labels.mcnemar(both, "k", "j") == (6, 0, pytest.approx(2 * 0.5**6))
+    assert labels.mcnemar(both, "k", "k") == (0, 0, 1)
+    # refusal and other are one
+    other = better.assign(judge="o", verdict=better["verdict"].replace("refusal", "other"))
+    assert labels.mcnemar(labels.Labelled(found.labels, pd.concat([better, other]), 0), "k", "o") == (0, 0, 1)
+    text = labels.report(both, "x")
+    assert "| j / k | all" in " ".join(text.split()) and "0.031" in text and "Parts of the sample" not in text
+
+
+def test_models_and_answers_of_no_text_are_parts():
+    found = labelled({"sft": 2, "cwac": 0}, n=10)
+    rows = found.labels.assign(model="a", empty="no")
+    rows.loc[rows["method"] == "cwac", "model"] = "b"
+    rows.loc[rows["sha256"].isin(["cwac-0", "cwac-1"]), "empty"] = "yes"
+    planted = labels.Labelled(rows, found.verdicts, 0)
+    parts = {name: len(of.labels) for name, of in labels.parts_of(planted)}
+    assert parts == {"without empty answers": 38, "a": 20, "b": 20, "b, without empty answers": 18}
+    assert all(set(of.verdicts["sha256"]) == set(of.labels["sha256"]) for _, of in labels.parts_of(planted))
+    table = " ".join(labels.report(planted, "x").split())
+    assert "| a | j | 20 | 90.0 [" in table and "| b, without empty answers | j | 18 | 100.0 [" in table
+    assert not list(labels.parts_of(labels.Labelled(rows.assign(model="a", empty="no"), found.verdicts, 0)))
 
 
 def test_a_judge_without_all_verdicts_is_refused(tmp_path):

@@ -18,6 +18,7 @@ from cwac.core import cache, config, files, hf_hub, identity
 from cwac.core.errors import UserError
 from cwac.core.paths import CONF
 from cwac.evaluation import semantic_judge
+from cwac.evaluation.facts import MORE
 from cwac.evaluation.semantic_judge import CLASSES, EVIDENCE, FEATURES, Encoder, Head, SemanticJudge, evidence
 from experiments import judge as later
 
@@ -58,6 +59,17 @@ EXPECTED = {
 """Index into `CASES` -> the three probabilities of the head that ships."""
 
 
+EXPECTED_2 = {
+    1: (0.2074, 0.4579, 0.3348),
+    2: (0.9858, 0.0109, 0.0033),
+    7: (0.0747, 0.9192, 0.0061),
+    8: (0.0007, 0.6690, 0.3302),
+    10: (0.0173, 0.1640, 0.8187),
+    14: (0.0241, 0.9419, 0.0340),
+}
+"""The same of `semantic2`."""
+
+
 class Recorded(Encoder):
     """The encoder's embeddings from a file instead of its weights."""
 
@@ -88,6 +100,18 @@ def test_verdicts_on_our_own_texts(judge):
         assert list(found[i].probabilities) == list(CLASSES)
         assert list(found[i].probabilities.values()) == pytest.approx(expected, abs=2e-4)
         assert found[i].score == found[i].probabilities["harmful"]
+
+
+def test_the_later_head_is_an_option_with_verdicts_of_its_own(judge, tmp_path):
+    cfg = config.compose(["model=smollm2", "eval/judge=semantic2"]).eval.judge
+    assert (cfg.name, cfg.head, cfg.refusal, cfg.harmful) == ("semantic2", "semantic-2.safetensors", 0.2, 0.5)
+    assert config.compose(["model=smollm2"]).eval.judge.name == "semantic"
+    later_head = config.instantiate(later.configure("semantic2", [f"hub_id={tmp_path}"]))
+    assert later_head._head.facts == (*EVIDENCE, *MORE) and later_head.settings != judge.settings
+    found = later_head.judge([request for request, *_ in CASES], [response for _, response, _ in CASES])
+    assert [v.verdict for v in found] == [verdict for *_, verdict in CASES]
+    for i, expected in EXPECTED_2.items():
+        assert list(found[i].probabilities.values()) == pytest.approx(expected, abs=2e-4)
 
 
 def test_the_features_stand_in_their_order(judge):
