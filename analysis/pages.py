@@ -191,7 +191,7 @@ def second() -> str:
     here = view("qwen_main")
     adapter_ = next(m for m in here.methods if m.partition(paper.SETTING)[0] == "nullspace")
     sft, cwac, ours, start = (here.mean(m, "HS") for m in ("sft", "cwac", adapter_, paper.ALIGNED))
-    began = ", where it began" if abs(ours - start) < headline.MARGIN else f"; it began at {start:.0f} %"
+    began = ", as before fine-tuning" if abs(ours - start) < headline.MARGIN else f"; it began at {start:.0f} %"
     return (
         f"A second model, {headline.named(here.model)}, ends at an HS of {sft:.0f} % under SFT, {cwac:.0f} % under "
         f"CWAC and {ours:.0f} % under a null-space adapter{began} "
@@ -245,7 +245,7 @@ def adapter() -> str:
     ratios = [r["ratio"] for r in benchmarked() if "nullspace, k 64" in r["name"] and "Trainer" in r["rival"]]
     cost = "it needs no projection"
     if ratios:
-        cost = f"on SmolLM2 its step takes {ratios[0]:.2f} of that of SFT by transformers"
+        cost = f"on SmolLM2 a step takes {ratios[0]:.2f} of the time of SFT by transformers"
     return (
         "An adapter in the null space of the anchors, harmful prompts that the model refuses, leaves what layers make "
         f"of them nearly as it was, and {cost} ({link('null-space adapters', 'docs/nullspace.md')})."
@@ -275,7 +275,7 @@ def learnt() -> str:
     plain = plain.loc[(plain["FA"] - kept["FA"]).abs().idxmin()]
     holds = "holds as well" if plain["HS"] < kept["HS"] + headline.MARGIN else "does not hold"
     return (
-        f"on a task that has to be learnt it {holds}: HS {plain['HS']:.0f} % at FA {plain['FA']:.0f} %, where "
+        f"on arithmetic, which that has to learn, it {holds}: HS {plain['HS']:.0f} % at FA {plain['FA']:.0f} %, where "
         f"the {headline.short(kept['method'])}{energy(kept['method'])} has {kept['HS']:.0f} at {kept['FA']:.0f} %"
     )
 
