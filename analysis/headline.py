@@ -191,9 +191,10 @@ def unlost(view: View) -> str:
     plain, start = (view.mean(method, "HS") for method in ("sft", paper.ALIGNED))
     if math.isnan(plain) or math.isnan(start) or plain - start > MARGIN:
         return ""
+    remedy = "train longer, or with a higher harmful_ratio" if view.ratio else "train with harmful_ratio=0.1 or more"
     return (
         f" SFT did not lose its refusals here (HS {plain:.1f} %, the aligned model's {start:.1f} %), so these runs "
-        "cannot tell a defence from none. Remedy: train longer, or with a higher harmful_ratio."
+        f"cannot tell a defence from none. Remedy: {remedy}."
     )
 
 

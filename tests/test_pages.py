@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -294,6 +295,12 @@ def test_where_sft_lost_nothing_no_defence_can_be_told_from_none(tmp_path, hs, s
     text = headline.sentence(planted_view(tmp_path, dict.fromkeys(methods, hs), start=start))
     said = f" SFT did not lose its refusals here (HS {hs:.1f} %, the aligned model's 1.0 %), so these runs cannot"
     assert (said in text) == told and ("train longer, or with a higher harmful_ratio." in text) == told
+
+
+def test_without_a_harmful_row_longer_training_is_no_remedy(tmp_path):
+    view = replace(planted_view(tmp_path, {"sft": 0.0, "cwac": 0.0}), ratio=0.0)
+    text = headline.sentence(view)
+    assert "Remedy: train with harmful_ratio=0.1 or more." in text and "longer" not in text
 
 
 def test_a_table_of_ten_rows_begins_with_the_aligned_model_and_the_lowest_hs(view):
