@@ -116,13 +116,16 @@ def ending(collection: Collection, args: argparse.Namespace) -> str:
 
 def page_command(args: argparse.Namespace) -> str:
     """The command that makes a page of these runs: `make report` where that reads the same ones."""
+    whole = args.experiment in (None, "demo") and not args.overrides  # what `make demo` runs, or all that is there
     plain = args.runs == Path("runs") and not (args.by or args.judge) and STARTED_AS not in os.environ
-    if plain and Path.cwd() == ROOT and (ROOT / "Makefile").is_file():
+    if plain and whole and Path.cwd() == ROOT and (ROOT / "Makefile").is_file():
         return "make report"
     by = [word for key in args.by for word in ("--by", key)]
     judge = ["--judge", args.judge] if args.judge else []
     page = str(args.out / "report.html")
-    words = ["python", "-m", "analysis.report", "--runs", str(args.runs), *by, *judge, "--out", page]
+    preset = ["--experiment", args.experiment] if args.experiment else []
+    words = ["python", "-m", "analysis.report", "--runs", str(args.runs), *preset, *by, *judge, "--out", page]
+    words += args.overrides
     return as_typed(shlex.join(words))
 
 

@@ -45,7 +45,8 @@ FORM = "task_answers"
 NOTES = """\
 Percentages: mean ± half-width of a 95 % t-interval over n seeds; †: all seeds agree, the exact interval over one
 seed's prompts instead, all sets together. §: one seed (n=1), the same interval; it is about one training alone and
-says nothing of other seeds, so it does not show which setting is the better one."""
+says nothing of other seeds, so it does not show which setting is the better one. (n=1) without an interval: sets of
+different size together, or no share of prompts."""
 
 
 @command
@@ -81,7 +82,7 @@ def publish(args: argparse.Namespace, argv: list[str]) -> int:
     text = f"{first}\n\n{report(table)}\n\n{NOTES}"
     (out / "table.md").write_text(text + "\n", encoding="utf-8")
     print(text)
-    print(f"written: {out}/table.md, frontier.csv, results.csv")
+    print(f"written: {out}/table.md, frontier.csv" + ("" if args.exported else ", results.csv"))
     for path in figures.save(draw(table), out / "frontier"):
         print(f"figure: {path}")
     return 0

@@ -49,7 +49,8 @@ def measure(
     pools, data, artifacts, template: as for `defend`; the sets are `test` and `over_refusal`. prompt: the defence's
     `method.prompt`, where it changes what is served (BEA). judge: an option of conf/eval/judge; None is the judge of
     the runs: `keyword` for the embedded model, `semantic` for any other. limit: the most requests of a set. aligned:
-    what `aligned_context` gives, for the model before its training, which is then asked once.
+    what `aligned_context` gives, for the model before its training, which is then asked once, as runs ask it, whatever
+    `batch_size` is (prompts at a time).
 
     Returns rows `{metric, set, value, n, stderr, judge}`, values in percent of n answers. Raises UserError for pools
     without such requests, an unknown judge, and a judge whose weights are out of reach.
