@@ -44,9 +44,9 @@ def warn_of_plain_rate(method: Method, rate: float, plain: float | None) -> None
     """
     if method.wants_own_rate and plain is not None and rate <= plain:
         log.warning(
-            "method=%s trains at learning_rate=%g, and the default for plain fine-tuning is %g: an adapter that starts "
-            "from zero may learn little at such a rate; if FA stays low, give it a rate of its own, up to ten times "
-            "that (docs/nullspace.md has those that were searched)",
+            "method=%s trains at learning_rate=%g, and by default plain fine-tuning starts at %g: an adapter that "
+            "starts from zero may learn little at such a rate; if FA stays low, give it a rate of its own, up to ten "
+            "times that (docs/nullspace.md has those that were searched)",
             *(method.name, rate, plain),
         )
 
