@@ -457,7 +457,11 @@ def test_demo_writes_everything_and_says_where(campaign, tmp_path, capsys):
     readme.write_text("before\n<!-- results:demo -->\nold\n<!-- /results:demo -->\nafter\n")
     assert demo.main(["--runs", str(runs), "--out", str(out), "--readme", str(readme)]) == 0
     printed = capsys.readouterr().out
-    assert printed.strip().splitlines()[-1] == f"figure: {out / 'training.png'}"
+    *_, figure, _, last = printed.strip().splitlines()
+    assert figure == f"figure: {out / 'training.png'}"
+    assert (
+        f"of {len(cells)} runs are in {out}. Next: " in last and f"--runs {runs} --out {out / 'report.html'}" in last
+    )
     for name in ("results.csv", "summary.csv", "table.md", "ratio.png", "ratio.pdf", "training.png", "training.pdf"):
         assert (out / name).stat().st_size > 0, name
     record = json.loads((out / "provenance.json").read_text())

@@ -201,8 +201,15 @@ def own_values(cell: str, arguments: Sequence[str]) -> dict[str, str]:
     cell: the overrides in one text, each after a space; a value may hold spaces itself.
     """
     parts = re.split(r" (?=[~+]*[\w./@:-]+=)", cell)
-    kept = [part for part in parts if part not in arguments] or parts
+    given = {spelt(argument) for argument in arguments}
+    kept = [part for part in parts if spelt(part) not in given] or parts
     return {key: value for key, _, value in (part.partition("=") for part in kept)}
+
+
+def spelt(override: str) -> str:
+    """An override as it is typed: Hydra writes `false` and `null` of a cell as Python's `False` and `None`."""
+    key, equals, value = override.partition("=")
+    return key + equals + {"True": "true", "False": "false", "None": "null"}.get(value, value)
 
 
 def short_names(cells: Sequence[dict[str, str]]) -> str:
