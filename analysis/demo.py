@@ -84,8 +84,7 @@ def publish(args: argparse.Namespace, argv: list[str]) -> int:
         raise UserError("--readme takes a campaign at one learning rate. Remedy: leave it out, or give one rate.")
     summary, text = tabulate(collection, args.judge)
     first = export(collection, args, argv)
-    if len(collection.verdicts):  # without a time stamp, so that the same runs give the same bytes
-        collection.verdicts.to_csv(args.out / VERDICTS, index=False, compression={"method": "gzip", "mtime": 0})
+    export_verdicts(collection, args.out)
     methods = methods_of(collection.rows)
     found = records.read_all(args.runs, collection.runs)
     found = {name: replace(record, method=methods[name]) for name, record in found.items()}
@@ -184,6 +183,12 @@ def export(collection: Collection, args: argparse.Namespace, argv: list[str], mo
     record = provenance(collection, args, argv, module)
     (args.out / "provenance.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return headline(record)
+
+
+def export_verdicts(collection: Collection, out: Path) -> None:
+    """Write `verdicts.csv.gz` where the runs have verdicts; it has no time stamp: the same runs give the same bytes."""
+    if len(collection.verdicts):
+        collection.verdicts.to_csv(out / VERDICTS, index=False, compression={"method": "gzip", "mtime": 0})
 
 
 def provenance(collection: Collection, args: argparse.Namespace, argv: list[str], module: str) -> dict:

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
 from analysis import demo, figures, paper, records, restore, stats
-from analysis.collect import VERDICTS, Collection, collect, one_judge, read_exported
+from analysis.collect import Collection, collect, one_judge, read_exported
 from analysis.tables import markdown, show
 from cwac.core.config import Parser, about, command
 from cwac.core.errors import UserError, naming_earlier
@@ -75,8 +75,7 @@ def publish(args: argparse.Namespace, argv: list[str]) -> int:
         first = demo.headline(records.read_json(out / "provenance.json"))
     else:
         first = demo.export(found, args, argv, "analysis.frontier")
-        if len(found.verdicts):  # without a time stamp, so that the same runs give the same bytes
-            found.verdicts.to_csv(out / VERDICTS, index=False, compression={"method": "gzip", "mtime": 0})
+        demo.export_verdicts(found, out)
         records.export(records.read_all(args.runs, found.runs), out / records.NAME)
     table.to_csv(out / "frontier.csv", index=False)
     text = f"{first}\n\n{report(table)}\n\n{NOTES}"

@@ -13,8 +13,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 
-from torch import nn
-
 from benchmarks import runner
 from benchmarks.constraint import random_rows
 from benchmarks.runner import entry, timed
@@ -37,9 +35,7 @@ def measure(anchors: int = 346, fewer: int = 96, overrides: Sequence[str] = ()) 
     """
     cfg = config.compose(["model=smollm2", "task=sst2", "method=nullspace", *overrides])
     model = build(cfg, shape(cfg)).eval()
-    readers: dict[str, nn.Module] = {}
-    for name, module in linears(model, "all").items():
-        readers.setdefault(input_group(name), module)
+    readers = {input_group(name): module for name, module in linears(model, "all").items()}
     words = min(1000, model.config.vocab_size)
     trained = random_rows(ROWS * LENGTH, LENGTH, SHARED, words)
 

@@ -54,12 +54,10 @@ class OnSharedDisk(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs) -> None:
         """What comes next. Optuna names the best single run; over seeds the next command names the best value."""
+        if not searches(config) and any_is_done():
+            page = as_typed(f"python -m analysis.report --runs {config.paths.runs} --out results/local/report.html")
+            log.info("the runs are in %s; what came out, on one page: %s", config.paths.runs, page)
         if not searches_over_seeds(config):
-            if "optuna" not in str(OmegaConf.select(config, "hydra.sweeper._target_")) and any_is_done():
-                page = as_typed(
-                    f"python -m analysis.report --runs {config.paths.runs} --out results/local/report.html"
-                )
-                log.info("the runs are in %s; what came out, on one page: %s", config.paths.runs, page)
             return
         logging.getLogger(SWEEPER).removeFilter(not_one_seed)
         (Path(config.hydra.sweep.dir) / "optimization_results.yaml").unlink(missing_ok=True)
@@ -72,20 +70,28 @@ class OnSharedDisk(Callback):
         )
 
 
+def searches(config: DictConfig) -> bool:
+    """Whether Optuna draws the cells of the sweep."""
+    return "optuna" in str(OmegaConf.select(config, "hydra.sweeper._target_"))
+
+
 def searches_over_seeds(config: DictConfig) -> bool:
     """Whether Optuna draws the seed among other keys; False where the axes are of no use, which Hydra then says."""
-    sweeper = config.hydra.sweeper
     try:
-        return "optuna" in str(sweeper.get("_target_")) and "seed" in (sweeper.get("params") or {})
+        return searches(config) and "seed" in (config.hydra.sweeper.get("params") or {})
     except OmegaConfBaseException:
         return False
 
 
 def any_is_done() -> bool:
     """Whether a cell of the sweep did not fail; yes where their number is not known."""
-    folder = Path(os.environ[FOLDER])
-    failed = sum(len(path.read_text().splitlines()) for path in folder.glob("*.jsonl"))
+    failed = failed_in(Path(os.environ[FOLDER]))
     return failed < int(os.environ.get(CELLS, failed + 1))
+
+
+def failed_in(folder: Path) -> int:
+    """How many failed cells the processes of a sweep have noted in its folder."""
+    return sum(len(path.read_text().splitlines()) for path in folder.glob("*.jsonl"))
 
 
 def not_one_seed(record: logging.LogRecord) -> bool:
@@ -144,11 +150,10 @@ def told(folder: Path, seconds: float) -> str:
     with (folder / f"{socket.gethostname()}-{os.getpid()}.ended").open("a") as file:
         file.write(f"{seconds:.1f}\n")
     took = [float(line) for path in folder.glob("*.ended") for line in path.read_text().split()]
-    failed = sum(len(path.read_text().splitlines()) for path in folder.glob("*.jsonl"))
     total, passed = int(os.environ[CELLS]), time.time() - float(os.environ[BEGAN])
     left, trained = max(0, total - len(took)), sum(t >= SHORT for t in took)
     ends = "" if not left else f", about {duration(passed / trained * left)} left" if trained else ", none trained yet"
-    return f"{len(took)} of {total} cells, {failed} failed; {duration(passed)} so far{ends}"
+    return f"{len(took)} of {total} cells, {failed_in(folder)} failed; {duration(passed)} so far{ends}"
 
 
 def collect() -> list[dict]:

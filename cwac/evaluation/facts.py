@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable, Sequence
 
 from cwac.data.refusals import Parts, content_words, either, normalise
 
@@ -123,6 +124,11 @@ def longest_run(text: list[str], within: list[str]) -> int:
     return best
 
 
+def share(found: Iterable[bool], of: Sequence) -> float:
+    """How many of `of` were found, as a share; 0 of nothing."""
+    return sum(found) / max(1, len(of))
+
+
 def more(prompt: str, response: str) -> dict[str, float]:
     """The values of `MORE`, each in [0, 1] or close."""
     parts, text = Parts.of(response), normalise(response)
@@ -133,7 +139,6 @@ def more(prompt: str, response: str) -> dict[str, float]:
     wanted, said = content_words(prompt), content_words(response)
     agrees = bool(AGREES.search(sentences[0])) and not any(i == 0 for i, _ in parts.denials)
     restated = len(said & wanted) / max(1, len(said))
-    share = lambda found, all_of: sum(found) / max(1, len(all_of))  # noqa: E731
     beginning = " ".join(sentences[:2])
     return {
         "agrees": float(agrees),

@@ -117,24 +117,30 @@ def judged(
     name: of the set, which the progress bar shows. aligned: as for `measure`. given: arguments of
     `cwac.models.generate.generate`.
     """
-    texts = answered(model, tokenizer, rows, name, prompt, aligned, **given)
+    texts = answered(model, tokenizer, rows, served(rows, prompt), name, aligned, **given)
     answers = [{"id": e.id, "prompt": e.prompt, "response": t} for e, t in zip(rows, texts, strict=True)]
     with tempfile.TemporaryDirectory() as folder:
         return answers, judge_answers(judge, answers, Path(folder) / "verdicts.jsonl")
+
+
+def served(rows: Sequence[Example], prompt: Callable[[Messages], Messages] | None) -> list[Messages]:
+    """The messages of each row as the defence serves them; None changes none."""
+    return [e.messages if prompt is None else prompt(e.messages) for e in rows]
 
 
 def answered(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Example],
+    asked: list[Messages],
     name: str,
-    prompt: Callable[[Messages], Messages] | None,
     aligned: Context | None,
     **given,
 ) -> list[str]:
-    """A model's greedy answers to rows, from the artifacts where it is the aligned one and was asked them before."""
-    served = prompt or (lambda messages: messages)
-    asked = [served(e.messages) for e in rows]
+    """A model's greedy answers to rows, from the artifacts where it is the aligned one and was asked them before.
+
+    asked: what is served of each row.
+    """
     if aligned is not None and asked == [e.messages for e in rows]:
         return own_answers(model, aligned, list(rows), given["max_new_tokens"])
     return generate(model, tokenizer, asked, description=name, **given)
@@ -163,13 +169,12 @@ def measure_task(
     within max_length. Raises UsageError without rows.
     """
     refuse_diverged(model)
-    served = prompt or (lambda messages: messages)
     examples = [Example(f"own-{i}", row["prompt"], row["response"]) for i, row in enumerate(rows)]
     if not examples:
         raise UsageError("there are no rows to measure the task with")
-    asked = [served(e.messages) for e in examples]
+    asked = served(examples, prompt)
     given = {"template": template, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    answers = answered(model, tokenizer, examples, "own rows", prompt, aligned, **given)
+    answers = answered(model, tokenizer, examples, asked, "own rows", aligned, **given)
     right = sum(clean(a) == clean(e.response) for a, e in zip(answers, examples, strict=True))
     prompts = [encode_prompt(tokenizer, messages, template) for messages in asked]
     responses = [tokenizer(e.response, add_special_tokens=False)["input_ids"] for e in examples]
