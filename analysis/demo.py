@@ -186,7 +186,7 @@ def export(collection: Collection, args: argparse.Namespace, argv: list[str], mo
 
 
 def export_verdicts(collection: Collection, out: Path) -> None:
-    """Write `verdicts.csv.gz` where the runs have verdicts; it has no time stamp: the same runs give the same bytes."""
+    """Write `verdicts.csv.gz` where there are verdicts, without a time stamp: the same runs give the same bytes."""
     if len(collection.verdicts):
         collection.verdicts.to_csv(out / VERDICTS, index=False, compression={"method": "gzip", "mtime": 0})
 
