@@ -7,6 +7,7 @@ from pathlib import Path
 import hydra
 import pytest
 import yaml
+from hydra.core.global_hydra import GlobalHydra
 
 from analysis import paper
 from cwac.core import config, identity, paths, validation
@@ -125,6 +126,18 @@ def test_presets_expand_to_distinct_valid_cells(name):
         validation.validate(cell)
     assert len(cells) > 1
     assert len({identity.run_id(c) for c in cells}) == len(cells)
+
+
+def test_a_cell_that_hydra_launched_composes_others_and_is_left_as_it_was():
+    """What asks for the plain rate of a null-space run's model composes while `train.py` is Hydra's own application."""
+    with hydra.initialize_config_dir(str(paths.CONF), version_base="1.3"):
+        outer = GlobalHydra.instance().hydra
+        assert config.compose(["model=smollm2"]).train.learning_rate == 2e-5
+        assert len(config.grid(None, ["seed=0,1"])) == len(config.expand(None, ["seed=0,1"])) == 2
+        with pytest.raises(hydra.errors.HydraException):
+            config.compose(["model=nobodys"])
+        assert GlobalHydra.instance().hydra is outer
+        assert hydra.compose("config", overrides=["seed=3"]).seed == 3
 
 
 def test_overrides_win_over_a_preset():

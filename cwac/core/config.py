@@ -13,7 +13,8 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import yaml
@@ -225,12 +226,29 @@ def rounded(value: Any) -> Any:
     return float(f"{value:.{DIGITS}g}") if isinstance(value, float) and math.isfinite(value) else value
 
 
+@contextmanager
+def composing() -> Iterator[None]:
+    """Hydra over `CONF`, also inside a cell that Hydra itself launched: there it is set aside, and put back after.
+
+    Hydra holds one global instance and refuses a second, so that what composes in a test fails under `train.py`.
+    """
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    outer = GlobalHydra.instance().hydra
+    GlobalHydra.instance().hydra = None
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            yield
+    finally:
+        GlobalHydra.instance().hydra = outer
+
+
 def compose(overrides: list[str] | None = None) -> DictConfig:
     """One composed cell, as `python train.py <overrides>` would see it."""
     from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
 
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with composing():
         overrides = renamed.rewrite(overrides or [])
         return settle(renamed.update(hydra_compose("config", overrides=overrides)), overrides)
 
@@ -242,13 +260,12 @@ def grid(experiment: str | None, overrides: list[str] | None = None) -> list[lis
     like any other; Optuna walks it in another order. experiment: None where the overrides alone say what to sweep.
     """
     from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     chosen = [*([f"experiment={experiment}"] if experiment else []), *renamed.rewrite(overrides or [])]
     parser = OverridesParser.create()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with composing():
         single = [o for o in chosen if not parser.parse_override(o).is_sweep_override()]
         base = hydra_compose("config", overrides=single, return_hydra_config=True)
         params = OmegaConf.to_container(base.hydra.sweeper.params or OmegaConf.create({}), resolve=True)
@@ -261,8 +278,7 @@ def grid(experiment: str | None, overrides: list[str] | None = None) -> list[lis
 def expand(experiment: str | None, overrides: list[str] | None = None) -> list[DictConfig]:
     """Every cell of a preset's grid, composed; see `grid`."""
     from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
 
     cells = grid(experiment, overrides)
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with composing():
         return [settle(renamed.update(hydra_compose("config", overrides=cell)), cell) for cell in cells]
