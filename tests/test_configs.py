@@ -129,7 +129,7 @@ def test_presets_expand_to_distinct_valid_cells(name):
 
 
 def test_a_cell_that_hydra_launched_composes_others_and_is_left_as_it_was():
-    """What asks for the plain rate of a null-space run's model composes while `train.py` is Hydra's own application."""
+    """What asks for the plain rate of a null-space run's model composes while `train.py` is Hydra's own program."""
     with hydra.initialize_config_dir(str(paths.CONF), version_base="1.3"):
         outer = GlobalHydra.instance().hydra
         assert config.compose(["model=smollm2"]).train.learning_rate == 2e-5
