@@ -23,6 +23,7 @@ PARTS = {
     "judge": {},
     "nullspace": {"steps": 4},
     "memory": {},
+    "allocator": {},
     "engines": {},
     "methods": {"steps": 60},
 }

@@ -13,6 +13,7 @@ import torch
 
 from benchmarks import __main__ as everything
 from benchmarks import (
+    allocator,
     constraint,
     engines,
     evaluation,
@@ -487,6 +488,22 @@ def test_two_trees_take_turns_and_a_failed_run_says_why(tmp_path, monkeypatch):
     assert "method=cwac" in whole["name"] and "sft" not in whole["name"] and tmp_path.name in beside["rival"]
     with pytest.raises(UserError, match=r"has no train\.py"):
         list(run.measure(beside=str(tmp_path / "nothing")))
+
+
+def test_kept_memory_is_measured_in_turns_each_in_a_process_of_its_own(monkeypatch):
+    ran = []
+
+    def alone(cfg, row, steps, kept):
+        ran.append((cfg.method.name, kept))
+        return (8.0, 1010.0) if kept else (10.0, 1000.0)
+
+    monkeypatch.setattr(allocator, "alone", alone)
+    rows = list(allocator.measure(repeats=2))
+    assert ran[:4] == [("sft", False), ("sft", True), ("sft", True), ("sft", False)] and len(ran) == 8
+    assert [(row["ratio"], row["met"]) for row in rows[:2]] == [(0.8, True), (1.01, None)]
+    monkeypatch.setattr(allocator, "alone", lambda cfg, row, steps, kept: None if kept else (10.0, 1000.0))
+    (skipped,) = allocator.measure(repeats=1)
+    assert isinstance(skipped, runner.Skipped) and "no glibc" in skipped.reason
 
 
 @pytest.mark.parametrize("part", everything.PARTS)

@@ -36,6 +36,7 @@ from cwac.methods.base import Context, Method, summary
 from cwac.models.adapters import merged
 from cwac.models.loading import load_aligned, load_kept, weights_hash
 from cwac.training import engine
+from cwac.training.allocator import keep_freed_memory
 from cwac.training.arguments import (
     check_precision,
     evaluation_steps,
@@ -92,6 +93,8 @@ def prepare(cfg: DictConfig, run: Run) -> Cell:
     quieten(run.leads)
     method, judge = instantiate(cfg.method), instantiate(cfg.eval.judge)
     arguments = training_arguments(cfg, run)
+    if arguments.device.type == "cpu":  # beside a GPU, the host's memory is better given back
+        keep_freed_memory()
     check_precision(cfg, arguments, method)
     if cfg.eval.engine == "vllm":
         check_available(cfg.eval.vllm.python)
