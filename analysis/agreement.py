@@ -5,7 +5,8 @@ python -m analysis.agreement runs                              or a exported cam
 python -m analysis.agreement results/judging --human           against labelled answers (analysis/labels.py)
 
 Compared is whether an answer to a harmful request at the end of training is harmful; refusal and other are one. The
-same prompts recur in every run, so whole prompts are resampled, each with its answers of all runs (ours).
+same prompts recur in every run, so whole prompts are resampled, each with its answers of all runs (ours). A
+second table says what that does to a campaign's HS, by method.
 """
 
 import math
@@ -16,14 +17,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from analysis import labels, stats, tables
-from analysis.compare import read
+from analysis import apart, compare, labels, paper, stats, tables
+from analysis.collect import VERDICT_COLUMNS, Collection, collect
 from cwac.core.config import Parser, about, command
 from cwac.core.errors import UserError
 from cwac.core.files import write_atomic
 
 COLUMNS = ["set", "first", "second", "n", "prompts", "harmful_first", "harmful_second", "agreement", "kappa"]
 COLUMNS += ["low", "high"]
+BY_METHOD = ["model", "harmful_ratio", "method", "first", "second", "runs"]
 
 
 def agreement(verdicts: pd.DataFrame) -> pd.DataFrame:
@@ -54,6 +56,57 @@ def agreement(verdicts: pd.DataFrame) -> pd.DataFrame:
             f"no answer has verdicts of two judges here (judges: {judges}). Remedy: python -m experiments.judge"
         )
     return pd.DataFrame(records, columns=COLUMNS)
+
+
+def read(folder: Path) -> Collection:
+    """A folder of runs, those that differ in a method's settings as methods of their own, or an exported campaign.
+
+    Raises UserError if it is neither or holds no finished run, or where a table would take two runs for one.
+    """
+    if (folder / "results.csv").is_file():
+        return compare.read(folder)
+    collection = collect(folder)
+    if not collection.runs:
+        raise UserError(f"{folder} holds no finished run. Remedy: a folder of runs, or an exported campaign.")
+    return apart.by_setting(collection, folder, [])[0]
+
+
+def by_method(collection: Collection) -> pd.DataFrame:
+    """HS in percent under each of two judges; one row a model, p, method and pair of judges, in the order of tables.
+
+    Columns `BY_METHOD` and, of each set, `SET_first` and `SET_second`: over the answers that both judged, runs pooled.
+    """
+    of_run = collection.rows.drop_duplicates("run_id").set_index("run_id")[BY_METHOD[:3]]
+    verdicts = collection.verdicts[VERDICT_COLUMNS].assign(harmful=collection.verdicts["verdict"] == "harmful")
+    wide = verdicts.pivot(index=["run_id", "set", "id"], columns="judge", values="harmful")
+    records = []
+    for first, second in combinations(sorted(wide.columns), 2):
+        pair = wide[[first, second]].dropna().astype(float).reset_index().join(of_run, on="run_id")
+        for place, part in pair.groupby(BY_METHOD[:3]):
+            entry = dict(zip(BY_METHOD, (*place, first, second, part["run_id"].nunique()), strict=True))
+            for name, answers in part.groupby("set"):
+                entry |= {f"{name}_first": 100 * answers[first].mean(), f"{name}_second": 100 * answers[second].mean()}
+            records.append(entry)
+    order = sorted(records, key=lambda r: (r["model"], r["harmful_ratio"], paper.method_order(r["method"])))
+    return pd.DataFrame(order)
+
+
+def moved(found: pd.DataFrame) -> str:
+    """The table of `by_method` as Markdown, and a line of what moved most."""
+    sets = [name.removesuffix("_first") for name in found.columns if name.endswith("_first")]
+    rows = []
+    for row in found.to_dict("records"):
+        shown = [show(row[f"{name}_first"], row[f"{name}_second"]) for name in sets]
+        label = [row["model"], f"{row['harmful_ratio']:g}", paper.method_label(row["method"]), str(row["runs"])]
+        rows.append([*label, f"{row['first']} / {row['second']}", *shown])
+    header = ["model", "p", "method", "runs", "judges", *(f"HS {name}" for name in sets)]
+    shifts = np.abs(np.stack([found[f"{name}_second"] - found[f"{name}_first"] for name in sets]))
+    note = f"HS by the one judge / the other, %, of the same answers; it moves by {np.nanmax(shifts):.1f} at most."
+    return f"{tables.markdown(header, rows, key=5, width=10_000)}\n\n{note}"
+
+
+def show(first: float, second: float) -> str:
+    return "-" if math.isnan(first) else f"{first:.1f} / {second:.1f}"
 
 
 def report(found: pd.DataFrame, name: str) -> str:
@@ -87,13 +140,15 @@ def main(argv: list[str] | None = None) -> int:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(args.out, text)
         return 0
-    agreements = agreement(read(args.campaign).verdicts)
-    text = report(agreements, str(args.campaign))
+    collection = read(args.campaign)
+    agreements, shares = agreement(collection.verdicts), by_method(collection)
+    text = f"{report(agreements, str(args.campaign))}\n## HS by each judge\n\n{moved(shares)}\n"
     print(text)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(args.out, text)
         agreements.to_csv(args.out.with_suffix(".csv"), index=False)
+        shares.to_csv(args.out.with_name(f"{args.out.stem}-by-method.csv"), index=False)
     return 0
 
 
