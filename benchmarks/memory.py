@@ -9,18 +9,22 @@ its resident memory (a GPU's: of what was allocated) is taken without what Pytho
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 
 import torch
 from omegaconf import DictConfig
+from transformers import PretrainedConfig
 
 from benchmarks import runner
 from benchmarks.nullspace import LORA
 from benchmarks.runner import entry
-from benchmarks.steps import PROMPTS
+from benchmarks.steps import PROMPTS, STOCK, stock
 from cwac.core import config
+from cwac.training.engine import peak_memory, reset_peak_memory
 from experiments import cost
 from experiments.cost import Row, shape
 
@@ -32,11 +36,11 @@ TRAINED = (
     ("weight_only_closed", ("method=weight_only_closed",), None),
     ("cwac", ("method=cwac",), None),
 )
-"""Name, overrides, and the share of SFT's peak that it may have."""
+"""Name, overrides, and the share of SFT's peak that it may have, SFT by our trainer and by transformers' own."""
 
 
 def measure(steps: int = 3, tokens: int = 512, labels: int = 128, overrides: Sequence[str] = ()) -> Iterator[dict]:
-    """Rows of measured peak memory over SFT's.
+    """Rows of measured peak memory over SFT's, by our trainer (logits where a label is) and by transformers' own.
 
     steps: optimizer steps of each training. tokens, labels: of the one row of a batch, and how many carry a label.
     """
@@ -44,21 +48,32 @@ def measure(steps: int = 3, tokens: int = 512, labels: int = 128, overrides: Seq
     given = ["model=smollm2", "task=sst2", "train.per_device_train_batch_size=1", *overrides]
     sft = config.compose([*given, "method=sft"])
     batch = f"{sft.model.name}, 1 x {tokens} tokens, {labels} of them labels"
-    theirs = alone(sft, row, steps)
+    rivals = {"of sft": alone(sft, row, steps), STOCK: alone(sft, row, steps, by_trainer)}
     for name, more, bar in TRAINED:
-        share = alone(config.compose([*given, *more]), row, steps) / theirs
-        yield entry(f"peak memory of {name}, {batch}, measured", "peak memory of sft, measured", share, bar)
+        ours = alone(config.compose([*given, *more]), row, steps)
+        for rival, theirs in rivals.items():
+            yield entry(
+                f"peak memory of {name}, {batch}, measured", f"peak memory {rival}, measured", ours / theirs, bar
+            )
 
 
-def alone(cfg: DictConfig, row: Row, steps: int) -> float:
+def alone(cfg: DictConfig, row: Row, steps: int, training: cost.Training = cost.train) -> float:
     """Bytes at the peak of a training in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(peak, (cfg, row, steps))
+        return pool.apply(peak, (cfg, row, steps, training))
 
 
-def peak(cfg: DictConfig, row: Row, steps: int) -> float:
+def peak(cfg: DictConfig, row: Row, steps: int, training: cost.Training) -> float:
     torch.set_num_threads(1)
-    return cost.measure(cfg, shape(cfg), row, steps)[0]
+    return cost.measure(cfg, shape(cfg), row, steps, training)[0]
+
+
+def by_trainer(cfg: DictConfig, architecture: PretrainedConfig, row: Row, steps: int) -> dict[str, float]:
+    """`cost.train` by transformers' own Trainer, which computes logits at every token."""
+    reset_peak_memory()
+    with tempfile.TemporaryDirectory() as folder:
+        stock(cfg, row, steps, folder, architecture).train()
+    return {"memory": peak_memory(), "seconds_per_step": math.nan}
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from omegaconf import DictConfig
-from transformers import Trainer
+from transformers import PretrainedConfig, Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from benchmarks import runner
@@ -99,9 +99,9 @@ def trainer(cfg: DictConfig, row: Row, steps: int, folder: str) -> MethodTrainer
     return build_trainer(model, method, rows, args, 0)
 
 
-def stock(cfg: DictConfig, row: Row, steps: int, folder: str) -> Trainer:
-    """transformers' own Trainer on the same kind of model, rows and arguments."""
-    args, model, _, rows = random_run(cfg, shape(cfg), row, steps, folder)
+def stock(cfg: DictConfig, row: Row, steps: int, folder: str, architecture: PretrainedConfig | None = None) -> Trainer:
+    """transformers' own Trainer on the same kind of model, rows and arguments; architecture: another than `cfg`'s."""
+    args, model, _, rows = random_run(cfg, architecture or shape(cfg), row, steps, folder)
     trainer = Trainer(model=model, args=args, train_dataset=rows, data_collator=Collator(0))
     trainer.remove_callback(PrinterCallback)  # what it prints would be part of its time
     trainer.remove_callback(ProgressCallback)

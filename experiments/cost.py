@@ -28,10 +28,12 @@ import sys
 import tempfile
 import weakref
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TypeAlias
 from unittest import mock
 
 os.environ.setdefault("TQDM_DISABLE", "1")
@@ -295,14 +297,26 @@ def step(ledger: Ledger, args: TrainingArguments, model: nn.Module, method: Meth
         method.after_step(model)
 
 
-def measure(cfg: DictConfig, architecture: PretrainedConfig, row: Row, steps: int) -> tuple[float, float]:
-    """Peak bytes and median seconds of `steps` steps of a random model; see the module for what is subtracted."""
-    train(cfg, AutoConfig.for_model(**NANO), Row(16, 16, Sizes(prompt_tokens=8, rank_share=row.sizes.rank_share)), 2)
+Training: TypeAlias = "Callable[[DictConfig, PretrainedConfig, Row, int], dict[str, float]]"
+"""What trains `steps` steps and returns `memory` in MiB and `seconds_per_step`, as `train` does."""
+
+
+def measure(
+    cfg: DictConfig, architecture: PretrainedConfig, row: Row, steps: int, training: Training | None = None
+) -> tuple[float, float]:
+    """Peak bytes and median seconds of `steps` steps of a random model; see the module for what is subtracted.
+
+    training: what trains, with the signature of `train`; None for `train` itself.
+    """
+    training = training or train
+    training(
+        cfg, AutoConfig.for_model(**NANO), Row(16, 16, Sizes(prompt_tokens=8, rank_share=row.sizes.rank_share)), 2
+    )
     gc.collect()
     with suppress(OSError, AttributeError):  # glibc keeps what was freed; elsewhere the baseline stays a little high
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     resident = 0.0 if torch.cuda.is_available() else resident_memory()
-    cost = train(cfg, architecture, row, steps)
+    cost = training(cfg, architecture, row, steps)
     return (cost["memory"] - resident) * 2**20, cost["seconds_per_step"]
 
 

@@ -233,15 +233,24 @@ def test_the_engines_in_miniature(random_model, monkeypatch):
 def test_peak_memory_is_measured_beside_sft_on_the_same_row(monkeypatch):
     seen = []
 
-    def alone(cfg, row, steps):
+    def alone(cfg, row, steps, training=cost.train):
         seen.append((cfg.method.name, cfg.method.get("k"), bool(cfg.model.lora), row.tokens, row.labels, steps))
-        return 4e9 if cfg.method.name == "sft" and not cfg.model.lora else 1e9
+        sft = 4e9 if training is cost.train else 5e9
+        return sft if cfg.method.name == "sft" and not cfg.model.lora else 1e9
 
     monkeypatch.setattr(memory, "alone", alone)
     rows = list(memory.measure(2, 32, 8, ["model=tiny", "task=toy_sentiment"]))
-    assert seen[:2] == [("sft", None, False, 32, 8, 2), ("nullspace", 64, False, 32, 8, 2)] and len(rows) == 6
-    assert {r["ratio"] for r in rows} == {0.25} and [r["bar"] for r in rows] == [0.5, 0.85, 0.85, None, None, None]
+    assert seen[:3] == [*[("sft", None, False, 32, 8, 2)] * 2, ("nullspace", 64, False, 32, 8, 2)] and len(rows) == 12
+    assert [r["ratio"] for r in rows] == [0.25, 0.2] * 6
+    assert [r["bar"] for r in rows[::2]] == [r["bar"] for r in rows[1::2]] == [0.5, 0.85, 0.85, None, None, None]
+    assert "sft, measured" in rows[0]["rival"] and "transformers' Trainer" in rows[1]["rival"]
     assert ("sft", None, True, 32, 8, 2) in seen and "tiny, 1 x 32 tokens" in rows[0]["name"]
+
+
+def test_memory_by_transformers_own_trainer_is_that_of_a_real_training():
+    cfg = config.compose(["model=tiny", "task=toy_sentiment", "method=sft"])
+    row = cost.Row(16, 8, steps.PROMPTS)
+    assert memory.by_trainer(cfg, cost.shape(cfg), row, 1)["memory"] > 1
 
 
 def test_a_preparation_is_measured_beside_the_passes_of_its_anchors(monkeypatch):
