@@ -232,7 +232,7 @@ def several(methods: Sequence[str], others: int, most: int = 3) -> str:
 
 
 def short(method: str) -> str:
-    """The label without what says whose method it is, its settings without the comma: `SFT at rate 6e-06`."""
+    """The label without what says whose method it is, its settings without the comma: `SFT at rate 6e-6`."""
     name, comma, setting = paper.method_label(method).partition(paper.SETTING)
     return re.sub(r" \((ours|added)\)$", "", name) + (f" at {setting}" if comma else "")
 
@@ -278,7 +278,7 @@ def conditions(view: View) -> str:
     rates = rows["learning_rate"].dropna()
     if len(rates):
         named = "; a named one was searched" if rates.nunique() > 1 else ""
-        said.append(f"The learning rate is {usual_rate(rows):g}{named}.")
+        said.append(f"The learning rate is {paper.rate_label(usual_rate(rows))}{named}.")
     if view.mean(paper.ALIGNED, "FA") == 0:
         said.append("Before fine-tuning no answer is the right one alone, hence an FA of 0.")
     return " ".join([*said, *([f"Judge: `{judge}`."] if judge else [])])

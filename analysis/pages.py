@@ -88,10 +88,10 @@ def figure(page: Path) -> str:
 
 
 def figure_digest() -> str:
-    """Of the numbers that the figure shows: equal digests, equal pictures."""
+    """Of the numbers and labels that the figure shows: equal digests, equal pictures."""
     here = view(CAMPAIGN)
     values = [
-        [m, metric, *(f"{here.value(m, metric)[c]:.2f}" for c in ("mean", "low", "high"))]
+        [paper.method_label(m), metric, *(f"{here.value(m, metric)[c]:.2f}" for c in ("mean", "low", "high"))]
         for m in [*headline.chosen(here, SHOWN)]
         for metric in headline.LOOKS
         if here.value(m, metric) is not None
@@ -426,8 +426,8 @@ def steps(page: Path, preset: str) -> str:
         values = [cell(frame, "HS", **{**one, axis: c}) for c in columns]
         energy = "-" if pd.isna(held) else f"{held:g}"
         rows.append([paper.method_label(method), energy, *map(tables.show, values)])
-    shown = "p" if axis == "harmful_ratio" else "rate"
-    table_ = tables.markdown(["method", "energy", *(f"{shown} = {c:g}" for c in columns)], rows, key=2)
+    titles = [f"p = {c:g}" if axis == "harmful_ratio" else f"rate = {paper.rate_label(c)}" for c in columns]
+    table_ = tables.markdown(["method", "energy", *titles], rows, key=2)
     return f"{table_}\n\nHS after {frame['step'].max():g} steps. From `results/closed/break.csv`."
 
 
