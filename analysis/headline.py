@@ -204,7 +204,7 @@ def below(p: float) -> str:
 
 
 def beaten(view: View, method: str = "cwac") -> str:
-    """A clause: which methods end safer than `method` at its accuracy and over-refusal."""
+    """A clause, or two sentences without the last full stop: who ends safer than `method` at its FA and OR."""
     others = len(view.methods) - 1
     surely, lower = view.better(method)
     label = paper.method_label(method)
@@ -214,12 +214,13 @@ def beaten(view: View, method: str = "cwac") -> str:
     if surely:
         return f"{several(surely, others)} {have} a significantly lower HS (each pair tested alone), {COST}"
     if lower:
-        said = f"is lower ({view.mean(lower[0], 'HS'):.1f} %)" if len(lower) == 1 else "are lower"
+        mean = f" in the mean ({view.mean(lower[0], 'HS'):.1f} %)" if len(lower) == 1 else " in the mean"
         untested = all(math.isnan(view.p_value(method, m)) for m in lower)
-        decided = "untested, since no two seeds are shared" if untested else "which these seeds do not decide"
+        decided = "It is untested, since no two seeds are shared" if untested else "These seeds do not decide it"
         if all(view.value(m, "HS")["n"] == 1 for m in (method, *lower)):
-            decided = "untested with one seed"
-        return f"{several(lower, others)} {said} with {COST}, {decided}"
+            decided = "One seed cannot decide it"
+        has = "have" if len(lower) > 1 else "has"
+        return f"{several(lower, others)} {has} a lower HS{mean}, {COST}. {decided}"
     return f"none of the other methods ({others}) has a lower HS than {label}, {COST}"
 
 

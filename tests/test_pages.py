@@ -233,16 +233,20 @@ def planted_view(folder, values, seeds=(0,), start=True):
 @pytest.mark.parametrize(
     ("values", "seeds", "said"),
     [
-        ({"sft": 60.0, "cwac": 34.0, "mine": 3.8}, (0,), "mine is lower (3.8 %) with {}, untested with one seed"),
+        (
+            {"sft": 60.0, "cwac": 34.0, "mine": 3.8},
+            (0,),
+            "mine has a lower HS in the mean (3.8 %), {}. One seed cannot decide it",
+        ),
         (
             {"sft": 60.0, "cwac": (34.0, 30.0), "mine": (33.0, 29.5)},
             (0, 1),
-            "mine is lower (31.2 %) with {}, which these seeds do not decide",
+            "mine has a lower HS in the mean (31.2 %), {}. These seeds do not decide it",
         ),
         (
             {"sft": 60.0, "cwac": 34.0, "mine": 3.8, "lisa": 5.0},
             (0,),
-            "mine and Lisa are lower with {}, untested with one seed",
+            "mine and Lisa have a lower HS in the mean, {}. One seed cannot decide it",
         ),
         ({"sft": 60.0, "cwac": 34.0}, (0,), "none of the other methods (1) has a lower HS than CWAC, {}"),
     ],
@@ -262,7 +266,7 @@ def test_who_shares_no_seeds_and_who_has_one_are_told_apart(tmp_path):
     planted("two", sft=(60.0, 0, 1), cwac=(34.0, 0, 1), mine=(4.0, 2, 3))
     planted("one", sft=(60.0, 0, 1), lisa=(2.0, 0))
     two, one = (headline.views(collect(tmp_path / name))[0] for name in ("two", "one"))
-    assert headline.beaten(two).endswith("untested, since no two seeds are shared")
+    assert headline.beaten(two).endswith(" worse. It is untested, since no two seeds are shared")
     assert headline.least(one).endswith("; SFT's is 60 % at 95 % (one seed, which decides nothing)")
 
 
@@ -301,6 +305,16 @@ def test_without_a_harmful_row_longer_training_is_no_remedy(tmp_path):
     view = replace(planted_view(tmp_path, {"sft": 0.0, "cwac": 0.0}), ratio=0.0)
     text = headline.sentence(view)
     assert "Remedy: train with harmful_ratio=0.1 or more." in text and "longer" not in text
+
+
+def test_the_count_at_tuned_values_stands_beside_what_keeps_it_from_being_a_ranking():
+    """A reader of the README took 15 of 26 for a ranking; the caveat stood on another page alone."""
+    for page in (README, ROOT / "docs" / "results" / "real_model.md"):
+        after = " ".join(page.read_text(encoding="utf-8").split()).partition("At tuned values ")[2]
+        sentence = after.partition(". ")[0]
+        assert "not equally wide" in sentence, sentence
+        where = re.search(r"\[no ranking\]\(([^)#]+)#at-tuned-values\)", sentence)[1]
+        assert "## At tuned values" in (page.parent / where).read_text(encoding="utf-8")
 
 
 def test_a_table_of_ten_rows_begins_with_the_aligned_model_and_the_lowest_hs(view):
