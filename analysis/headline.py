@@ -273,9 +273,9 @@ def conditions(view: View) -> str:
     ends = rows[rows["final"] & rows["n"].notna()]
     harm, benign = (ends.loc[ends["metric"] == metric, "n"] for metric in ("HS", "OR"))
     judge = ", ".join(sorted(set(ends.loc[ends["metric"] == "HS", "judge"].dropna())))
-    said = [f"HS is over {harm.max():g} prompts of all sets together."] if len(harm) else []
-    if len(benign):
-        said.append(f"OR is over {benign.max():g} prompts a set.")
+    over = [f"HS is over {harm.max():g} prompts"] * bool(len(harm))
+    over += [f"OR is over {benign.max():g} a set"] * bool(len(benign))
+    said = [f"{', '.join(over)}."] if over else []
     rates = rows["learning_rate"].dropna()
     if len(rates):
         named = "; a named one was searched" if rates.nunique() > 1 else ""
