@@ -14,9 +14,11 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+from omegaconf import OmegaConf
 
 from analysis import headline, pages, paper
 from analysis.collect import collect
+from cwac.core import paths
 from cwac.core.errors import UserError
 from tests.helpers.results import METHODS, cell_of, harm, rows_of, write_run
 
@@ -315,6 +317,29 @@ def test_the_count_at_tuned_values_stands_beside_what_keeps_it_from_being_a_rank
         assert "not equally wide" in sentence, sentence
         where = re.search(r"\[no ranking\]\(([^)#]+)#at-tuned-values\)", sentence)[1]
         assert "## At tuned values" in (page.parent / where).read_text(encoding="utf-8")
+
+
+def recommended() -> dict[tuple[str, int], tuple[str, str]]:
+    """(model, steps) -> energy and rate of the table on docs/nullspace.md."""
+    text = (ROOT / "docs" / "nullspace.md").read_text(encoding="utf-8").partition("## Which energy and rate")[2]
+    rows = [
+        [c.strip(" `") for c in line.split("|")[1:-1]] for line in re.findall(r"(?m)^\| `.*$", text.split("\n## ")[0])
+    ]
+    return {(model, int(steps)): (energy, rate) for model, _, steps, energy, rate, _ in rows if steps.isdigit()}
+
+
+def test_the_recommended_pairs_are_those_that_ran():
+    pairs = recommended()
+    long = OmegaConf.load(paths.CONF / "experiment" / "nullspace_smollm2_long.yaml")
+    assert pairs["smollm2", 350] == (f"{long.method.energy:g}", paper.rate_label(long.train.learning_rate))
+    default = f"{OmegaConf.load(paths.CONF / 'method' / 'nullspace.yaml').energy:g}"
+    for name, key in (("smollm2_main", ("smollm2", 32)), ("qwen_main", ("qwen_coder_05b", 32))):
+        (ran,) = {m for m in pages.view(name).methods if m.startswith("nullspace")}
+        assert pairs[key] == (default, paper.method_label(ran).partition("rate ")[2])
+    points = pages.estimates("nullspace_task/frontier.csv").query("method.str.startswith('nullspace')")
+    best = points.loc[points["objective"].idxmin(), "setting"]
+    energy = pages.energy("nullspace").strip(" ()").partition(" ")[2]
+    assert pairs["tiny", 750] == (energy, paper.setting_label(best).partition("rate ")[2])
 
 
 def test_a_table_of_ten_rows_begins_with_the_aligned_model_and_the_lowest_hs(view):
