@@ -20,12 +20,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from analysis import audit, headline, orders, paper, stats, tables
 from analysis.collect import Collection, at_end, pooled, read_exported
 from analysis.headline import View
-from cwac.core import paths
+from cwac.core import config, paths
 from cwac.core.config import Parser, about, command
 from cwac.core.errors import UserError
 from cwac.core.jsonl import read_jsonl
@@ -462,6 +462,37 @@ def steps(page: Path, preset: str) -> str:
     return f"{table_}\n\nHS after {frame['step'].max():g} steps. From `results/closed/break.csv`."
 
 
+def settings(page: Path, spec: str) -> str:
+    """`PRESET:KEYS`: the sentence under a table, with those of task, p, rate, steps and energy that its rows share."""
+    preset, _, keys = spec.partition(":")
+    shared, wanted = [], ["model", *keys.split(",")]
+    cells = [of_cell(cfg) for cfg in config.expand(preset, ["seed=0"])]
+    for key in wanted:
+        values = {cell[key] for cell in cells if key in cell}
+        if len(values) != 1:
+            raise UserError(
+                f"settings:{spec}: its cells have {len(values)} values of {key}. Remedy: keys that have one, of "
+                f"{', '.join(cells[0])}."
+            )
+        shared += values
+    return wrapped(f"All rows: {', '.join(shared)}. Preset `{preset}`.")
+
+
+def of_cell(cfg: DictConfig) -> dict[str, str]:
+    """What a cell trains on, as sentences have it; without an energy where the method has none."""
+    train = cfg.train
+    weight = cfg.method.get("weight") or cfg.method
+    rows = cfg.task.n_train / (train.per_device_train_batch_size * train.gradient_accumulation_steps)
+    said = {
+        "model": f"{headline.named(cfg.model.name)} (`{cfg.model.name}`)",
+        "task": cfg.task.name,
+        "p": f"p = {cfg.harmful_ratio:g}",
+        "rate": f"learning rate {paper.rate_label(train.learning_rate)}",
+        "steps": f"{math.ceil(rows) * train.num_train_epochs:g} steps",
+    }
+    return said | ({"energy": f"energy {weight.energy:g}"} if weight.get("energy") else {})
+
+
 def grid(page: Path, spec: str) -> str:
     """`FILE:KEYS:METRICS`: an estimates file of `results/closed` as a table, one row a setting.
 
@@ -543,6 +574,7 @@ MAKERS: dict[str, Callable[..., str]] = {
     "picture": picture,
     "beside_paper": beside_paper,
     "steps": steps,
+    "settings": settings,
     "grid": grid,
     "sheet": sheet,
     "include": include,

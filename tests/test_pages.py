@@ -142,6 +142,20 @@ def test_a_grid_has_one_row_a_setting_with_its_estimate(monkeypatch):
         pages.cell(pd.concat([frame, frame]), "HS", matrix="v")
 
 
+def test_the_settings_under_a_table_are_those_of_all_its_cells():
+    """Of `closed_attacks` as its exported runs have them; a key that differs from cell to cell is refused."""
+    said = " ".join(pages.settings(README, "closed_attacks:task,p,rate,steps").split())
+    ends = pd.read_csv(pages.there("attacks/results.csv")).query("final")
+    (task,), (p,), (step,), (rate,) = (set(ends[c]) for c in ("task", "harmful_ratio", "step", "learning_rate"))
+    shown = f"{task}, p = {p:g}, learning rate {paper.rate_label(rate)}, {step} steps. Preset `closed_attacks`."
+    assert said == f"All rows: embedded model (`tiny`), {shown}"
+    assert "energy 0.99." in pages.settings(README, "closed_free:energy")
+    with pytest.raises(pages.UserError, match="its cells have 5 values of rate"):
+        pages.settings(README, "closed_rates:rate")
+    with pytest.raises(pages.UserError, match="0 values of colour"):
+        pages.settings(README, "closed_rates:colour")
+
+
 def test_steps_shows_the_last_of_them_at_each_ratio(monkeypatch):
     frame = planted(
         preset="closed_goal",
