@@ -356,6 +356,38 @@ def test_the_recommended_pairs_are_those_that_ran():
     assert pairs["tiny", 750] == (energy, paper.setting_label(best).partition("rate ")[2])
 
 
+NAMED_RATE = re.compile(r"\b(?:rates?|lr|learning_rate)`?(?: ?[=:] ?| of | )`?(\d[\d.]*(?:e[-+]?\d+)?)(?![\d%])")
+TITLES = ("lr", "rate", "learning rate", "train.learning_rate")
+
+
+def rates_in(text: str) -> list[str]:
+    """Learning rates as a page has them: behind their name, and in the columns of tables that are named so."""
+    found = [number.rstrip(".") for number in NAMED_RATE.findall(text)]
+    for table in re.findall(r"(?m)(?:^\|.*\n)+", text):
+        head, _, *rows = ([c.strip(" `") for c in line.split("|")[1:-1]] for line in table.splitlines())
+        columns = [k for k, title in enumerate(head) if title in TITLES]
+        cells = [row[k] for row in rows for k in columns if k < len(row)]
+        found += [number for c in cells for number in re.findall(r"\d[\d.]*(?:e[-+]?\d+)?", c)]
+    return found
+
+
+SHOWN = [*LINKED, *(p for p in (ROOT / "results").rglob("*.md") if "local" not in p.relative_to(ROOT).parts)]
+
+
+@pytest.mark.parametrize("page", sorted(set(SHOWN)), **ids)
+def test_a_learning_rate_has_one_form_on_every_page(page):
+    """Readers met 2e-4, 0.0002 and 2e-05 for two rates. Remedy: `paper.rate_label`; of an export, --exported."""
+    other = {r for r in rates_in(page.read_text(encoding="utf-8")) if paper.rate_label(float(r)) != r}
+    assert not other, other
+
+
+def test_other_forms_of_a_rate_are_found():
+    table = "| lr | n |\n|--|--|\n| 0.001 | 5e-05 |\n"
+    text = "SFT, rate 6e-06 and `lr=0.0002`, train.learning_rate=1.0e-4; rate 2e-4."
+    assert rates_in(f"{text}\n\n{table}") == ["6e-06", "0.0002", "1.0e-4", "2e-4", "0.001"]
+    assert rates_in("a lower rate 2 methods; at a rate of 0.05, then 50 %") == ["2", "0.05"]
+
+
 def test_a_table_of_ten_rows_begins_with_the_aligned_model_and_the_lowest_hs(view):
     lines = headline.table(view).splitlines()
     firsts = [line.split("|")[1].strip() for line in lines[2:]]
