@@ -1,6 +1,7 @@
 """How long the closed constraint holds, what predicts it, and through which matrices safety drifts.
 
 python -m analysis.closed --runs runs --out results/closed
+python -m analysis.closed --exported results/closed    the same again from the rows that the folder holds, without runs
 
 Reads the runs of the presets `closed_break`, `closed_rates`, `closed_goal` (and `closed_goal_coupled`),
 `closed_anchors`, `closed_sources`, `closed_free` and `closed_variants`, and their references: SFT's of `demo_full` at
@@ -20,8 +21,8 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
 from analysis import figures, paper, stats, tables
-from analysis.collect import Collection, cell_from, collect, one_judge, pooled
-from analysis.demo import export
+from analysis.collect import Collection, cell_from, collect, one_judge, pooled, read_exported
+from analysis.demo import export, headline
 from analysis.records import read_json
 from cwac.core import config, identity, paths
 from cwac.core.config import Parser, about, command
@@ -75,10 +76,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(**about(__doc__, "python -m analysis.closed"))
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the run directories (runs)")
     parser.add_argument("--out", type=Path, default=Path("results/closed"), help="folder for the results")
+    parser.add_argument("--exported", type=Path, help="an exported campaign whose tables and figures are made again")
     parser.add_argument("--judge", help="whose verdicts to use where the runs were judged by several")
     parser.add_argument("overrides", nargs="*", help="the sweeps' own overrides of every preset, e.g. seed=0,1")
     args = parser.parse_intermixed_args(argv)
     args.experiment = ", ".join(PRESETS)
+    args.out = args.exported or args.out
     with naming_earlier(args.out / "table.md"):
         return publish(args, sys.argv[1:] if argv is None else argv)
 
@@ -86,27 +89,22 @@ def main(argv: list[str] | None = None) -> int:
 def publish(args: argparse.Namespace, argv: list[str]) -> int:
     """Collect, print, write; see `main`."""
     cells = expected(args.overrides)
-    # two presets may ask for one run
-    collection = collect(args.runs, {identity.run_id(cfg): cell_from(cfg) for _, cfg in cells}.values())
-    if not collection.runs:
-        raise UserError(f"no finished run of {args.experiment} in {args.runs}. Remedy: run a preset first.")
-    collection.rows = pd.concat([collection.rows, energies(args.runs, collection.rows)], ignore_index=True)
+    collection = of_export(args.exported, cells) if args.exported else of_runs(args, cells)
     settings = pd.DataFrame([setting(preset, cfg) for preset, cfg in cells])
     rows = pooled(one_judge(collection.rows, args.judge)).drop(columns="learning_rate").merge(settings, on="run_id")
     curves, ends = rows[rows["preset"].isin(CURVES)], rows[rows["final"]]
-    varied = ends[ends["preset"] == "closed_sources"]
-    varied = pd.concat([varied, by_category(collection, varied, cells)], ignore_index=True)
     parts = {
         "break": tables.estimates(curves, [*CURVE, "epoch", "step", "metric", "set"]),
         "anchors": tables.estimates(ends[ends["preset"] == "closed_anchors"], [*SETTINGS, "metric", "set"]),
-        "sources": tables.estimates(over_categories(varied), [*SOURCES, "metric", "set"]),
+        "sources": sources(args, collection, ends[ends["preset"] == "closed_sources"], cells),
         "free": tables.estimates(ends[ends["preset"] == "closed_free"], [*ROUTE, "metric", "set"]),
         "variants": tables.estimates(ends[ends["preset"] == "closed_variants"], [*VARIANT, "metric", "set"]),
     }
     strengths = ends[ends["preset"].isin(["closed_anchors", "closed_sources"])]
     points = by_run(strengths.drop_duplicates(["run_id", "metric", "set"]))
     predictors = certificates(points)
-    first = export(collection, args, argv, "analysis.closed")
+    record = None if args.exported is None else read_json(args.exported / "provenance.json")
+    first = export(collection, args, argv, "analysis.closed") if record is None else headline(record)
     for name, part in [*parts.items(), ("certificates", predictors)]:
         part.to_csv(args.out / f"{name}.csv", index=False)
     preset_of = dict(zip(settings["run_id"], settings["preset"], strict=True))
@@ -117,6 +115,40 @@ def publish(args: argparse.Namespace, argv: list[str]) -> int:
         print(f"figure: {figures.save(figure, args.out / name)[0]}")
     print(f"written: {args.out}/table.md, and the parts' numbers as .csv beside it")
     return 1 if collection.missing else 0
+
+
+def of_runs(args: argparse.Namespace, cells: Sequence[tuple[str, DictConfig]]) -> Collection:
+    """The finished runs of a folder, with their energies."""
+    # two presets may ask for one run
+    collection = collect(args.runs, {identity.run_id(cfg): cell_from(cfg) for _, cfg in cells}.values())
+    if not collection.runs:
+        raise UserError(f"no finished run of {args.experiment} in {args.runs}. Remedy: run a preset first.")
+    collection.rows = pd.concat([collection.rows, energies(args.runs, collection.rows)], ignore_index=True)
+    return collection
+
+
+def of_export(folder: Path, cells: Sequence[tuple[str, DictConfig]]) -> Collection:
+    """An exported campaign of these presets. Raises UserError for a file that is missing, or a run of another grid."""
+    if gone := [name for name in ("provenance.json", "sources.csv") if not (folder / name).is_file()]:
+        raise UserError(f"{folder} holds no {gone[0]}. Remedy: export it from its runs (--runs, --out).")
+    collection = read_exported(folder)
+    known = {identity.run_id(cfg) for _, cfg in cells}
+    if other := [run for run in collection.runs if run not in known]:
+        raise UserError(
+            f"{folder}: {len(other)} runs are of no preset of today's conf/, {other[0]} first. Remedy: the commit "
+            "that its provenance.json names, or its runs (--runs, --out)."
+        )
+    return collection
+
+
+def sources(
+    args: argparse.Namespace, collection: Collection, varied: pd.DataFrame, cells: Sequence[tuple[str, DictConfig]]
+) -> pd.DataFrame:
+    """Estimates by the anchors' sources; an export's own, since the prompts' categories are not among its rows."""
+    if args.exported:
+        return pd.read_csv(args.exported / "sources.csv")
+    varied = pd.concat([varied, by_category(collection, varied, cells)], ignore_index=True)
+    return tables.estimates(over_categories(varied), [*SOURCES, "metric", "set"])
 
 
 def expected(overrides: Sequence[str]) -> list[tuple[str, DictConfig]]:
@@ -293,7 +325,10 @@ def curves_of(summary: pd.DataFrame) -> list[tuple[list[str], pd.DataFrame]]:
     """The curves of `break.csv`, each with the cells that name it: p, learning rate, method, energy."""
     groups = summary.groupby(CURVE)
     order = sorted(groups.groups, key=lambda k: (*k[1:3], paper.method_order(k[3]), k[4]))
-    return [([f"{k[1]:g}", f"{k[2]:g}", paper.method_label(k[3]), k[4] or "-"], groups.get_group(k)) for k in order]
+    return [
+        ([f"{k[1]:g}", paper.rate_label(k[2]), paper.method_label(k[3]), k[4] or "-"], groups.get_group(k))
+        for k in order
+    ]
 
 
 def steps_table(summary: pd.DataFrame) -> str:

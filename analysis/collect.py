@@ -316,7 +316,7 @@ def settings_of(folder: Path) -> dict:
 
 
 def text_of(value: object) -> str:
-    """A setting as tables name it: 0.0001 and not 1e-4, whatever its yaml says."""
+    """A setting as slugs name it: 0.0001 and not 1e-4, whatever its yaml says; `paper.setting_label` is for tables."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -123,7 +123,10 @@ def panels(rows: int, columns: int, size: tuple[float, float], **share) -> tuple
 
 
 def legend_below(figure: Figure, axes: Sequence[Axes], columns: int = 3) -> None:
-    """One legend for all panels, under them: the aligned model, methods as in tables, then everything else."""
+    """One legend for all panels, under them: the aligned model, methods as in tables, then everything else.
+
+    columns: at most; fewer where the longest label would run out of the figure.
+    """
     entries = {}
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
@@ -135,6 +138,8 @@ def legend_below(figure: Figure, axes: Sequence[Axes], columns: int = 3) -> None
         return paper.method_order(slugs.get(label) or slugs.get(name, name) + comma + setting)
 
     labels = sorted(entries, key=place)
+    inches = (5 + 0.56 * max(map(len, labels), default=0)) * matplotlib.rcParams["font.size"] / 72  # handle and text
+    columns = max(1, min(columns, int(figure.get_figwidth() / inches)))
     figure.legend([entries[k] for k in labels], labels, loc="outside lower center", ncol=columns, frameon=False)
 
 
@@ -462,11 +467,11 @@ def wide(values: pd.Series) -> bool:
 
 
 def logarithmic(ax: Axes, values: pd.Series) -> None:
-    """A logarithmic x axis for `values`: over less than three decades 1, 2 and 5 of each are labelled."""
+    """A logarithmic x axis for `values`: over less than two decades 1, 2 and 5 of each are labelled."""
     ax.set_xscale("log")
-    if values.max() < 1000 * values.min():
+    if values.max() < 100 * values.min():
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_major_formatter(lambda value, _: paper.rate_label(value))
     ax.xaxis.set_minor_formatter(NullFormatter())  # labels of minor ticks would overlap
 
 

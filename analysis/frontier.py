@@ -186,7 +186,9 @@ def report(table: pd.DataFrame) -> str:
         for _, row in part.sort_values("method", key=lambda c: c.map(paper.method_order), kind="stable").iterrows():
             shown = [cell(row, m) for m in measured]
             mark = " (chosen)" if row["chosen"] else ""
-            lines.append([paper.method_label(row["method"]), row["setting"] + mark, str(row["n"]), *shown])
+            lines.append(
+                [paper.method_label(row["method"]), paper.setting_label(row["setting"]) + mark, str(row["n"]), *shown]
+            )
             lines[-1].append(f"{row['objective']:.1f}")
         model, task, ratio, split = place
         blocks += [f"### {model}, {task}, p = {ratio:g}, {split} prompts", markdown(head, lines, key=2, width=10_000)]

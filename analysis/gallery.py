@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pandas as pd
 
-from analysis import figures, paper_figures, tables
+from analysis import figures, paper, paper_figures, tables
 from analysis.collect import Collection, one_judge, pooled
 from analysis.figures import Plate
 from analysis.records import Record
@@ -42,7 +42,9 @@ def draw(found: Collection, records: Iterable[Record], judge: str | None = None)
 
 def named(plate: Plate, rate: str) -> Plate:
     """The figure of one learning rate of several."""
-    return replace(plate, name=f"{plate.name}-lr{rate}", title=f"{plate.title}; learning rate {rate}")
+    return replace(
+        plate, name=f"{plate.name}-lr{rate}", title=paper.setting_label(f"{plate.title}; learning rate {rate}")
+    )
 
 
 def poisoned(summary: pd.DataFrame) -> pd.DataFrame:

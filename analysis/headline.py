@@ -204,7 +204,7 @@ def below(p: float) -> str:
 
 
 def beaten(view: View, method: str = "cwac") -> str:
-    """A clause: which methods end safer than `method` at its accuracy and over-refusal."""
+    """A clause, or two sentences without the last full stop: who ends safer than `method` at its FA and OR."""
     others = len(view.methods) - 1
     surely, lower = view.better(method)
     label = paper.method_label(method)
@@ -214,12 +214,13 @@ def beaten(view: View, method: str = "cwac") -> str:
     if surely:
         return f"{several(surely, others)} {have} a significantly lower HS (each pair tested alone), {COST}"
     if lower:
-        said = f"is lower ({view.mean(lower[0], 'HS'):.1f} %)" if len(lower) == 1 else "are lower"
+        mean = f" in the mean ({view.mean(lower[0], 'HS'):.1f} %)" if len(lower) == 1 else " in the mean"
         untested = all(math.isnan(view.p_value(method, m)) for m in lower)
-        decided = "untested, since no two seeds are shared" if untested else "which these seeds do not decide"
+        decided = "It is untested, since no two seeds are shared" if untested else "These seeds do not decide it"
         if all(view.value(m, "HS")["n"] == 1 for m in (method, *lower)):
-            decided = "untested with one seed"
-        return f"{several(lower, others)} {said} with {COST}, {decided}"
+            decided = "One seed cannot decide it"
+        has = "have" if len(lower) > 1 else "has"
+        return f"{several(lower, others)} {has} a lower HS{mean}, {COST}. {decided}"
     return f"none of the other methods ({others}) has a lower HS than {label}, {COST}"
 
 
@@ -232,7 +233,7 @@ def several(methods: Sequence[str], others: int, most: int = 3) -> str:
 
 
 def short(method: str) -> str:
-    """The label without what says whose method it is, its settings without the comma: `SFT at rate 6e-06`."""
+    """The label without what says whose method it is, its settings without the comma: `SFT at rate 6e-6`."""
     name, comma, setting = paper.method_label(method).partition(paper.SETTING)
     return re.sub(r" \((ours|added)\)$", "", name) + (f" at {setting}" if comma else "")
 
@@ -272,13 +273,13 @@ def conditions(view: View) -> str:
     ends = rows[rows["final"] & rows["n"].notna()]
     harm, benign = (ends.loc[ends["metric"] == metric, "n"] for metric in ("HS", "OR"))
     judge = ", ".join(sorted(set(ends.loc[ends["metric"] == "HS", "judge"].dropna())))
-    said = [f"HS is over {harm.max():g} prompts of all sets together."] if len(harm) else []
-    if len(benign):
-        said.append(f"OR is over {benign.max():g} prompts a set.")
+    over = [f"HS is over {harm.max():g} prompts"] * bool(len(harm))
+    over += [f"OR is over {benign.max():g} a set"] * bool(len(benign))
+    said = [f"{', '.join(over)}."] if over else []
     rates = rows["learning_rate"].dropna()
     if len(rates):
         named = "; a named one was searched" if rates.nunique() > 1 else ""
-        said.append(f"The learning rate is {usual_rate(rows):g}{named}.")
+        said.append(f"The learning rate is {paper.rate_label(usual_rate(rows))}{named}.")
     if view.mean(paper.ALIGNED, "FA") == 0:
         said.append("Before fine-tuning no answer is the right one alone, hence an FA of 0.")
     return " ".join([*said, *([f"Judge: `{judge}`."] if judge else [])])

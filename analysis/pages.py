@@ -20,10 +20,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
+from omegaconf import DictConfig, OmegaConf
 
 from analysis import audit, headline, orders, paper, stats, tables
 from analysis.collect import Collection, at_end, pooled, read_exported
 from analysis.headline import View
+from cwac.core import config, paths
 from cwac.core.config import Parser, about, command
 from cwac.core.errors import UserError
 from cwac.core.jsonl import read_jsonl
@@ -88,10 +90,10 @@ def figure(page: Path) -> str:
 
 
 def figure_digest() -> str:
-    """Of the numbers that the figure shows: equal digests, equal pictures."""
+    """Of the numbers and labels that the figure shows: equal digests, equal pictures."""
     here = view(CAMPAIGN)
     values = [
-        [m, metric, *(f"{here.value(m, metric)[c]:.2f}" for c in ("mean", "low", "high"))]
+        [paper.method_label(m), metric, *(f"{here.value(m, metric)[c]:.2f}" for c in ("mean", "low", "high"))]
         for m in [*headline.chosen(here, SHOWN)]
         for metric in headline.LOOKS
         if here.value(m, metric) is not None
@@ -121,15 +123,23 @@ def reading(page: Path) -> str:
     said = (
         f"After fine-tuning on {task} with a share p = {here.ratio:g} of harmful rows, {model} complies with "
         f"{hs['sft']:.1f} % of harmful requests (HS) under SFT, plain fine-tuning, and with {hs['cwac']:.1f} % under "
-        f"CWAC. Its accuracy on the task (FA) is {fa['sft']:.1f} and {fa['cwac']:.1f} %."
+        f"CWAC. Its accuracy on the task (FA) is {fa['sft']:.1f} and {fa['cwac']:.1f} %{guessing(here.task)}."
     )
     lost = "**Where CWAC is beaten.** On `tiny`, the embedded model (a million parameters), with p = "
-    lost += f"{toy.ratio:g}, {headline.beaten(toy)}. {fair(toy.ratio)}On {model} {headline.beaten(here)}."
+    lost += f"{toy.ratio:g}, {headline.beaten(toy)}. {fair(page, toy.ratio)}On {model} {headline.beaten(here)}."
     return f"{wrapped(said)}\n\n{wrapped(lost)}"
 
 
-def fair(ratio: float) -> str:
+def guessing(task: str) -> str:
+    """`; guessing gives 50`, of a task with labels."""
+    labels = OmegaConf.load(paths.CONF / "task" / f"{task}.yaml").get("labels")
+    return f"; guessing gives {100 / len(labels):.0f}" if labels else ""
+
+
+def fair(page: Path, ratio: float) -> str:
     """How many beat it with every method at the value that its search chose; empty where L2-SP, the simplest, was not.
+
+    With what keeps the count from being a ranking.
 
     ratio: the harmful ratio that the sentence before named.
     """
@@ -139,7 +149,11 @@ def fair(ratio: float) -> str:
         return ""
     other = "" if tuned.ratio == ratio else f", with p = {tuned.ratio:g},"
     few = headline.names(sorted(surely, key=lambda m: m != "l2sp")[:2])
-    return f"At tuned values{other} {len(surely)} of {len(tuned.methods) - 1} do, such as {few}. "
+    caveat = os.path.relpath(ROOT / "docs" / "results" / "all_methods.md", page.parent)
+    return (
+        f"At tuned values{other} {len(surely)} of {len(tuned.methods) - 1} do, such as {few}; but the searches' grids "
+        f"were not equally wide, so this is {link('no ranking', f'{caveat}#at-tuned-values')}. "
+    )
 
 
 def wrapped(text: str, indent: str = "") -> str:
@@ -178,12 +192,25 @@ def ratio_limit() -> str:
     where = link("how much poison", "docs/results/how_much_poison.md")
     worst = hs[lost[-1]]
     kept = "nothing" if worst["cwac"] > worst["sft"] - headline.MARGIN else "less"
-    free = next((worst[m] for m in worst if m.partition(paper.SETTING)[0] == "nullspace"), None)
-    also = "" if free is None else f"; a null-space adapter's {free:.0f} %"
+    free = next((m for m in worst if m.partition(paper.SETTING)[0] == "nullspace"), None)
+    fa = {m: accuracy(m, lost[-1]) for m in ("sft", free) if m}
+    also = (
+        f"; FA {fa['sft']} %"
+        if free is None
+        else (f"; a null-space adapter's {worst[free]:.0f} %, at an FA of {fa[free]} % where SFT's is {fa['sft']}")
+    )
     return (
         f"CWAC protects SmolLM2 at p = {lost[0]:g} in part ({few}), at {lost[-1]:g} {kept} is left "
-        f"({many}{also}; {where})."
+        f"({many}{also}{guessing(view(CAMPAIGN).task)}; {where})."
     )
+
+
+def accuracy(method: str, ratio: float) -> str:
+    """`58 ± 35`: a method's FA at the end of training in `CAMPAIGN`, over seeds."""
+    rows = at_end(campaign(CAMPAIGN).rows)
+    found = rows[(rows["metric"] == "FA") & (rows["method"] == method) & (rows["harmful_ratio"] == ratio)]
+    value = stats.estimate(found["value"].tolist(), prompts=found["n"].tolist(), proportion=True)
+    return f"{value.mean:.0f}" + ("" if math.isnan(value.half) else f" ± {value.half:.0f}")
 
 
 def second() -> str:
@@ -192,10 +219,11 @@ def second() -> str:
     adapter_ = next(m for m in here.methods if m.partition(paper.SETTING)[0] == "nullspace")
     sft, cwac, ours, start = (here.mean(m, "HS") for m in ("sft", "cwac", adapter_, paper.ALIGNED))
     began = ", as before fine-tuning" if abs(ours - start) < headline.MARGIN else f"; it began at {start:.0f} %"
+    fa = "{:.0f}, {:.0f} and {:.0f} %".format(*(here.mean(m, "FA") for m in ("sft", "cwac", adapter_)))
     return (
         f"A second model, {headline.named(here.model)}, ends at an HS of {sft:.0f} % under SFT, {cwac:.0f} % under "
-        f"CWAC and {ours:.0f} % under a null-space adapter{began} "
-        f"({link('real models', 'docs/results/real_model.md')})."
+        f"CWAC and {ours:.0f} % under a null-space adapter{began} (FA {fa}; "
+        f"{link('real models', 'docs/results/real_model.md')})."
     )
 
 
@@ -221,10 +249,11 @@ def all_or_nothing() -> str:
     hs = free[(free["metric"] == "HS") & (free["arm"] == "constrained") & (free["matrix"] != "none")]["mean"]
     freed = free[(free["metric"] == "HS") & (free["arm"] == "freed")].set_index("matrix")["mean"]
     worst = freed.drop("none").max()
+    fa = free[free["metric"] == "FA"]["mean"].min()
     return (
         "*Closed* is a constraint on every kind of weight matrix: on the embedded model it leaves HS at "
         f"{freed['none']:.0f} %, one on a single kind at {hs.min():.0f} % or more, one on all but one at up to "
-        f"{worst:.0f} % ({link('findings', 'docs/findings.md')})."
+        f"{worst:.0f} %, all at an FA of {fa:.0f} % ({link('findings', 'docs/findings.md')})."
     )
 
 
@@ -232,11 +261,14 @@ def holds_for() -> str:
     goal = estimates("closed/break.csv")
     last = goal[(goal["preset"] == "closed_goal") & (goal["step"] == goal["step"].max())]
     worst = last["harmful_ratio"].max()
-    closed = cell(last, "HS", method="weight_only_closed", held=0.999, harmful_ratio=worst)["mean"]
-    sft = cell(last, "HS", method="sft", harmful_ratio=worst)["mean"]
+    closed, sft = (
+        {m: cell(last, m, method=method, held=held, harmful_ratio=worst)["mean"] for m in ("HS", "FA")}
+        for method, held in (("weight_only_closed", 0.999), ("sft", None))
+    )
     return (
-        "Closed at energy 0.999, the embedded model held for ten times the paper's epochs, "
-        f"though every row was harmful: HS {closed:.0f} %, SFT's {sft:.0f} % "
+        "Closed with 99.9 % of the activations of *anchors*, harmful prompts that the model refuses, protected "
+        "(energy 0.999), it held for ten times the paper's epochs of harmful rows alone: HS "
+        f"{closed['HS']:.0f} %, SFT's {sft['HS']:.0f} %; FA {closed['FA']:.0f} and {sft['FA']:.0f} % "
         f"({link('how long', 'docs/results/how_long.md')})."
     )
 
@@ -245,24 +277,23 @@ def adapter() -> str:
     ratios = [r["ratio"] for r in benchmarked() if "nullspace, k 64" in r["name"] and "Trainer" in r["rival"]]
     cost = "it needs no projection"
     if ratios:
-        cost = f"on SmolLM2 a step takes {ratios[0]:.2f} of the time of SFT by transformers"
+        cost = f"on SmolLM2 a step takes {ratios[0]:.2f} of the time of transformers' SFT"
     return (
-        "An adapter in the null space of the anchors, harmful prompts that the model refuses, leaves what layers make "
-        f"of them nearly as it was, and {cost} ({link('null-space adapters', 'docs/nullspace.md')})."
+        "An adapter in the anchors' null space leaves what layers make of them nearly as it was; "
+        f"{cost} ({link('null-space adapters', 'docs/nullspace.md')})."
     )
 
 
 def slower() -> str:
     """What SFT comes to at the rate that validation prompts chose: on both models, on a task to be learnt."""
     here, toy = view(CAMPAIGN), view(TUNED)
-    (usual, low), (toy_usual, toy_low) = (
-        (v.mean("sft", "HS"), v.mean(next(m for m in v.methods if m.startswith(f"sft{paper.SETTING}rate")), "HS"))
-        for v in (here, toy)
-    )
-    agrees = "likewise" if toy_low < toy_usual - headline.MARGIN else "not"
+    slow, toy_slow = (next(m for m in v.methods if m.startswith(f"sft{paper.SETTING}rate")) for v in (here, toy))
+    usual, low = here.mean("sft", "HS"), here.mean(slow, "HS")
+    agrees = "likewise" if toy.mean(toy_slow, "HS") < toy.mean("sft", "HS") - headline.MARGIN else "not"
     return (
         "The plainest defence is a lower learning rate: SFT's, chosen on validation prompts, takes "
-        f"{headline.named(here.model).split('-')[0]} from an HS of {usual:.0f} to {low:.0f} %, and the embedded model "
+        f"{headline.named(here.model).split('-')[0]} from an HS of {usual:.0f} to {low:.0f} % (FA "
+        f"{here.mean('sft', 'FA'):.0f} and {here.mean(slow, 'FA'):.0f} %), and the embedded model "
         f"{agrees} ({link('all methods', 'docs/results/all_methods.md')}); {learnt()}."
     )
 
@@ -275,8 +306,8 @@ def learnt() -> str:
     plain = plain.loc[(plain["FA"] - kept["FA"]).abs().idxmin()]
     holds = "holds as well" if plain["HS"] < kept["HS"] + headline.MARGIN else "does not hold"
     return (
-        f"on arithmetic, which that has to learn, it {holds}: HS {plain['HS']:.0f} % at FA {plain['FA']:.0f} %, where "
-        f"the {headline.short(kept['method'])}{energy(kept['method'])} has {kept['HS']:.0f} at {kept['FA']:.0f} %"
+        f"on arithmetic, which that has to learn, it {holds}: HS {plain['HS']:.0f} % at FA {plain['FA']:.0f} %, the "
+        f"{headline.short(kept['method'])}'s {kept['HS']:.0f} at {kept['FA']:.0f}{energy(kept['method'])}"
     )
 
 
@@ -426,9 +457,40 @@ def steps(page: Path, preset: str) -> str:
         values = [cell(frame, "HS", **{**one, axis: c}) for c in columns]
         energy = "-" if pd.isna(held) else f"{held:g}"
         rows.append([paper.method_label(method), energy, *map(tables.show, values)])
-    shown = "p" if axis == "harmful_ratio" else "rate"
-    table_ = tables.markdown(["method", "energy", *(f"{shown} = {c:g}" for c in columns)], rows, key=2)
+    titles = [f"p = {c:g}" if axis == "harmful_ratio" else f"rate = {paper.rate_label(c)}" for c in columns]
+    table_ = tables.markdown(["method", "energy", *titles], rows, key=2)
     return f"{table_}\n\nHS after {frame['step'].max():g} steps. From `results/closed/break.csv`."
+
+
+def settings(page: Path, spec: str) -> str:
+    """`PRESET:KEYS`: the sentence under a table, with those of task, p, rate, steps and energy that its rows share."""
+    preset, _, keys = spec.partition(":")
+    shared, wanted = [], ["model", *keys.split(",")]
+    cells = [of_cell(cfg) for cfg in config.expand(preset, ["seed=0"])]
+    for key in wanted:
+        values = {cell[key] for cell in cells if key in cell}
+        if len(values) != 1:
+            raise UserError(
+                f"settings:{spec}: its cells have {len(values)} values of {key}. Remedy: keys that have one, of "
+                f"{', '.join(cells[0])}."
+            )
+        shared += values
+    return wrapped(f"All rows: {', '.join(shared)}. Preset `{preset}`.")
+
+
+def of_cell(cfg: DictConfig) -> dict[str, str]:
+    """What a cell trains on, as sentences have it; without an energy where the method has none."""
+    train = cfg.train
+    weight = cfg.method.get("weight") or cfg.method
+    rows = cfg.task.n_train / (train.per_device_train_batch_size * train.gradient_accumulation_steps)
+    said = {
+        "model": f"{headline.named(cfg.model.name)} (`{cfg.model.name}`)",
+        "task": cfg.task.name,
+        "p": f"p = {cfg.harmful_ratio:g}",
+        "rate": f"learning rate {paper.rate_label(train.learning_rate)}",
+        "steps": f"{math.ceil(rows) * train.num_train_epochs:g} steps",
+    }
+    return said | ({"energy": f"energy {weight.energy:g}"} if weight.get("energy") else {})
 
 
 def grid(page: Path, spec: str) -> str:
@@ -512,6 +574,7 @@ MAKERS: dict[str, Callable[..., str]] = {
     "picture": picture,
     "beside_paper": beside_paper,
     "steps": steps,
+    "settings": settings,
     "grid": grid,
     "sheet": sheet,
     "include": include,

@@ -136,7 +136,7 @@ def name_cells(rows: pd.DataFrame, by: Sequence[str]) -> pd.Series:
     names = []
     for model, task, ratio, rate, epoch in zip(*columns, strict=True):
         parts = [model, task, f"p={ratio:g}"]
-        parts += [f"lr={rate:g}"] if "learning_rate" in by else []
+        parts += [f"lr={paper.rate_label(rate)}"] if "learning_rate" in by else []
         names.append(", ".join([*parts, f"epoch {epoch:g}"] if "epoch" in by else parts))
     return pd.Series(names, index=rows.index, dtype=object)
 

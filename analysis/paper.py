@@ -108,6 +108,7 @@ VERDICTS = ("HS", "refusal", "other")
 
 
 NUMBER = re.compile(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)")
+RATE = re.compile(rf"(\brate ){NUMBER.pattern}")
 
 LOWER_IS_BETTER = ("HS", "OR")
 
@@ -131,7 +132,23 @@ def printed(path: Path = RESULTS) -> pd.DataFrame:
 def method_label(slug: str) -> str:
     """The label of a method; its slug where none is listed. Settings follow the label as they follow the slug."""
     name, comma, setting = slug.partition(SETTING)
-    return METHODS.get(name, name) + comma + setting
+    return METHODS.get(name, name) + comma + setting_label(setting)
+
+
+def rate_label(rate: float) -> str:
+    """A learning rate as every table, figure and sentence has it: `2e-4`, `6e-6`; `0.05` from 0.01 on.
+
+    Slugs and exported csv files keep it as Python writes it, `0.0002` and `6e-06`.
+    """
+    if not 0 < rate < 0.01:
+        return f"{rate:g}"
+    digits, _, power = f"{rate:.5e}".partition("e")
+    return f"{float(digits):g}e{int(power)}"
+
+
+def setting_label(setting: str) -> str:
+    """A setting, such as `energy 0.99, rate 0.0002`, with each learning rate as `rate_label` has it."""
+    return RATE.sub(lambda found: found[1] + rate_label(float(found[2])), setting)
 
 
 def extra_label(counts: dict[str, float], most: dict[str, float] | None = None) -> str:

@@ -192,7 +192,7 @@ def tables_section(campaign: Campaign) -> Section:
         grids = {*zip(summary["model"], summary["task"], strict=True)}
         grids |= {(cell.model, cell.task) for cell in found.expected}
         for model, task in sorted(grids):
-            where = f"{model}, {task}" + f", learning rate {rate}" * bool(rate)
+            where = f"{model}, {task}" + paper.setting_label(f", learning rate {rate}") * bool(rate)
             parts += [f"### {where}", tables.result_table(found, summary, model, task, beside=False)]
             parts += [note] if (note := tables.collapse_note(summary, model, task)) else []
             if seen := extra_table(found, model, task):
@@ -321,7 +321,7 @@ def costs_section(campaign: Campaign) -> Section:
         summary = tables.summarise(found, campaign.judge)
         for model, task in sorted({*zip(summary["model"], summary["task"], strict=True)}):
             if cost := tables.means_table(summary, model, task, tables.COST):
-                parts += [f"### {model}, {task}" + f", learning rate {rate}" * bool(rate), cost]
+                parts += [f"### {model}, {task}" + paper.setting_label(f", learning rate {rate}") * bool(rate), cost]
     return Section("costs", "Costs", "\n\n".join(parts if len(parts) > 1 else ["No run logged its costs."]))
 
 

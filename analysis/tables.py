@@ -408,7 +408,7 @@ def report(
     """
     parts = []
     for rate, part in by_rate(collection):
-        parts += [f"## Learning rate {rate}"] if rate else []
+        parts += [paper.setting_label(f"## Learning rate {rate}")] if rate else []
         found, changes = (of_rate(frame, rate) for frame in (summary, difference))
         parts += results(part, found, changes, judge)
     return "\n\n".join([*parts, *notes(collection)]) + "\n"

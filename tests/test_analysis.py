@@ -262,8 +262,8 @@ def test_a_learning_rate_sweep_is_frozen_with_a_table_for_each_rate(tmp_path, ca
     arguments = ["--runs", str(tmp_path / "runs"), "--out", str(out)]
     assert demo.main(arguments) == 0
     text = (out / "table.md").read_text()
-    low, high = text.split("## Learning rate 0.001")
-    assert "## Learning rate 1e-05" in low and "10.0 [6.2, 15.0]§ (n=1)" in low
+    low, high = text.split("## Learning rate 1e-3")
+    assert "## Learning rate 1e-5" in low and "10.0 [6.2, 15.0]§ (n=1)" in low
     assert "70.0 [63.1, 76.3]§ (n=1)" in high and "70.0" not in low
     assert "-1.0 (n=1)" in low and "-1.0 (n=1)" in high  # CWAC less SFT, of one rate each
     assert text.count("Percentages; mean") == 1

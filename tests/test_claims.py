@@ -228,7 +228,7 @@ def test_steadiness_over_learning_rates_comes_out_as_planted(tmp_path):
     assert found.verdict == "holds" and "tiny, toy, p=0: +5.0 against SFT's +76.3" in found.evidence
     # each rate is a cell of its own for the other claims
     lower = judge_claim({**LOWER, "than": ["sft"]}, collect(tmp_path))
-    assert {n["cell"] for n in lower.numbers} == {"tiny, toy, p=0, lr=1e-05", "tiny, toy, p=0, lr=0.001"}
+    assert {n["cell"] for n in lower.numbers} == {"tiny, toy, p=0, lr=1e-5", "tiny, toy, p=0, lr=1e-3"}
 
 
 def test_every_epoch_counts_where_a_claim_says_so():

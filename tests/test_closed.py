@@ -1,6 +1,7 @@
 """The closed constraint's experiments: what their presets ask for, a bypass on purpose, and planted runs analysed."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -231,6 +232,15 @@ def test_planted_runs_come_back_as_curves_certificates_and_routes(campaign, tmp_
     for name in ("break", "goal", "anchors", "free"):
         assert (tmp_path / f"{name}.png").stat().st_size > 0
     assert json.loads((tmp_path / "provenance.json").read_text())["missing"] == []
+    assert re.search(r"\| +1e-4 \|", text) and "0.0001" not in text
+    # the same again, to the byte, from the exported rows alone
+    kept = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix in (".csv", ".json", ".md")}
+    (tmp_path / "table.md").unlink()
+    assert closed.main(["--exported", str(tmp_path)]) == 0
+    assert {name: (tmp_path / name).read_bytes() for name in kept} == kept
+    monkeypatch.setattr(closed, "expected", lambda overrides: cells[:1])
+    assert closed.main(["--exported", str(tmp_path)]) == 2
+    assert "runs are of no preset of today's conf/" in capsys.readouterr().err
 
 
 def test_a_missing_run_is_named_with_its_preset(campaign, tmp_path, monkeypatch, capsys):

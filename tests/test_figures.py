@@ -290,6 +290,28 @@ def test_no_two_methods_share_a_look_and_a_newcomer_takes_nobodys():
     assert figures.style("cwac") == figures.style("cwac", new) and figures.style("mine3") == figures.style("mine3", [])
 
 
+@pytest.mark.parametrize(
+    ("rate", "shown"),
+    [(2e-4, "2e-4"), (6e-06, "6e-6"), (1.5e-4, "1.5e-4"), (1e-3, "1e-3"), (0.01, "0.01"), (0.5, "0.5"), (0.0, "0")],
+)
+def test_a_learning_rate_has_one_form_wherever_it_is_shown(rate, shown):
+    assert paper.rate_label(rate) == shown and float(shown) == rate
+    assert paper.method_label(f"sft, rate {rate}") == paper.method_label(f"sft, rate {rate:g}") == f"SFT, rate {shown}"
+    setting = paper.setting_label(f"energy 0.9999, k 16, rate {rate:g}, batch 2 (chosen)")
+    assert setting == f"energy 0.9999, k 16, rate {shown}, batch 2 (chosen)"
+
+
+def test_a_legend_stays_within_its_figure():
+    figure, grid = figures.panels(1, 1, (9, 3))
+    for rate in (1e-5, 3e-5, 1e-4, 3e-4, 1e-3):
+        grid[0, 0].plot([0, 1], [0, rate], label=paper.method_label(f"weight_only_closed, rate {rate}"))
+    figures.legend_below(figure, [grid[0, 0]])
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1, (box, figure.bbox)
+
+
 def test_legends_and_rows_are_in_the_order_of_values():
     """As strings, 1e-05 comes after 1e-04 and 10 before 9."""
     names = [

@@ -89,7 +89,7 @@ def test_the_command_writes_table_figure_and_provenance(planted, tmp_path, capsy
     out = tmp_path / "results"
     assert frontier.main(["--runs", str(planted), "--out", str(out)]) == 0
     text = (out / "table.md").read_text()
-    assert "validation prompts" in text and "test prompts" in text and "rate 0.0002 (chosen)" in text
+    assert "validation prompts" in text and "test prompts" in text and "rate 2e-4 (chosen)" in text
     assert {p.name for p in out.iterdir()} >= {"frontier.csv", "frontier.png", "results.csv", "provenance.json"}
     assert str(out / "frontier.png") in capsys.readouterr().out
 
@@ -130,7 +130,7 @@ def test_a_campaign_that_came_back_gives_the_same_points(planted, tmp_path, caps
     assert records.read_exported(again / records.NAME) == records.read_exported(first / records.NAME)
     told = (again / "table.md").read_text()
     assert (
-        "energy 0.99999, k 16, rate 0.0001" in told
+        "energy 0.99999, k 16, rate 1e-4" in told
         and told.splitlines()[1:] == ((first / "table.md").read_text().splitlines()[1:])
     )
     were = {p.name: p.read_bytes() for p in first.iterdir() if p.suffix in (".md", ".csv", ".json", ".jsonl")}

@@ -14,9 +14,11 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+from omegaconf import OmegaConf
 
 from analysis import headline, pages, paper
 from analysis.collect import collect
+from cwac.core import paths
 from cwac.core.errors import UserError
 from tests.helpers.results import METHODS, cell_of, harm, rows_of, write_run
 
@@ -140,6 +142,20 @@ def test_a_grid_has_one_row_a_setting_with_its_estimate(monkeypatch):
         pages.cell(pd.concat([frame, frame]), "HS", matrix="v")
 
 
+def test_the_settings_under_a_table_are_those_of_all_its_cells():
+    """Of `closed_attacks` as its exported runs have them; a key that differs from cell to cell is refused."""
+    said = " ".join(pages.settings(README, "closed_attacks:task,p,rate,steps").split())
+    ends = pd.read_csv(pages.there("attacks/results.csv")).query("final")
+    (task,), (p,), (step,), (rate,) = (set(ends[c]) for c in ("task", "harmful_ratio", "step", "learning_rate"))
+    shown = f"{task}, p = {p:g}, learning rate {paper.rate_label(rate)}, {step} steps. Preset `closed_attacks`."
+    assert said == f"All rows: embedded model (`tiny`), {shown}"
+    assert "energy 0.99." in pages.settings(README, "closed_free:energy")
+    with pytest.raises(pages.UserError, match="its cells have 5 values of rate"):
+        pages.settings(README, "closed_rates:rate")
+    with pytest.raises(pages.UserError, match="0 values of colour"):
+        pages.settings(README, "closed_rates:colour")
+
+
 def test_steps_shows_the_last_of_them_at_each_ratio(monkeypatch):
     frame = planted(
         preset="closed_goal",
@@ -233,16 +249,20 @@ def planted_view(folder, values, seeds=(0,), start=True):
 @pytest.mark.parametrize(
     ("values", "seeds", "said"),
     [
-        ({"sft": 60.0, "cwac": 34.0, "mine": 3.8}, (0,), "mine is lower (3.8 %) with {}, untested with one seed"),
+        (
+            {"sft": 60.0, "cwac": 34.0, "mine": 3.8},
+            (0,),
+            "mine has a lower HS in the mean (3.8 %), {}. One seed cannot decide it",
+        ),
         (
             {"sft": 60.0, "cwac": (34.0, 30.0), "mine": (33.0, 29.5)},
             (0, 1),
-            "mine is lower (31.2 %) with {}, which these seeds do not decide",
+            "mine has a lower HS in the mean (31.2 %), {}. These seeds do not decide it",
         ),
         (
             {"sft": 60.0, "cwac": 34.0, "mine": 3.8, "lisa": 5.0},
             (0,),
-            "mine and Lisa are lower with {}, untested with one seed",
+            "mine and Lisa have a lower HS in the mean, {}. One seed cannot decide it",
         ),
         ({"sft": 60.0, "cwac": 34.0}, (0,), "none of the other methods (1) has a lower HS than CWAC, {}"),
     ],
@@ -262,7 +282,7 @@ def test_who_shares_no_seeds_and_who_has_one_are_told_apart(tmp_path):
     planted("two", sft=(60.0, 0, 1), cwac=(34.0, 0, 1), mine=(4.0, 2, 3))
     planted("one", sft=(60.0, 0, 1), lisa=(2.0, 0))
     two, one = (headline.views(collect(tmp_path / name))[0] for name in ("two", "one"))
-    assert headline.beaten(two).endswith("untested, since no two seeds are shared")
+    assert headline.beaten(two).endswith(" worse. It is untested, since no two seeds are shared")
     assert headline.least(one).endswith("; SFT's is 60 % at 95 % (one seed, which decides nothing)")
 
 
@@ -301,6 +321,71 @@ def test_without_a_harmful_row_longer_training_is_no_remedy(tmp_path):
     view = replace(planted_view(tmp_path, {"sft": 0.0, "cwac": 0.0}), ratio=0.0)
     text = headline.sentence(view)
     assert "Remedy: train with harmful_ratio=0.1 or more." in text and "longer" not in text
+
+
+def test_the_count_at_tuned_values_stands_beside_what_keeps_it_from_being_a_ranking():
+    """A reader of the README took 15 of 26 for a ranking; the caveat stood on another page alone."""
+    for page in (README, ROOT / "docs" / "results" / "real_model.md"):
+        after = " ".join(page.read_text(encoding="utf-8").split()).partition("At tuned values ")[2]
+        sentence = after.partition(". ")[0]
+        assert "not equally wide" in sentence, sentence
+        where = re.search(r"\[no ranking\]\(([^)#]+)#at-tuned-values\)", sentence)[1]
+        assert "## At tuned values" in (page.parent / where).read_text(encoding="utf-8")
+
+
+def recommended() -> dict[tuple[str, int], tuple[str, str]]:
+    """(model, steps) -> energy and rate of the table on docs/nullspace.md."""
+    text = (ROOT / "docs" / "nullspace.md").read_text(encoding="utf-8").partition("## Which energy and rate")[2]
+    rows = [
+        [c.strip(" `") for c in line.split("|")[1:-1]] for line in re.findall(r"(?m)^\| `.*$", text.split("\n## ")[0])
+    ]
+    return {(model, int(steps)): (energy, rate) for model, _, steps, energy, rate, _ in rows if steps.isdigit()}
+
+
+def test_the_recommended_pairs_are_those_that_ran():
+    pairs = recommended()
+    long = OmegaConf.load(paths.CONF / "experiment" / "nullspace_smollm2_long.yaml")
+    assert pairs["smollm2", 350] == (f"{long.method.energy:g}", paper.rate_label(long.train.learning_rate))
+    default = f"{OmegaConf.load(paths.CONF / 'method' / 'nullspace.yaml').energy:g}"
+    for name, key in (("smollm2_main", ("smollm2", 32)), ("qwen_main", ("qwen_coder_05b", 32))):
+        (ran,) = {m for m in pages.view(name).methods if m.startswith("nullspace")}
+        assert pairs[key] == (default, paper.method_label(ran).partition("rate ")[2])
+    points = pages.estimates("nullspace_task/frontier.csv").query("method.str.startswith('nullspace')")
+    best = points.loc[points["objective"].idxmin(), "setting"]
+    energy = pages.energy("nullspace").strip(" ()").partition(" ")[2]
+    assert pairs["tiny", 750] == (energy, paper.setting_label(best).partition("rate ")[2])
+
+
+NAMED_RATE = re.compile(r"\b(?:rates?|lr|learning_rate)`?(?: ?[=:] ?| of | )`?(\d[\d.]*(?:e[-+]?\d+)?)(?![\d%])")
+TITLES = ("lr", "rate", "learning rate", "train.learning_rate")
+
+
+def rates_in(text: str) -> list[str]:
+    """Learning rates as a page has them: behind their name, and in the columns of tables that are named so."""
+    found = [number.rstrip(".") for number in NAMED_RATE.findall(text)]
+    for table in re.findall(r"(?m)(?:^\|.*\n)+", text):
+        head, _, *rows = ([c.strip(" `") for c in line.split("|")[1:-1]] for line in table.splitlines())
+        columns = [k for k, title in enumerate(head) if title in TITLES]
+        cells = [row[k] for row in rows for k in columns if k < len(row)]
+        found += [number for c in cells for number in re.findall(r"\d[\d.]*(?:e[-+]?\d+)?", c)]
+    return found
+
+
+SHOWN = [*LINKED, *(p for p in (ROOT / "results").rglob("*.md") if "local" not in p.relative_to(ROOT).parts)]
+
+
+@pytest.mark.parametrize("page", sorted(set(SHOWN)), **ids)
+def test_a_learning_rate_has_one_form_on_every_page(page):
+    """Readers met 2e-4, 0.0002 and 2e-05 for two rates. Remedy: `paper.rate_label`; of an export, --exported."""
+    other = {r for r in rates_in(page.read_text(encoding="utf-8")) if paper.rate_label(float(r)) != r}
+    assert not other, other
+
+
+def test_other_forms_of_a_rate_are_found():
+    table = "| lr | n |\n|--|--|\n| 0.001 | 5e-05 |\n"
+    text = "SFT, rate 6e-06 and `lr=0.0002`, train.learning_rate=1.0e-4; rate 2e-4."
+    assert rates_in(f"{text}\n\n{table}") == ["6e-06", "0.0002", "1.0e-4", "2e-4", "0.001"]
+    assert rates_in("a lower rate 2 methods; at a rate of 0.05, then 50 %") == ["2", "0.05"]
 
 
 def test_a_table_of_ten_rows_begins_with_the_aligned_model_and_the_lowest_hs(view):
@@ -381,10 +466,10 @@ def blocks(kind: str) -> list[str]:
 
 
 def test_the_readmes_code_defends_a_trainer(tmp_path):
-    """Its twelve lines as they stand, in a folder with the rows alone; the output is the README's but for its timings.
+    """Its twelve lines as they stand, in a folder with the rows alone; then the line of *Did it hold?*, and its rows.
 
-    Nothing but the installed package may be imported: `from examples...` worked in the checkout's root only. The line
-    of *Did it hold?* then measures what the lines saved.
+    Nothing but the installed package may be imported: `from examples...` worked in the checkout's root only. The rows
+    that the README shows are those that are printed, but for the last digits of what was trained.
     """
     (code,) = blocks("python")
     lines = [line for line in code.splitlines() if line]
@@ -393,14 +478,22 @@ def test_the_readmes_code_defends_a_trainer(tmp_path):
     shutil.copy(ROOT / "examples" / "reviews.jsonl", tmp_path / "examples")
     assert not re.search(r"\b(from|import) (examples|experiments|analysis)\b", code)
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    said = {k for line in blocks("text")[0].splitlines() for k in re.findall(r"'(\w+)':", line)}
-    assert said and said <= set(re.findall(r"'(\w+)':", done.stdout))
+    trained = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert trained.returncode == 0, trained.stderr
     command = re.search(r"\*\*Did it hold\?\*\* `python ([^`]+)`", README.read_text(encoding="utf-8"))[1]
     done = subprocess.run([sys.executable, *command.split()], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert len(re.findall(r"(?m)^\| (?:tiny|runs/mine) +\| +toy_harmful \| +\d", done.stdout)) == 2, done.stdout
+    assert "'train_loss':" in trained.stdout
+    shown, printed = (
+        [[c.strip() for c in line.split("|")] for line in text.splitlines()]
+        for text in (blocks("text")[0], done.stdout)
+    )
+    head, before, after = shown
+    assert head in printed and before in printed, done.stdout
+    assert before[1:3] == ["tiny", "toy_harmful"] and after[1:3] == ["runs/mine", "toy_harmful"]
+    (found,) = [row for row in printed if row[:3] == after[:3]]
+    for ours, theirs in zip(after[3:6], found[3:6], strict=True):
+        assert abs(float(ours.split()[0]) - float(theirs.split()[0])) <= 5, (after, found)
 
 
 @pytest.mark.slow

@@ -229,7 +229,7 @@ def test_runs_at_several_learning_rates_do_not_share_a_table(tmp_path):
     _, page, text = write(tmp_path / "runs")
     assert "10.0 [6.2, 15.0]§ (n=1)" in text and "70.0 [63.1, 76.3]§ (n=1)" in text
     assert "It is about one training alone and says nothing\nof other seeds" in text
-    assert "tiny, toy, learning rate 0.001" in page and "figure3-p0.1-tiny-toy" in page
+    assert "tiny, toy, learning rate 1e-3" in page and "figure3-p0.1-tiny-toy" in page
 
 
 @pytest.mark.parametrize(
