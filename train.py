@@ -40,7 +40,7 @@ from cwac.core.config import CLOSED, INTERRUPTED, expand, grid, leave_the_pipe, 
 from cwac.core.environment import redact  # noqa: E402
 from cwac.core.errors import UsageError, UserError, as_typed  # noqa: E402
 from cwac.core.identity import local_folder, run_id  # noqa: E402
-from cwac.core.keys import check_names, explain  # noqa: E402
+from cwac.core.keys import check_names, dashed, explain  # noqa: E402
 from cwac.core.metrics import objective  # noqa: E402
 from cwac.core.paths import CONF  # noqa: E402
 from cwac.core.run_dir import Run  # noqa: E402
@@ -319,6 +319,8 @@ def run_command() -> int:
         os.environ[failures.FOLDER] = folder
         try:
             sys.argv[1:] = renamed.rewrite(sys.argv[1:])
+            if wrong := dashed(sys.argv[1:]):
+                raise UsageError(wrong)
             if print_cells(sys.argv[1:]):
                 return 0
             count_cells(sys.argv[1:])
@@ -331,7 +333,7 @@ def run_command() -> int:
                 if f"'{option}'" in str(error):
                     print(f"Remedy: {what} need the extra `{extra}`: pip install -e '.[{extra}]'", file=sys.stderr)
             return 2
-        except UsageError as error:  # a launcher's, before there is a cell
+        except UsageError as error:  # before there is a cell
             print(f"error: {error}", file=sys.stderr)
             return 2
         except BrokenPipeError:

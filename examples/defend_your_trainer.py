@@ -6,9 +6,9 @@ python examples/defend_your_trainer.py --model smollm2 --rows mine.jsonl --data 
 python examples/defend_your_trainer.py --model Qwen/Qwen2.5-0.5B-Instruct --like qwen_05b --rows mine.csv
 
 As it stands it trains the embedded model on the reviews beside it, in seconds on a CPU. Rows of your own are JSON
-lines of {"prompt", "response"}, or a CSV with these columns; the embedded model reads only its own words, so give a
-real one with them. `python -m experiments.measure tiny runs/mine --pools toy` says whether the model still refuses,
-and with `--rows held_out.jsonl` whether it has learnt the task.
+lines of {"prompt", "response"}, of {"messages"} or of Alpaca's columns, or a table of them (docs/defend.md); the
+embedded model reads only its own words, so give a real one with them. `python -m experiments.measure tiny runs/mine
+--pools toy` says whether the model still refuses, and with `--rows held_out.jsonl` whether it has learnt the task.
 """
 
 import importlib.util

@@ -71,6 +71,18 @@ def test_near_names_are_of_what_was_given_alone(capsys):
     assert vars(Parser(prog="y").parse_args([])) == {}
 
 
+@pytest.mark.parametrize(
+    ("typed", "ours"),
+    [("--lr", "learning-rate"), ("--output-dir", "out"), ("--model_name", "model"), ("--train-file", "rows")],
+)
+def test_an_option_by_the_name_of_other_programs_is_told_ours(typed, ours, capsys):
+    parser = Parser(prog="x")
+    for name in ("learning-rate", "out", "model", "rows", "trainer"):
+        parser.add_argument(f"--{name}")
+    line = said(capsys, parser.parse_args, typed, "a")
+    assert line.endswith(f"there is no {typed}: did you mean --{ours}?")
+
+
 def test_a_subcommands_options_are_near_too(capsys):
     parser = Parser(prog="x")
     parser.add_subparsers(dest="do").add_parser("push").add_argument("--repo")

@@ -82,6 +82,28 @@ MISTYPED = {
     "+method.lamda=1": "did you mean lam?",
     "+seed=1": "leave out the +: seed=<value>",
     "method.operator=offical": "projector_k; did you mean official?",
+    "lr=1e-5": "there is no such key; did you mean train.learning_rate?",
+    "train.lr=1e-5": "did you mean train.learning_rate?",
+    "+lr=1e-5": "read by nothing (conf/README.md has the keys); did you mean train.learning_rate?",
+    "learning_rate=1e-5": "did you mean train.learning_rate?",
+    "p=0.1": "did you mean harmful_ratio?",
+    "ratio=0.1": "did you mean harmful_ratio?",
+    "methods=sft": "did you mean method?",
+    "defense=sft": "did you mean method?",
+    "epochs=3": "did you mean train.num_train_epochs?",
+    "batch_size=4": "did you mean train.per_device_train_batch_size?",
+    "model_name=tiny": "did you mean model?",
+    "output_dir=x": "did you mean paths.runs?",
+    "dataset=sst2": "did you mean task?",
+    "seeds=0,1": "seeds=0,1 gives several values, which a sweep takes: add -m; a value that is a list is [a,b] (and",
+    "--lr=1e-5": "--lr: settings are written key=value, without dashes; write train.learning_rate=1e-5",
+    "--epochs": "without dashes; write train.num_train_epochs=<value>",
+    "--method=sft": "without dashes; write method=sft",
+    "--learning-rate=1": "without dashes; write train.learning_rate=1",
+    "--nothing-like-it": "without dashes; python train.py --help lists the keys",
+    "--method.weight.every=4": "without dashes; write method.weight.project_every=4",
+    "seed": "seed has no value: settings are written key=value, without a space",
+    "+lr": "lr has no value: settings are written key=value, without a space; did you mean train.learning_rate?",
 }
 
 
@@ -119,6 +141,27 @@ def test_a_search_without_a_line_is_one_error_that_shows_the_line(override, tmp_
     assert says in printed and "docs/searches.md" in printed
     shown = f'`{method}: {{<<: *seeds, method.KEY: "choice(0.01,0.03,0.1,0.3,1.0,3.0)"}}`'
     assert (shown in printed) == line and (f"experiment=tune method={method}" in printed) == line
+
+
+def test_every_synonym_names_a_key_that_there_is_and_is_none_itself():
+    there = {*keys.known(), *keys.parents(), "eval/judge"}
+    for ours, others in keys.SYNONYMS.items():
+        assert ours in there
+        assert not there & {*others}
+
+
+def test_flags_of_hydras_own_and_their_values_are_left_to_it():
+    for given in (
+        ["--multirun", "seed=0"],
+        ["--cfg", "job"],
+        ["--multi"],
+        ["--info=all"],
+        ["-m", "seed=0,1"],
+        ["--help"],
+    ):
+        assert keys.dashed(given) == ""
+    assert keys.dashed(["-m", "--lr", "1e-5", "seed=0"]).endswith("write train.learning_rate=1e-5")
+    assert keys.dashed(["--lr", "seed=0"]).endswith("write train.learning_rate=<value>")
 
 
 def test_other_commands_print_one_line_with_the_nearest_names_too(capsys):

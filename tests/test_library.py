@@ -579,6 +579,25 @@ def test_unknown_tokens_are_counted_among_the_words_alone():
         ("a.csv", "prompt,response\na,\n", "line 2 of .* needs a text in each"),
         ("a.jsonl", "prompt,response\na,b\n", r"line 1 of .* is no JSON object; .*ends in .csv"),
         ("a.jsonl", '\n{"question": "a", "answer": "b"}\n', "line 2 of .* it has question, answer"),
+        ("a.jsonl", '{"prompt": "a", "completion": "b"}\n', "line 1 of .*; rename completion to response$"),
+        ("a.csv", "prompt;answer\na;b\n", "no column response .*; rename answer to response$"),
+        ("a.csv", "messages\n[]\n", "no column prompt, response .*; give messages as JSON lines"),
+        ("a.jsonl", '{"conversations": []}\n', 'line 1 of .* it has conversations; give {"messages"'),
+        ("a.jsonl", '{"messages": "a"}\n', "line 1 of .*`messages` is no list of"),
+        ("a.jsonl", '\n{"messages": [{"role": "user", "content": ["a"]}]}\n', "line 2 of .*`messages` is no list of"),
+        (
+            "a.jsonl",
+            json.dumps({"messages": [{"role": r, "content": "a"} for r in ("system", "user", "assistant")]}) + "\n",
+            "line 1 of .* has the turns system, user, assistant, .*; write the system turn's text in front",
+        ),
+        (
+            "a.jsonl",
+            json.dumps({"messages": [{"role": r, "content": "a"} for r in ("user", "assistant") * 2]}) + "\n",
+            "line 1 of .* has the turns user, assistant, user, assistant, .*; give each exchange a row of its own",
+        ),
+        ("a.jsonl", '{"messages": []}\n', "line 1 of .* has the turns none, "),
+        ("a.jsonl", '{"instruction": "a", "output": null}\n', "line 1 of .* in each of `instruction` and `output`"),
+        ("a.jsonl", '{"instruction": "a", "input": 3, "output": "b"}\n', "line 1 of .*`instruction` and `output`"),
         ("a.jsonl", "[1]\n", "line 1 of .* is no JSON object"),
         ("a.jsonl", "\n", "has no rows"),
         ("gone.jsonl", None, "is not a file; give JSON lines"),
@@ -602,6 +621,37 @@ def test_a_csv_gives_the_rows_of_the_same_json_lines(tmp_path):
     found = text_rows(tmp_path / "a.csv")
     assert found["prompt"] == ['a, "b"\nc', "NA"] and found["response"] == ["2024-01-01", "007"]
     assert found.column_names == ["prompt", "response"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", 'prompt;response\n"a; b\n\nc, d";e\nf;g, h\n'),
+        ("a.csv", 'prompt\tresponse\tmore\n"a; b\n\nc, d"\te\tx\nf\tg, h\ty\n'),
+        ("a.tsv", 'prompt\tresponse\n"a; b\n\nc, d"\te\nf\tg, h\n'),
+        ("a.csv", '"prompt"|"response"\n"a; b\n\nc, d"|e\nf|g, h\n'),
+        ("a.csv", 'instruction;input;output\n"a; b";c, d;e\nf;;"g, h"\n'),
+    ],
+)
+def test_a_table_is_read_with_the_mark_that_its_first_line_shows(name, text, tmp_path):
+    (tmp_path / name).write_text(text)
+    found = text_rows(tmp_path / name)
+    assert found["prompt"] == ["a; b\n\nc, d", "f"] and found["response"] == ["e", "g, h"]
+    assert found.column_names == ["prompt", "response"]
+
+
+def test_rows_of_other_formats_are_the_same_rows(tmp_path):
+    """What fine-tuning services and Alpaca's descendants write, mixed with our own."""
+    rows = [
+        {"messages": [{"role": "user", "content": "a\nb"}, {"role": "assistant", "content": "c", "weight": 1}]},
+        {"instruction": "a", "input": "b", "output": "c"},
+        {"instruction": "a", "output": "c"},
+        {"instruction": "a", "input": "", "output": "c", "text": "all of it"},
+        {"prompt": "a", "response": "c", "messages": []},
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = text_rows(tmp_path / "a.jsonl")
+    assert found["prompt"] == ["a\nb", "a\n\nb", "a", "a", "a"] and set(found["response"]) == {"c"}
 
 
 def test_the_example_says_what_is_missing_in_one_line(monkeypatch, capsys):

@@ -69,6 +69,23 @@ def about(doc: str, program: str | None = None) -> dict[str, Any]:
 MOVED = {"--pools-data": "--data"}
 """An option's earlier name -> its name now."""
 
+ALIKE = (
+    ("out", "output", "output-dir", "out-dir", "output-path", "save-dir", "save-to"),
+    ("learning-rate", "lr", "rate"),
+    ("epochs", "epoch", "num-epochs", "n-epochs", "num-train-epochs"),
+    ("rows", "file", "train-file", "dataset", "dataset-path", "data-path", "input"),
+    ("model", "model-name", "model-name-or-path", "base-model"),
+    ("models", "model-name", "model-name-or-path"),
+    ("method", "methods", "defense", "defence"),
+    ("runs", "runs-dir", "run-dir", "folder", "input-dir"),
+    ("exported", "results", "results-dir", "export"),
+    ("experiment", "preset", "campaign"),
+    ("max-length", "max-len", "max-seq-length", "cutoff-len"),
+    ("max-new-tokens", "max-tokens", "n-tokens"),
+    ("artifacts", "cache", "cache-dir"),
+)
+"""Names of an option in other programs, after ours."""
+
 
 class Parser(argparse.ArgumentParser):
     """`argparse.ArgumentParser`, whose errors say which option a mistyped one may have meant."""
@@ -101,7 +118,9 @@ class Parser(argparse.ArgumentParser):
         options = self._options()
         if MOVED.get(name) in options:
             return f"; {name} is {MOVED[name]} now"
-        close = [f"--{option}" for option in near(name.lstrip("-"), [option[2:] for option in options])]
+        bare = name.lstrip("-").replace("_", "-")
+        close = [f"--{ours}" for ours, *others in ALIKE if bare in others and f"--{ours}" in options]
+        close = close or [f"--{option}" for option in near(name.lstrip("-"), [option[2:] for option in options])]
         return f"; there is no {name}: did you mean {' or '.join(close)}?" if close else ""
 
 

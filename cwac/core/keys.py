@@ -21,6 +21,7 @@ from cwac.core.errors import UsageError
 from cwac.core.files import LOADER
 from cwac.core.identity import flatten
 from cwac.core.paths import CONF
+from cwac.core.renamed import RENAMED
 
 GROUPS = ("train", "pools", "task", "model", "method", "eval", "logger")
 """Groups whose files hold keys of the same group. The files of all other groups may set any key."""
@@ -56,6 +57,31 @@ ONLY_WITH = {
     "model.base_revision": ("folder", "gguf", "hub"),
 }
 """Key -> the values of `model.kind` with which it is read."""
+
+SYNONYMS = {
+    "harmful_ratio": ("p", "ratio", "poison_ratio", "harmful_share", "poison_rate"),
+    "train.learning_rate": ("lr", "learning_rate", "rate"),
+    "train.num_train_epochs": ("epochs", "epoch", "num_epochs", "n_epochs"),
+    "train.max_steps": ("steps", "num_steps", "n_steps"),
+    "train.per_device_train_batch_size": ("batch_size", "bs", "train_batch_size", "batch"),
+    "train.gradient_accumulation_steps": ("grad_accum", "accumulation_steps"),
+    "train.weight_decay": ("weight_decay", "wd"),
+    "train.max_length": ("max_length", "max_len", "max_seq_length", "cutoff_len"),
+    "train.lr_scheduler_type": ("scheduler", "lr_scheduler"),
+    "task.n_train": ("n_train", "num_samples", "n_samples", "max_samples"),
+    "method": ("methods", "defense", "defence", "defenses", "defences"),
+    "model": ("models", "model_name", "model_name_or_path", "base_model"),
+    "task": ("tasks", "dataset", "dataset_name", "datasets"),
+    "seed": ("seeds", "random_seed"),
+    "experiment": ("experiments", "preset"),
+    "eval/judge": ("judges", "judge_name"),
+    "model.lora": ("lora", "peft"),
+    "model.dtype": ("dtype", "torch_dtype", "precision"),
+    "paths.runs": ("output_dir", "out", "output", "out_dir", "save_dir", "runs"),
+    "paths.data": ("data", "data_dir", "data_path"),
+    "paths.artifacts": ("artifacts", "cache_dir"),
+}
+"""Key -> the last part of its name in other programs. These are tried before names that look alike."""
 
 
 @functools.cache
@@ -211,8 +237,40 @@ def did_you_mean(names: Iterable[str]) -> str:
 
 def meant(key: str) -> str:
     """A `did_you_mean` for a key that does not exist."""
+    if synonym := same_as(key):
+        return did_you_mean([synonym])
     groups = {str(path.relative_to(CONF)) for path in CONF.rglob("*") if path.is_dir()}
     return did_you_mean(near(key, {*known(), *parents(), *groups} - {"chosen", "local"}))
+
+
+def same_as(key: str) -> str | None:
+    """The key that other programs call by this name, alone or within its group (`lr`, `train.lr`); None if none."""
+    group, _, name = key.rpartition(".")
+    found = (ours for ours, others in SYNONYMS.items() if name in others and group in ("", ours.rpartition(".")[0]))
+    return next(found, None)
+
+
+def dashed(arguments: Iterable[str]) -> str:
+    """What is wrong with a setting in the form of an option (`--lr 1e-5`), which Hydra has none of; '' where none is.
+
+    arguments: those of `train.py`. Hydra's own flags, and beginnings of them, are left to it.
+    """
+    from hydra._internal.utils import get_args_parser
+
+    flags, arguments = get_args_parser()._option_string_actions, [*arguments]
+    for place, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        if not re.fullmatch(r"--[A-Za-z][\w.-]*", option) or any(flag.startswith(option) for flag in flags):
+            continue
+        following = next(iter(arguments[place + 1 :]), "-")
+        if not equals:
+            value = "<value>" if following.startswith("-") or "=" in following else following
+        name = option[2:].replace("-", "_")
+        name = RENAMED.get(name, name)
+        key = name if name in {*known(), *parents()} else same_as(name)
+        remedy = f"; write {key}={value}" if key else meant(name) or "; python train.py --help lists the keys"
+        return f"{option}: settings are written key=value, without dashes{remedy}"
+    return ""
 
 
 def explain(message: str) -> str:
@@ -246,6 +304,14 @@ def explain(message: str) -> str:
         if key in OPTIONAL:
             return f"Could not override '{key}': this option does not set it yet; append it with +{key}=<value>"
         return f"Could not override '{key}': there is no such key{meant(key)}"
+    if found := re.search(r"Ambiguous value for argument '([^']+)'", message):
+        typed = found[1]
+        other = f" (and {meant(key)[2:]})" if (key := typed.partition("=")[0]) not in known() and meant(key) else ""
+        return f"{typed} gives several values, which a sweep takes: add -m; a value that is a list is [a,b]{other}"
+    if found := re.search(r"Error parsing override '([^'=]*)'\s+missing EQUAL", message):
+        key = found[1].lstrip("+")
+        there = key in {*known(), *parents()}
+        return f"{key} has no value: settings are written key=value, without a space{'' if there else meant(key)}"
     if found := re.search(r"An item is already at '([^']+)'", message):
         return f"Could not append '{found[1]}': it is there already; leave out the +: {found[1]}=<value>"
     return message

