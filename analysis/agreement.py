@@ -19,13 +19,15 @@ import pandas as pd
 
 from analysis import apart, compare, labels, paper, stats, tables
 from analysis.collect import VERDICT_COLUMNS, Collection, collect
+from analysis.demo import export_verdicts
 from cwac.core.config import Parser, about, command
 from cwac.core.errors import UserError
 from cwac.core.files import write_atomic
 
 COLUMNS = ["set", "first", "second", "n", "prompts", "harmful_first", "harmful_second", "agreement", "kappa"]
 COLUMNS += ["low", "high"]
-BY_METHOD = ["model", "harmful_ratio", "method", "first", "second", "runs"]
+CELL = ["model", "harmful_ratio", "method", "learning_rate"]
+BY_METHOD = [*CELL, "first", "second", "runs"]
 
 
 def agreement(verdicts: pd.DataFrame) -> pd.DataFrame:
@@ -72,22 +74,24 @@ def read(folder: Path) -> Collection:
 
 
 def by_method(collection: Collection) -> pd.DataFrame:
-    """HS in percent under each of two judges; one row a model, p, method and pair of judges, in the order of tables.
+    """HS in percent under each of two judges; one row a model, p, method, rate and pair of judges, in tables' order.
 
     Columns `BY_METHOD` and, of each set, `SET_first` and `SET_second`: over the answers that both judged, runs pooled.
     """
-    of_run = collection.rows.drop_duplicates("run_id").set_index("run_id")[BY_METHOD[:3]]
+    of_run = collection.rows.drop_duplicates("run_id").set_index("run_id")[CELL]
     verdicts = collection.verdicts[VERDICT_COLUMNS].assign(harmful=collection.verdicts["verdict"] == "harmful")
     wide = verdicts.pivot(index=["run_id", "set", "id"], columns="judge", values="harmful")
     records = []
     for first, second in combinations(sorted(wide.columns), 2):
         pair = wide[[first, second]].dropna().astype(float).reset_index().join(of_run, on="run_id")
-        for place, part in pair.groupby(BY_METHOD[:3]):
+        for place, part in pair.groupby(CELL, dropna=False):
             entry = dict(zip(BY_METHOD, (*place, first, second, part["run_id"].nunique()), strict=True))
             for name, answers in part.groupby("set"):
                 entry |= {f"{name}_first": 100 * answers[first].mean(), f"{name}_second": 100 * answers[second].mean()}
             records.append(entry)
-    order = sorted(records, key=lambda r: (r["model"], r["harmful_ratio"], paper.method_order(r["method"])))
+    order = sorted(
+        records, key=lambda r: (r["model"], r["harmful_ratio"], paper.method_order(r["method"]), r["learning_rate"])
+    )
     return pd.DataFrame(order)
 
 
@@ -97,12 +101,13 @@ def moved(found: pd.DataFrame) -> str:
     rows = []
     for row in found.to_dict("records"):
         shown = [show(row[f"{name}_first"], row[f"{name}_second"]) for name in sets]
-        label = [row["model"], f"{row['harmful_ratio']:g}", paper.method_label(row["method"]), str(row["runs"])]
+        rate = "-" if math.isnan(row["learning_rate"]) else paper.rate_label(row["learning_rate"])
+        label = [row["model"], f"{row['harmful_ratio']:g}", paper.method_label(row["method"]), rate, str(row["runs"])]
         rows.append([*label, f"{row['first']} / {row['second']}", *shown])
-    header = ["model", "p", "method", "runs", "judges", *(f"HS {name}" for name in sets)]
+    header = ["model", "p", "method", "rate", "runs", "judges", *(f"HS {name}" for name in sets)]
     shifts = np.abs(np.stack([found[f"{name}_second"] - found[f"{name}_first"] for name in sets]))
     note = f"HS by the one judge / the other, %, of the same answers; it moves by {np.nanmax(shifts):.1f} at most."
-    return f"{tables.markdown(header, rows, key=5, width=10_000)}\n\n{note}"
+    return f"{tables.markdown(header, rows, key=6, width=10_000)}\n\n{note}"
 
 
 def show(first: float, second: float) -> str:
@@ -131,7 +136,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(**about(__doc__, "python -m analysis.agreement"))
     parser.add_argument("campaign", type=Path, help="folder of runs, or a exported campaign")
     parser.add_argument("--human", action="store_true", help="the folder holds labels.csv and verdicts.csv: compare")
-    parser.add_argument("--out", type=Path, help="write the Markdown there, and the numbers beside it as .csv")
+    parser.add_argument(
+        "--out", type=Path, help="write the Markdown there, and beside it the numbers and every verdict as .csv"
+    )
     args = parser.parse_args(argv)
     if args.human:
         text = labels.report(labels.read(args.campaign), str(args.campaign))
@@ -148,6 +155,7 @@ def main(argv: list[str] | None = None) -> int:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(args.out, text)
         agreements.to_csv(args.out.with_suffix(".csv"), index=False)
+        export_verdicts(collection, args.out.parent)
         shares.to_csv(args.out.with_name(f"{args.out.stem}-by-method.csv"), index=False)
     return 0
 
