@@ -97,6 +97,8 @@ MISTYPED = {
     "dataset=sst2": "did you mean task?",
     "seeds=0,1": "seeds=0,1 gives several values, which a sweep takes: add -m; a value that is a list is [a,b] (and",
     "--lr=1e-5": "--lr: settings are written key=value, without dashes; write train.learning_rate=1e-5",
+    "--p=0.1": "without dashes; write harmful_ratio=0.1",
+    "--experiment=demo": "without dashes; write experiment=demo",
     "--epochs": "without dashes; write train.num_train_epochs=<value>",
     "--method=sft": "without dashes; write method=sft",
     "--learning-rate=1": "without dashes; write train.learning_rate=1",

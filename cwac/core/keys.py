@@ -253,21 +253,24 @@ def same_as(key: str) -> str | None:
 def dashed(arguments: Iterable[str]) -> str:
     """What is wrong with a setting in the form of an option (`--lr 1e-5`), which Hydra has none of; '' where none is.
 
-    arguments: those of `train.py`. Hydra's own flags, and beginnings of them, are left to it.
+    arguments: those of `train.py`. Hydra's own flags are left to it, and beginnings of them that are no key's name:
+    `--p 0.1` would be its `--package`, and a run at another p than was meant.
     """
     from hydra._internal.utils import get_args_parser
 
     flags, arguments = get_args_parser()._option_string_actions, [*arguments]
     for place, argument in enumerate(arguments):
         option, equals, value = argument.partition("=")
-        if not re.fullmatch(r"--[A-Za-z][\w.-]*", option) or any(flag.startswith(option) for flag in flags):
+        if not re.fullmatch(r"--[A-Za-z][\w./-]*", option) or option in flags:
             continue
         following = next(iter(arguments[place + 1 :]), "-")
         if not equals:
             value = "<value>" if following.startswith("-") or "=" in following else following
         name = option[2:].replace("-", "_")
         name = RENAMED.get(name, name)
-        key = name if name in {*known(), *parents()} else same_as(name)
+        key = name if name in {*known(), *parents(), "experiment"} else same_as(name)
+        if not key and any(flag.startswith(option) for flag in flags):
+            continue
         remedy = f"; write {key}={value}" if key else meant(name) or "; python train.py --help lists the keys"
         return f"{option}: settings are written key=value, without dashes{remedy}"
     return ""
