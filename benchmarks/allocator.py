@@ -8,13 +8,11 @@ operating system's part included: the page faults are in it.
 
 from __future__ import annotations
 
-import multiprocessing
 import sys
 import time
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import torch
 from omegaconf import DictConfig
 
 from benchmarks import runner
@@ -48,7 +46,10 @@ def measure(
             order = (True, False) if repeat % 2 else (False, True)
             pair = {kept: alone(cfg, row, steps, kept) for kept in order}
             if pair[True] is None:
-                yield Skipped(f"freed memory kept, {name}", "no glibc, or its thresholds are set in the environment")
+                yield Skipped(
+                    f"freed memory kept, {name}",
+                    "no glibc, one that refuses it, or its thresholds are set in the environment",
+                )
                 return
             pairs.append(np.array(pair[True]) / np.array(pair[False]))
         batch = f"{name}, {cfg.model.name}, 1 x {tokens} tokens, freed memory kept"
@@ -59,12 +60,10 @@ def measure(
 
 def alone(cfg: DictConfig, row: Row, steps: int, kept: bool) -> tuple[float, float] | None:
     """CPU seconds and peak bytes of a training in a process of its own; None where memory cannot be kept."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(taken, (cfg, row, steps, kept))
+    return runner.alone(taken, cfg, row, steps, kept)
 
 
 def taken(cfg: DictConfig, row: Row, steps: int, kept: bool) -> tuple[float, float] | None:
-    torch.set_num_threads(1)
     if kept and not keep_freed_memory():
         return None
     began = time.process_time()

@@ -10,12 +10,10 @@ its resident memory (a GPU's: of what was allocated) is taken without what Pytho
 from __future__ import annotations
 
 import math
-import multiprocessing
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 
-import torch
 from omegaconf import DictConfig
 from transformers import PretrainedConfig
 
@@ -59,13 +57,7 @@ def measure(steps: int = 3, tokens: int = 512, labels: int = 128, overrides: Seq
 
 def alone(cfg: DictConfig, row: Row, steps: int, training: cost.Training = cost.train) -> float:
     """Bytes at the peak of a training in a process of its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(peak, (cfg, row, steps, training))
-
-
-def peak(cfg: DictConfig, row: Row, steps: int, training: cost.Training) -> float:
-    torch.set_num_threads(1)
-    return cost.measure(cfg, shape(cfg), row, steps, training)[0]
+    return runner.alone(cost.measure, cfg, shape(cfg), row, steps, training)[0]
 
 
 def by_trainer(cfg: DictConfig, architecture: PretrainedConfig, row: Row, steps: int) -> dict[str, float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -64,6 +65,12 @@ def paired(ours: Callable[[], object], rival: Callable[[], object], repeats: int
         pair = {act: timed(act)[0] for act in ((ours, rival) if repeat % 2 else (rival, ours))}
         found.append(pair[ours] / pair[rival])
     return np.array(found[warm_up:])
+
+
+def alone(act: Callable[..., T], *arguments: object) -> T:
+    """What `act` returns, in a process of its own that has one thread; `act` is a module's function."""
+    with multiprocessing.get_context("spawn").Pool(1, torch.set_num_threads, (1,)) as pool:
+        return pool.apply(act, arguments)
 
 
 def entry(name: str, rival: str, measured: np.ndarray | float, bar: float | None = None) -> dict:
