@@ -12,7 +12,7 @@
 #   each step, and zero_grad(set_to_none=False), which keeps them, does not help: a new gradient is computed into memory
 #   of its own and then added. Both thresholds together help there too.
 # Versions: torch 2.13.0, numpy 2.4.6, glibc 2.36 (Linux, x86-64, pages of 4 KiB, transparent huge pages on madvise).
-# Who meets it: whoever trains or benchmarks on a CPU; the faults took a quarter of the CPU time of fine-tuning SmolLM2.
+# Who meets it: whoever trains or benchmarks on a CPU; the faults cost a sixth of the CPU time of fine-tuning SmolLM2.
 set -euo pipefail
 case "$(python3 -c 'import platform; print(platform.libc_ver()[0])')" in
   glibc) ;;
