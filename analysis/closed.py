@@ -74,14 +74,17 @@ REST = "embeddings, norms"
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status: 0, 1 if expected runs are missing, 2 for bad input."""
     parser = Parser(**about(__doc__, "python -m analysis.closed"))
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the run directories (runs)")
-    parser.add_argument("--out", type=Path, default=Path("results/closed"), help="folder for the results")
-    parser.add_argument("--exported", type=Path, help="an exported campaign whose tables and figures are made again")
+    parser.add_argument("--runs", type=Path, help="folder of the run directories (runs)")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--out", type=Path, help="folder for the results (results/closed)")
+    where.add_argument("--exported", type=Path, help="an exported campaign whose tables and figures are made again")
     parser.add_argument("--judge", help="whose verdicts to use where the runs were judged by several")
     parser.add_argument("overrides", nargs="*", help="the sweeps' own overrides of every preset, e.g. seed=0,1")
     args = parser.parse_intermixed_args(argv)
-    args.experiment = ", ".join(PRESETS)
-    args.out = args.exported or args.out
+    if args.exported and (args.runs or args.overrides):
+        raise UserError("--runs and overrides are for --out. Remedy: leave them out; --exported has rows of its own.")
+    args.experiment, args.runs = ", ".join(PRESETS), args.runs or Path("runs")
+    args.out = args.exported or args.out or Path("results/closed")
     with naming_earlier(args.out / "table.md"):
         return publish(args, sys.argv[1:] if argv is None else argv)
 

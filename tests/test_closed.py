@@ -238,6 +238,12 @@ def test_planted_runs_come_back_as_curves_certificates_and_routes(campaign, tmp_
     (tmp_path / "table.md").unlink()
     assert closed.main(["--exported", str(tmp_path)]) == 0
     assert {name: (tmp_path / name).read_bytes() for name in kept} == kept
+    for more in (["seed=0"], ["--runs", str(tmp_path)]):
+        assert closed.main(["--exported", str(tmp_path), *more]) == 2
+        assert "are for --out" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        closed.main(["--exported", str(tmp_path), "--out", str(tmp_path / "elsewhere")])
+    assert "not allowed with argument" in capsys.readouterr().err
     monkeypatch.setattr(closed, "expected", lambda overrides: cells[:1])
     assert closed.main(["--exported", str(tmp_path)]) == 2
     assert "runs are of no preset of today's conf/" in capsys.readouterr().err
