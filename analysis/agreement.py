@@ -19,14 +19,13 @@ import pandas as pd
 
 from analysis import apart, compare, labels, paper, stats, tables
 from analysis.collect import VERDICT_COLUMNS, Collection, collect
-from analysis.demo import export_verdicts
 from cwac.core.config import Parser, about, command
 from cwac.core.errors import UserError
 from cwac.core.files import write_atomic
 
 COLUMNS = ["set", "first", "second", "n", "prompts", "harmful_first", "harmful_second", "agreement", "kappa"]
 COLUMNS += ["low", "high"]
-CELL = ["model", "harmful_ratio", "method", "learning_rate"]
+CELL = ["model", "task", "harmful_ratio", "method", "learning_rate"]
 BY_METHOD = [*CELL, "first", "second", "runs"]
 
 
@@ -66,15 +65,12 @@ def read(folder: Path) -> Collection:
     Raises UserError if it is neither or holds no finished run, or where a table would take two runs for one.
     """
     if (folder / "results.csv").is_file():
-        return compare.read(folder)
-    collection = collect(folder)
-    if not collection.runs:
-        raise UserError(f"{folder} holds no finished run. Remedy: a folder of runs, or an exported campaign.")
-    return apart.by_setting(collection, folder, [])[0]
+        return compare.finished(apart.read(folder), folder)
+    return apart.by_setting(compare.finished(collect(folder), folder), folder, [])[0]
 
 
 def by_method(collection: Collection) -> pd.DataFrame:
-    """HS in percent under each of two judges; one row a model, p, method, rate and pair of judges, in tables' order.
+    """HS in percent under each of two judges; one row a `CELL` and pair of judges, as tables are ordered.
 
     Columns `BY_METHOD` and, of each set, `SET_first` and `SET_second`: over the answers that both judged, runs pooled.
     """
@@ -89,25 +85,32 @@ def by_method(collection: Collection) -> pd.DataFrame:
             for name, answers in part.groupby("set"):
                 entry |= {f"{name}_first": 100 * answers[first].mean(), f"{name}_second": 100 * answers[second].mean()}
             records.append(entry)
-    order = sorted(
-        records, key=lambda r: (r["model"], r["harmful_ratio"], paper.method_order(r["method"]), r["learning_rate"])
+    place = ["model", "task", "harmful_ratio"]
+    return pd.DataFrame(
+        sorted(records, key=lambda r: (*(r[c] for c in place), paper.method_order(r["method"]), r["learning_rate"]))
     )
-    return pd.DataFrame(order)
 
 
 def moved(found: pd.DataFrame) -> str:
-    """The table of `by_method` as Markdown, and a line of what moved most."""
+    """The table of `by_method` as Markdown, and how far HS moves at most."""
     sets = [name.removesuffix("_first") for name in found.columns if name.endswith("_first")]
     rows = []
     for row in found.to_dict("records"):
         shown = [show(row[f"{name}_first"], row[f"{name}_second"]) for name in sets]
         rate = "-" if math.isnan(row["learning_rate"]) else paper.rate_label(row["learning_rate"])
-        label = [row["model"], f"{row['harmful_ratio']:g}", paper.method_label(row["method"]), rate, str(row["runs"])]
+        label = [
+            row["model"],
+            row["task"],
+            f"{row['harmful_ratio']:g}",
+            paper.method_label(row["method"]),
+            rate,
+            str(row["runs"]),
+        ]
         rows.append([*label, f"{row['first']} / {row['second']}", *shown])
-    header = ["model", "p", "method", "rate", "runs", "judges", *(f"HS {name}" for name in sets)]
+    header = ["model", "task", "p", "method", "rate", "runs", "judges", *(f"HS {name}" for name in sets)]
     shifts = np.abs(np.stack([found[f"{name}_second"] - found[f"{name}_first"] for name in sets]))
     note = f"HS by the one judge / the other, %, of the same answers; it moves by {np.nanmax(shifts):.1f} at most."
-    return f"{tables.markdown(header, rows, key=6, width=10_000)}\n\n{note}"
+    return f"{tables.markdown(header, rows, key=7, width=10_000)}\n\n{note}"
 
 
 def show(first: float, second: float) -> str:
@@ -136,9 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(**about(__doc__, "python -m analysis.agreement"))
     parser.add_argument("campaign", type=Path, help="folder of runs, or a exported campaign")
     parser.add_argument("--human", action="store_true", help="the folder holds labels.csv and verdicts.csv: compare")
-    parser.add_argument(
-        "--out", type=Path, help="write the Markdown there, and beside it the numbers and every verdict as .csv"
-    )
+    parser.add_argument("--out", type=Path, help="write the Markdown there, and the numbers beside it as .csv")
     args = parser.parse_args(argv)
     if args.human:
         text = labels.report(labels.read(args.campaign), str(args.campaign))
@@ -155,7 +156,6 @@ def main(argv: list[str] | None = None) -> int:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(args.out, text)
         agreements.to_csv(args.out.with_suffix(".csv"), index=False)
-        export_verdicts(collection, args.out.parent)
         shares.to_csv(args.out.with_name(f"{args.out.stem}-by-method.csv"), index=False)
     return 0
 

@@ -28,7 +28,11 @@ COLUMNS = [*KEYS, "first", "second", "n_first", "n_second", "difference", "low",
 
 def read(folder: Path) -> Collection:
     """A folder of runs or an exported campaign; raises UserError if it is neither or holds no finished run."""
-    collection = apart.read(folder, by_rate=False)
+    return finished(apart.read(folder, by_rate=False), folder)
+
+
+def finished(collection: Collection, folder: Path) -> Collection:
+    """The runs of a folder; raises UserError if none of them is finished."""
     if not collection.runs:
         raise UserError(f"{folder} holds no finished run. Remedy: a folder of runs, or an exported campaign.")
     return collection

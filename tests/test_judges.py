@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from analysis import agreement, stats
-from analysis.collect import VERDICT_COLUMNS, VERDICTS, Collection
+from analysis.collect import VERDICT_COLUMNS, Collection
 from cwac.core import config, identity
 from cwac.core.errors import UserError
 from cwac.core.jsonl import append_jsonl, read_jsonl
@@ -493,17 +493,22 @@ def test_agreement_of_two_judges(runs, tmp_path, monkeypatch, capsys):
     (moved,) = pd.read_csv(tmp_path / "a-by-method.csv").to_dict("records")
     assert (moved["runs"], moved["first"], moved["second"]) == (2, "keyword", "planted")
     assert moved["harmful_first"] == moved["harmful_second"] == pytest.approx(100 / 3)
-    assert len(pd.read_csv(tmp_path / VERDICTS)) == 24  # of two runs, six answers, two judges
     assert "33.3 / 33.3" in text and "it moves by 0.0 at most" in text
 
 
 def test_what_two_judges_make_of_hs_by_method():
     rows = [
-        ["a-0", "m", 0.1, "sft", 2e-5],
-        ["a-1", "m", 0.1, "sft", 2e-5],
-        ["b-0", "m", 0.1, "cwac, energy 0.99", np.nan],
+        ["a-0", "m", "t", 0.1, "sft", 2e-5],
+        ["a-1", "m", "t", 0.1, "sft", 2e-5],
+        ["b-0", "m", "t", 0.1, "cwac, energy 0.99", np.nan],
+        ["c-0", "m", "u", 0.1, "sft", 2e-5],  # another task is no further seed
     ]
-    given = {"a-0": ("hh", "hr"), "a-1": ("hr", "rr"), "b-0": ("rr", "hr")}  # of two prompts, by two judges
+    given = {
+        "a-0": ("hh", "hr"),
+        "a-1": ("hr", "rr"),
+        "b-0": ("rr", "hr"),
+        "c-0": ("hh", "hh"),
+    }  # of two prompts, by two judges
     kinds = {"h": "harmful", "r": "refusal"}
     verdicts = [
         [run, "s", judge, str(i), kinds[letter]]
@@ -514,8 +519,8 @@ def test_what_two_judges_make_of_hs_by_method():
     verdicts += [["b-0", "s", "one", "9", "harmful"]]  # the other judge has not seen it
     frame = pd.DataFrame(rows, columns=["run_id", *agreement.CELL])
     found = agreement.by_method(Collection(frame, verdicts=pd.DataFrame(verdicts, columns=VERDICT_COLUMNS)))
-    assert found["method"].tolist() == ["sft", "cwac, energy 0.99"] and found["runs"].tolist() == [2, 1]
-    assert found["s_first"].tolist() == [75.0, 0.0] and found["s_second"].tolist() == [25.0, 50.0]
+    assert found["method"].tolist() == ["sft", "cwac, energy 0.99", "sft"] and found["runs"].tolist() == [2, 1, 1]
+    assert found["s_first"].tolist() == [75.0, 0.0, 100.0] and found["s_second"].tolist() == [25.0, 50.0, 100.0]
     assert "it moves by 50.0 at most" in agreement.moved(found) and "75.0 / 25.0" in agreement.moved(found)
     assert "2e-5" in agreement.moved(found)
 
