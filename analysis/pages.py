@@ -266,8 +266,8 @@ def holds_for() -> str:
         for method, held in (("weight_only_closed", 0.999), ("sft", None))
     )
     return (
-        "Closed with 99.9 % of the activations of *anchors*, harmful prompts that the model refuses, protected "
-        "(energy 0.999), it held for ten times the paper's epochs of harmful rows alone: HS "
+        "The embedded model, closed with 99.9 % of the activations of *anchors*, harmful prompts that it refuses, "
+        "protected (energy 0.999), held for ten times the paper's epochs of harmful rows alone: HS "
         f"{closed['HS']:.0f} %, SFT's {sft['HS']:.0f} %; FA {closed['FA']:.0f} and {sft['FA']:.0f} % "
         f"({link('how long', 'docs/results/how_long.md')})."
     )
@@ -306,7 +306,7 @@ def learnt() -> str:
     plain = plain.loc[(plain["FA"] - kept["FA"]).abs().idxmin()]
     holds = "holds as well" if plain["HS"] < kept["HS"] + headline.MARGIN else "does not hold"
     return (
-        f"on arithmetic, which that has to learn, it {holds}: HS {plain['HS']:.0f} % at FA {plain['FA']:.0f} %, the "
+        f"on arithmetic, which is new to it, this {holds}: HS {plain['HS']:.0f} % at FA {plain['FA']:.0f} %, the "
         f"{headline.short(kept['method'])}'s {kept['HS']:.0f} at {kept['FA']:.0f}{energy(kept['method'])}"
     )
 
@@ -465,9 +465,8 @@ def steps(page: Path, preset: str) -> str:
 def settings(page: Path, spec: str) -> str:
     """`PRESET:KEYS`: the sentence under a table, with those of task, p, rate, steps and energy that its rows share."""
     preset, _, keys = spec.partition(":")
-    shared, wanted = [], ["model", *keys.split(",")]
-    cells = [of_cell(cfg) for cfg in config.expand(preset, ["seed=0"])]
-    for key in wanted:
+    shared, cells = [], cells_of(preset)
+    for key in ("model", *keys.split(",")):
         values = {cell[key] for cell in cells if key in cell}
         if len(values) != 1:
             raise UserError(
@@ -476,6 +475,12 @@ def settings(page: Path, spec: str) -> str:
             )
         shared += values
     return wrapped(f"All rows: {', '.join(shared)}. Preset `{preset}`.")
+
+
+@functools.cache
+def cells_of(preset: str) -> list[dict[str, str]]:
+    """`of_cell` of each cell of a preset at one seed; composed once, though several blocks ask."""
+    return [of_cell(cfg) for cfg in config.expand(preset, ["seed=0"])]
 
 
 def of_cell(cfg: DictConfig) -> dict[str, str]:
@@ -488,7 +493,7 @@ def of_cell(cfg: DictConfig) -> dict[str, str]:
         "task": cfg.task.name,
         "p": f"p = {cfg.harmful_ratio:g}",
         "rate": f"learning rate {paper.rate_label(train.learning_rate)}",
-        "steps": f"{math.ceil(rows) * train.num_train_epochs:g} steps",
+        "steps": f"{train.max_steps if train.max_steps > 0 else math.ceil(rows) * train.num_train_epochs:g} steps",
     }
     return said | ({"energy": f"energy {weight.energy:g}"} if weight.get("energy") else {})
 

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from analysis import headline, pages, paper
 from analysis.collect import collect
-from cwac.core import paths
+from cwac.core import config, paths
 from cwac.core.errors import UserError
 from tests.helpers.results import METHODS, cell_of, harm, rows_of, write_run
 
@@ -150,6 +150,8 @@ def test_the_settings_under_a_table_are_those_of_all_its_cells():
     shown = f"{task}, p = {p:g}, learning rate {paper.rate_label(rate)}, {step} steps. Preset `closed_attacks`."
     assert said == f"All rows: embedded model (`tiny`), {shown}"
     assert "energy 0.99." in pages.settings(README, "closed_free:energy")
+    cfg = config.compose(["model=tiny", "task=toy_sentiment", "train.max_steps=8"])
+    assert pages.of_cell(cfg)["steps"] == "8 steps"
     with pytest.raises(pages.UserError, match="its cells have 5 values of rate"):
         pages.settings(README, "closed_rates:rate")
     with pytest.raises(pages.UserError, match="0 values of colour"):
@@ -354,6 +356,15 @@ def test_the_recommended_pairs_are_those_that_ran():
     best = points.loc[points["objective"].idxmin(), "setting"]
     energy = pages.energy("nullspace").strip(" ()").partition(" ")[2]
     assert pairs["tiny", 750] == (energy, paper.setting_label(best).partition("rate ")[2])
+
+
+def test_commands_for_rows_of_ones_own_name_the_energy_that_is_advised_where_nothing_is_known():
+    """Without it the default applies, which did not hold SmolLM2 for long."""
+    for page in (README, ROOT / "docs" / "defend.md"):
+        text = " ".join(page.read_text(encoding="utf-8").split())
+        commands = re.findall(r"examples/defend_your_trainer\.py --method nullspace (.*?)(?=`|python )", text)
+        own = [command for command in commands if "--rows" in command]
+        assert own and all("method.energy=0.9999" in c and "--learning-rate" in c for c in own), own
 
 
 NAMED_RATE = re.compile(r"\b(?:rates?|lr|learning_rate)`?(?: ?[=:] ?| of | )`?(\d[\d.]*(?:e[-+]?\d+)?)(?![\d%])")
